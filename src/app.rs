@@ -1,0 +1,1 @@
+//! Builds the house, drains it, exits.

@@ -1,0 +1,151 @@
+//! One error type for the whole request path: a kind for the machine, a message for the caller, a source for the log.
+
+use std::fmt;
+use std::time::Duration;
+
+/// `std::result::Result` with our error.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, as a client or a retry loop needs to know it. Each HTTP surface maps a kind to a status and code.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Kind {
+    /// The request is malformed or a value is out of range; `param` names the field.
+    BadInput,
+    /// The body is larger than the configured limit.
+    TooLarge,
+    /// Prompt plus requested output do not fit the model's context window.
+    ContextLength,
+    /// No such model in the catalog, or not one that does this task.
+    NoSuchModel,
+    /// No such route.
+    NotFound,
+    /// The route exists, the method does not.
+    MethodNotAllowed,
+    /// The model or this build cannot do what was asked (tools, LoRA, images …).
+    Unsupported,
+    /// Missing or wrong credentials.
+    Unauthorized,
+    /// Known caller, not allowed here.
+    Forbidden,
+    /// Too many requests for a rule; see `retry_after`.
+    RateLimited,
+    /// The account's allocation of neurons is used up; a retry before the reset cannot help.
+    OutOfNeurons,
+    /// The queue in front of the engine is full; worth a retry in a moment.
+    Busy,
+    /// The model is known but not loaded, is loading, or its device is down.
+    ModelUnavailable,
+    /// The deadline passed.
+    Timeout,
+    /// The caller went away or the operator stopped the call.
+    Aborted,
+    /// The device thread died under this request.
+    EngineLost,
+    /// The daemon is draining.
+    ShuttingDown,
+    /// A bug or a broken machine; details go to the log only.
+    Internal,
+}
+
+/// An error on its way to a caller. Cloneable, since several waiters may have to hear the same one.
+#[derive(Clone)]
+pub struct Error {
+    kind: Kind,
+    message: String,
+    param: Option<String>,
+    retry_after: Option<Duration>,
+    source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error of `kind`; the message says what to do about it.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), param: None, retry_after: None, source: None }
+    }
+
+    /// Shorthand for [`Kind::BadInput`].
+    pub fn bad_input(message: impl Into<String>) -> Self {
+        Self::new(Kind::BadInput, message)
+    }
+
+    /// [`Kind::BadInput`] about one field, named as the client wrote it (`messages.0.content`).
+    pub fn bad_field(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { param: Some(param.into()), ..Self::new(Kind::BadInput, message) }
+    }
+
+    /// Shorthand for [`Kind::Unsupported`].
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Self::new(Kind::Unsupported, message)
+    }
+
+    /// Shorthand for [`Kind::Internal`].
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Kind::Internal, message)
+    }
+
+    /// Names the field at fault.
+    pub fn with_param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// Says when a retry makes sense.
+    pub fn with_retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    /// Keeps the cause for the log.
+    pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(std::sync::Arc::new(source));
+        self
+    }
+
+    /// Puts words in front of the message, as an error climbs out of a file or a model.
+    pub fn context(mut self, words: impl fmt::Display) -> Self {
+        self.message = format!("{words}: {}", self.message);
+        self
+    }
+
+    /// What went wrong.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The sentence for the caller.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The field at fault, if one is.
+    pub fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// How long to wait before a retry, if a retry helps.
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {}", self.kind, self.message)?;
+        if let Some(source) = &self.source {
+            write!(f, " (caused by {source})")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| source.as_ref() as &(dyn std::error::Error + 'static))
+    }
+}

@@ -1,0 +1,115 @@
+//! Identifiers. Each is its own type so that an account can never be passed where a model is meant.
+
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+/// One call, from the socket to the ledger. Taken from `x-request-id` when the client sent a UUID, made otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RequestId(uuid::Uuid);
+
+impl RequestId {
+    /// A fresh random id.
+    pub fn random() -> Self {
+        Self(uuid::Uuid::new_v4())
+    }
+
+    /// Accepts what a client sent if it is a UUID; anything else would be an unbounded label in our logs.
+    pub fn parse(text: &str) -> Option<Self> {
+        uuid::Uuid::try_parse(text).ok().map(Self)
+    }
+
+    /// 32 hex digits without dashes, as used in `chatcmpl-…` ids.
+    pub fn simple(&self) -> String {
+        self.0.simple().to_string()
+    }
+
+    /// A number drawn from the id, for seeding whatever the caller left open.
+    pub fn low_bits(&self) -> u64 {
+        self.0.as_u64_pair().1
+    }
+}
+
+impl fmt::Display for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Debug for RequestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            /// Wraps a name; the text is shared, so clones are cheap.
+            pub fn new(text: impl AsRef<str>) -> Self {
+                Self(Arc::from(text.as_ref()))
+            }
+
+            /// The name as written.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+text_id!(
+    /// Who pays: 32 hex digits for Cloudflare-shaped accounts, any short name otherwise.
+    AccountId
+);
+text_id!(
+    /// A catalog id such as `@cf/meta/llama-3.1-8b-instruct`; aliases are resolved before one of these is made.
+    ModelId
+);
+text_id!(
+    /// The name of a gateway token, never the token itself.
+    KeyId
+);
+
+/// A device of this machine: the CPU is 0 when it serves, GPUs count from their ordinal.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize)]
+#[serde(transparent)]
+pub struct DeviceId(pub u16);
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One loaded version of a model on one device. Never reused within a process, so two versions of a model that
+/// overlap during a hot-swap cannot be confused.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize)]
+#[serde(transparent)]
+pub struct SlotId(pub u64);
+
+impl SlotId {
+    /// The next unused slot number of this process.
+    pub fn next() -> Self {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+    }
+}

@@ -1,0 +1,15 @@
+//! The ground floor: names, errors, money and time. Nothing here knows what a model or a request is.
+
+mod error;
+mod id;
+mod neuron;
+mod phase;
+mod secret;
+mod time;
+
+pub use error::{Error, Kind, Result};
+pub use id::{AccountId, DeviceId, KeyId, ModelId, RequestId, SlotId};
+pub use neuron::Neurons;
+pub use phase::Phase;
+pub use secret::Secret;
+pub use time::{Millis, UtcDay};

@@ -1,0 +1,93 @@
+//! Money: neurons as integers of a millionth, so that sums are exact.
+
+use std::fmt;
+use std::iter::Sum;
+use std::ops::Add;
+
+use serde::{Deserialize, Serialize};
+
+/// An amount of neurons in micro-neurons (1 neuron = 1,000,000). A price per million tokens in neurons is the price
+/// per token in micro-neurons, so every text price of the catalog is exact. 1,000 neurons cost 0.011 USD.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Neurons(u64);
+
+impl Neurons {
+    /// Nothing.
+    pub const ZERO: Self = Self(0);
+
+    /// From the integer that the ledger stores.
+    pub const fn from_micro(micro: u64) -> Self {
+        Self(micro)
+    }
+
+    /// `quantity` units at `micro_per_unit` micro-neurons each; saturates instead of wrapping.
+    pub const fn priced(quantity: u64, micro_per_unit: u64) -> Self {
+        Self(quantity.saturating_mul(micro_per_unit))
+    }
+
+    /// The integer that the ledger stores.
+    pub const fn micro(self) -> u64 {
+        self.0
+    }
+
+    /// For display and JSON only; never computed with.
+    pub fn as_f64(self) -> f64 {
+        self.0 as f64 / 1e6
+    }
+
+    /// USD at the list price, for display only.
+    pub fn usd(self) -> f64 {
+        self.as_f64() * 0.011 / 1000.0
+    }
+
+    /// Difference, or zero where `other` is larger.
+    pub const fn saturating_sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+}
+
+impl Add for Neurons {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+}
+
+impl Sum for Neurons {
+    fn sum<I: Iterator<Item = Self>>(amounts: I) -> Self {
+        amounts.fold(Self::ZERO, Add::add)
+    }
+}
+
+/// Two decimals, as in the `cf-ai-neurons` header.
+impl fmt::Display for Neurons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hundredths = (self.0 + 5_000) / 10_000;
+        write!(f, "{}.{:02}", hundredths / 100, hundredths % 100)
+    }
+}
+
+impl fmt::Debug for Neurons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{:06} neurons", self.0 / 1_000_000, self.0 % 1_000_000)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listed_price_per_million_is_exact_per_token() {
+        // llama-3.3-70b: 1,000 in at 26,668 and 200 out at 204,805 neurons per million.
+        let charge = Neurons::priced(1_000, 26_668) + Neurons::priced(200, 204_805);
+        assert_eq!(charge.micro(), 67_629_000);
+        assert_eq!(charge.to_string(), "67.63");
+    }
+
+    #[test]
+    fn sums_saturate_instead_of_wrapping() {
+        assert_eq!(Neurons::priced(u64::MAX, 2) + Neurons::from_micro(1), Neurons::from_micro(u64::MAX));
+    }
+}

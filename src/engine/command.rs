@@ -1,0 +1,183 @@
+//! What the engine thread is told, and the handle that tells it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TrySendError};
+
+use crate::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, Result, SlotId};
+use crate::engine::Runner;
+use crate::metrics::EngineMetrics;
+use crate::model::Vocabulary;
+use crate::task::{Event, Sampling};
+
+/// A message to the engine thread.
+pub enum Command {
+    /// A new request.
+    Submit(Box<Submit>),
+    /// A model made ready elsewhere; takes requests from the next step on.
+    Install(Box<ModelSlot>),
+    /// Take no new requests for this slot, finish what it has, free it, then drop `done`.
+    Retire {
+        /// Which slot.
+        slot: SlotId,
+        /// Dropped when the slot is gone.
+        done: flume::Sender<()>,
+    },
+    /// Write the state of every slot to the log and send it back.
+    Dump(flume::Sender<EngineStatus>),
+    /// Finish what is running if `drain`, else fail it; then end the thread.
+    Stop {
+        /// Whether running requests may end well.
+        drain: bool,
+    },
+}
+
+/// A request on its way to the engine: tokens in, events out.
+pub struct Submit {
+    /// Whose answer it is, for logs.
+    pub request: RequestId,
+    /// Who is served; the scheduler is fair between accounts.
+    pub account: AccountId,
+    /// Which loaded model.
+    pub slot: SlotId,
+    /// The prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// Independent answers, at least 1. They share the prompt's full KV blocks.
+    pub choices: u32,
+    /// Most tokens to produce for each choice, at least 1. `prompt.len() + max_tokens` fits the context window.
+    pub max_tokens: u32,
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// Seed in force: the caller's, or drawn for the request. Choice `i` uses `seed + i`.
+    pub seed: u64,
+    /// Text that ends a choice, none of them empty.
+    pub stop: Vec<String>,
+    /// `Some(k)`: report log-probabilities and `k` rivals for each token.
+    pub logprobs: Option<u32>,
+    /// Higher is served first; 0 is normal.
+    pub priority: i8,
+    /// Separates prefix caches: requests share KV only if their salts are equal.
+    pub cache_salt: u64,
+    /// When the answer is worth nothing any more.
+    pub deadline: Instant,
+    /// When the call came in, for queue time and TTFT.
+    pub received: Instant,
+    /// Where the events go. Capacity: [`Submit::event_capacity`], so that the engine never waits for a client. Dropping
+    /// the receiver cancels the request.
+    pub events: flume::Sender<Event>,
+}
+
+impl Submit {
+    /// Room for every event that a request can cause: one a token, a finish a choice, usage of what was held back at
+    /// the end, and `Done` or `Failed`.
+    pub fn event_capacity(choices: u32, max_tokens: u32) -> usize {
+        choices as usize * (max_tokens as usize + 2) + 2
+    }
+}
+
+/// A model ready to run on a device.
+pub struct ModelSlot {
+    /// Unique for this loaded version.
+    pub slot: SlotId,
+    /// Its catalog id, for logs.
+    pub model: ModelId,
+    /// Bytes behind tokens, end tokens.
+    pub vocabulary: Arc<Vocabulary>,
+    /// Weights and KV pool.
+    pub runner: Box<dyn Runner>,
+    /// Longest sequence.
+    pub context: u32,
+    /// Tokens computed in a step over all sequences.
+    pub step_tokens: usize,
+    /// Most prompt tokens of one sequence in a step.
+    pub prefill_chunk: usize,
+    /// Sequences computed at the same time.
+    pub max_running: usize,
+    /// Sequences waiting, beyond which submissions fail with [`Kind::Busy`].
+    pub max_queue: usize,
+    /// Share KV of equal prefixes.
+    pub prefix_cache: bool,
+    /// Where to count.
+    pub metrics: EngineMetrics,
+}
+
+/// What a device is doing, for dumps and the fleet.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct EngineStatus {
+    /// One entry a slot.
+    pub slots: Vec<SlotStatus>,
+}
+
+/// What a model slot is doing.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct SlotStatus {
+    /// Which.
+    pub slot: SlotId,
+    /// Of which model.
+    pub model: ModelId,
+    /// Takes no new requests.
+    pub retiring: bool,
+    /// Sequences waiting.
+    pub waiting: usize,
+    /// Sequences running.
+    pub running: usize,
+    /// KV blocks held by sequences.
+    pub kv_used: usize,
+    /// KV blocks free, cached ones included.
+    pub kv_free: usize,
+    /// Steps computed so far.
+    pub steps: u64,
+}
+
+/// The handle of a device's thread.
+#[derive(Clone)]
+pub struct Engine {
+    device: DeviceId,
+    inbox: Sender<Command>,
+    heartbeat: Arc<AtomicU64>,
+    started: Instant,
+}
+
+impl Engine {
+    /// For the thread's starter: the handle of an inbox. `heartbeat` is milliseconds since `started`, stored by the
+    /// thread at least once a second while it lives.
+    pub(super) fn new(device: DeviceId, inbox: Sender<Command>, heartbeat: Arc<AtomicU64>, started: Instant) -> Self {
+        Self { device, inbox, heartbeat, started }
+    }
+
+    /// Which device.
+    pub fn device(&self) -> DeviceId {
+        self.device
+    }
+
+    /// Hands a request over; its events follow on its own channel.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] when the inbox is full, [`Kind::EngineLost`] when the thread is gone.
+    pub fn submit(&self, submit: Submit) -> Result<()> {
+        self.tell(Command::Submit(Box::new(submit)))
+    }
+
+    /// Sends any command without waiting.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] when the inbox is full, [`Kind::EngineLost`] when the thread is gone.
+    pub fn tell(&self, command: Command) -> Result<()> {
+        self.inbox.try_send(command).map_err(|error| match error {
+            TrySendError::Full(_) => Error::new(Kind::Busy, "The engine's inbox is full; try again in a moment.")
+                .with_retry_after(Duration::from_secs(1)),
+            TrySendError::Disconnected(_) => {
+                Error::new(Kind::EngineLost, "The device of this model went away; try again in a moment.")
+                    .with_retry_after(Duration::from_secs(2))
+            }
+        })
+    }
+
+    /// How long ago the thread last came round its loop.
+    pub fn silent_for(&self) -> Duration {
+        let last = Duration::from_millis(self.heartbeat.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(last)
+    }
+}

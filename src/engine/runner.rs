@@ -1,0 +1,31 @@
+//! Who executes a planned step. Two kinds: a model on a device, and the simulated device of tests and `simulate`.
+
+use crate::base::Result;
+use crate::kernel::Pool;
+use crate::model::Batch;
+
+/// Computes packed steps over its own paged KV pool.
+pub trait Runner: Send {
+    /// KV blocks of the pool; valid block ids are `0..blocks`.
+    fn blocks(&self) -> usize;
+
+    /// Tokens in a block.
+    fn block_tokens(&self) -> usize;
+
+    /// Writes K and V of all rows into their blocks, and computes logits of `batch.sample_rows`.
+    ///
+    /// # Errors
+    /// Any error means that the device cannot be trusted any more: the engine fails its sequences and stops.
+    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>>;
+}
+
+/// Logits of the sampled rows of a step, `[rows, vocab]` f32 row-major, to be changed in place by the sampler; and the
+/// threads to do it with.
+pub struct Logits<'a> {
+    /// `rows * vocab` values.
+    pub data: &'a mut [f32],
+    /// Length of a row.
+    pub vocab: usize,
+    /// Worker threads that are idle now.
+    pub pool: &'a Pool,
+}

@@ -1,0 +1,6 @@
+//! The operations a network is made of, one file each: fast code per instruction set, chosen at run time, and the plain
+//! reference it is tested against.
+
+mod pool;
+
+pub use pool::Pool;

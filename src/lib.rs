@@ -1,0 +1,24 @@
+//! neurond turns a GPU box into Workers AI and AI Gateway: one daemon that serves open models itself, fronts every other
+//! provider, and bills both in neurons. `docs/ARCHITECTURE.md` is the map; the modules below are its floors, bottom up.
+
+pub mod base;
+pub mod task;
+
+pub mod config;
+pub mod kernel;
+pub mod metrics;
+pub mod net;
+
+pub mod ledger;
+pub mod model;
+pub mod vault;
+
+pub mod engine;
+pub mod supervisor;
+
+pub mod gateway;
+pub mod http;
+
+pub mod app;
+pub mod cli;
+pub mod signal;

@@ -1,0 +1,342 @@
+//! Every series of `/metrics`, in one place. A field's help text is its documentation; `docs/METRICS.md` is made from it.
+//!
+//! Label values come from closed sets: catalog ids, route names, status codes. Never a request id, a raw path or
+//! whatever else a client may choose. Handles are resolved once (a model is loaded, a route is mounted), so that
+//! counting in a step is one atomic add.
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::base::{DeviceId, ModelId};
+
+/// Edges of the latency histograms in seconds (time to first token, whole request), as in vLLM so that dashboards carry over.
+const LATENCY: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+];
+/// Edges for what happens between two tokens, in seconds.
+const INTER_TOKEN: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0];
+/// Edges for token and row counts of one step.
+const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
+
+/// All series of the process. Cheap to clone behind an `Arc`; made once.
+pub struct Metrics {
+    registry: Registry,
+
+    /// Requests by route, method and status.
+    pub http_requests: IntCounterVec,
+    /// From the request's head to the end of its answer, by route.
+    pub http_duration: HistogramVec,
+    /// Requests being answered.
+    pub http_in_flight: IntGauge,
+    /// Connections open.
+    pub http_connections: IntGauge,
+    /// Refused credentials.
+    pub auth_failures: IntCounter,
+
+    /// Micro-neurons settled, by model.
+    pub neurons: IntCounterVec,
+    /// Errors told to callers, by kind.
+    pub errors: IntCounterVec,
+    /// Answers cut off because the client went away, by model.
+    pub cancelled: IntCounterVec,
+
+    /// Whether a model is loaded and takes requests, by model and device.
+    pub model_ready: IntGaugeVec,
+    /// Hot-swaps by outcome (`done`, `failed`).
+    pub swaps: IntCounterVec,
+    /// Reloads of the configuration by outcome (`applied`, `refused`).
+    pub reloads: IntCounterVec,
+    /// Times an engine thread was started again after it died, by device.
+    pub engine_restarts: IntCounterVec,
+
+    engine: EngineVecs,
+}
+
+struct EngineVecs {
+    queue: IntGaugeVec,
+    running: IntGaugeVec,
+    kv_total: IntGaugeVec,
+    kv_used: IntGaugeVec,
+    kv_cached: IntGaugeVec,
+    prefix_queries: IntCounterVec,
+    prefix_hits: IntCounterVec,
+    prompt_tokens: IntCounterVec,
+    generation_tokens: IntCounterVec,
+    preemptions: IntCounterVec,
+    requests: IntCounterVec,
+    finished: IntCounterVec,
+    cancelled: IntCounterVec,
+    steps: IntCounterVec,
+    step_time: HistogramVec,
+    step_rows: HistogramVec,
+    step_sequences: HistogramVec,
+    queue_time: HistogramVec,
+    ttft: HistogramVec,
+    inter_token: HistogramVec,
+    request_time: HistogramVec,
+}
+
+/// The series of one model on one device, resolved when the model is installed.
+#[derive(Clone)]
+pub struct EngineMetrics {
+    /// Sequences waiting for their first step.
+    pub queue: IntGauge,
+    /// Sequences in the running batch.
+    pub running: IntGauge,
+    /// KV blocks of the pool.
+    pub kv_total: IntGauge,
+    /// KV blocks held by sequences.
+    pub kv_used: IntGauge,
+    /// KV blocks held by nobody but still good for a prefix hit.
+    pub kv_cached: IntGauge,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_queries: IntCounter,
+    /// Prompt tokens found there.
+    pub prefix_hits: IntCounter,
+    /// Prompt tokens computed.
+    pub prompt_tokens: IntCounter,
+    /// Tokens produced.
+    pub generation_tokens: IntCounter,
+    /// Sequences thrown out of the batch for want of KV, to be recomputed.
+    pub preemptions: IntCounter,
+    /// Requests taken in.
+    pub requests: IntCounter,
+    /// Choices ended by the model or a stop string.
+    pub finished_stop: IntCounter,
+    /// Choices ended by `max_tokens` or the context window.
+    pub finished_length: IntCounter,
+    /// Requests whose receiver went away.
+    pub cancelled: IntCounter,
+    /// Steps computed.
+    pub steps: IntCounter,
+    /// Seconds a step took.
+    pub step_time: Histogram,
+    /// Rows (tokens) in a step.
+    pub step_rows: Histogram,
+    /// Sequences in a step.
+    pub step_sequences: Histogram,
+    /// Seconds from submission to the first step.
+    pub queue_time: Histogram,
+    /// Seconds from submission to the first token.
+    pub ttft: Histogram,
+    /// Seconds between two tokens of a choice.
+    pub inter_token: Histogram,
+    /// Seconds from submission to the end of the answer.
+    pub request_time: Histogram,
+}
+
+impl Metrics {
+    /// Registers every series.
+    ///
+    /// # Panics
+    /// If two series share a name, which the test below rules out.
+    #[allow(clippy::expect_used)]
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let r = Registrar { registry: &registry };
+        let by_engine = &["model", "device"];
+        let metrics = Self {
+            http_requests: r.counters(
+                "neurond_http_requests_total",
+                "Requests by route, method and status.",
+                &["route", "method", "status"],
+            ),
+            http_duration: r.histograms(
+                "neurond_http_request_seconds",
+                "From the request's head to the end of its answer.",
+                &["route"],
+                LATENCY,
+            ),
+            http_in_flight: r.gauge("neurond_http_in_flight", "Requests being answered."),
+            http_connections: r.gauge("neurond_http_connections", "Connections open."),
+            auth_failures: r
+                .counter("neurond_auth_failures_total", "Requests refused for missing or wrong credentials."),
+            neurons: r.counters(
+                "neurond_micro_neurons_total",
+                "Micro-neurons settled (1 neuron = 1,000,000).",
+                &["model"],
+            ),
+            errors: r.counters("neurond_errors_total", "Errors told to callers, by kind.", &["kind"]),
+            cancelled: r.counters(
+                "neurond_cancelled_total",
+                "Answers cut off because the client went away.",
+                &["model"],
+            ),
+            model_ready: r.gauges("neurond_model_ready", "1 while a model is loaded and takes requests.", by_engine),
+            swaps: r.counters("neurond_swaps_total", "Hot-swaps by outcome.", &["outcome"]),
+            reloads: r.counters("neurond_config_reloads_total", "Configuration reloads by outcome.", &["outcome"]),
+            engine_restarts: r.counters(
+                "neurond_engine_restarts_total",
+                "Engine threads started again after they died.",
+                &["device"],
+            ),
+            engine: EngineVecs {
+                queue: r.gauges("neurond_queue_depth", "Sequences waiting for their first step.", by_engine),
+                running: r.gauges("neurond_running", "Sequences in the running batch.", by_engine),
+                kv_total: r.gauges("neurond_kv_blocks_total", "KV blocks of the pool.", by_engine),
+                kv_used: r.gauges("neurond_kv_blocks_used", "KV blocks held by sequences.", by_engine),
+                kv_cached: r.gauges(
+                    "neurond_kv_blocks_cached",
+                    "KV blocks held by no sequence but good for a prefix hit.",
+                    by_engine,
+                ),
+                prefix_queries: r.counters(
+                    "neurond_prefix_queried_tokens_total",
+                    "Prompt tokens looked up in the prefix cache.",
+                    by_engine,
+                ),
+                prefix_hits: r.counters(
+                    "neurond_prefix_hit_tokens_total",
+                    "Prompt tokens found in the prefix cache.",
+                    by_engine,
+                ),
+                prompt_tokens: r.counters("neurond_prompt_tokens_total", "Prompt tokens computed.", by_engine),
+                generation_tokens: r.counters("neurond_generation_tokens_total", "Tokens produced.", by_engine),
+                preemptions: r.counters(
+                    "neurond_preemptions_total",
+                    "Sequences thrown out of the batch for want of KV, to be recomputed.",
+                    by_engine,
+                ),
+                requests: r.counters("neurond_engine_requests_total", "Requests taken in by the engine.", by_engine),
+                finished: r.counters(
+                    "neurond_finished_total",
+                    "Choices that ended, by reason.",
+                    &["model", "device", "reason"],
+                ),
+                cancelled: r.counters(
+                    "neurond_engine_cancelled_total",
+                    "Requests whose receiver went away.",
+                    by_engine,
+                ),
+                steps: r.counters("neurond_steps_total", "Steps computed.", by_engine),
+                step_time: r.histograms("neurond_step_seconds", "Time of a step.", by_engine, INTER_TOKEN),
+                step_rows: r.histograms("neurond_step_rows", "Rows (tokens) computed in a step.", by_engine, ROWS),
+                step_sequences: r.histograms("neurond_step_sequences", "Sequences in a step.", by_engine, ROWS),
+                queue_time: r.histograms(
+                    "neurond_queue_seconds",
+                    "From submission to the first step.",
+                    by_engine,
+                    LATENCY,
+                ),
+                ttft: r.histograms(
+                    "neurond_time_to_first_token_seconds",
+                    "From submission to the first token.",
+                    by_engine,
+                    LATENCY,
+                ),
+                inter_token: r.histograms(
+                    "neurond_inter_token_seconds",
+                    "Between two tokens of a choice.",
+                    by_engine,
+                    INTER_TOKEN,
+                ),
+                request_time: r.histograms(
+                    "neurond_engine_request_seconds",
+                    "From submission to the end of the answer.",
+                    by_engine,
+                    LATENCY,
+                ),
+            },
+            registry: registry.clone(),
+        };
+        let build = r.gauges("neurond_build_info", "Always 1; the version is in the label.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        metrics
+    }
+
+    /// The series of one model on one device.
+    pub fn engine(&self, model: &ModelId, device: DeviceId) -> EngineMetrics {
+        let v = &self.engine;
+        let device = device.to_string();
+        let l = &[model.as_str(), device.as_str()];
+        EngineMetrics {
+            queue: v.queue.with_label_values(l),
+            running: v.running.with_label_values(l),
+            kv_total: v.kv_total.with_label_values(l),
+            kv_used: v.kv_used.with_label_values(l),
+            kv_cached: v.kv_cached.with_label_values(l),
+            prefix_queries: v.prefix_queries.with_label_values(l),
+            prefix_hits: v.prefix_hits.with_label_values(l),
+            prompt_tokens: v.prompt_tokens.with_label_values(l),
+            generation_tokens: v.generation_tokens.with_label_values(l),
+            preemptions: v.preemptions.with_label_values(l),
+            requests: v.requests.with_label_values(l),
+            finished_stop: v.finished.with_label_values(&[l[0], l[1], "stop"]),
+            finished_length: v.finished.with_label_values(&[l[0], l[1], "length"]),
+            cancelled: v.cancelled.with_label_values(l),
+            steps: v.steps.with_label_values(l),
+            step_time: v.step_time.with_label_values(l),
+            step_rows: v.step_rows.with_label_values(l),
+            step_sequences: v.step_sequences.with_label_values(l),
+            queue_time: v.queue_time.with_label_values(l),
+            ttft: v.ttft.with_label_values(l),
+            inter_token: v.inter_token.with_label_values(l),
+            request_time: v.request_time.with_label_values(l),
+        }
+    }
+
+    /// Everything in Prometheus' text format.
+    pub fn render(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(16 * 1024);
+        if let Err(error) = TextEncoder::new().encode(&self.registry.gather(), &mut out) {
+            tracing::error!(%error, "metrics could not be rendered");
+        }
+        out
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+struct Registrar<'a> {
+    registry: &'a Registry,
+}
+
+#[allow(clippy::expect_used)]
+impl Registrar<'_> {
+    fn add<C: prometheus::core::Collector + Clone + 'static>(&self, collector: Result<C, prometheus::Error>) -> C {
+        let collector = collector.expect("a well-formed series");
+        self.registry.register(Box::new(collector.clone())).expect("a name used once");
+        collector
+    }
+
+    fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.add(IntCounter::new(name, help))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.add(IntCounterVec::new(Opts::new(name, help), labels))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.add(IntGauge::new(name, help))
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.add(IntGaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    fn histograms(&self, name: &str, help: &str, labels: &[&str], edges: &[f64]) -> HistogramVec {
+        self.add(HistogramVec::new(HistogramOpts::new(name, help).buckets(edges.to_vec()), labels))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_registers_once_and_renders() {
+        let metrics = Metrics::new();
+        metrics.engine(&ModelId::new("m"), DeviceId(0)).steps.inc();
+        let text = String::from_utf8(metrics.render()).unwrap();
+        assert!(text.contains(r#"neurond_steps_total{device="0",model="m"} 1"#), "{text}");
+        assert!(text.contains("neurond_build_info"));
+    }
+}

@@ -1,0 +1,75 @@
+//! One step's work, packed: the rows of all sequences back to back.
+//!
+//!     tokens     a0 a1 a2 | b7 | c3        rows: chunk of a, one decode each of b and c
+//!     positions   0  1  2 |  7 |  3
+//!     spans      (0,3,pos 0) (3,1,pos 7) (4,1,pos 3)
+//!     sample            2    3    4        rows whose logits are wanted
+
+/// What the runner computes in one step. Reused from step to step, so that a step allocates nothing.
+#[derive(Clone, Default, Debug)]
+pub struct Batch {
+    /// Token ids, `[rows]`.
+    pub tokens: Vec<u32>,
+    /// Position of each token in its sequence, `[rows]`.
+    pub positions: Vec<u32>,
+    /// One entry a sequence, in row order.
+    pub spans: Vec<Span>,
+    /// Block tables of all spans back to back: physical KV block ids, in order of position.
+    pub tables: Vec<u32>,
+    /// Rows whose logits are wanted, ascending.
+    pub sample_rows: Vec<u32>,
+}
+
+/// The rows of one sequence in a [`Batch`].
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First row.
+    pub row: u32,
+    /// Number of rows, at least 1.
+    pub rows: u32,
+    /// Position of the first row, which is the number of tokens already in KV. Row `row + i` attends to positions `0..=start + i`.
+    pub start: u32,
+    /// First entry in [`Batch::tables`].
+    pub table: u32,
+    /// Entries in [`Batch::tables`]; enough blocks for `start + rows` tokens.
+    pub blocks: u32,
+}
+
+impl Batch {
+    /// Empties the batch and keeps its memory.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.spans.clear();
+        self.tables.clear();
+        self.sample_rows.clear();
+    }
+
+    /// Appends one sequence: `tokens` at positions `start..`, its whole block table, and which of its rows (counted
+    /// from its own first) need logits.
+    pub fn push(&mut self, tokens: &[u32], start: u32, table: &[u32], sample: impl IntoIterator<Item = u32>) {
+        debug_assert!(!tokens.is_empty());
+        let row = self.tokens.len() as u32;
+        self.spans.push(Span {
+            row,
+            rows: tokens.len() as u32,
+            start,
+            table: self.tables.len() as u32,
+            blocks: table.len() as u32,
+        });
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend(start..start + tokens.len() as u32);
+        self.tables.extend_from_slice(table);
+        self.sample_rows.extend(sample.into_iter().map(|i| row + i));
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The block table of a span.
+    pub fn table(&self, span: &Span) -> &[u32] {
+        &self.tables[span.table as usize..(span.table + span.blocks) as usize]
+    }
+}

@@ -1,0 +1,12 @@
+//! How a network computes: from files on disk to logits, over paged KV.
+//!
+//! A model has two halves: [`text::TextModel`], which everyone may share (tokenizer, template, limits), and the decoder,
+//! which one engine thread owns (weights, KV pool, work buffers).
+
+pub mod text;
+
+mod batch;
+mod vocab;
+
+pub use batch::{Batch, Span};
+pub use vocab::{Detokenizer, Vocabulary};
