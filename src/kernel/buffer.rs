@@ -5,8 +5,10 @@ use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-/// Large pages are asked for from this size on.
-const HUGE: usize = 2 << 20;
+use memmap2::MmapMut;
+
+/// From this size on a buffer has pages of its own: untouched ones cost nothing, and freed ones go back at once.
+const PAGES: usize = 256 << 10;
 
 /// Numbers for which all zero bits are a value.
 ///
@@ -24,11 +26,21 @@ unsafe impl Plain for u32 {}
 // SAFETY: numbers.
 unsafe impl Plain for f32 {}
 
-/// A slice on the heap, zeroed and aligned to a cache line. Pages are only taken from the system when first written.
+/// A slice of zeros to begin with, aligned to a cache line, on the heap or in pages of its own. Pages are only taken
+/// from the system when first written.
 pub struct Buffer<T: Plain> {
     data: NonNull<T>,
     len: usize,
-    alignment: usize,
+    memory: Memory,
+}
+
+enum Memory {
+    None,
+    Heap(Layout),
+    /// Kept for its `Drop`.
+    Pages {
+        _map: MmapMut,
+    },
 }
 
 // SAFETY: owns its memory like a `Box<[T]>`.
@@ -37,42 +49,37 @@ unsafe impl<T: Plain> Send for Buffer<T> {}
 unsafe impl<T: Plain> Sync for Buffer<T> {}
 
 impl<T: Plain> Buffer<T> {
-    /// `len` zeros.
+    /// `len` zeros. Ends the process when there is no memory, like a `Vec`.
     pub fn zeroed(len: usize) -> Self {
-        Self::with_alignment(len, 64)
+        Self::try_zeroed(len).unwrap_or_else(|| handle_alloc_error(Layout::new::<T>()))
     }
 
-    /// `len` zeros on large pages where the system has them: for what is read from end to end in every step.
-    pub fn zeroed_huge(len: usize) -> Self {
-        let bytes = len * size_of::<T>();
-        if bytes < HUGE {
-            return Self::zeroed(len);
+    /// `len` zeros, or `None` when the system has no such range.
+    pub fn try_zeroed(len: usize) -> Option<Self> {
+        if len == 0 {
+            return Some(Self { data: NonNull::dangling(), len, memory: Memory::None });
         }
-        let buffer = Self::with_alignment(len, HUGE);
-        // SAFETY: the range is ours, and the advice changes no content. A refusal only costs speed. The last, partial
-        // large page stays small.
+        let bytes = len.checked_mul(size_of::<T>())?;
+        if bytes >= PAGES {
+            let mut map = MmapMut::map_anon(bytes).ok()?;
+            let data = NonNull::new(map.as_mut_ptr().cast())?;
+            return Some(Self { data, len, memory: Memory::Pages { _map: map } });
+        }
+        let layout = Layout::from_size_align(bytes, 64).ok()?;
+        // SAFETY: the size is not 0.
+        let data = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<T>())?;
+        Some(Self { data, len, memory: Memory::Heap(layout) })
+    }
+
+    /// `len` zeros, on large pages where the system has them: for what is read from end to end in every step.
+    pub fn zeroed_huge(len: usize) -> Self {
+        let buffer = Self::zeroed(len);
         #[cfg(target_os = "linux")]
-        unsafe {
-            libc::madvise(buffer.data.as_ptr().cast(), bytes / HUGE * HUGE, libc::MADV_HUGEPAGE);
+        if let Memory::Pages { _map: map } = &buffer.memory {
+            // A refusal costs speed only.
+            let _ = map.advise(memmap2::Advice::HugePage);
         }
         buffer
-    }
-
-    fn with_alignment(len: usize, alignment: usize) -> Self {
-        if len == 0 {
-            return Self { data: NonNull::dangling(), len, alignment };
-        }
-        let layout = Self::layout(len, alignment);
-        // SAFETY: the size is not 0.
-        let Some(data) = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<T>()) else { handle_alloc_error(layout) };
-        Self { data, len, alignment }
-    }
-
-    #[allow(clippy::expect_used)]
-    fn layout(len: usize, alignment: usize) -> Layout {
-        len.checked_mul(size_of::<T>())
-            .and_then(|bytes| Layout::from_size_align(bytes, alignment).ok())
-            .expect("a buffer larger than the address space")
     }
 
     /// A view that threads may write through, each its own part.
@@ -83,9 +90,8 @@ impl<T: Plain> Buffer<T> {
 
 impl<T: Plain> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
-            let layout = Self::layout(self.len, self.alignment);
-            // SAFETY: allocated by `with_alignment` with this layout.
+        if let Memory::Heap(layout) = self.memory {
+            // SAFETY: allocated by `try_zeroed` with this layout.
             unsafe { dealloc(self.data.as_ptr().cast(), layout) };
         }
     }

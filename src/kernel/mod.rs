@@ -18,7 +18,7 @@ mod simd;
 #[cfg(test)]
 mod testing;
 
-pub use attention::{Attention, KvElement, KvLayout, KvSpan, Query};
+pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
 pub use buffer::{Buffer, Plain, Shared};
 pub use gemm::{Linear, Out, gated};
 pub use panel::{Panels, Source};
