@@ -7,6 +7,7 @@ pub mod files;
 pub mod gguf;
 pub mod spec;
 pub mod text;
+pub mod tokenizer;
 pub mod weights;
 
 mod batch;
