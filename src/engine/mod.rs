@@ -4,6 +4,12 @@
 //!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
 
+pub mod blocks;
+pub mod queue;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+
 mod command;
 mod runner;
 
