@@ -113,13 +113,20 @@ struct Scratch {
 pub struct Sampler {
     scratch: Vec<Mutex<Scratch>>,
     drawn: Vec<Drawn>,
+    rows: usize,
 }
 
 impl Sampler {
-    /// One token for each row of `logits`; `draw(row)` says how. Changes the logits.
-    pub fn pick<'a>(&mut self, logits: Logits<'_>, draw: impl Fn(usize) -> Draw<'a> + Sync) -> &[Drawn] {
+    /// The results of the last [`Sampler::pick`], one a row.
+    pub fn drawn(&self) -> &[Drawn] {
+        &self.drawn[..self.rows]
+    }
+
+    /// One token for each row of `logits`; `draw(row)` says how, `None` that nobody wants it. Changes the logits.
+    pub fn pick<'a>(&mut self, logits: Logits<'_>, draw: impl Fn(usize) -> Option<Draw<'a>> + Sync) {
         let vocab = logits.vocab.max(1);
         let rows = logits.data.len() / vocab;
+        self.rows = rows;
         self.scratch.resize_with(logits.pool.threads().max(self.scratch.len()), Mutex::default);
         self.drawn.resize_with(rows.max(self.drawn.len()), Drawn::default);
         let data = Rows { first: logits.data.as_mut_ptr(), length: vocab, rows };
@@ -134,7 +141,10 @@ impl Sampler {
                 }
                 // SAFETY: the counter gives each row to one thread, and both slices live until `pick` returns.
                 let (values, drawn) = unsafe { (data.get(row), &mut out.get(row)[0]) };
-                pick_row(values, &draw(row), &mut scratch, drawn);
+                match draw(row) {
+                    Some(draw) => pick_row(values, &draw, &mut scratch, drawn),
+                    None => drawn.token = None,
+                }
             }
         };
         if rows > 1 {
@@ -142,7 +152,6 @@ impl Sampler {
         } else {
             work(0);
         }
-        &self.drawn[..rows]
     }
 }
 
@@ -490,7 +499,9 @@ mod tests {
         seen.iter().for_each(|&token| past.push(token));
         let pool = Pool::new(1);
         let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
-        Sampler::default().pick(rows, |_| Draw { sampling, seed, position: 0, seen: Some(&past), logprobs })[0].clone()
+        let mut sampler = Sampler::default();
+        sampler.pick(rows, |_| Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs }));
+        sampler.drawn()[0].clone()
     }
 
     fn greedy() -> Sampling {
@@ -535,8 +546,9 @@ mod tests {
         for seed in 0..DRAWS as u64 {
             let mut data = logits.to_vec();
             let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
-            let draw = |_| Draw { sampling: &sampling, seed: seed / 7, position: seed % 7, seen: None, logprobs: None };
-            counts[sampler.pick(rows, draw)[0].token.unwrap() as usize] += 1;
+            let draw = Draw { sampling: &sampling, seed: seed / 7, position: seed % 7, seen: None, logprobs: None };
+            sampler.pick(rows, |_| Some(Draw { ..draw }));
+            counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
         }
         let (mut square, mut cells, mut rare, mut rare_chance) = (0.0, 0, 0, 0.0);
         for (&count, &chance) in counts.iter().zip(&chances) {
@@ -656,8 +668,12 @@ mod tests {
             let mut data = rows.concat();
             let pool = Pool::new(threads);
             let all = Logits { data: &mut data, vocab: 700, pool: &pool };
-            let draw = |row| Draw { sampling: &sampling, seed: row as u64, position: 0, seen: None, logprobs: Some(3) };
-            assert_eq!(Sampler::default().pick(all, draw), alone);
+            let mut sampler = Sampler::default();
+            sampler.pick(all, |row| {
+                let seed = row as u64;
+                Some(Draw { sampling: &sampling, seed, position: 0, seen: None, logprobs: Some(3) })
+            });
+            assert_eq!(sampler.drawn(), alone);
         }
     }
 

@@ -77,7 +77,7 @@ struct Request {
     live: Vec<SequenceKey>,
 }
 
-/// One sequence's part of a [`Plan`], in the order of the batch's spans.
+/// One sequence's part of a [`Plan`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Planned {
     /// Which sequence.
@@ -86,8 +86,6 @@ pub struct Planned {
     pub request: RequestKey,
     /// Which of its choices.
     pub choice: u32,
-    /// Whether a token is drawn after it: its last known token is computed in this step.
-    pub samples: bool,
 }
 
 /// One step, decided. Reused from step to step, so that planning allocates nothing.
@@ -95,8 +93,10 @@ pub struct Planned {
 pub struct Plan {
     /// What the runner computes.
     pub batch: Batch,
-    /// Whose rows they are.
+    /// Whose rows they are, in the order of the batch's spans.
     pub parts: Vec<Planned>,
+    /// Those after which a token is drawn, in the order of the batch's `sample_rows`.
+    pub sampled: Vec<Planned>,
     /// Requests whose first token is computed in this step, with the prompt tokens found in the prefix cache.
     pub begun: Vec<(RequestKey, usize)>,
     /// Tokens computed that belong to prompts.
@@ -109,14 +109,10 @@ impl Plan {
     fn clear(&mut self) {
         self.batch.clear();
         self.parts.clear();
+        self.sampled.clear();
         self.begun.clear();
         self.prompt_rows = 0;
         self.preempted = 0;
-    }
-
-    /// The parts whose rows are sampled, in the order of `batch.sample_rows`.
-    pub fn sampled(&self) -> impl Iterator<Item = Planned> + '_ {
-        self.parts.iter().copied().filter(|part| part.samples)
     }
 }
 
@@ -348,7 +344,7 @@ impl Scheduler {
         let growth = |key: SequenceKey| {
             let sequence = &self.sequences[key];
             let expected = (sequence.most - sequence.tokens.len()).min(GROWTH_HORIZON) as f32 * self.growth;
-            self.blocks.needed(expected as usize)
+            self.blocks.needed(sequence.tokens.len() + expected as usize) - self.blocks.needed(sequence.tokens.len())
         };
         self.running.iter().copied().map(growth).sum::<usize>() + growth(newcomer)
     }
@@ -361,10 +357,13 @@ impl Scheduler {
             return 0;
         }
         let (start, end) = (sequence.computed, sequence.computed + rows);
+        // A token is drawn after the last known one.
         let samples = end == sequence.tokens.len();
         let table = &sequence.table[..self.blocks.needed(end)];
         plan.batch.push(&sequence.tokens[start..end], start as u32, table, samples.then_some(rows as u32 - 1));
-        plan.parts.push(Planned { sequence: key, request: sequence.request, choice: sequence.choice, samples });
+        let part = Planned { sequence: key, request: sequence.request, choice: sequence.choice };
+        plan.parts.push(part);
+        plan.sampled.extend(samples.then_some(part));
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
         sequence.computed = end;
         rows
@@ -558,5 +557,236 @@ impl<T> std::ops::Index<u32> for Slab<T> {
 impl<T> std::ops::IndexMut<u32> for Slab<T> {
     fn index_mut(&mut self, key: u32) -> &mut T {
         self.slots[key as usize].as_mut().expect(COMPUTED)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request: name, prompt, tokens to produce; `at` is the step it arrives before. Prompts hold the name's letter
+    /// unless `shared`, so equal names share prefixes.
+    #[derive(Clone)]
+    struct Seq {
+        name: &'static str,
+        prompt: usize,
+        most: u32,
+        choices: u32,
+        priority: i8,
+        at: usize,
+        leaves: Option<usize>,
+    }
+
+    fn seq(name: &'static str, prompt: usize, most: u32) -> Seq {
+        Seq { name, prompt, most, choices: 1, priority: 0, at: 0, leaves: None }
+    }
+
+    impl Seq {
+        fn choices(self, choices: u32) -> Self {
+            Self { choices, ..self }
+        }
+        fn priority(self, priority: i8) -> Self {
+            Self { priority, ..self }
+        }
+        fn at(self, at: usize) -> Self {
+            Self { at, ..self }
+        }
+        fn leaves(self, step: usize) -> Self {
+            Self { leaves: Some(step), ..self }
+        }
+    }
+
+    fn limits() -> Limits {
+        Limits { context: 1000, step_tokens: 64, prefill_chunk: 64, max_running: 8, max_queue: 8, prefix_cache: true }
+    }
+
+    /// Runs requests to their end over `blocks` blocks of 16 and compares the steps. In a step: `-b` lost its blocks,
+    /// `a[0..32]` several rows, `a` one row; `a.` is complete. Choices are named `a0 a1`.
+    fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Seq; N], expected: &str) {
+        let mut scheduler = Scheduler::new(limits, blocks, 16);
+        let (mut now, mut plan) = (Instant::now(), Plan::default());
+        let mut keys: Vec<Option<RequestKey>> = vec![None; N];
+        let mut trace: Vec<String> = Vec::new();
+        for step in 0.. {
+            for (key, request) in keys.iter_mut().zip(&requests) {
+                if request.at == step {
+                    let account = AccountId::new(&request.name[..1]);
+                    let prompt = vec![u32::from(request.name.as_bytes()[0]); request.prompt];
+                    let (choices, max_tokens, priority) = (request.choices, request.most, request.priority);
+                    let ask = Ask { account: &account, prompt, choices, max_tokens, priority, salt: 0 };
+                    match scheduler.submit(ask, now) {
+                        Ok(new) => *key = Some(new),
+                        Err(error) => trace.push(format!("{} {:?}", request.name, error.kind())),
+                    }
+                }
+                if request.leaves == Some(step) {
+                    scheduler.cancel(key.take().unwrap());
+                }
+            }
+            if scheduler.is_idle() && requests.iter().all(|request| request.at <= step) {
+                break;
+            }
+            let name = |key: SequenceKey, scheduler: &Scheduler, keys: &[Option<RequestKey>]| {
+                let sequence = scheduler.sequence(key).unwrap();
+                let at = keys.iter().position(|&key| key == Some(sequence.request)).unwrap();
+                match requests[at].choices {
+                    1 => requests[at].name.to_owned(),
+                    _ => format!("{}{}", requests[at].name, sequence.choice),
+                }
+            };
+            let before = scheduler.running.clone();
+            scheduler.plan(now, &mut plan);
+            scheduler.check().unwrap();
+            assert!(plan.batch.rows() <= scheduler.limits.step_tokens);
+            let mut line: Vec<String> = before
+                .iter()
+                .filter(|&&key| !scheduler.running.contains(&key))
+                .map(|&key| format!("-{}", name(key, &scheduler, &keys)))
+                .collect();
+            assert_eq!(line.len(), plan.preempted);
+            for (part, span) in plan.parts.iter().zip(&plan.batch.spans) {
+                let rows =
+                    if span.rows > 1 { format!("[{}..{}]", span.start, span.start + span.rows) } else { "".into() };
+                line.push(name(part.sequence, &scheduler, &keys) + &rows);
+            }
+            scheduler.computed(&plan, now);
+            let ended: Vec<_> =
+                plan.sampled.iter().filter(|part| scheduler.push(part.sequence, 7) == Pushed::Full).copied().collect();
+            for part in ended {
+                line.push(name(part.sequence, &scheduler, &keys) + ".");
+                let complete = scheduler.finish(part.sequence);
+                keys.iter_mut().filter(|key| complete && **key == Some(part.request)).for_each(|key| *key = None);
+            }
+            scheduler.check().unwrap();
+            trace.push(line.join(" "));
+            now += Duration::from_millis(10);
+            assert!(step < 200, "no end: {trace:?}");
+        }
+        assert_eq!(scheduler.blocks.used(), 0);
+        assert_eq!(trace.join(" | "), expected);
+    }
+
+    #[test]
+    fn sequences_join_and_leave_step_by_step() {
+        check(16, limits(), [seq("a", 10, 3), seq("b", 5, 1).at(1)], "a[0..10] | a b[0..5] b. | a a.");
+    }
+
+    #[test]
+    fn a_long_prompt_goes_in_chunks_and_others_decode_meanwhile() {
+        let limits = Limits { step_tokens: 32, prefill_chunk: 24, ..limits() };
+        check(
+            16,
+            limits,
+            [seq("a", 4, 4), seq("b", 60, 1).at(1), seq("c", 5, 1).at(1)],
+            "a[0..4] | a b[0..24] c[0..5] c. | a b[24..48] | a b[48..60] a. b.",
+        );
+    }
+
+    #[test]
+    fn the_budget_is_shared_by_all_and_decodes_come_first() {
+        let limits = Limits { step_tokens: 16, prefill_chunk: 16, ..limits() };
+        check(16, limits, [seq("a", 12, 3), seq("b", 20, 1)], "a[0..12] b[0..4] | a b[4..19] | a b a. b.");
+    }
+
+    #[test]
+    fn a_preempted_sequence_keeps_its_tokens_and_finds_its_blocks_again() {
+        // Four blocks: a and b fill two each, then both need a third. b came last.
+        check(
+            4,
+            limits(),
+            [seq("a", 31, 4), seq("b", 31, 4)],
+            "a[0..31] b[0..31] | a b | -b a | a a. | b[16..33] | b b.",
+        );
+    }
+
+    #[test]
+    fn the_lowest_priority_is_preempted_first_even_if_it_came_first() {
+        check(
+            4,
+            limits(),
+            [seq("a", 28, 8).priority(-1), seq("b", 31, 4).at(1)],
+            "a[0..28] | a b[0..31] | a b | -a b | b b. | a[16..31] | a | a | a | a a.",
+        );
+    }
+
+    #[test]
+    fn admission_keeps_blocks_free_for_what_runs() {
+        // a has two blocks and will probably need a third: the two free ones are not for b, which needs both.
+        check(
+            4,
+            limits(),
+            [seq("a", 16, 40), seq("b", 20, 2).at(1)],
+            &format!("a[0..16] | {} | a a. | b[0..20] | b b.", ["a"; 38].join(" | ")),
+        );
+    }
+
+    #[test]
+    fn a_prefix_is_shared_but_one_token_is_always_recomputed() {
+        check(8, limits(), [seq("a", 48, 1), seq("a", 48, 1).at(1)], "a[0..48] a. | a[32..48] a.");
+        check(8, limits(), [seq("a", 49, 1), seq("a", 49, 1).at(1)], "a[0..49] a. | a a.");
+    }
+
+    #[test]
+    fn without_a_prefix_cache_only_the_choices_of_a_request_share() {
+        let limits = Limits { prefix_cache: false, ..limits() };
+        check(8, limits.clone(), [seq("a", 48, 1), seq("a", 48, 1).at(1)], "a[0..48] a. | a[0..48] a.");
+        check(8, limits, [seq("a", 33, 1).choices(3)], "a0[0..33] a0. | a1 a2 a1. a2.");
+    }
+
+    #[test]
+    fn choices_wait_for_the_first_to_compute_the_prompt() {
+        check(
+            8,
+            limits(),
+            [seq("a", 40, 2).choices(3), seq("b", 4, 1)],
+            "a0[0..40] b[0..4] b. | a0 a1[32..40] a2[32..40] a0. | a1 a2 a1. a2.",
+        );
+    }
+
+    #[test]
+    fn a_cancelled_request_frees_its_blocks_wherever_it_is() {
+        let limits = Limits { step_tokens: 16, prefill_chunk: 16, max_running: 2, ..limits() };
+        // a leaves within its prompt, b while it waits, c with choices that are held back, d while it decodes.
+        check(
+            8,
+            limits,
+            [
+                seq("a", 60, 4).leaves(1),
+                seq("b", 4, 9).at(1).leaves(1),
+                seq("c", 60, 2).choices(4).at(1).leaves(3),
+                seq("d", 5, 99).at(4).leaves(6),
+            ],
+            "a[0..16] | c0[0..16] | c0[16..32] |  | d[0..5] | d",
+        );
+    }
+
+    #[test]
+    fn what_can_never_be_computed_is_refused_at_once_and_what_can_is_not() {
+        check(2, limits(), [seq("a", 32, 1)], "a ContextLength");
+        // The pool ends the answer: 31 + 1.
+        check(2, limits(), [seq("a", 31, 9)], "a[0..31] a.");
+        check(99, Limits { context: 20, ..limits() }, [seq("a", 18, 9)], "a[0..18] | a a.");
+    }
+
+    #[test]
+    fn a_full_queue_refuses_but_an_empty_one_takes_any_request() {
+        let limits = Limits { max_running: 1, max_queue: 2, ..limits() };
+        check(
+            8,
+            limits,
+            [seq("a", 2, 1).choices(4), seq("b", 2, 1)],
+            "b Busy | a0[0..2] a0. | a1[0..2] a1. | a2[0..2] a2. | a3[0..2] a3.",
+        );
+    }
+
+    #[test]
+    fn higher_priority_is_admitted_first() {
+        let limits = Limits { max_running: 1, ..limits() };
+        check(
+            8,
+            limits,
+            [seq("a", 2, 1), seq("b", 2, 1), seq("c", 2, 1).priority(3)],
+            "c[0..2] c. | a[0..2] a. | b[0..2] b.",
+        );
     }
 }
