@@ -2,5 +2,7 @@
 //! reference it is tested against.
 
 mod pool;
+pub mod quant;
 
 pub use pool::Pool;
+pub use quant::Dtype;
