@@ -190,7 +190,8 @@ impl Engine {
 }
 
 fn full() -> Error {
-    Error::new(Kind::Busy, "The engine's inbox is full; try again in a moment.").with_retry_after(Duration::from_secs(1))
+    Error::new(Kind::Busy, "The engine's inbox is full; try again in a moment.")
+        .with_retry_after(Duration::from_secs(1))
 }
 
 fn lost() -> Error {
