@@ -62,7 +62,8 @@ fn kv(text: &str) -> std::result::Result<KvType, String> {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let failed = |what: &PathBuf, error: &dyn std::fmt::Display| Error::bad_input(format!("{}: {error}", what.display()));
+    let failed =
+        |what: &PathBuf, error: &dyn std::fmt::Display| Error::bad_input(format!("{}: {error}", what.display()));
     let text = std::fs::read(&args.tokens).map_err(|error| failed(&args.tokens, &error))?;
     let sequences: Vec<Vec<u32>> = serde_json::from_slice(&text).map_err(|error| failed(&args.tokens, &error))?;
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0).max(1);

@@ -189,7 +189,13 @@ impl Rig {
 
     /// Teacher forcing: calls `see(position, logits)` at each wanted position, ascending. `chunk` says how many tokens
     /// are read at a time.
-    fn force(&mut self, tokens: &[u32], wanted: &[usize], chunk: impl Fn(&mut Random) -> usize, mut see: impl FnMut(usize, &[f32])) {
+    fn force(
+        &mut self,
+        tokens: &[u32],
+        wanted: &[usize],
+        chunk: impl Fn(&mut Random) -> usize,
+        mut see: impl FnMut(usize, &[f32]),
+    ) {
         let mut sequence = self.begin(tokens);
         let mut left = wanted.iter();
         while sequence.computed < tokens.len() {
@@ -289,16 +295,21 @@ fn check_plain(model: &Path, golden: &Golden) {
     for case in &golden.prompts {
         let wanted: Vec<usize> = case.logits.iter().map(|at| at.position).collect();
         let mut expected = case.logits.iter();
-        rig.force(&case.read(), &wanted, |_| 256, |position, row| {
-            let at = expected.next().expect("as many rows as wanted");
-            assert_eq!(row.len(), golden.vocab);
-            let top = at.top_ids.iter().map(|&id| id as usize).zip(&at.top);
-            for (id, &value) in top.chain((0..golden.vocab).step_by(golden.stride).zip(&at.every)) {
-                let off = (row[id] - value).abs();
-                furthest = furthest.max(off);
-                assert!(off <= CLOSE, "{} at {position}: logit {id} is {}, not {value}", case.name, row[id]);
-            }
-        });
+        rig.force(
+            &case.read(),
+            &wanted,
+            |_| 256,
+            |position, row| {
+                let at = expected.next().expect("as many rows as wanted");
+                assert_eq!(row.len(), golden.vocab);
+                let top = at.top_ids.iter().map(|&id| id as usize).zip(&at.top);
+                for (id, &value) in top.chain((0..golden.vocab).step_by(golden.stride).zip(&at.every)) {
+                    let off = (row[id] - value).abs();
+                    furthest = furthest.max(off);
+                    assert!(off <= CLOSE, "{} at {position}: logit {id} is {}, not {value}", case.name, row[id]);
+                }
+            },
+        );
     }
     let cases: Vec<&Case> = golden.prompts.iter().collect();
     for (case, answer) in cases.iter().zip(rig.greedy(&cases, &golden.end_tokens)) {
@@ -351,7 +362,9 @@ fn same<T: PartialEq + Debug>(name: &str, what: &str, got: &[T], expected: &[T])
 
 fn same_but_ties(case: &Case, answer: &[u32]) {
     match differ(answer, &case.greedy) {
-        Some(at) if case.near_ties.contains(&at) => println!("{}: took the other side of a near tie at {at}", case.name),
+        Some(at) if case.near_ties.contains(&at) => {
+            println!("{}: took the other side of a near tie at {at}", case.name)
+        }
         _ => same(&case.name, "greedy answer", answer, &case.greedy),
     }
 }
@@ -408,7 +421,11 @@ fn a_tiny_safetensors_model_agrees_with_the_reference_in_bf16_f16_and_f32() {
 
 #[test]
 fn tiny_models_answer_alike_alone_batched_chunked_and_in_any_block_size() {
-    let models = [("tiny-llama", "tiny-llama/golden.json"), ("tiny-gguf/legacy.gguf", "tiny-gguf/legacy.json"), ("tiny-gguf/k.gguf", "tiny-gguf/k.json")];
+    let models = [
+        ("tiny-llama", "tiny-llama/golden.json"),
+        ("tiny-gguf/legacy.gguf", "tiny-gguf/legacy.json"),
+        ("tiny-gguf/k.gguf", "tiny-gguf/k.json"),
+    ];
     for (model, file) in models {
         let (model, golden) = (tiny(model), golden(file));
         let longest = golden.prompts.iter().max_by_key(|case| case.tokens.len()).expect("a prompt").read();
@@ -458,11 +475,16 @@ fn the_fast_path_stays_as_close_to_the_reference_as_llama_cpp_does() {
         let wanted: Vec<usize> = (0..tokens.len()).collect();
         let mut exact = Vec::new();
         plain.force(tokens, &wanted, |_| 128, |_, row| exact.push(row.to_vec()));
-        fast.force(tokens, &wanted, |_| 128, |position, row| {
-            positions += 1;
-            kl += divergence(&exact[position], row);
-            agreed += usize::from(best(&exact[position]) == best(row));
-        });
+        fast.force(
+            tokens,
+            &wanted,
+            |_| 128,
+            |position, row| {
+                positions += 1;
+                kl += divergence(&exact[position], row);
+                agreed += usize::from(best(&exact[position]) == best(row));
+            },
+        );
     }
     let (kl, top1) = (kl / positions as f64, agreed as f64 / positions as f64);
     println!(
@@ -498,7 +520,9 @@ fn retype(from: &Path, to: &Path, dtype: Dtype) {
                 (name, tensor.shape().to_vec(), bytes)
             })
             .collect();
-        let views = tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).expect("a tensor")));
+        let views = tensors
+            .iter()
+            .map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).expect("a tensor")));
         safetensors::serialize_to_file(views, None, &target).expect("written");
     }
 }
