@@ -92,7 +92,7 @@ struct Blocks {
     model: Vec<Block>,
 }
 
-/// `[[model]]` of a catalog file: one model that can be asked for by name. A block whose id is already known changes only
+/// `[[model]]`: one model that can be asked for by name. A block whose id is already known changes only
 /// the keys it names.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

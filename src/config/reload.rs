@@ -248,9 +248,8 @@ mod tests {
 
     /// Makes two equal configurations, changes one, and compares what is said about it.
     fn check(change: impl FnOnce(&mut Config), said: &[&str]) {
-        let mut old = Config::default();
-        old.models = vec![model("a"), model("b")];
-        old.auth.tokens = vec![token("ops", 1), token("ci", 2)];
+        let auth = Auth { tokens: vec![token("ops", 1), token("ci", 2)], ..Config::default().auth };
+        let old = Config { models: vec![model("a"), model("b")], auth, ..Config::default() };
         let mut new = old.clone();
         change(&mut new);
         let changes: Vec<_> = diff(&old, &new).iter().map(ToString::to_string).collect();
