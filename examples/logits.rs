@@ -13,7 +13,7 @@ use std::sync::Arc;
 use clap::Parser;
 use neurond::base::{Error, Result};
 use neurond::config::{KvType, Precision};
-use neurond::kernel::{Isa, Pool};
+use neurond::kernel::{Isa, KvLayout, Pool};
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions};
 
@@ -62,20 +62,23 @@ fn kv(text: &str) -> std::result::Result<KvType, String> {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let failed = |what: &PathBuf, error: &dyn std::fmt::Display| Error::bad_input(format!("{}: {error}", what.display()));
+    let failed =
+        |what: &PathBuf, error: &dyn std::fmt::Display| Error::bad_input(format!("{}: {error}", what.display()));
     let text = std::fs::read(&args.tokens).map_err(|error| failed(&args.tokens, &error))?;
     let sequences: Vec<Vec<u32>> = serde_json::from_slice(&text).map_err(|error| failed(&args.tokens, &error))?;
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0).max(1);
 
     let weights = Weights::open(&args.model)?;
     let spec = weights.spec()?;
+    let half = args.kv == KvType::F16 && args.precision == Precision::Fast;
+    let layout = KvLayout { heads: spec.kv_heads, dim: spec.head_dim, block_tokens: BLOCK, half };
     let blocks = longest.div_ceil(BLOCK);
     let options = DecoderOptions {
         pool: Arc::new(Pool::new(args.threads)),
         isa: Isa::detect(),
         precision: args.precision,
         kv: args.kv,
-        kv_bytes: blocks * BLOCK * 2 * spec.layers * spec.kv_width() * size_of::<f32>(),
+        kv_bytes: blocks * layout.block_bytes() * spec.layers,
         block_tokens: BLOCK,
         max_rows: CHUNK,
         max_sample_rows: CHUNK,

@@ -5,7 +5,8 @@
 //!                                                    Plain, now trusted ──> Precision::Fast as close as llama.cpp is
 //!
 //! The real model is looked for in `$NEUROND_TEST_MODELS`, `target/test-models` and `models/`; without it those tests
-//! say "skipped: no weights". The tiny models are committed and always run.
+//! say "skipped: no weights". The tiny models are committed and always run. Builds without optimisation leave out the long
+//! prompts and say so: `cargo test --release --test model` (or `NEUROND_TEST_MODELS_ALL=1`) takes all.
 
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use std::thread::available_parallelism;
 
 use half::{bf16, f16};
 use neurond::config::{KvType, Precision};
-use neurond::kernel::{Isa, Pool};
+use neurond::kernel::{Isa, KvLayout, Pool};
 use neurond::model::text::TextModel;
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions, Detokenizer};
@@ -109,7 +110,12 @@ fn real() -> Option<(PathBuf, Golden)> {
     if found.is_none() {
         eprintln!("skipped: no weights ({FILE} in $NEUROND_TEST_MODELS, target/test-models or models/)");
     }
-    Some((found?, golden("smollm2-135m-instruct-q4_1.json")))
+    let (found, mut golden) = (found?, golden("smollm2-135m-instruct-q4_1.json"));
+    if cfg!(debug_assertions) && std::env::var_os("NEUROND_TEST_MODELS_ALL").is_none() {
+        golden.prompts.retain(|case| case.tokens.len() < 100);
+        println!("{} short prompts; cargo test --release --test model takes all", golden.prompts.len());
+    }
+    Some((found, golden))
 }
 
 // ------------------------------------------------------------------------------------------- a runner under test
@@ -148,13 +154,14 @@ impl Rig {
     fn new(model: &Path, precision: Precision, kv: KvType, block_tokens: usize, room: usize) -> Self {
         let weights = Weights::open(model).expect("the weights open");
         let spec = weights.spec().expect("a decoder");
-        let token_bytes = 2 * spec.layers * spec.kv_width() * size_of::<f32>();
+        let half = kv == KvType::F16 && precision == Precision::Fast;
+        let layout = KvLayout { heads: spec.kv_heads, dim: spec.head_dim, block_tokens, half };
         let options = DecoderOptions {
             pool: Arc::new(Pool::new(available_parallelism().map_or(1, usize::from))),
             isa: Isa::detect(),
             precision,
             kv,
-            kv_bytes: room.next_multiple_of(block_tokens) * token_bytes,
+            kv_bytes: room.div_ceil(block_tokens) * layout.block_bytes() * spec.layers,
             block_tokens,
             max_rows: ROWS,
             max_sample_rows: SAMPLED,
@@ -189,7 +196,13 @@ impl Rig {
 
     /// Teacher forcing: calls `see(position, logits)` at each wanted position, ascending. `chunk` says how many tokens
     /// are read at a time.
-    fn force(&mut self, tokens: &[u32], wanted: &[usize], chunk: impl Fn(&mut Random) -> usize, mut see: impl FnMut(usize, &[f32])) {
+    fn force(
+        &mut self,
+        tokens: &[u32],
+        wanted: &[usize],
+        chunk: impl Fn(&mut Random) -> usize,
+        mut see: impl FnMut(usize, &[f32]),
+    ) {
         let mut sequence = self.begin(tokens);
         let mut left = wanted.iter();
         while sequence.computed < tokens.len() {
@@ -289,16 +302,21 @@ fn check_plain(model: &Path, golden: &Golden) {
     for case in &golden.prompts {
         let wanted: Vec<usize> = case.logits.iter().map(|at| at.position).collect();
         let mut expected = case.logits.iter();
-        rig.force(&case.read(), &wanted, |_| 256, |position, row| {
-            let at = expected.next().expect("as many rows as wanted");
-            assert_eq!(row.len(), golden.vocab);
-            let top = at.top_ids.iter().map(|&id| id as usize).zip(&at.top);
-            for (id, &value) in top.chain((0..golden.vocab).step_by(golden.stride).zip(&at.every)) {
-                let off = (row[id] - value).abs();
-                furthest = furthest.max(off);
-                assert!(off <= CLOSE, "{} at {position}: logit {id} is {}, not {value}", case.name, row[id]);
-            }
-        });
+        rig.force(
+            &case.read(),
+            &wanted,
+            |_| 256,
+            |position, row| {
+                let at = expected.next().expect("as many rows as wanted");
+                assert_eq!(row.len(), golden.vocab);
+                let top = at.top_ids.iter().map(|&id| id as usize).zip(&at.top);
+                for (id, &value) in top.chain((0..golden.vocab).step_by(golden.stride).zip(&at.every)) {
+                    let off = (row[id] - value).abs();
+                    furthest = furthest.max(off);
+                    assert!(off <= CLOSE, "{} at {position}: logit {id} is {}, not {value}", case.name, row[id]);
+                }
+            },
+        );
     }
     let cases: Vec<&Case> = golden.prompts.iter().collect();
     for (case, answer) in cases.iter().zip(rig.greedy(&cases, &golden.end_tokens)) {
@@ -324,23 +342,24 @@ fn check_batch(model: &Path, golden: &Golden, precision: Precision, kv: KvType, 
 /// How a prompt is cut into chunks, and KV into blocks, changes no bit of a logit.
 fn check_chunks(model: &Path, tokens: &[u32], precision: Precision, kv: KvType, chunks: &[usize]) {
     let wanted = [0, tokens.len() / 3, tokens.len() - 1];
-    let read = |block_tokens: usize, chunk: &dyn Fn(&mut Random) -> usize| {
+    let mut whole: Option<Vec<Vec<f32>>> = None;
+    for block_tokens in [16, 8, 32] {
         let mut rig = Rig::new(model, precision, kv, block_tokens, tokens.len() + block_tokens);
-        let mut rows = Vec::new();
-        rig.force(tokens, &wanted, chunk, |_, row| rows.push(row.to_vec()));
-        rows
-    };
-    let whole = read(16, &|_| usize::MAX);
-    for block_tokens in [8, 16, 32] {
-        for &widest in chunks {
-            let rows = read(block_tokens, &|random| 1 + random.below(widest));
-            for ((position, a), b) in wanted.iter().zip(&whole).zip(&rows) {
-                let off = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-                let how = format!("{precision:?}, blocks of {block_tokens}, chunks up to {widest}");
-                assert!(off == 0.0, "{how}: logits at {position} are off by {off}");
-            }
+        for &widest in [&ROWS].into_iter().chain(chunks) {
+            let mut rows = Vec::new();
+            let chunk = |random: &mut Random| if widest == ROWS { ROWS } else { 1 + random.below(widest) };
+            rig.force(tokens, &wanted, chunk, |_, row| rows.push(row.to_vec()));
+            let off = distance(&rows, whole.get_or_insert_with(|| rows.clone()));
+            assert!(off == 0.0, "{precision:?}, blocks of {block_tokens}, chunks up to {widest}: off by {off}");
         }
     }
+}
+
+/// The largest difference of two lists of rows.
+fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().zip(b).flat_map(|(a, b)| a.iter().zip(b));
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
 fn same<T: PartialEq + Debug>(name: &str, what: &str, got: &[T], expected: &[T]) {
@@ -351,7 +370,9 @@ fn same<T: PartialEq + Debug>(name: &str, what: &str, got: &[T], expected: &[T])
 
 fn same_but_ties(case: &Case, answer: &[u32]) {
     match differ(answer, &case.greedy) {
-        Some(at) if case.near_ties.contains(&at) => println!("{}: took the other side of a near tie at {at}", case.name),
+        Some(at) if case.near_ties.contains(&at) => {
+            println!("{}: took the other side of a near tie at {at}", case.name)
+        }
         _ => same(&case.name, "greedy answer", answer, &case.greedy),
     }
 }
@@ -408,7 +429,11 @@ fn a_tiny_safetensors_model_agrees_with_the_reference_in_bf16_f16_and_f32() {
 
 #[test]
 fn tiny_models_answer_alike_alone_batched_chunked_and_in_any_block_size() {
-    let models = [("tiny-llama", "tiny-llama/golden.json"), ("tiny-gguf/legacy.gguf", "tiny-gguf/legacy.json"), ("tiny-gguf/k.gguf", "tiny-gguf/k.json")];
+    let models = [
+        ("tiny-llama", "tiny-llama/golden.json"),
+        ("tiny-gguf/legacy.gguf", "tiny-gguf/legacy.json"),
+        ("tiny-gguf/k.gguf", "tiny-gguf/k.json"),
+    ];
     for (model, file) in models {
         let (model, golden) = (tiny(model), golden(file));
         let longest = golden.prompts.iter().max_by_key(|case| case.tokens.len()).expect("a prompt").read();
@@ -427,10 +452,9 @@ fn the_plain_path_of_a_real_model_agrees_with_the_reference_on_every_prompt() {
 }
 
 #[test]
-fn a_real_model_answers_32_prompts_in_a_batch_as_it_answers_each_alone() {
+fn a_real_model_answers_every_prompt_in_a_batch_of_all_as_it_does_alone() {
     let _turn = alone();
     let Some((model, golden)) = real() else { return };
-    assert!(golden.prompts.len() >= 32);
     check_batch(&model, &golden, Precision::Fast, KvType::F16, usize::MAX);
     check_batch(&model, &golden, Precision::Plain, KvType::F32, 300);
 }
@@ -439,7 +463,8 @@ fn a_real_model_answers_32_prompts_in_a_batch_as_it_answers_each_alone() {
 fn a_real_model_does_not_mind_how_a_prompt_is_cut() {
     let _turn = alone();
     let Some((model, golden)) = real() else { return };
-    let case = golden.prompts.iter().find(|case| case.name == "turns-many").expect("the prompt");
+    let lengths = golden.prompts.iter().filter(|case| case.tokens.len() <= ROWS);
+    let case = lengths.max_by_key(|case| case.tokens.len()).expect("a prompt");
     check_chunks(&model, &case.tokens, Precision::Fast, KvType::F16, &[7, 40, 300]);
     check_chunks(&model, &case.tokens, Precision::Plain, KvType::F32, &[40, 300]);
 }
@@ -458,11 +483,16 @@ fn the_fast_path_stays_as_close_to_the_reference_as_llama_cpp_does() {
         let wanted: Vec<usize> = (0..tokens.len()).collect();
         let mut exact = Vec::new();
         plain.force(tokens, &wanted, |_| 128, |_, row| exact.push(row.to_vec()));
-        fast.force(tokens, &wanted, |_| 128, |position, row| {
-            positions += 1;
-            kl += divergence(&exact[position], row);
-            agreed += usize::from(best(&exact[position]) == best(row));
-        });
+        fast.force(
+            tokens,
+            &wanted,
+            |_| 128,
+            |position, row| {
+                positions += 1;
+                kl += divergence(&exact[position], row);
+                agreed += usize::from(best(&exact[position]) == best(row));
+            },
+        );
     }
     let (kl, top1) = (kl / positions as f64, agreed as f64 / positions as f64);
     println!(
@@ -470,7 +500,7 @@ fn the_fast_path_stays_as_close_to_the_reference_as_llama_cpp_does() {
         100.0 * top1,
         100.0 * LLAMA_TOP1
     );
-    assert!(positions >= 2000, "only {positions} positions");
+    assert!(positions >= 1500, "only {positions} positions");
     assert!(kl <= 1.1 * LLAMA_KL, "mean KL {kl:.3e} is beyond llama.cpp's {LLAMA_KL:.3e}");
     assert!(top1 >= LLAMA_TOP1 - 0.005, "top-1 agreement {top1:.4} is below llama.cpp's {LLAMA_TOP1:.4}");
 }
@@ -498,7 +528,9 @@ fn retype(from: &Path, to: &Path, dtype: Dtype) {
                 (name, tensor.shape().to_vec(), bytes)
             })
             .collect();
-        let views = tensors.iter().map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).expect("a tensor")));
+        let views = tensors
+            .iter()
+            .map(|(name, shape, bytes)| (name, TensorView::new(dtype, shape.clone(), bytes).expect("a tensor")));
         safetensors::serialize_to_file(views, None, &target).expect("written");
     }
 }
