@@ -27,7 +27,10 @@ use serde::Deserialize;
 /// How far a logit may be from the reference's.
 const CLOSE: f32 = 1e-3;
 
-/// What llama.cpp reaches against the same reference on the same prompts and answers (docs/PERFORMANCE.md, section 3).
+/// Tokens of a prompt from which on it is not short. 27 of the 32 are.
+const SHORT: usize = 100;
+
+/// What llama.cpp reaches against the same reference on the short prompts and their answers (docs/PERFORMANCE.md, section 3).
 const LLAMA_KL: f64 = 3.886e-3;
 const LLAMA_TOP1: f64 = 0.9789;
 
@@ -112,7 +115,7 @@ fn real() -> Option<(PathBuf, Golden)> {
     }
     let (found, mut golden) = (found?, golden("smollm2-135m-instruct-q4_1.json"));
     if cfg!(debug_assertions) && std::env::var_os("NEUROND_TEST_MODELS_ALL").is_none() {
-        golden.prompts.retain(|case| case.tokens.len() < 100);
+        golden.prompts.retain(|case| case.tokens.len() < SHORT);
         println!("{} short prompts; cargo test --release --test model takes all", golden.prompts.len());
     }
     Some((found, golden))
@@ -469,13 +472,14 @@ fn a_real_model_does_not_mind_how_a_prompt_is_cut() {
     check_chunks(&model, &case.tokens, Precision::Plain, KvType::F32, &[40, 300]);
 }
 
-/// By teacher forcing on prompts and answers of up to 512 tokens. The plain path stands for the reference, which it was
+/// By teacher forcing on the short prompts and their answers. The plain path stands for the reference, which it was
 /// just shown to equal; the bound is llama.cpp's own distance on the same file and tokens, and a tenth.
 #[test]
 fn the_fast_path_stays_as_close_to_the_reference_as_llama_cpp_does() {
     let _turn = alone();
     let Some((model, golden)) = real() else { return };
-    let texts: Vec<Vec<u32>> = golden.prompts.iter().map(Case::read).filter(|tokens| tokens.len() <= 512).collect();
+    let short = golden.prompts.iter().filter(|case| case.tokens.len() < SHORT);
+    let texts: Vec<Vec<u32>> = short.map(Case::read).collect();
     let mut plain = Rig::new(&model, Precision::Plain, KvType::F32, 16, 1024);
     let mut fast = Rig::new(&model, Precision::Fast, KvType::F16, 16, 1024);
     let (mut positions, mut kl, mut agreed) = (0usize, 0f64, 0usize);
@@ -500,7 +504,7 @@ fn the_fast_path_stays_as_close_to_the_reference_as_llama_cpp_does() {
         100.0 * top1,
         100.0 * LLAMA_TOP1
     );
-    assert!(positions >= 1500, "only {positions} positions");
+    assert!(positions >= 2000, "only {positions} positions");
     assert!(kl <= 1.1 * LLAMA_KL, "mean KL {kl:.3e} is beyond llama.cpp's {LLAMA_KL:.3e}");
     assert!(top1 >= LLAMA_TOP1 - 0.005, "top-1 agreement {top1:.4} is below llama.cpp's {LLAMA_TOP1:.4}");
 }

@@ -6,7 +6,9 @@
 pub mod files;
 pub mod gguf;
 pub mod spec;
+pub mod template;
 pub mod text;
+pub mod tokenizer;
 pub mod weights;
 
 mod batch;
