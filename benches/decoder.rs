@@ -64,7 +64,8 @@ fn main() -> Result<()> {
     };
     prompt(&mut decoder, &mut batch, PREFILL)?;
     for rows in [32, 128, PREFILL] {
-        let best = (0..6).map(|_| prompt(&mut decoder, &mut batch, rows)).collect::<Result<Vec<_>>>()?.into_iter().min();
+        let best =
+            (0..6).map(|_| prompt(&mut decoder, &mut batch, rows)).collect::<Result<Vec<_>>>()?.into_iter().min();
         let seconds = best.unwrap_or_default().as_secs_f64();
         println!("prefill {rows:>4}   {:>8.1} tok/s   {:>8.2} ms", rows as f64 / seconds, seconds * 1e3);
     }
