@@ -112,7 +112,7 @@ async fn a_client_of_one_byte_a_moment_is_told_to_hurry_and_cut_off() {
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let _ = socket.read_to_string(&mut answer);
     assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("timeout"), "the body: {answer}");
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(9), "{:?}", start.elapsed());
     still_serves(&daemon).await;
 }
 
