@@ -234,7 +234,7 @@ fn config_manual() -> String {
 /// Mirrors `config::diff`, which the last test below holds it to.
 fn when(section: &str, key: &str) -> Option<&'static str> {
     match (section, key) {
-        ("server", "request_timeout_ms" | "drain_timeout_ms") => None,
+        ("server", "request_timeout_ms" | "max_body_bytes") => None,
         ("server" | "binding", _) | ("engine", "threads") | ("log", "format") => Some("restart"),
         ("engine", _) => Some("next load"),
         _ => None,
