@@ -43,6 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PEER = ROOT / "target" / "peers" / "llama.cpp" / "build" / "bin" / "llama-server"
 PROMPT, OUT = 128, 128
+CONTEXT = PROMPT + OUT + 64  # tokens a stream: prompts are a little longer or shorter than asked for
+KV_BYTES = 2 * 30 * 3 * 64 * 2  # of one token of the demo model: K and V, layers, KV heads, head size, f16
 START_LIMIT_S = 60
 LEVEL_LIMIT_S = 600
 
@@ -56,9 +58,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round, fewer streams")
     parser.add_argument("--streams", default="1,4,16,32,64")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--waves", type=int, default=2, help="requests of each stream")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
-    for path, how in ((args.model, "scripts/quickstart.sh fetches it"), (args.neurond, "cargo build --release"), (args.llama_server, "scripts/peer_llama.sh builds it")):
+    wanted = {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}
+    for path, how in (wanted | {args.llama_server: "scripts/peer_llama.sh builds it"}).items():
         if not path.is_file():
             print(f"{path} is missing: {how}")
             return 2
@@ -75,7 +79,8 @@ def main() -> int:
             for n in streams:
                 for side in sides:
                     measure(side, n, number, args, figures[side.name])
-                    note(f"round {number + 1}/{rounds}  {side.name:12}  {n:2} streams  {figures[side.name][f'served {n}']:.0f} tok/s")
+                    speed = figures[side.name][f"served {n}"]
+                    note(f"round {number + 1}/{rounds}  {side.name:12}  {n:2} streams  {speed:.0f} tok/s")
             for name, figure in figures.items():
                 found[name].append(figure)
     print(f"\n{time.strftime('%Y-%m-%d')}, {cpu()}, {args.threads} threads, {args.model.name}, {rounds} rounds, median\n")
@@ -94,12 +99,12 @@ def measure(side: "Server", n: int, number: int, args, figures: dict) -> None:
             warm_up(side, draw)
             figures["prefill"] = statistics.median(prefill(side, draw) for _ in range(3))
             figures["decode"] = statistics.median(decode(side, draw) for _ in range(3))
-        loaded = closed_loop(side, n, number, args)
-        figures[f"served {n}"] = loaded["throughput"]
-        figures[f"ttft_p50 {n}"], figures[f"ttft_p99 {n}"] = loaded["ttft_p50"], loaded["ttft_p99"]
-        figures[f"itl_p50 {n}"], figures[f"itl_p99 {n}"] = loaded["itl_p50"], loaded["itl_p99"]
+        level = closed_loop(side, n, number, args)
+        figures[f"served {n}"] = level["output_tokens_per_s"]
+        for name, key in (("ttft", "ttft_ms"), ("itl", "inter_token_ms")):
+            for quantile in ("p50", "p99"):
+                figures[f"{name}_{quantile} {n}"] = level[key][quantile]
         figures["peak"] = max(figures.get("peak", 0), side.memory("VmHWM"))
-        figures[f"peak {n}"] = side.memory("VmHWM")
 
 
 # ---------------------------------------------------------------------------------------------------------- servers
@@ -175,7 +180,9 @@ class Neurond(Server):
 
     def command(self, streams: int) -> list:
         config = self.scratch / "neurond.toml"
-        config.write_text(CONFIG.format(port=self.port, model=self.args.model, threads=self.args.threads, running=max(self.most, 16)))
+        kv_bytes = max(self.most * CONTEXT * KV_BYTES, 64 << 20)
+        values = {"port": self.port, "model": self.args.model.resolve(), "threads": self.args.threads}
+        config.write_text(CONFIG.format(**values, running=max(self.most, 16), kv_bytes=kv_bytes))
         return [self.args.neurond, "serve", "--config", config]
 
 
@@ -183,14 +190,30 @@ class Llama(Server):
     name, health = "llama-server", "/health"
 
     def command(self, streams: int) -> list:
-        context = max(streams * (PROMPT + OUT + 64), 1024)
+        context = max(streams * CONTEXT, 1024)
         flags = ["-t", self.args.threads, "-tb", self.args.threads, "-np", streams, "-c", context, "-cb", "--no-webui"]
         return [self.args.llama_server, "-m", self.args.model, "--host", "127.0.0.1", "--port", self.port, *flags]
 
 
+# KV for as many tokens as the peer gets at the most streams; everything else as it comes.
 CONFIG = """\
 [server]
 listen = "127.0.0.1:{port}"
+
+[auth]
+anonymous = "local"
+
+[engine]
+threads = {threads}
+max_running = {running}
+
+[[model]]
+id = "@cf/huggingfacetb/smollm2-135m-instruct"
+path = "{model}"
+kv_bytes = {kv_bytes}
+
+[log]
+filter = "warn"
 """
 
 
@@ -210,7 +233,8 @@ def prefill(side: Server, draw: random.Random) -> float:
 
 def decode(side: Server, draw: random.Random) -> float:
     times = complete(side, tokens(draw, 16), OUT)
-    return (len(times) - 1) / (times[-1] - times[0])
+    # Not counted by events: one may carry the bytes of two tokens, or none.
+    return (OUT - 1) / (times[-1] - times[0])
 
 
 def tokens(draw: random.Random, count: int) -> list[int]:
@@ -219,7 +243,7 @@ def tokens(draw: random.Random, count: int) -> list[int]:
 
 
 def complete(side: Server, prompt: list[int], count: int) -> list[float]:
-    """Streams a completion; the time of every event that brought a token."""
+    """Streams a completion; the time of every event."""
     body = {"model": model_of(side), "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True}
     body["ignore_eos"] = True
     connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=120)
@@ -244,7 +268,16 @@ def model_of(side: Server) -> str:
 
 
 def closed_loop(side: Server, n: int, number: int, args) -> dict:
-    raise NotImplementedError
+    command = [args.neurond, "bench", "--url", f"http://127.0.0.1:{side.port}/v1", "--endpoint", "completions"]
+    command += ["--concurrency", n, "--requests", max(args.waves * n, 4), "--input-tokens", PROMPT, "--output-tokens", OUT]
+    command += ["--seed", number, "--json", "-"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=LEVEL_LIMIT_S)
+    if done.returncode:
+        raise RuntimeError(f"bench of {side.name} at {n}: {done.stderr}")
+    (level,) = json.loads(done.stdout)["levels"]
+    if level["failed"] or set(level["finish_reasons"]) != {"length"}:
+        raise RuntimeError(f"{side.name} at {n}: {level['failures']}, answers ended by {level['finish_reasons']}")
+    return level
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -268,7 +301,8 @@ def table(found: dict[str, list[dict]], streams: list[int]) -> str:
         ours = [figures[key] for figures in found["neurond"]]
         theirs = [figures[key] for figures in found["llama-server"]]
         ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, theirs))
-        lines.append(f"| {title} | {form.format(statistics.median(ours))} | {form.format(statistics.median(theirs))} | {ratio:.2f} |")
+        both = [form.format(statistics.median(values)) for values in (ours, theirs)]
+        lines.append(f"| {title} | {both[0]} | {both[1]} | {ratio:.2f} |")
     return "\n".join(lines)
 
 

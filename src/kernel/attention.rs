@@ -67,29 +67,30 @@ impl KvLayout {
     }
 
     /// Writes key and value of one token and one KV head into a block.
-    pub fn write(&self, isa: Isa, block: &mut [u8], slot: usize, head: usize, key: &[f32], value: &[f32]) {
+    ///
+    /// # Safety
+    /// `block` is a whole block, and no other thread touches this slot of it.
+    pub unsafe fn write(&self, isa: Isa, block: *mut u8, slot: usize, head: usize, key: &[f32], value: &[f32]) {
         assert!(slot < self.block_tokens && head < self.heads && key.len() == self.dim && value.len() == self.dim);
         assert!(self.dim <= MAX_DIM);
-        let block = &mut block[head * self.head_bytes()..(head + 1) * self.head_bytes()];
-        let (keys, values) = block.split_at_mut(self.key_bytes());
         let first = slot / GROUP * GROUP * self.dim + slot % GROUP;
-        let values = &mut values[slot * self.padded() * self.element()..][..self.dim * self.element()];
-        if self.half {
-            let mut bits = [0u16; MAX_DIM];
-            halves(isa, key, &mut bits);
-            for (d, bits) in bits[..self.dim].iter().enumerate() {
-                keys[(first + d * GROUP) * 2..][..2].copy_from_slice(&bits.to_ne_bytes());
-            }
-            halves(isa, value, &mut bits);
-            for (out, bits) in values.chunks_exact_mut(2).zip(bits) {
-                out.copy_from_slice(&bits.to_ne_bytes());
-            }
-        } else {
-            for (d, x) in key.iter().enumerate() {
-                keys[(first + d * GROUP) * 4..][..4].copy_from_slice(&x.to_ne_bytes());
-            }
-            for (out, x) in values.chunks_exact_mut(4).zip(value) {
-                out.copy_from_slice(&x.to_ne_bytes());
+        // SAFETY: heads lie back to back, K before V; slot, head and lengths as asserted.
+        unsafe {
+            let keys = block.add(head * self.head_bytes());
+            let values = keys.add(self.key_bytes() + slot * self.padded() * self.element());
+            if self.half {
+                let mut bits = [0u16; MAX_DIM];
+                halves(isa, key, &mut bits);
+                for (d, bits) in bits[..self.dim].iter().enumerate() {
+                    keys.cast::<u16>().add(first + d * GROUP).write(*bits);
+                }
+                halves(isa, value, &mut bits);
+                values.cast::<u16>().copy_from_nonoverlapping(bits.as_ptr(), self.dim);
+            } else {
+                for (d, x) in key.iter().enumerate() {
+                    keys.cast::<f32>().add(first + d * GROUP).write(*x);
+                }
+                values.cast::<f32>().copy_from_nonoverlapping(value.as_ptr(), self.dim);
             }
         }
     }
@@ -510,6 +511,7 @@ unsafe fn weigh_body<S: Simd, const C: usize, const HALF: bool>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::Buffer;
     use crate::kernel::testing::{Dice, cpus};
 
     struct Sequence {
@@ -536,7 +538,7 @@ mod tests {
         let needed: Vec<usize> = sequences.iter().map(|s| (s.start + s.rows).div_ceil(layout.block_tokens)).collect();
         let total: usize = needed.iter().sum::<usize>() + 1;
         // Blocks full of numbers that must not matter, handed out backwards.
-        let mut blocks = vec![0u8; total * layout.block_bytes()];
+        let mut blocks = Buffer::<u8>::zeroed(total * layout.block_bytes());
         let junk: Vec<u8> = if layout.half { vec![0x00, 0x7b] } else { 1e4f32.to_ne_bytes().to_vec() };
         blocks.iter_mut().zip(junk.iter().cycle()).for_each(|(byte, junk)| *byte = *junk);
         let mut tables = Vec::new();
@@ -561,7 +563,9 @@ mod tests {
                 for head in 0..kv {
                     let at = (token * kv + head) * dim;
                     let slot = token % layout.block_tokens;
-                    layout.write(cpu.isa, block, slot, head, &keys[at..at + dim], &values[at..at + dim]);
+                    let (key, value) = (&keys[at..at + dim], &values[at..at + dim]);
+                    // SAFETY: a whole block, and one thread.
+                    unsafe { layout.write(cpu.isa, block.as_mut_ptr(), slot, head, key, value) };
                 }
             }
             for i in 0..sequence.rows {
@@ -620,11 +624,12 @@ mod tests {
             let mut dice = Dice::new(1);
             let (q, kv) = (dice.values(tokens * heads * dim), dice.values(tokens * 2 * dim));
             let table: Vec<u32> = (0..7).collect();
-            let mut blocks = vec![0u8; 7 * layout.block_bytes()];
+            let mut blocks = Buffer::<u8>::zeroed(7 * layout.block_bytes());
             for token in 0..tokens {
                 let block = &mut blocks[token / 16 * layout.block_bytes()..][..layout.block_bytes()];
                 let (key, value) = kv[token * 2 * dim..][..2 * dim].split_at(dim);
-                layout.write(cpu.isa, block, token % 16, 0, key, value);
+                // SAFETY: a whole block, and one thread.
+                unsafe { layout.write(cpu.isa, block.as_mut_ptr(), token % 16, 0, key, value) };
             }
             let run = |cut: usize| {
                 let mut out = vec![0.0; tokens * heads * dim];
@@ -650,8 +655,9 @@ mod tests {
     fn numbers_beyond_half_precision_stay_finite() {
         for cpu in cpus() {
             let layout = KvLayout { heads: 1, dim: 16, block_tokens: 16, half: true };
-            let mut block = vec![0u8; layout.block_bytes()];
-            layout.write(cpu.isa, &mut block, 0, 0, &[1e9; 16], &[-1e9; 16]);
+            let mut block = Buffer::<u8>::zeroed(layout.block_bytes());
+            // SAFETY: a whole block, and one thread.
+            unsafe { layout.write(cpu.isa, block.as_mut_ptr(), 0, 0, &[1e9; 16], &[-1e9; 16]) };
             let mut plan = Attention::new(1);
             plan.plan(std::iter::once(KvSpan { row: 0, rows: 1, start: 0, table: 0 }), 1);
             let mut out = [0.0; 16];

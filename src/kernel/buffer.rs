@@ -145,4 +145,13 @@ impl<'a, T: Plain> Shared<'a, T> {
         // SAFETY: inside, by the assertion; alone, by contract.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
     }
+    /// The address of element `index`, which must exist or be the first behind the last.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn at(&self, index: usize) -> *mut T {
+        assert!(index <= self.len, "element {index} of {}", self.len);
+        // SAFETY: inside, by the assertion.
+        unsafe { self.data.add(index) }
+    }
 }

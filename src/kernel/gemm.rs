@@ -61,6 +61,13 @@ impl Linear {
         self.parts.iter().any(Panels::takes_int8)
     }
 
+    /// The weights of one channel: a row of an embedding table that is the head, too.
+    pub fn channel(&self, channel: usize, out: &mut [f32]) {
+        let (part, panel, _) = self.locate(channel / LANES);
+        debug_assert_eq!(self.parts.len(), 1);
+        part.channel(panel * LANES + channel % LANES, out);
+    }
+
     /// Bytes of weights.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(Panels::bytes).sum()

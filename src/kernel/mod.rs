@@ -24,7 +24,7 @@ pub use gemm::{Linear, Out, gated};
 pub use panel::{Panels, Source};
 pub use pool::Pool;
 pub use quant::Dtype;
-pub use rows::{Activations, Rope, rotate};
+pub use rows::{Activations, Rope, each_row, rotate};
 pub use simd::Isa;
 
 /// A CPU device: its threads and the instruction set its kernels use.

@@ -118,8 +118,8 @@ impl Activations {
     }
 }
 
-/// A few rows are done sooner by the caller than handed to a thread.
-fn each_row(cpu: &Cpu, rows: usize, width: usize, work: impl Fn(usize) + Sync) {
+/// `work(row)` for each of `rows` rows of some `width` numbers. A few are done sooner by the caller than handed to threads.
+pub fn each_row(cpu: &Cpu, rows: usize, width: usize, work: impl Fn(usize) + Sync) {
     if rows * width < 4096 {
         (0..rows).for_each(work);
     } else {
@@ -205,17 +205,15 @@ unsafe fn quantize_body<S: Simd>(x: *const f32, blocks: usize, codes: *mut i8, s
 pub struct Rope {
     /// `[rotated / 2]`, in the model's order.
     frequencies: Vec<f32>,
-    /// Applied to cosine and sine (YaRN's attention factor); 1 for most.
-    magnitude: f32,
     /// Of the step's rows: `[rows][cos x half, sin x half]`.
     table: Buffer<f32>,
 }
 
 impl Rope {
     /// For steps of up to `rows` rows.
-    pub fn new(frequencies: Vec<f32>, magnitude: f32, rows: usize) -> Self {
+    pub fn new(frequencies: Vec<f32>, rows: usize) -> Self {
         let table = Buffer::zeroed(rows * frequencies.len() * 2);
-        Self { frequencies, magnitude, table }
+        Self { frequencies, table }
     }
 
     /// Computes the table for the positions of a step's rows.
@@ -223,7 +221,7 @@ impl Rope {
         let half = self.frequencies.len();
         assert!(positions.len() * half * 2 <= self.table.len());
         let table = self.table.share();
-        let (frequencies, magnitude) = (&self.frequencies, self.magnitude);
+        let frequencies = &self.frequencies;
         // A pair costs about as much as 16 numbers elsewhere.
         each_row(cpu, positions.len(), half * 16, |row| {
             // SAFETY: each row is handed out once.
@@ -231,8 +229,8 @@ impl Rope {
             for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
                 // In f64 the angle keeps its fraction at any position; as f32 it would lose it beyond some ten thousand.
                 let (s, c) = (f64::from(positions[row]) * f64::from(*frequency)).sin_cos();
-                *cos = c as f32 * magnitude;
-                *sin = s as f32 * magnitude;
+                *cos = c as f32;
+                *sin = s as f32;
             }
         });
     }
@@ -334,7 +332,7 @@ mod tests {
                 let mut dice = Dice::new(half as u64);
                 let frequencies: Vec<f32> = (0..half).map(|i| 0.9f32.powi(i as i32)).collect();
                 let positions = [0, 1, 7, 8191, 131_071];
-                let mut rope = Rope::new(frequencies.clone(), 1.0, positions.len());
+                let mut rope = Rope::new(frequencies.clone(), positions.len());
                 rope.set(&cpu, &positions);
                 for (row, position) in positions.into_iter().enumerate() {
                     let before = dice.values(2 * half + 3);

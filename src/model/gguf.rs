@@ -156,12 +156,12 @@ impl Gguf {
     }
 
     /// A list of 32-bit floats.
-    pub fn f32s(&self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = f32>>> {
+    pub fn f32s<'a>(&'a self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = f32> + use<'a>>> {
         Ok(self.words(key, &[6], "a list of 32-bit floats")?.map(|words| words.map(f32::from_le_bytes)))
     }
 
     /// A list of 32-bit whole numbers, signed or not.
-    pub fn i32s(&self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = i32>>> {
+    pub fn i32s<'a>(&'a self, key: &str) -> Result<Option<impl ExactSizeIterator<Item = i32> + use<'a>>> {
         Ok(self.words(key, &[4, 5], "a list of 32-bit whole numbers")?.map(|words| words.map(i32::from_le_bytes)))
     }
 
@@ -170,12 +170,12 @@ impl Gguf {
         matches!(self.header.metadata.get(key), Some(Value::Array { .. }))
     }
 
-    fn words(
-        &self,
+    fn words<'a>(
+        &'a self,
         key: &str,
         elements: &[u32],
         wanted: &str,
-    ) -> Result<Option<impl ExactSizeIterator<Item = [u8; 4]>>> {
+    ) -> Result<Option<impl ExactSizeIterator<Item = [u8; 4]> + use<'a>>> {
         match self.header.metadata.get(key) {
             None => Ok(None),
             Some(Value::Array { element, bytes, .. }) if elements.contains(element) => {

@@ -38,7 +38,7 @@ impl Encoder {
         loop {
             let end = rest.find(['\r', '\n']);
             self.buffer.put_slice(b"data: ");
-            self.buffer.put_slice(rest[..end.unwrap_or(rest.len())].as_bytes());
+            self.buffer.put_slice(&rest.as_bytes()[..end.unwrap_or(rest.len())]);
             self.buffer.put_u8(b'\n');
             let Some(end) = end else { break };
             let width = if rest[end..].starts_with("\r\n") { 2 } else { 1 };

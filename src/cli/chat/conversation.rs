@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn half_an_order_says_what_is_missing() {
         refused("/save", "file name");
-        refused("/se temperature 1", "could be");
+        refused("/s temperature 1", "could be");
         refused("/set temperature", "needs a value");
         refused("/set temperature warm", "number");
         refused("/set seed 1.5", "whole number");

@@ -22,11 +22,20 @@ use crate::base::{Error, Kind, Result};
 use crate::cli::client::root_cause;
 use crate::cli::{bytes, failed};
 
-/// Attempts in a row that brought no byte, after which we give up.
-const FRUITLESS: u32 = 6;
-
 /// A file without a hash is fetched anew up to this size, and believed by its size beyond.
 const CHEAP_BYTES: u64 = 16 << 20;
+
+/// Where files come from.
+pub struct Source<'a> {
+    /// The hub.
+    pub hub: &'a Hub,
+    /// The repository.
+    pub repo: &'a Repo,
+    /// At which commit.
+    pub commit: &'a str,
+    /// Attempts in a row that may bring no byte before we give up.
+    pub retries: u32,
+}
 
 /// A file to have.
 pub struct Job {
@@ -67,7 +76,7 @@ impl Job {
 }
 
 /// Has the file afterwards, or says why not.
-pub async fn run(job: &Job, hub: &Hub, repo: &Repo, commit: &str, bar: &ProgressBar) -> Result<Outcome> {
+pub async fn run(job: &Job, source: &Source<'_>, bar: &ProgressBar) -> Result<Outcome> {
     if is_present(job, bar).await? {
         return Ok(Outcome::Present);
     }
@@ -77,7 +86,7 @@ pub async fn run(job: &Job, hub: &Hub, repo: &Repo, commit: &str, bar: &Progress
     // Two attempts at the right content: a part left by a broken disk or an odd proxy must not block us for good.
     for last in [false, true] {
         let mut part = Part::open(job, bar).await?;
-        fetch(job, hub, repo, commit, bar, &mut part).await?;
+        fetch(job, source, bar, &mut part).await?;
         let hash = format!("{:x}", part.hasher.clone().finalize());
         let size_is_right = job.file.size.is_none_or(|size| size == part.length);
         let hash_is_right = job.file.sha256.as_ref().is_none_or(|expected| *expected == hash);
@@ -169,7 +178,7 @@ impl Part {
 }
 
 /// Brings the part to its full length, however often the line is cut.
-async fn fetch(job: &Job, hub: &Hub, repo: &Repo, commit: &str, bar: &ProgressBar, part: &mut Part) -> Result<()> {
+async fn fetch(job: &Job, source: &Source<'_>, bar: &ProgressBar, part: &mut Part) -> Result<()> {
     let mut fruitless = 0;
     let mut answered_past_end = false;
     loop {
@@ -177,7 +186,7 @@ async fn fetch(job: &Job, hub: &Hub, repo: &Repo, commit: &str, bar: &ProgressBa
             return Ok(());
         }
         let before = part.length;
-        let stopped = match stream(job, hub, repo, commit, bar, part).await {
+        let stopped = match stream(job, source, bar, part).await {
             Ok(()) if job.file.size.is_none_or(|size| part.length >= size) => return Ok(()),
             Ok(()) => Refusal::Passing("the connection closed early".into(), None),
             Err(refusal) => refusal,
@@ -194,7 +203,7 @@ async fn fetch(job: &Job, hub: &Hub, repo: &Repo, commit: &str, bar: &ProgressBa
             Refusal::Passing(why, wait) => (why, wait),
         };
         fruitless = if part.length > before { 0 } else { fruitless + 1 };
-        if fruitless >= FRUITLESS {
+        if fruitless > source.retries {
             return Err(Error::new(
                 Kind::ModelUnavailable,
                 format!(
@@ -205,20 +214,13 @@ async fn fetch(job: &Job, hub: &Hub, repo: &Repo, commit: &str, bar: &ProgressBa
             ));
         }
         bar.set_message(why);
-        tokio::time::sleep(backoff(fruitless, wait)).await;
+        tokio::time::sleep(backoff(fruitless.saturating_sub(1), wait)).await;
         bar.set_message("");
     }
 }
 
-async fn stream(
-    job: &Job,
-    hub: &Hub,
-    repo: &Repo,
-    commit: &str,
-    bar: &ProgressBar,
-    part: &mut Part,
-) -> Result<(), Refusal> {
-    let mut response = hub.open(repo, commit, &job.file, part.length).await?;
+async fn stream(job: &Job, source: &Source<'_>, bar: &ProgressBar, part: &mut Part) -> Result<(), Refusal> {
+    let mut response = source.hub.open(source.repo, source.commit, &job.file, part.length).await?;
     let range = response.headers().get(CONTENT_RANGE).and_then(|range| range.to_str().ok());
     let begins_at = match response.status() {
         StatusCode::PARTIAL_CONTENT => range.and_then(range_start),

@@ -16,7 +16,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::base::{Error, Kind, Result, Secret};
 use choose::{Choice, Repo};
-use download::{Job, Outcome};
+use download::{Job, Outcome, Source};
 use hub::{Hub, RemoteFile};
 
 mod choose;
@@ -55,6 +55,9 @@ pub struct Args {
     /// Files downloaded at the same time
     #[arg(long, short, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=16))]
     jobs: u8,
+    /// Attempts in a row that may bring nothing before a file is given up
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    retries: u32,
     /// Show what would be downloaded, download nothing
     #[arg(long)]
     list: bool,
@@ -88,11 +91,12 @@ pub async fn run(args: Args) -> Result<()> {
     if !args.quiet {
         eprintln!("{} ({:.12}) -> {}", args.repo, listing.commit, folder.display());
     }
+    let source = Source { hub: &hub, repo: &args.repo, commit: &listing.commit, retries: args.retries };
     let results = futures_util::stream::iter(jobs.iter().map(|job| {
-        let (hub, repo, commit, bars) = (&hub, &args.repo, &listing.commit, &bars);
+        let (source, bars) = (&source, &bars);
         async move {
             let bar = bars.add(job);
-            let result = download::run(job, hub, repo, commit, &bar).await;
+            let result = download::run(job, source, &bar).await;
             bars.finish(&bar, job, &result);
             result
         }
