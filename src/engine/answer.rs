@@ -155,7 +155,7 @@ impl Answer {
         }
         let (text, logprobs) = of.writer.release();
         if !text.is_empty() || !logprobs.is_empty() {
-            self.send(Event::Text { choice, text, logprobs });
+            self.send(Event::Text { choice, text, logprobs, usage: self.usage });
         }
         if !complete {
             return false;

@@ -3,10 +3,23 @@
 //! A model has two halves: [`text::TextModel`], which everyone may share (tokenizer, template, limits), and the decoder,
 //! which one engine thread owns (weights, KV pool, work buffers).
 
+pub mod files;
+pub mod gguf;
+pub mod spec;
+pub mod template;
 pub mod text;
+pub mod tokenizer;
+pub mod weights;
 
 mod batch;
+mod decoder;
+mod kv;
+mod layers;
 mod vocab;
 
+#[cfg(test)]
+pub(crate) mod tests_support;
+
 pub use batch::{Batch, Span};
+pub use decoder::{Decoder, DecoderOptions};
 pub use vocab::{Detokenizer, Vocabulary};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::base::{Error, Result};
 use crate::model::Vocabulary;
+use crate::model::files::ModelFiles;
 use crate::task::Prompt;
 
 /// Tokenizer, template and limits of one model.
@@ -17,6 +18,16 @@ impl TextModel {
     /// Opens the text half of a GGUF file or of a safetensors folder (`tokenizer.json`, `tokenizer_config.json`).
     pub fn open(path: &Path) -> Result<Self> {
         Err(Error::internal(format!("{}: no reader yet", path.display())))
+    }
+
+    /// The text half of files that are open already.
+    pub fn of(files: &Arc<ModelFiles>) -> Result<Self> {
+        Self::open(files.path())
+    }
+
+    /// A text half without a file: every byte is a token. For the simulated device.
+    pub fn bytes(vocabulary: Arc<Vocabulary>, _end: u32, context: u32) -> Self {
+        Self { vocabulary, context }
     }
 
     /// Bytes behind tokens, end tokens.
@@ -39,7 +50,12 @@ impl TextModel {
     ///
     /// # Errors
     /// `BadInput` when the template refuses the messages, when the prompt is empty, or when a token id is outside the vocabulary.
-    pub fn prompt_tokens(&self, _prompt: &Prompt) -> Result<Vec<u32>> {
-        Err(Error::internal("no tokenizer yet"))
+    pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let text = match prompt {
+            Prompt::Raw(text) => text.clone(),
+            Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.as_str()).collect(),
+            Prompt::Tokens(tokens) => return Ok(tokens.clone()),
+        };
+        Ok(text.bytes().map(u32::from).collect())
     }
 }
