@@ -2,10 +2,12 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::dev::ServerHandle;
+use actix_web::rt;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
@@ -51,9 +53,10 @@ pub enum Ended {
 pub fn run(options: Options) -> Result<Ended> {
     let config = config::load(options.config.as_deref(), &options.overrides)?;
     let log = telemetry::init(&config.log)?;
-    actix_web::rt::System::new().block_on(async move {
-        let mut app = App::build(options, config, log).await?;
-        Ok(app.run().await)
+    rt::System::new().block_on(async move {
+        let signals =
+            Signals::new().map_err(|error| Error::internal("signals cannot be handled").with_source(error))?;
+        App::build(options, config, log)?.run(signals).await
     })
 }
 
@@ -68,14 +71,11 @@ struct App {
     ledger: Ledger,
     metrics: Arc<Metrics>,
     phase: watch::Sender<Phase>,
-    signals: Signals,
     notifier: Notifier,
 }
 
 impl App {
-    async fn build(options: Options, config: Config, log: LogControl) -> Result<Self> {
-        let signals =
-            Signals::new().map_err(|error| Error::internal("signals cannot be handled").with_source(error))?;
+    fn build(options: Options, config: Config, log: LogControl) -> Result<Self> {
         let notifier = Notifier::from_env();
         for warning in &config.warnings {
             warn!("{warning}");
@@ -87,8 +87,6 @@ impl App {
         let vault = Vault::new(config.auth.clone());
         let (phase, phase_view) = watch::channel(Phase::Starting);
         let live = Live::new(config);
-        let config = live.get();
-
         let gateway =
             Gateway { config: live.clone(), fleet: fleet.clone(), ledger: ledger.clone(), metrics: metrics.clone() };
         let services = Services {
@@ -99,15 +97,77 @@ impl App {
             metrics: metrics.clone(),
             phase: phase_view,
         };
-        let servers = listen(&config, &services)?;
-        let mut app =
-            Self { options, log, servers, config: live, vault, device, ledger, metrics, phase, signals, notifier };
-        app.load_models(&config).await?;
-        Ok(app)
+        let servers = listen(&live.get(), &services)?;
+        Ok(Self { options, log, servers, config: live, vault, device, ledger, metrics, phase, notifier })
+    }
+
+    /// Listens to signals while models are loaded and reloaded beside it: neither the watchdog nor TERM waits for a model.
+    async fn run(self, mut signals: Signals) -> Result<Ended> {
+        let app = Rc::new(self);
+        let mut work = rt::spawn({
+            let app = app.clone();
+            async move { app.load_models().await }
+        });
+        let (mut working, mut again) = (true, false);
+        let mut pulse = interval(PULSE);
+        pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut watchdog = interval(app.notifier.watchdog_interval().unwrap_or(PULSE));
+        watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                done = &mut work, if working => {
+                    working = false;
+                    let outcome = done.unwrap_or_else(|error| Err(Error::internal("loading panicked").with_source(error)));
+                    if let Err(error) = outcome {
+                        app.drain(&mut signals).await;
+                        return Err(error);
+                    }
+                }
+                signal = signals.next() => match signal {
+                    Signal::Drain | Signal::Hurry => {
+                        app.drain(&mut signals).await;
+                        return Ok(Ended::Drained);
+                    }
+                    Signal::Reload => again = true,
+                    Signal::Dump => app.dump().await,
+                    Signal::LogLevel => {
+                        let filter = app.log.cycle();
+                        warn!(filter, "log filter changed");
+                    }
+                },
+                _ = pulse.tick() => {
+                    if working {
+                        app.notifier.extend(PULSE * 30);
+                    }
+                    if !app.ledger.is_alive() {
+                        error!("the ledger died; draining, the process has to start again");
+                        app.drain(&mut signals).await;
+                        return Ok(Ended::LedgerLost);
+                    }
+                }
+                _ = watchdog.tick() => {
+                    let silent = app.device.silent_for();
+                    if silent < HUNG {
+                        app.notifier.ping();
+                    } else {
+                        error!(silent_s = silent.as_secs(), "a device hangs; the watchdog is not fed");
+                    }
+                }
+            }
+            if again && !working {
+                (again, working) = (false, true);
+                let app = app.clone();
+                work = rt::spawn(async move {
+                    app.reload().await;
+                    Ok(())
+                });
+            }
+        }
     }
 
     /// Loads what is configured; the listeners answer already, with readiness off.
-    async fn load_models(&mut self, config: &Config) -> Result<()> {
+    async fn load_models(&self) -> Result<()> {
+        let config = self.config.get();
         self.notifier.status("loading models");
         let started = Instant::now();
         let report = self.device.reconcile(config.models.clone(), config.engine.clone()).await?;
@@ -117,55 +177,14 @@ impl App {
         }
         self.phase.send_replace(Phase::Ready);
         self.notifier.ready();
-        self.notifier.status(&format!("serving {} models", report.len() - failed.len()));
-        info!(
-            models = report.len() - failed.len(),
-            failed = failed.len(),
-            ms = started.elapsed().as_millis() as u64,
-            "ready"
-        );
+        let models = report.len() - failed.len();
+        self.notifier.status(&format!("serving {models} models"));
+        info!(models, failed = failed.len(), ms = started.elapsed().as_millis() as u64, "ready");
         Ok(())
     }
 
-    async fn run(&mut self) -> Ended {
-        let mut pulse = interval(PULSE);
-        pulse.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut watchdog = interval(self.notifier.watchdog_interval().unwrap_or(PULSE));
-        watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                signal = self.signals.next() => match signal {
-                    Signal::Drain | Signal::Hurry => {
-                        self.drain().await;
-                        return Ended::Drained;
-                    }
-                    Signal::Reload => self.reload().await,
-                    Signal::Dump => self.dump().await,
-                    Signal::LogLevel => {
-                        let filter = self.log.cycle();
-                        warn!(filter, "log filter changed");
-                    }
-                },
-                _ = pulse.tick() => {
-                    if !self.ledger.is_alive() {
-                        error!("the ledger died; draining, the process has to start again");
-                        self.drain().await;
-                        return Ended::LedgerLost;
-                    }
-                }
-                _ = watchdog.tick() => {
-                    if self.device.silent_for() < HUNG {
-                        self.notifier.ping();
-                    } else {
-                        error!(silent_s = self.device.silent_for().as_secs(), "a device hangs; the watchdog is not fed");
-                    }
-                }
-            }
-        }
-    }
-
     /// Reads the configuration again and puts in force what can change without a restart. Anything wrong keeps the old one.
-    async fn reload(&mut self) {
+    async fn reload(&self) {
         self.notifier.reloading();
         let outcome = match config::load(self.options.config.as_deref(), &self.options.overrides) {
             Ok(next) => self.apply(next).await,
@@ -181,7 +200,7 @@ impl App {
         self.notifier.ready();
     }
 
-    async fn apply(&mut self, next: Config) -> Result<()> {
+    async fn apply(&self, next: Config) -> Result<()> {
         let current = self.config.get();
         let changes = config::diff(&current, &next);
         for change in &changes {
@@ -230,7 +249,7 @@ impl App {
     }
 
     /// From the top floor down, under one deadline. A second signal cuts off what is still open.
-    async fn drain(&mut self) {
+    async fn drain(&self, signals: &mut Signals) {
         let limit = self.config.get().server.drain_timeout;
         let deadline = Instant::now() + limit;
         info!(limit_s = limit.as_secs(), "draining: no new calls, open ones may finish");
@@ -240,7 +259,7 @@ impl App {
         let hurried = tokio::select! {
             _ = stop_all => false,
             () = tokio::time::sleep_until(deadline.into()) => true,
-            () = hurry(&mut self.signals) => true,
+            () = hurry(signals) => true,
         };
         if hurried {
             warn!("cutting off what is still open");
@@ -280,7 +299,7 @@ fn listen(config: &Config, services: &Services) -> Result<Vec<ServerHandle>> {
         let local = socket.local_addr().unwrap_or(address);
         let server = http::start(services.clone(), socket, listener)?;
         servers.push(server.handle());
-        actix_web::rt::spawn(server);
+        rt::spawn(server);
         info!(address = %local, ?listener, "listening");
     }
     Ok(servers)

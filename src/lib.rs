@@ -1,6 +1,9 @@
 //! neurond turns a GPU box into Workers AI and AI Gateway: one daemon that serves open models itself, fronts every other
 //! provider, and bills both in neurons. `docs/ARCHITECTURE.md` is the map; the modules below are its floors, bottom up.
 
+// The pictures at the head of many files are indented text, not Rust.
+#![allow(rustdoc::invalid_rust_codeblocks)]
+
 pub mod base;
 pub mod task;
 

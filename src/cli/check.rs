@@ -86,14 +86,12 @@ fn summary(config: &Config) -> String {
         .models
         .iter()
         .map(|model| {
-            let context =
-                model.context.or_else(|| config.catalog.resolve(model.id.as_str()).map(|entry| entry.context));
             let size = super::models::weight_bytes(&model.path).map_or_else(|| "missing".into(), super::bytes);
             vec![
                 model.id.to_string(),
                 size,
                 super::bytes(model.kv_bytes as u64),
-                context.map_or_else(|| "its own".into(), |tokens| tokens.to_string()),
+                model.context.to_string(),
                 model.path.display().to_string(),
             ]
         })

@@ -190,10 +190,17 @@ pub struct Model {
     pub kv: KvType,
     /// Bytes of KV pool.
     pub kv_bytes: usize,
-    /// Longest sequence, prompt and answer, if the operator limits it further than catalog and model file.
-    pub context: Option<u32>,
+    /// Longest sequence, prompt and answer, as catalog and operator allow it; the model file may allow less.
+    pub context: u32,
     /// When the file (of a folder: its newest file) was last written, so that a reload notices new weights under an old name.
     pub modified: Option<Millis>,
+}
+
+/// The settings of a device without weights, for tests and load work: a path `sim` or `sim:key=value,…`, unless there is
+/// such a file.
+pub fn simulated(path: &Path) -> Option<&str> {
+    let name = path.file_name()?.to_str()?;
+    ((name == "sim" || name.starts_with("sim:")) && !path.exists()).then_some(name)
 }
 
 /// Which arithmetic the CPU uses for the weights.

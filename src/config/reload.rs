@@ -138,7 +138,7 @@ impl Changes {
             self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
             self.note(format!("{key}: kv"), word(model.kv), word(*kv), Effect::Swap);
             self.note(format!("{key}: kv_bytes"), model.kv_bytes, *kv_bytes, Effect::Swap);
-            self.note(format!("{key}: context"), model.context, *context, Effect::Swap);
+            self.note(format!("{key}: context"), Some(model.context), Some(*context), Effect::Swap);
             if model.path == *path && model.modified != *modified {
                 self.note(format!("{key}: weights"), "as loaded", "written anew", Effect::Swap);
             }
@@ -233,7 +233,7 @@ mod tests {
             precision: Precision::Fast,
             kv: KvType::F16,
             kv_bytes: 1 << 20,
-            context: None,
+            context: 8192,
             modified: Some(Millis(1)),
         }
     }

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
 use super::file::{ByteSize, EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection, Written};
 use super::machine::Surroundings;
+use super::simulated;
 use super::{Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 
@@ -408,6 +409,7 @@ fn models(
         let path = folder.join(&section.path);
         let modified = match (machine.modified)(&path) {
             Ok(modified) => Some(modified),
+            Err(_) if simulated(&path).is_some() => None,
             Err(error) => {
                 let remedy = format!("cannot be read ({error}); correct it, or fetch the model with neurond pull");
                 check.wrong(&key("path"), path.display(), &remedy);
@@ -431,7 +433,7 @@ fn models(
             precision: section.precision,
             kv: section.kv,
             kv_bytes: usize::try_from(kv_bytes.0).unwrap_or(usize::MAX),
-            context: section.context,
+            context: section.context.unwrap_or(u32::MAX).min(entry.context),
             modified,
         });
     }

@@ -95,10 +95,10 @@ fn models_get_their_catalog_id_their_path_and_a_pool_that_fits_the_machine() {
     let model = &config.models[0];
     assert_eq!(model.id.as_str(), "@cf/huggingfacetb/smollm2-135m-instruct");
     assert_eq!(model.path, Path::new("/etc/neurond/a.gguf"));
-    assert_eq!((model.kv_bytes, model.context, model.modified), (2 << 30, None, Some(Millis(7))));
+    assert_eq!((model.kv_bytes, model.context, model.modified), (2 << 30, 8192, Some(Millis(7))));
 
     let sized = good(&format!("{MODEL}kv_bytes = \"96MiB\"\ncontext = 2048\nprecision = \"plain\"\nkv = \"f32\"\n"));
-    assert_eq!((sized.models[0].kv_bytes, sized.models[0].context), (96 << 20, Some(2048)));
+    assert_eq!((sized.models[0].kv_bytes, sized.models[0].context), (96 << 20, 2048));
 
     let two = good(&format!("{MODEL}[[model]]\nid = \"@cf/qwen/qwq-32b\"\npath = \"/m/b.gguf\"\n"));
     assert_eq!(two.models.iter().map(|m| m.kv_bytes).collect::<Vec<_>>(), [2 << 30, 2 << 30]);

@@ -316,7 +316,9 @@ impl SupervisorActor {
         if self.thread.is_none() {
             return; // between two lives; the restart comes here again
         }
-        let Some(Reconcile { models, engine, reply }) = self.queue.pop_front() else { return };
+        let Some(Reconcile { models, mut engine, reply }) = self.queue.pop_front() else { return };
+        // A device keeps the threads it was started with: another number is no reason to load everything again.
+        engine.threads = self.pool.threads();
         let wanted: Vec<Identity> =
             models.into_iter().map(|model| Identity { model, engine: engine.clone() }).collect();
         let mut report = self.remove_unwanted(&wanted);

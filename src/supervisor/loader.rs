@@ -1,6 +1,5 @@
 //! From a path to a model that is ready to be installed. Runs on a thread of its own, so that decoding goes on.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -8,7 +7,7 @@ use std::time::Instant;
 use tracing::{debug, info};
 
 use crate::base::{DeviceId, Error, Result, SlotId};
-use crate::config::{Engine as EngineConfig, Model as ModelConfig};
+use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
 use crate::engine::sim::{SimRunner, SimSpec};
 use crate::engine::{ModelSlot, Runner};
 use crate::kernel::{Isa, Pool};
@@ -40,7 +39,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
     let started = Instant::now();
     let (model, engine) = (&identity.model, &identity.engine);
     let (text, runner) = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
-    let context = model.context.unwrap_or(u32::MAX).min(text.context());
+    let context = model.context.min(text.context());
     let metrics = metrics.engine(&model.id, device);
     info!(
         model = %model.id,
@@ -70,7 +69,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
 fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<(TextModel, Box<dyn Runner>)> {
     if let Some(spec) = simulated(&model.path) {
         let text = TextModel::bytes(SimRunner::vocabulary(), SIM_CONTEXT)?;
-        return Ok((text, Box::new(SimRunner::new(spec?))));
+        return Ok((text, Box::new(SimRunner::new(spec.parse::<SimSpec>()?))));
     }
     let files = Arc::new(ModelFiles::open(&model.path)?);
     std::thread::scope(|scope| {
@@ -102,11 +101,4 @@ fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, 
             debug!(model = %model.id, percent = tenth * 10, "packing weights");
         }
     })
-}
-
-/// A path of the form `sim` or `sim:key=value,…`, unless there is such a file: a device without weights, for tests and load work.
-fn simulated(path: &Path) -> Option<Result<SimSpec>> {
-    let name = path.file_name()?.to_str()?;
-    let is_sim = (name == "sim" || name.starts_with("sim:")) && !path.exists();
-    is_sim.then(|| name.parse())
 }

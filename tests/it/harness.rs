@@ -47,7 +47,7 @@ impl Daemon {
             precision: Precision::default(),
             kv: KvType::default(),
             kv_bytes: 1 << 20,
-            context: Some(CONTEXT),
+            context: CONTEXT,
             modified: None,
         };
         Self::start(|config| {
