@@ -1,6 +1,8 @@
 //! The block manager: taking and giving back, finding a prefix, naming blocks.
 //!
-//!     cargo bench --bench blocks
+//! ```text
+//! cargo bench --bench blocks
+//! ```
 
 use std::hint::black_box;
 

@@ -1,6 +1,8 @@
 //! What a step costs beside the model: deciding it, delivering it, and drawing its tokens.
 //!
-//!     cargo bench --bench scheduler
+//! ```text
+//! cargo bench --bench scheduler
+//! ```
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -1,6 +1,8 @@
 //! A request's way out: drawn tokens become text, text becomes events.
 //!
-//!     token ─ detokenise ─> [ sent ........ | held: could begin a stop string ] ─> Text … Finish ─> Done
+//! ```text
+//! token ─ detokenise ─> [ sent ........ | held: could begin a stop string ] ─> Text … Finish ─> Done
+//! ```
 //!
 //! Text is sent as soon as it cannot be the beginning of a stop string any more. The stop string that is complete first
 //! wins, the longest if several are at the same character, so where the answer is cut does not depend on how the model

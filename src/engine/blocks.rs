@@ -1,7 +1,9 @@
 //! The paged KV pool as book-keeping: who holds which block, which are free, and which hold tokens worth finding again.
 //!
-//!     free list, oldest first:   [no content] … [cached, oldest] … [cached, newest]
-//!                                 ^ taken here                      ^ freed here
+//! ```text
+//! free list, oldest first:   [no content] … [cached, oldest] … [cached, newest]
+//!                             ^ taken here                      ^ freed here
+//! ```
 //!
 //! A block is referenced by tables (`refs > 0`) or lies in the free list (`refs == 0`), never both. A free block that was
 //! published keeps its hash, so that a later prompt with the same beginning finds it, until the block is taken for

@@ -1,9 +1,11 @@
 //! One installed model at work: its scheduler, its runner, and the answers under way.
 //!
-//!     submit ──> [ plan(now) ──> compute() ──> deliver(now) ] ──events──> callers
-//!                  cancels,       forward,        tokens to text,
-//!                  deadlines,     sample          finish, publish blocks
-//!                  schedule
+//! ```text
+//! submit ──> [ plan(now) ──> compute() ──> deliver(now) ] ──events──> callers
+//!              cancels,       forward,        tokens to text,
+//!              deadlines,     sample          finish, publish blocks
+//!              schedule
+//! ```
 //!
 //! The three parts of a step are separate and take `now`, so a simulation can drive the real thing from a seed. No
 //! threads and no channels but the answers' own; the loop is in `run.rs`.

@@ -1,6 +1,8 @@
 //! When things compute: one OS thread per device runs the models installed on it.
 //!
-//!     callers --Submit--> inbox (bounded) --> scheduler + blocks + runner, one set a model slot --Event--> callers
+//! ```text
+//! callers --Submit--> inbox (bounded) --> scheduler + blocks + runner, one set a model slot --Event--> callers
+//! ```
 //!
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`sequence`] is one answer's state,
 //! [`scheduler`] decides a step, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for
@@ -20,6 +22,7 @@ pub mod sim;
 mod command;
 mod run;
 mod runner;
+mod slab;
 
 pub use command::{Command, Engine, EngineStatus, ModelSlot, SlotStatus, Submit};
 pub use run::start;

@@ -1,7 +1,9 @@
 //! Who is next among the waiting.
 //!
-//!     level  +1   resumed: …   lines:  acme [t t t t t]   bob [t]
-//!     level   0   resumed: t   lines:  acme [t]           carol [t t]
+//! ```text
+//! level  +1   resumed: …   lines:  acme [t t t t t]   bob [t]
+//! level   0   resumed: t   lines:  acme [t]           carol [t t]
+//! ```
 //!
 //! Higher levels go first, but a level that was passed over gains one level a second until it has had a turn: the lowest
 //! priority is slow, never starved. Within a level, sequences that were thrown out of the batch come back first; then

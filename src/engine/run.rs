@@ -1,7 +1,9 @@
 //! The loop of a device's thread: take what callers say, then one step of each model that has work, round and round.
 //!
-//!     ┌─> inbox (blocks only when all lanes are idle) ─> each busy lane: plan, compute, deliver ─> reap ─┐
-//!     └──────────────────────────────────── heartbeat ──────────────────────────────────────────────────┘
+//! ```text
+//! ┌─> inbox (blocks only when all lanes are idle) ─> each busy lane: plan, compute, deliver ─> reap ─┐
+//! └──────────────────────────────────── heartbeat ──────────────────────────────────────────────────┘
+//! ```
 //!
 //! What callers may rely on:
 //! - every request gets exactly one `Done` or `Failed`, as long as the thread lives. A channel that closes without either

@@ -1,8 +1,10 @@
 //! Logits to token, one row at a time, rows in parallel.
 //!
-//!     raw logits ─ bias ─ penalties ─┬─ temperature 0: the best, lowest id first
-//!         |                          └─ temperature ─ top-k ─ top-p ─ min-p ─ draw
-//!         └─ log-probabilities, if asked for
+//! ```text
+//! raw logits ─ bias ─ penalties ─┬─ temperature 0: the best, lowest id first
+//!     |                          └─ temperature ─ top-k ─ top-p ─ min-p ─ draw
+//!     └─ log-probabilities, if asked for
+//! ```
 //!
 //! A row's token depends on its logits, its sampling parameters and (seed, position) only: the random number is a hash
 //! of the two, not a state, so neither batch company nor a preemption can change an answer.

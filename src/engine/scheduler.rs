@@ -1,8 +1,10 @@
 //! Decides which sequences compute how many tokens in the next step.
 //!
-//!     submit ──> waiting ──admit──> running ──finish──> (gone)
-//!                   ^                  |
-//!                   +──── preempt ─────+      blocks go back, tokens stay
+//! ```text
+//! submit ──> waiting ──admit──> running ──finish──> (gone)
+//!               ^                  |
+//!               +──── preempt ─────+      blocks go back, tokens stay
+//! ```
 //!
 //! Each step has one budget of tokens. Running sequences come first: one token each for those that decode, then chunks
 //! of prompts in order of admission. What is left admits from the [`Queue`], as far as free blocks go. A sequence that
@@ -18,6 +20,7 @@ use crate::base::{AccountId, Error, Kind, Result};
 use crate::engine::blocks::{BlockHash, Blocks};
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
+use crate::engine::slab::Slab;
 use crate::model::Batch;
 
 /// Share of a running sequence's remaining tokens that admission keeps blocks free for: at the start, and at the least.
@@ -29,8 +32,6 @@ const GROWTH_DECAY: f32 = (GROWTH_START - GROWTH_LEAST) / 600.0;
 const GROWTH_LESSON: f32 = 0.2;
 /// Remaining tokens beyond this are not believed: `max_tokens` is often far above what is produced.
 const GROWTH_HORIZON: usize = 4096;
-
-const COMPUTED: &str = "sequences in a plan or in the running list exist";
 
 /// What one model allows.
 #[derive(Clone, Debug)]
@@ -501,62 +502,6 @@ impl Scheduler {
             return Err(format!("{} sequences run", self.running.len()));
         }
         Ok(())
-    }
-}
-
-/// Values under small keys that are used again.
-struct Slab<T> {
-    slots: Vec<Option<T>>,
-    vacant: Vec<u32>,
-}
-
-impl<T> Default for Slab<T> {
-    fn default() -> Self {
-        Self { slots: Vec::new(), vacant: Vec::new() }
-    }
-}
-
-impl<T> Slab<T> {
-    fn insert(&mut self, value: T) -> u32 {
-        let key = self.vacant.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() as u32 - 1
-        });
-        self.slots[key as usize] = Some(value);
-        key
-    }
-
-    fn remove(&mut self, key: u32) -> Option<T> {
-        let value = self.slots.get_mut(key as usize)?.take()?;
-        self.vacant.push(key);
-        Some(value)
-    }
-
-    fn get(&self, key: u32) -> Option<&T> {
-        self.slots.get(key as usize)?.as_ref()
-    }
-
-    fn len(&self) -> usize {
-        self.slots.len() - self.vacant.len()
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
-        self.slots.iter().enumerate().filter_map(|(key, value)| Some((key as u32, value.as_ref()?)))
-    }
-}
-
-#[allow(clippy::expect_used)]
-impl<T> std::ops::Index<u32> for Slab<T> {
-    type Output = T;
-    fn index(&self, key: u32) -> &T {
-        self.slots[key as usize].as_ref().expect(COMPUTED)
-    }
-}
-
-#[allow(clippy::expect_used)]
-impl<T> std::ops::IndexMut<u32> for Slab<T> {
-    fn index_mut(&mut self, key: u32) -> &mut T {
-        self.slots[key as usize].as_mut().expect(COMPUTED)
     }
 }
 

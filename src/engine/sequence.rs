@@ -1,8 +1,10 @@
 //! One sequence: a prompt and the answer so far, of one choice of one request.
 //!
-//!     tokens    [ prompt ........ | produced ...... ]      known
-//!     computed   ~~~~~~~~~~~~~~~~~~~~~~~~~~^               K and V are in the pool up to here
-//!     left                                 |-------|       what the scheduler still has to compute
+//! ```text
+//! tokens    [ prompt ........ | produced ...... ]      known
+//! computed   ~~~~~~~~~~~~~~~~~~~~~~~~~~^               K and V are in the pool up to here
+//! left                                 |-------|       what the scheduler still has to compute
+//! ```
 //!
 //! `left` is all that scheduling looks at: a prompt in chunks, one token a step, a sequence that lost its blocks and a
 //! prefix that was found are all the same thing with another `left`.

@@ -1,6 +1,8 @@
 //! A simulated device: no network, but a paged KV pool that remembers what was written where.
 //!
-//!     cell of the pool:  { token, position, chain = hash of every token up to here }
+//! ```text
+//! cell of the pool:  { token, position, chain = hash of every token up to here }
+//! ```
 //!
 //! The next token is drawn from the chain that the block table leads to, and by default every forward walks all the
 //! cells a real attention would read and compares them. So a block that was shared wrongly, freed too early or never

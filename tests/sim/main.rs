@@ -2,9 +2,11 @@
 //! lengths, shared prefixes, choices, stop strings, priorities, accounts, cancels, deadlines, a tiny KV pool, now and
 //! then a device that fails. The simulated device checks every cell of KV that it would read.
 //!
-//!     cargo test --test sim                          all seeds
-//!     SIM_SEED=17 cargo test --test sim              one seed again, with its story on stderr
-//!     SIM_SEEDS=100000 cargo test --release --test sim
+//! ```text
+//! cargo test --test sim                          all seeds
+//! SIM_SEED=17 cargo test --test sim              one seed again, with its story on stderr
+//! SIM_SEEDS=100000 cargo test --release --test sim
+//! ```
 
 mod world;
 

@@ -189,6 +189,8 @@ impl Request {
 #[derive(Clone, Debug, Default)]
 pub struct Answer {
     choices: Vec<Choice>,
+    /// As of the newest text.
+    used: Usage,
     pub done: Option<Usage>,
     pub failed: Option<Kind>,
     /// The step after which it ended.
@@ -228,11 +230,15 @@ impl Answer {
             return Err(format!("{event:?} came after the end"));
         }
         match event {
-            Event::Text { choice, text, logprobs, .. } => {
+            Event::Text { choice, text, logprobs, usage } => {
                 let choice = &mut self.choices[choice as usize];
                 if choice.finish.is_some() {
                     return Err(format!("{text:?} came after the finish of its choice"));
                 }
+                if usage.completion_tokens <= self.used.completion_tokens {
+                    return Err(format!("{usage:?} after {:?}", self.used));
+                }
+                self.used = usage;
                 if text.is_empty() && logprobs.is_empty() {
                     return Err("an event says nothing".into());
                 }
@@ -251,6 +257,9 @@ impl Answer {
                 if request.stop.iter().any(|stop| choice.text.contains(stop.as_str())) {
                     return Err(format!("{:?} contains a stop string", choice.text));
                 }
+            }
+            Event::Done(usage) if usage.completion_tokens < self.used.completion_tokens => {
+                return Err(format!("{usage:?} after {:?}", self.used));
             }
             Event::Done(usage) => self.done = Some(usage),
             Event::Failed(error) => self.failed = Some(error.kind()),
