@@ -228,7 +228,7 @@ impl Answer {
             return Err(format!("{event:?} came after the end"));
         }
         match event {
-            Event::Text { choice, text, logprobs } => {
+            Event::Text { choice, text, logprobs, .. } => {
                 let choice = &mut self.choices[choice as usize];
                 if choice.finish.is_some() {
                     return Err(format!("{text:?} came after the finish of its choice"));
