@@ -195,10 +195,13 @@ async fn whoever_will_not_wait_is_told_at_once() {
         let request = request.json(&json!({"prompt": "hi", "max_tokens": 500, "stream": true}));
         tokio::spawn(async move { request.send().await.unwrap() })
     };
+    let load =
+        |daemon: &Daemon, name: &str| daemon.metric(&format!(r#"neurond_{name}{{device="0",model="{CLASSIC}"}}"#));
     let first = slow().await.unwrap();
+    let running = |daemon: &Daemon| load(daemon, "running") == 1.0 && load(daemon, "queue_depth") == 0.0;
+    daemon.eventually("the first call runs", running).await;
     let second = slow();
-    let queue = &format!(r#"neurond_queue_depth{{device="0",model="{CLASSIC}"}}"#);
-    daemon.eventually("the second call waits", |daemon| daemon.metric(queue) == 1.0).await;
+    daemon.eventually("the second call waits", |daemon| load(daemon, "queue_depth") == 1.0).await;
     let refused =
         daemon.post(&format!("{AI}/run/{CLASSIC}"), json!({"prompt": "hi", "options": {"rejectIfBusy": true}})).await;
     assert_eq!((refused.status, &refused.json()["errors"][0]["code"]), (429, &json!(3040)));
