@@ -136,7 +136,7 @@ pub struct TokenSection {
     /// Example: `"ops"`
     pub id: String,
     /// SHA-256 of the token, 64 hex digits: `printf %s "$TOKEN" | sha256sum`. Either this or `env`.
-    /// Example: `"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"`
+    /// Example: `"0000000000000000000000000000000000000000000000000000000000000000"`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
     /// Name of an environment variable that holds the token. It is hashed at start. Either this or `sha256`.

@@ -86,7 +86,7 @@ impl Changes {
         // What the listener was built with cannot change under it.
         self.note("server.listen", old.listen, *listen, Effect::Restart);
         self.note("server.workers", old.workers, *workers, Effect::Restart);
-        self.note("server.max_body_bytes", old.max_body_bytes, *max_body_bytes, Effect::Restart);
+        self.note("server.max_body_bytes", old.max_body_bytes, *max_body_bytes, Effect::Live);
         self.note("server.max_connections", old.max_connections, *max_connections, Effect::Restart);
         self.note("server.read_timeout_ms", old.read_timeout.as_millis(), read_timeout.as_millis(), Effect::Restart);
         self.note("server.write_timeout_ms", old.write_timeout.as_millis(), write_timeout.as_millis(), Effect::Restart);
@@ -96,7 +96,7 @@ impl Changes {
             request_timeout.as_millis(),
             Effect::Live,
         );
-        self.note("server.drain_timeout_ms", old.drain_timeout.as_millis(), drain_timeout.as_millis(), Effect::Live);
+        self.note("server.drain_timeout_ms", old.drain_timeout.as_millis(), drain_timeout.as_millis(), Effect::Restart);
     }
 
     fn auth(&mut self, old: &Auth, new: &Auth) {

@@ -346,6 +346,40 @@ mod tests {
     }
 
     #[test]
+    fn every_draw_of_a_request_has_a_random_number_of_its_own() {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(2, 9));
+        let now = Instant::now();
+        let submit = Submit {
+            request: RequestId::random(),
+            account: crate::base::AccountId::new("a"),
+            slot: crate::base::SlotId::next(),
+            prompt: vec![1, 2],
+            choices: 2,
+            max_tokens: 9,
+            sampling: Sampling { presence_penalty: 1.0, ..Sampling::default() },
+            seed: u64::MAX,
+            stop: vec![],
+            logprobs: None,
+            priority: 0,
+            cache_salt: 0,
+            deadline: now,
+            received: now,
+            events,
+        };
+        let metrics = crate::metrics::Metrics::new();
+        let metrics = metrics.engine(&crate::base::ModelId::new("m"), crate::base::DeviceId(0));
+        let mut answer = Answer::new(&submit, Arc::new(Vocabulary::new([b"a", b"b"], vec![])));
+        let numbers = |answer: &Answer| [0, 1].map(|choice| (answer.draw(choice).seed, answer.draw(choice).position));
+        assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 0)]);
+        let drawn = Drawn { token: Some(1), ..Drawn::default() };
+        assert!(!answer.accept(1, 1, &drawn, false, now, &metrics));
+        assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 1)]);
+        assert!(answer.accept(1, 1, &drawn, true, now, &metrics), "the last token completes a choice");
+        answer.fail(Error::internal("x"));
+        assert_eq!(receiver.len(), 4, "two texts, a finish, a failure");
+    }
+
+    #[test]
     fn text_without_stop_strings_leaves_at_once() {
         check(&[b"a", b"bc"], &[], "a:0 | bc:1 | : | end");
     }

@@ -267,9 +267,8 @@ impl Scheduler {
         let mut at = 0;
         while let Some(&key) = self.running.get(at) {
             let sequence = &mut self.sequences[key];
-            if self.blocks.needed(sequence.tokens.len()) <= sequence.table.len() {
-                at += 1;
-            } else if self.blocks.take(1, &mut sequence.table) {
+            let has_room = self.blocks.needed(sequence.tokens.len()) <= sequence.table.len();
+            if has_room || self.blocks.take(1, &mut sequence.table) {
                 at += 1;
             } else if let Some(victim) = self.preempt(now, plan)
                 && victim < at
@@ -475,8 +474,8 @@ impl Scheduler {
         for (key, sequence) in self.sequences.iter() {
             let running = self.running.contains(&key);
             waiting += usize::from(!running);
-            if !running && !sequence.table.is_empty() {
-                return Err(format!("sequence {key} waits and holds blocks"));
+            if !running && (!sequence.table.is_empty() || sequence.computed > 0) {
+                return Err(format!("sequence {key} waits and holds blocks, or says that it has computed"));
             }
             if running && sequence.table.len() < self.blocks.needed(sequence.computed) {
                 return Err(format!("sequence {key} has computed more than its blocks hold"));

@@ -178,7 +178,7 @@ fn logits(chain: u64, end_in: u32, row: &mut [f32]) {
         row[letter as usize] = (x >> 40) as f32 / (1 << 22) as f32;
     }
     x = link(x, END);
-    if end_in > 0 && x % u64::from(end_in) == 0 {
+    if end_in > 0 && x.is_multiple_of(u64::from(end_in)) {
         row[END as usize] = 20.0;
     }
 }

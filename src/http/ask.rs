@@ -13,7 +13,7 @@ use futures_util::future::try_join_all;
 use serde_json::Value;
 
 use crate::base::{Error, Kind, ModelId, RequestId, Result};
-use crate::config::CatalogEntry;
+use crate::config::{Catalog, CatalogEntry};
 use crate::gateway::{Answer, Call, Delivery};
 use crate::http::Services;
 use crate::http::fields::Fields;
@@ -62,7 +62,7 @@ impl Ask {
     pub(super) fn text_model(&self, services: &Services, name: &str) -> Result<Arc<CatalogEntry>> {
         let config = services.config.get();
         let entry = config.catalog.resolve(name).filter(|entry| entry.task == Task::TextGeneration);
-        let Some(entry) = entry else { return Err(no_such_model(name)) };
+        let Some(entry) = entry else { return Err(no_such_model(&config.catalog, name)) };
         let _ = self.model.set(entry.id.clone());
         Ok(entry.clone())
     }
@@ -125,9 +125,13 @@ pub(super) async fn collect(deliveries: Vec<Delivery>) -> Result<Answer> {
 }
 
 /// The error for a name that is in no catalog, or does not do this task.
-pub(super) fn no_such_model(name: &str) -> Error {
-    let name: String = name.chars().take(MAX_ECHO).collect();
-    Error::new(Kind::NoSuchModel, format!("No such model `{name}` or task")).with_param("model")
+pub(super) fn no_such_model(catalog: &Catalog, name: &str) -> Error {
+    let told: String = name.chars().take(MAX_ECHO).collect();
+    // Comparing a long name with every entry would be work for nothing.
+    let nearest =
+        if told.len() == name.len() { catalog.nearest(name).filter(|nearest| *nearest != name) } else { None };
+    let hint = nearest.map(|nearest| format!("; did you mean `{nearest}`?")).unwrap_or_default();
+    Error::new(Kind::NoSuchModel, format!("No such model `{told}` or task{hint}")).with_param("model")
 }
 
 /// Reads a whole JSON body.

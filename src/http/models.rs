@@ -29,7 +29,7 @@ pub(super) fn get(services: &Services, name: &str) -> Result<HttpResponse> {
     let config = services.config.get();
     let entry =
         config.catalog.resolve(name).filter(|entry| served(services).iter().any(|served| served.id == entry.id));
-    let Some(entry) = entry else { return Err(no_such_model(name)) };
+    let Some(entry) = entry else { return Err(no_such_model(&config.catalog, name)) };
     answer::json(StatusCode::OK, &openai_model(entry))
 }
 
@@ -153,6 +153,9 @@ fn cloudflare_model(entry: &CatalogEntry) -> Value {
         };
         properties.push(json!({ "property_id": property, "value": "true" }));
     }
+    if let Some(dimensions) = entry.dimensions {
+        properties.push(json!({ "property_id": "output_dimensions", "value": dimensions.to_string() }));
+    }
     if let Some(date) = &entry.planned_deprecation {
         properties.push(json!({ "property_id": "planned_deprecation_date", "value": date }));
     }
@@ -186,25 +189,11 @@ fn task_json(task: Task) -> Value {
     json!({ "id": task.id(), "name": task.name(), "description": description })
 }
 
+/// Every unit that costs something, in USD as published: a tenth of a cent of a cent at the finest.
 fn prices(price: &Price) -> Vec<Value> {
-    let row = |unit: &str, neurons: u64| json!({ "unit": unit, "price": usd_per_million(neurons), "currency": "USD" });
-    let mut rows = Vec::new();
-    if price.input > 0 {
-        rows.push(row("per M input tokens", price.input));
-    }
-    if let Some(cached) = price.cached_input {
-        rows.push(row("per M cached input tokens", cached));
-    }
-    if price.output > 0 {
-        rows.push(row("per M output tokens", price.output));
-    }
-    rows
-}
-
-/// USD per million tokens as published: three decimals.
-fn usd_per_million(neurons: u64) -> f64 {
-    let usd = Neurons::priced(1_000_000, neurons).usd();
-    (usd * 1000.0).round() / 1000.0
+    let rounded = |usd: f64| if usd >= 0.01 { (usd * 1e3).round() / 1e3 } else { (usd * 1e6).round() / 1e6 };
+    let lines = price.listed();
+    lines.iter().map(|line| json!({ "unit": line.unit, "price": rounded(line.usd()), "currency": "USD" })).collect()
 }
 
 fn openrouter_model(entry: &CatalogEntry) -> Value {
@@ -276,7 +265,7 @@ mod tests {
     #[test]
     fn a_model_is_described_as_the_catalog_call_does_it() {
         let mut llama = entry("@cf/meta/llama-3.1-8b-instruct");
-        llama.price = Price { input: 25_608, cached_input: None, output: 75_147 };
+        llama.price = Price::tokens(25_608, 75_147);
         llama.flags = vec!["function_calling".into(), "batch".into(), "json".into()];
         llama.created_at = "2024-07-18 22:53:33.746".into();
         let model = cloudflare_model(&llama);

@@ -20,6 +20,7 @@ pub(super) fn entry(id: &str) -> CatalogEntry {
         context: 4096,
         max_tokens: 256,
         temperature: 0.6,
+        dimensions: None,
         flags: Vec::new(),
         price: Price::default(),
         rate_per_minute: 300,

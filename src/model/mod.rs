@@ -6,6 +6,7 @@
 pub mod files;
 pub mod gguf;
 pub mod spec;
+pub mod template;
 pub mod text;
 pub mod tokenizer;
 pub mod weights;
