@@ -202,7 +202,7 @@ fn config_manual() -> String {
          `neurond check-config` reads a configuration as the daemon would and tells every mistake at once: file, key, value, \
          remedy. `configs/neurond.toml` is a file with every key at its default.\n\n\
          A reload (HUP) reads everything again. Values marked *restart* keep what they had until the process is started anew; \
-         *next load* ones count for models loaded from then on; all others count at once.\n",
+         *swap* ones count when the reload has swapped the models they concern (all of them for `[engine]`); all others at once.\n",
     );
     for (section, name, list, _) in SECTIONS {
         let title = match section.split_once(" (") {
@@ -237,7 +237,7 @@ fn when(section: &str, key: &str) -> Option<&'static str> {
     match (section, key) {
         ("server", "request_timeout_ms" | "max_body_bytes") => None,
         ("server" | "binding", _) | ("engine", "threads") | ("log", "format") => Some("restart"),
-        ("engine", _) => Some("next load"),
+        ("engine" | "model", _) => Some("swap"),
         _ => None,
     }
 }
@@ -273,8 +273,8 @@ fn the_manual_says_of_each_key_when_a_reload_counts() {
         let said = when(section, key);
         let is = match change.effect {
             Effect::Restart => Some("restart"),
-            Effect::NextLoad => Some("next load"),
-            Effect::Live | Effect::Swap => None,
+            Effect::Swap => Some("swap"),
+            Effect::Live => None,
         };
         assert_eq!(said, is, "{}", change.key);
     }

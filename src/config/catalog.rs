@@ -55,7 +55,7 @@ pub struct CatalogEntry {
     pub temperature: f32,
     /// Length of an embedding vector, for models that make one.
     pub dimensions: Option<u32>,
-    /// Some of [`FLAGS`]: `function_calling`, `json`, `lora`, `batch`, `vision`, `reasoning`, `paid` …
+    /// Some of `function_calling`, `json`, `lora`, `batch`, `vision`, `reasoning`, `paid` …
     pub flags: Vec<String>,
     /// Neurons per unit.
     pub price: Price,

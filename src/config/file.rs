@@ -215,8 +215,8 @@ pub struct ModelSection {
     pub kv: KvType,
     /// Bytes of KV pool, a number or text such as `"512MiB"`: how many tokens can be in flight and cached. The pool is reserved at
     /// load and costs memory only where it has been used.
-    /// Left out: an eighth of the memory this process may use (cgroup limit respected), shared between the models that leave it out;
-    /// at least 64 MiB and at most 2 GiB each.
+    /// Left out: an eighth of the memory this process may use (cgroup limit respected), at least 64 MiB and
+    /// at most 2 GiB; with many models on one machine, write it.
     /// Example: `"512MiB"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<ByteSize>,

@@ -23,10 +23,8 @@ pub struct Change {
 pub enum Effect {
     /// From the next request on.
     Live,
-    /// When the model has been loaded, swapped or unloaded, which a reload does.
+    /// When the models concerned (those named, or all for `engine.*`) have been loaded, swapped or retired, which a reload does.
     Swap,
-    /// For models loaded from now on; those that run keep what they were loaded with.
-    NextLoad,
     /// After a restart only.
     Restart,
 }
@@ -41,7 +39,6 @@ impl fmt::Display for Change {
         }
         f.write_str(match self.effect {
             Effect::Live | Effect::Swap => "",
-            Effect::NextLoad => " (for models loaded from now on)",
             Effect::Restart => " (needs a restart)",
         })
     }
@@ -121,12 +118,12 @@ impl Changes {
     fn engine(&mut self, old: &Engine, new: &Engine) {
         let Engine { threads, step_tokens, prefill_chunk, max_running, max_queue, block_tokens, prefix_cache } = new;
         self.note("engine.threads", old.threads, *threads, Effect::Restart);
-        self.note("engine.step_tokens", old.step_tokens, *step_tokens, Effect::NextLoad);
-        self.note("engine.prefill_chunk", old.prefill_chunk, *prefill_chunk, Effect::NextLoad);
-        self.note("engine.max_running", old.max_running, *max_running, Effect::NextLoad);
-        self.note("engine.max_queue", old.max_queue, *max_queue, Effect::NextLoad);
-        self.note("engine.block_tokens", old.block_tokens, *block_tokens, Effect::NextLoad);
-        self.note("engine.prefix_cache", old.prefix_cache, *prefix_cache, Effect::NextLoad);
+        self.note("engine.step_tokens", old.step_tokens, *step_tokens, Effect::Swap);
+        self.note("engine.prefill_chunk", old.prefill_chunk, *prefill_chunk, Effect::Swap);
+        self.note("engine.max_running", old.max_running, *max_running, Effect::Swap);
+        self.note("engine.max_queue", old.max_queue, *max_queue, Effect::Swap);
+        self.note("engine.block_tokens", old.block_tokens, *block_tokens, Effect::Swap);
+        self.note("engine.prefix_cache", old.prefix_cache, *prefix_cache, Effect::Swap);
     }
 
     fn models(&mut self, old: &[Model], new: &[Model]) {
@@ -288,7 +285,7 @@ mod tests {
                 new.engine.max_running = 8;
             },
             &[
-                "engine.max_running: 64 -> 8 (for models loaded from now on)",
+                "engine.max_running: 64 -> 8",
                 "model a: /m/a.gguf removed",
                 "model b: path: /m/a.gguf -> /m/b2.gguf",
                 "model c: /m/a.gguf added",

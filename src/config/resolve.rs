@@ -379,8 +379,8 @@ fn models(
     folder: &Path,
     machine: &Surroundings,
 ) -> Vec<Model> {
-    let shares = sections.iter().filter(|section| section.kv_bytes.is_none()).count().max(1) as u64;
-    let share = (machine.memory / 8 / shares).clamp(KV_POOL.0, KV_POOL.1) >> 20 << 20;
+    // Not divided by the number of models: one more would change the pool of all others, and a reload would swap them.
+    let usual = (machine.memory / 8).clamp(KV_POOL.0, KV_POOL.1) >> 20 << 20;
     let mut models: Vec<Model> = Vec::new();
     for section in sections {
         let key = |name: &str| format!("model {}: {name}", section.id);
@@ -414,7 +414,7 @@ fn models(
                 None
             }
         };
-        let kv_bytes = section.kv_bytes.unwrap_or(ByteSize(share));
+        let kv_bytes = section.kv_bytes.unwrap_or(ByteSize(usual));
         if kv_bytes.0 < 1 << 20 {
             check.wrong(
                 &key("kv_bytes"),

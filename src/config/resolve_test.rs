@@ -90,7 +90,7 @@ fn without_a_file_this_machine_is_served_without_a_token() {
 }
 
 #[test]
-fn models_get_their_catalog_id_their_path_and_a_share_of_the_memory() {
+fn models_get_their_catalog_id_their_path_and_a_pool_that_fits_the_machine() {
     let config = good(MODEL);
     let model = &config.models[0];
     assert_eq!(model.id.as_str(), "@cf/huggingfacetb/smollm2-135m-instruct");
@@ -101,7 +101,7 @@ fn models_get_their_catalog_id_their_path_and_a_share_of_the_memory() {
     assert_eq!((sized.models[0].kv_bytes, sized.models[0].context), (96 << 20, Some(2048)));
 
     let two = good(&format!("{MODEL}[[model]]\nid = \"@cf/qwen/qwq-32b\"\npath = \"/m/b.gguf\"\n"));
-    assert_eq!(two.models.iter().map(|m| m.kv_bytes).collect::<Vec<_>>(), [1 << 30, 1 << 30]);
+    assert_eq!(two.models.iter().map(|m| m.kv_bytes).collect::<Vec<_>>(), [2 << 30, 2 << 30]);
     assert_eq!(two.models[1].path, Path::new("/m/b.gguf"));
 }
 

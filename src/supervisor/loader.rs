@@ -9,7 +9,7 @@ use tracing::{debug, info};
 
 use crate::base::{DeviceId, Error, Result, SlotId};
 use crate::config::{Engine as EngineConfig, Model as ModelConfig};
-use crate::engine::sim::{self, SimRunner, SimSpec};
+use crate::engine::sim::{SimRunner, SimSpec};
 use crate::engine::{ModelSlot, Runner};
 use crate::kernel::{Isa, Pool};
 use crate::metrics::{EngineMetrics, Metrics};
@@ -69,7 +69,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
 /// Both halves of a model at the same time: the text half is a quarter of a small model's load time.
 fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<(TextModel, Box<dyn Runner>)> {
     if let Some(spec) = simulated(&model.path) {
-        let text = TextModel::bytes(SimRunner::vocabulary(), sim::END, SIM_CONTEXT);
+        let text = TextModel::bytes(SimRunner::vocabulary(), SIM_CONTEXT)?;
         return Ok((text, Box::new(SimRunner::new(spec?))));
     }
     let files = Arc::new(ModelFiles::open(&model.path)?);

@@ -9,7 +9,7 @@ use tokenizers::tokenizer::{AddedVocabulary, Model, OffsetType, PostProcessor, P
 
 use crate::base::{Error, Result};
 use crate::model::gguf::broken;
-use crate::model::tokenizer::bytes_of_piece;
+use crate::model::tokenizer::put_piece;
 
 /// A tokenizer out of a `tokenizer.json`.
 pub(super) struct JsonTokenizer {
@@ -76,7 +76,11 @@ impl JsonTokenizer {
                 let piece = if added.special { Vec::new() } else { text.clone().into_bytes() };
                 JsonToken { id, text, piece, special: added.special }
             }
-            None => JsonToken { id, piece: bytes_of_piece(text.as_bytes(), byte_level), text, special: false },
+            None => {
+                let mut piece = Vec::new();
+                put_piece(text.as_bytes(), byte_level, &mut piece);
+                JsonToken { id, text, piece, special: false }
+            }
         };
         Ok(self.tokenizer.get_vocab(true).into_iter().map(token).collect())
     }

@@ -37,6 +37,7 @@ pub struct Tokenizer {
 enum Engine {
     Gguf(Box<GgufTokenizer>),
     Json(Box<JsonTokenizer>),
+    Bytes,
 }
 
 /// Special tokens around a [`Merger`].
@@ -89,6 +90,11 @@ impl Tokenizer {
         }
     }
 
+    /// A tokenizer without a file: token `b` is byte `b`, whatever else the vocabulary holds.
+    pub fn bytes(vocabulary: Arc<Vocabulary>) -> Self {
+        Self { engine: Engine::Bytes, vocabulary, begin: None, control: HashMap::new(), names: Vec::new() }
+    }
+
     /// Bytes behind tokens, end tokens.
     pub fn vocabulary(&self) -> &Arc<Vocabulary> {
         &self.vocabulary
@@ -109,6 +115,11 @@ impl Tokenizer {
         &self.names
     }
 
+    /// Bytes of the longest text that becomes a control token.
+    pub fn longest_special(&self) -> usize {
+        self.control.keys().map(String::len).max().unwrap_or(0)
+    }
+
     /// Appends the tokens of `text`. With `special`, the text of control tokens becomes those tokens; without, it is
     /// text like any other. No token is put in front.
     ///
@@ -118,6 +129,7 @@ impl Tokenizer {
         match &self.engine {
             Engine::Gguf(tokenizer) => tokenizer.encode(text, special, out),
             Engine::Json(tokenizer) => return tokenizer.encode(text, special, out),
+            Engine::Bytes => out.extend(text.bytes().map(u32::from)),
         }
         Ok(())
     }
@@ -167,15 +179,20 @@ impl Specials {
     }
 }
 
-/// What a token of the model's own alphabet prints: bytes written as printable characters, or `▁` for a space and
-/// `<0x0A>` for a byte.
-fn bytes_of_piece(text: &[u8], byte_level: bool) -> Vec<u8> {
+/// Appends what a token of the model's own alphabet prints: bytes written as printable characters, or `▁` for a space
+/// and `<0x0A>` for a byte.
+fn put_piece(text: &[u8], byte_level: bool, out: &mut Vec<u8>) {
     if byte_level {
-        return from_byte_alphabet(text).unwrap_or_else(|| text.to_vec());
+        let start = out.len();
+        if !put_from_byte_alphabet(text, out) {
+            out.truncate(start);
+            out.extend_from_slice(text);
+        }
+        return;
     }
     match byte_token(text) {
-        Some(byte) => vec![byte],
-        None => String::from_utf8_lossy(text).replace('\u{2581}', " ").into_bytes(),
+        Some(byte) => out.push(byte),
+        None => out.extend_from_slice(String::from_utf8_lossy(text).replace('\u{2581}', " ").as_bytes()),
     }
 }
 
@@ -187,18 +204,30 @@ fn byte_token(text: &[u8]) -> Option<u8> {
 }
 
 /// Byte-level tokenizers write bytes as characters that can be seen: printable ones of Latin-1 as they are, the other 68
-/// in order from U+0100 on. `None` when a character is none of them.
-fn from_byte_alphabet(text: &[u8]) -> Option<Vec<u8>> {
-    let text = std::str::from_utf8(text).ok()?;
-    text.chars()
-        .map(|char| match u32::from(char) {
-            code @ (0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) => Some(code as u8),
-            code @ 0x100..=0x120 => Some((code - 0x100) as u8),
-            code @ 0x121..=0x142 => Some((code - 0x121 + 0x7F) as u8),
-            0x143 => Some(0xAD),
-            _ => None,
-        })
-        .collect()
+/// in order from U+0100 on. False when a character is none of them. By hand, since a model has some 100,000 of these.
+fn put_from_byte_alphabet(text: &[u8], out: &mut Vec<u8>) -> bool {
+    let mut rest = text;
+    loop {
+        let code = match *rest {
+            [] => return true,
+            [byte @ 0x21..=0x7E, ..] => {
+                rest = &rest[1..];
+                u16::from(byte)
+            }
+            [first @ 0xC2..=0xC5, second, ..] => {
+                rest = &rest[2..];
+                u16::from(first & 0x1F) << 6 | u16::from(second & 0x3F)
+            }
+            _ => return false,
+        };
+        out.push(match code {
+            0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => code as u8,
+            0x100..=0x120 => (code - 0x100) as u8,
+            0x121..=0x142 => (code - 0x121 + 0x7F) as u8,
+            0x143 => 0xAD,
+            _ => return false,
+        });
+    }
 }
 
 const NORMAL: i32 = 1;
@@ -226,37 +255,40 @@ fn from_gguf(gguf: &Gguf) -> Result<Tokenizer> {
     if kinds.len() != count {
         return Err(broken(gguf.path(), format_args!("has {count} tokens, but {} token types", kinds.len())));
     }
-    let mut pieces = Vec::with_capacity(count);
+    // Pieces back to back: a vocabulary is large, and this is on the way to being ready.
+    let (mut pieces, mut ends_of_pieces) = (Vec::with_capacity(count * 8), Vec::with_capacity(count));
     let mut bytes = Box::new([NONE; 256]);
     let (mut control, mut user_defined) = (HashMap::new(), HashMap::new());
     for (id, text) in texts.clone().enumerate() {
-        let name = String::from_utf8_lossy(text);
+        let start = pieces.len();
+        let name = || String::from_utf8_lossy(text).into_owned();
         // Some files have end markers as user-defined tokens.
-        if kinds[id] == USER_DEFINED && END_MARKERS.contains(&&*name) {
+        if kinds[id] == USER_DEFINED && END_MARKERS.iter().any(|marker| marker.as_bytes() == text) {
             kinds[id] = CONTROL;
         }
-        pieces.push(match kinds[id] {
-            NORMAL | BYTE => bytes_of_piece(text, byte_level),
+        match kinds[id] {
+            NORMAL | BYTE => put_piece(text, byte_level, &mut pieces),
             USER_DEFINED => {
-                let text = if byte_level { name.into_owned() } else { name.replace('\u{2581}', " ") };
+                let text = if byte_level { name() } else { name().replace('\u{2581}', " ") };
+                pieces.extend_from_slice(text.as_bytes());
                 if !text.is_empty() {
-                    user_defined.insert(text.clone(), id as u32);
+                    user_defined.insert(text, id as u32);
                 }
-                text.into_bytes()
             }
-            kind => {
-                if matches!(kind, CONTROL | UNKNOWN) && !text.is_empty() {
-                    control.insert(name.into_owned(), id as u32);
-                }
-                Vec::new()
+            CONTROL | UNKNOWN if !text.is_empty() => {
+                control.insert(name(), id as u32);
             }
-        });
-        if let ([byte], true) = (&pieces[id][..], kinds[id] == if byte_level { NORMAL } else { BYTE }) {
+            _ => {}
+        }
+        if let ([byte], true) = (&pieces[start..], kinds[id] == if byte_level { NORMAL } else { BYTE }) {
             bytes[usize::from(*byte)] = id as u32;
         }
+        ends_of_pieces.push(pieces.len());
     }
     let names = gguf_names(gguf, &texts)?;
     let ends = gguf_ends(gguf, count, &control)?;
+    let starts = std::iter::once(0).chain(ends_of_pieces.iter().copied());
+    let pieces = starts.zip(&ends_of_pieces).map(|(start, &end)| &pieces[start..end]);
     let vocabulary = Arc::new(Vocabulary::new(pieces, ends));
     let merged = (0..count as u32).filter(|&id| kinds[id as usize] == NORMAL && !vocabulary.piece(id).is_empty());
     let index = PieceIndex::new(Arc::clone(&vocabulary), merged);
@@ -301,11 +333,11 @@ fn pairs(merges: super::gguf::Strings<'_>, index: &PieceIndex) -> PairMap {
         // The first character may itself be a space in very old files.
         let Some(space) = text.iter().skip(1).position(|&byte| byte == b' ').map(|at| at + 1) else { continue };
         whole.clear();
-        let left = bytes_of_piece(&text[..space], true);
-        let right = bytes_of_piece(&text[space + 1..], true);
-        whole.extend_from_slice(&left);
-        whole.extend_from_slice(&right);
-        let (Some(left), Some(right)) = (index.find(&left), index.find(&right)) else { continue };
+        put_piece(&text[..space], true, &mut whole);
+        let middle = whole.len();
+        put_piece(&text[space + 1..], true, &mut whole);
+        let (left, right) = whole.split_at(middle);
+        let (Some(left), Some(right)) = (index.find(left), index.find(right)) else { continue };
         let Some(merged) = index.find(&whole) else { continue };
         map.entry(merge::pair(left, right)).or_insert((rank as u32, merged));
     }
