@@ -113,7 +113,9 @@ impl Api {
             .user_agent(concat!("neurond/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(Duration::from_secs(10))
             .read_timeout(patience)
-            .tcp_nodelay(true);
+            .tcp_nodelay(true)
+            // Some servers close idle connections after a few seconds; a request must not meet one that is closing.
+            .pool_idle_timeout(Duration::from_secs(2));
         if is_loopback(&base) {
             // A proxy cannot reach this machine's loopback.
             http = http.no_proxy();

@@ -161,10 +161,10 @@ fn weights_under(folder: &Path) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
     let mut open = vec![(folder.to_path_buf(), 0)];
     while let Some((folder, depth)) = open.pop() {
-        if folder.join("config.json").is_file() {
-            if let Some(bytes) = weight_bytes(&folder).filter(|&bytes| bytes > 0) {
-                found.push((folder.clone(), bytes));
-            }
+        if folder.join("config.json").is_file()
+            && let Some(bytes) = weight_bytes(&folder).filter(|&bytes| bytes > 0)
+        {
+            found.push((folder.clone(), bytes));
         }
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
