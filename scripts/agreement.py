@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--positions", type=int, default=3072, help="positions of running text")
     parser.add_argument("--llama-lib", type=Path, help="folder of libllama.so")
     parser.add_argument("--llama-python", type=Path, help="folder that contains the llama_cpp Python package")
+    parser.add_argument("--logits", type=Path, help="a built examples/logits; else cargo builds it")
     parser.add_argument("--kv", choices=["f16", "f32"], default="f16", help="KV type of both")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-ours", action="store_true", help="llama.cpp alone")
@@ -85,7 +86,8 @@ def ours(args, everything: list[list[int]], precision: str, scratch: Path) -> np
     """Logits of all positions, [positions, vocab], through examples/logits.rs."""
     tokens, out = scratch / "tokens.json", scratch / f"neurond-{precision}.f32"
     tokens.write_text(json.dumps(everything))
-    command = ["cargo", "run", "--release", "--quiet", "--example", "logits", "--"]
+    cargo = ["cargo", "run", "--release", "--quiet", "--example", "logits", "--"]
+    command = [args.logits] if args.logits else cargo
     command += ["--model", args.model, "--tokens", tokens, "--out", out, "--precision", precision]
     command += ["--kv", "f32" if precision == "plain" else args.kv, "--threads", str(args.threads)]
     subprocess.run(command, cwd=ROOT, check=True)
