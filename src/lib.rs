@@ -22,3 +22,4 @@ pub mod http;
 pub mod app;
 pub mod cli;
 pub mod signal;
+pub mod telemetry;

@@ -47,6 +47,32 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// For metric labels and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::BadInput => "bad_input",
+            Self::TooLarge => "too_large",
+            Self::ContextLength => "context_length",
+            Self::NoSuchModel => "no_such_model",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::Unsupported => "unsupported",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::RateLimited => "rate_limited",
+            Self::OutOfNeurons => "out_of_neurons",
+            Self::Busy => "busy",
+            Self::ModelUnavailable => "model_unavailable",
+            Self::Timeout => "timeout",
+            Self::Aborted => "aborted",
+            Self::EngineLost => "engine_lost",
+            Self::ShuttingDown => "shutting_down",
+            Self::Internal => "internal",
+        }
+    }
+}
+
 /// An error on its way to a caller. Cloneable, since several waiters may have to hear the same one.
 #[derive(Clone)]
 pub struct Error {

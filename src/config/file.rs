@@ -1,7 +1,19 @@
-//! What may be written in `neurond.toml`. A field's doc comment is its manual; `docs/CONFIG.md` is made from them.
+//! What may be written in `neurond.toml`. A field's doc comment is its manual: `docs/CONFIG.md` and `configs/neurond.toml`
+//! are made from this file (`UPDATE_DOCS=1 cargo test --test docs`), so write them for an operator.
+//!
+//! Nothing is checked here beyond its shape; `resolve.rs` does that. A key whose default depends on the machine is an
+//! `Option` and says under "Left out" what happens then.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::catalog::Block;
+use super::{KvType, Precision};
 
 /// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     /// For people.
@@ -11,7 +23,387 @@ pub enum LogFormat {
     Json,
 }
 
-/// The whole file.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize, Default)]
+/// The whole file. Unknown keys are refused, so that a misspelt one cannot be silently ignored.
+/// Relative paths are relative to the folder of the file they are written in.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
-pub struct File {}
+pub struct File {
+    /// Where the API is served, and its limits.
+    pub server: ServerSection,
+    /// The AI-binding listener. Left out: there is none.
+    pub binding: Option<BindingSection>,
+    /// Who may call.
+    pub auth: AuthSection,
+    /// How the device computes, for all models.
+    pub engine: EngineSection,
+    /// One block a model to be loaded, in this order.
+    pub model: Vec<ModelSection>,
+    /// What can be asked for by name.
+    pub catalog: CatalogSection,
+    /// What is logged and how.
+    pub log: LogSection,
+}
+
+impl File {
+    /// What is in force without any file: for a first try on one machine. Unlike a file that says nothing, it serves callers
+    /// without a token, since it listens on loopback only.
+    pub(super) fn builtin() -> Self {
+        let mut file = Self::default();
+        file.auth.anonymous = Some("local".into());
+        file
+    }
+}
+
+/// `[server]`: where the API is served, and its limits. Times are milliseconds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerSection {
+    /// IP address and port of the API. The default is for this machine only; `0.0.0.0:8080` serves the network.
+    pub listen: String,
+    /// HTTP worker threads. They parse, stream and wait; computing happens elsewhere, so a few are enough.
+    /// Left out: a quarter of the CPUs, at least 2, at most 16.
+    /// Example: `2`
+    pub workers: Option<usize>,
+    /// Largest request body; a longer one is refused with 413 before it is read. Bytes, or text such as `"16MiB"`.
+    pub max_body_bytes: ByteSize,
+    /// Connections open at the same time over all workers; more wait in the kernel's accept queue.
+    pub max_connections: usize,
+    /// How long a client may take to send the head of a request, and again for its body: what cuts off a client that
+    /// sends one byte a second.
+    pub read_timeout_ms: u64,
+    /// A client that takes no byte of its answer for this long is cut off, and its sequence leaves the batch.
+    pub write_timeout_ms: u64,
+    /// From the end of a request to the end of its answer, waiting in the queue included. After it the call fails with 408,
+    /// or the stream ends with an error event.
+    pub request_timeout_ms: u64,
+    /// How long a drain (TERM, INT) waits for open calls before it cuts them off. Keep it below `TimeoutStopSec` of the
+    /// systemd unit, or systemd kills what would have ended well.
+    pub drain_timeout_ms: u64,
+}
+
+impl Default for ServerSection {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8080".into(),
+            workers: None,
+            max_body_bytes: ByteSize(16 << 20),
+            max_connections: 4096,
+            read_timeout_ms: 30_000,
+            write_timeout_ms: 30_000,
+            request_timeout_ms: 600_000,
+            drain_timeout_ms: 30_000,
+        }
+    }
+}
+
+/// `[binding]`: the listener for Worker code that calls `env.AI`. It knows no credentials, so whoever reaches it spends
+/// the neurons of one account: bind it where only the Workers runtime can reach it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BindingSection {
+    /// IP address and port of the listener.
+    /// Example: `"127.0.0.1:8081"`
+    pub listen: String,
+    /// Who pays for what comes in there: 32 hex digits, or a short name.
+    /// Example: `"local"`
+    pub account: String,
+}
+
+/// `[auth]`: who may call.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthSection {
+    /// The account of callers without a token. For development. Left out: they are refused with 401.
+    /// Example: `"local"`
+    pub anonymous: Option<String>,
+    /// Allow callers without a token (`anonymous`, `[binding]`) on an address that other machines can reach. Without it such a
+    /// configuration is refused, since everybody on the network could spend the account's neurons.
+    pub allow_anonymous_remote: bool,
+    /// A TOML file with `[[token]]` blocks of the same keys as `[[auth.token]]`, so that tokens can have their own owner and
+    /// rights and be rotated alone. A leading `$CREDENTIALS_DIRECTORY` is what systemd's `LoadCredential=` sets.
+    /// Left out: only the tokens written here count.
+    /// Example: `"tokens.toml"`
+    pub token_file: Option<PathBuf>,
+    /// One block a token.
+    pub token: Vec<TokenSection>,
+}
+
+/// `[[auth.token]]`: a bearer token. Only its SHA-256 is held, in the file as in memory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenSection {
+    /// Name of the token in logs; never the token itself.
+    /// Example: `"ops"`
+    pub id: String,
+    /// SHA-256 of the token, 64 hex digits: `printf %s "$TOKEN" | sha256sum`. Either this or `env`.
+    /// Example: `"0000000000000000000000000000000000000000000000000000000000000000"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// Name of an environment variable that holds the token. It is hashed at start. Either this or `sha256`.
+    /// Example: `"NEUROND_TOKEN"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<String>,
+    /// Who pays: 32 hex digits, or a short name. It is also the only account accepted in a path
+    /// (`/client/v4/accounts/{account}/…`).
+    /// Example: `"023e105f4ecef8ad9ca31a8372d0c353"`
+    pub account: String,
+    /// May use any account in a path: for operators.
+    #[serde(default)]
+    pub any_account: bool,
+    /// Refused after this moment: a date (`2027-12-31`, to its end in UTC) or a time with offset (`2027-12-31T12:00:00Z`).
+    /// Left out: never.
+    /// Example: `2027-12-31`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<Written>,
+}
+
+/// `[engine]`: how the device computes, for all models.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineSection {
+    /// Threads of the CPU device. More than there are cores makes it slower, since all meet at the end of each operation.
+    /// Left out: the physical cores this process may use (affinity and cgroup quota respected).
+    /// Example: `8`
+    pub threads: Option<usize>,
+    /// Tokens computed in a step over all sequences of a model. Larger reads prompts faster, smaller keeps the time between
+    /// two tokens of a running answer even. At least `max_running`, so that every running sequence gets its token.
+    pub step_tokens: usize,
+    /// Most prompt tokens of one sequence in a step, so that a short prompt is not stuck behind a long one. At most
+    /// `step_tokens`.
+    pub prefill_chunk: usize,
+    /// Sequences computed at the same time. More raises throughput until the arithmetic is saturated, and each one's own
+    /// pace falls.
+    pub max_running: usize,
+    /// Sequences waiting for their first step; beyond it callers get 429 with `Retry-After` at once.
+    pub max_queue: usize,
+    /// Tokens in a KV block, a power of two from 4 to 256. Smaller wastes less at the end of a sequence and shares
+    /// prefixes finer, larger means less bookkeeping.
+    pub block_tokens: usize,
+    /// Keep the KV of finished prompts while there is room, and share it between requests of one account that begin alike.
+    pub prefix_cache: bool,
+}
+
+impl Default for EngineSection {
+    fn default() -> Self {
+        Self {
+            threads: None,
+            step_tokens: 512,
+            prefill_chunk: 256,
+            max_running: 64,
+            max_queue: 256,
+            block_tokens: 16,
+            prefix_cache: true,
+        }
+    }
+}
+
+/// `[[model]]`: a model to be loaded.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// Its catalog id, or an alias of it. Pinned names only: `…:latest` is refused.
+    /// Example: `"@cf/huggingfacetb/smollm2-135m-instruct"`
+    pub id: String,
+    /// GGUF file, or folder with safetensors, `config.json` and tokenizer.
+    /// Example: `"models/SmolLM2-135M-Instruct.Q4_1.gguf"`
+    pub path: PathBuf,
+    /// `"fast"`: quantised kernels. `"plain"`: everything in f32, the yardstick for comparisons.
+    #[serde(default)]
+    pub precision: Precision,
+    /// Type of the KV cache: `"f16"`, or `"f32"` for comparisons.
+    #[serde(default)]
+    pub kv: KvType,
+    /// Bytes of KV pool, a number or text such as `"512MiB"`: how many tokens can be in flight and cached. The pool is reserved at
+    /// load and costs memory only where it has been used.
+    /// Left out: an eighth of the memory this process may use (cgroup limit respected), shared between the models that leave it out;
+    /// at least 64 MiB and at most 2 GiB each.
+    /// Example: `"512MiB"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_bytes: Option<ByteSize>,
+    /// Longest sequence served, prompt and answer, in tokens.
+    /// Left out: what the catalog says, or the model file if that is less.
+    /// Example: `4096`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<u32>,
+    /// Catalog entry for this id: needed when the catalog does not know it, and changes the entry key by key when it does.
+    /// Same keys as a `[[model]]` block of `configs/catalog.toml`, without `id`.
+    /// Example: `{ task = "text-generation", context = 8192, price = { input = 300, output = 2000 } }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entry: Option<Block>,
+}
+
+impl ModelSection {
+    /// A block that says nothing but this.
+    pub(super) fn new(id: String, path: PathBuf, entry: Option<Block>) -> Self {
+        let (precision, kv) = Default::default();
+        Self { id, path, precision, kv, kv_bytes: None, context: None, entry }
+    }
+}
+
+/// `[catalog]`: what can be asked for by name.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct CatalogSection {
+    /// A file of `[[model]]` blocks that adds to the built-in `configs/catalog.toml`. A block whose id is known changes only
+    /// the keys it names (a price, an alias list). Left out: the built-in catalog as it is.
+    /// Example: `"catalog.toml"`
+    pub path: Option<PathBuf>,
+}
+
+/// `[log]`: what is logged and how. Logs go to stderr.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogSection {
+    /// Level, or levels by module: `"info"`, `"warn,neurond::engine=debug"`. USR2 changes it in the running process.
+    pub filter: String,
+    /// `"text"` for people, `"json"` for machines (one object a line).
+    pub format: LogFormat,
+}
+
+impl Default for LogSection {
+    fn default() -> Self {
+        Self { filter: "info".into(), format: LogFormat::Text }
+    }
+}
+
+/// A number of bytes: an integer, or text with a unit (`KiB MiB GiB TiB` are powers of 1024, `KB MB GB TB` of 1000).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct ByteSize(pub u64);
+
+const UNITS: [(&str, u64); 9] = [
+    ("TiB", 1 << 40),
+    ("GiB", 1 << 30),
+    ("MiB", 1 << 20),
+    ("KiB", 1 << 10),
+    ("TB", 1_000_000_000_000),
+    ("GB", 1_000_000_000),
+    ("MB", 1_000_000),
+    ("KB", 1_000),
+    ("B", 1),
+];
+
+impl std::str::FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not a size: write bytes as a number, or text such as \"512MiB\"");
+        let trimmed = text.trim();
+        let split = trimmed.find(|c: char| !c.is_ascii_digit()).unwrap_or(trimmed.len());
+        let (digits, unit) = trimmed.split_at(split);
+        let number: u64 = digits.parse().map_err(|_| wrong())?;
+        let unit = unit.trim();
+        if unit.is_empty() {
+            return Ok(Self(number));
+        }
+        let (_, factor) = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).ok_or_else(wrong)?;
+        number.checked_mul(*factor).map(Self).ok_or_else(wrong)
+    }
+}
+
+/// The largest binary unit that divides it.
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = UNITS[..4].iter().find(|(_, factor)| self.0 > 0 && self.0.is_multiple_of(*factor));
+        match unit {
+            Some((name, factor)) => write!(f, "{}{name}", self.0 / factor),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = ByteSize;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("bytes as a number, or text such as \"512MiB\"")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
+                Ok(ByteSize(bytes))
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
+                u64::try_from(bytes)
+                    .map(ByteSize)
+                    .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(bytes), &self))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                text.parse().map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// A date or time, as TOML's own type or as text; read where it is used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Written {
+    /// `2027-12-31`
+    Native(toml::value::Datetime),
+    /// `"2027-12-31"`
+    Text(String),
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Native(moment) => moment.fmt(f),
+            Self::Text(text) => text.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_in_both_systems_and_written_in_the_larger_binary_unit() {
+        for (text, bytes, written) in [
+            ("512MiB", 512 << 20, "512MiB"),
+            ("1536 mib", 1536 << 20, "1536MiB"),
+            ("1GB", 1_000_000_000, "1000000000"),
+            ("4096", 4096, "4KiB"),
+            ("0", 0, "0"),
+            ("7b", 7, "7"),
+        ] {
+            let size: ByteSize = text.parse().unwrap();
+            assert_eq!((size.0, size.to_string().as_str()), (bytes, written), "{text}");
+        }
+        for text in ["", "MiB", "-1", "1.5GiB", "10 potatoes", "99999999999TiB"] {
+            assert!(text.parse::<ByteSize>().unwrap_err().contains("512MiB"), "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_and_text_dates_and_native_ones_are_the_same_to_a_reader() {
+        let file: File = toml::from_str(
+            "[server]\nmax_body_bytes = 1024\n[[auth.token]]\nid='a'\naccount='x'\nexpires = 2027-12-31\n\
+             [[auth.token]]\nid='b'\naccount='x'\nexpires = '2027-12-31'\n",
+        )
+        .unwrap();
+        assert_eq!(file.server.max_body_bytes, ByteSize(1024));
+        let dates: Vec<_> = file.auth.token.iter().map(|t| t.expires.as_ref().unwrap().to_string()).collect();
+        assert_eq!(dates, ["2027-12-31", "2027-12-31"]);
+        let refused = toml::from_str::<File>("[server]\nmax_body_bytes = -5\n").unwrap_err().to_string();
+        assert!(refused.contains("512MiB"), "{refused}");
+    }
+
+    #[test]
+    fn what_is_written_by_default_reads_back_as_the_default() {
+        let text = toml::to_string(&File::default()).unwrap();
+        let back: File = toml::from_str(&text).unwrap();
+        assert_eq!(toml::to_string(&back).unwrap(), text);
+    }
+}

@@ -2,20 +2,32 @@
 //! nobody below has to check again.
 //!
 //!     neurond.toml --serde--> file::File --resolve--> Config (immutable, shared as Arc)
-//!     catalog.toml ----------------^
+//!     catalog.toml ----------------^                    |
+//!                                                     diff (what a reload changes)
+//!
+//! Loads no model and opens no socket: a path exists or it does not, what is in it is for `model` to say.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::base::{AccountId, KeyId, ModelId};
+use crate::base::{AccountId, Error, KeyId, Millis, ModelId, Result};
 
-pub use catalog::{Catalog, CatalogEntry, Price, ResultShape};
-pub use file::{File, LogFormat};
+pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
+pub use file::{ByteSize, File, LogFormat};
+pub use price::{Price, PriceLine};
+pub use reload::{Change, Effect, diff};
 
 mod catalog;
 mod file;
+mod machine;
+mod price;
+mod reload;
+mod resolve;
+
+/// Where a configuration is looked for when nobody names one, in this order.
+pub const SEARCH: [&str; 2] = ["./neurond.toml", "/etc/neurond/neurond.toml"];
 
 /// Everything the daemon was told, checked. A reload makes a whole new one and swaps the `Arc`.
 #[derive(Debug, Clone)]
@@ -34,6 +46,62 @@ pub struct Config {
     pub catalog: Arc<Catalog>,
     /// What is logged and how.
     pub log: Log,
+    /// The file it came from; `None` for the built-in defaults.
+    pub origin: Option<PathBuf>,
+    /// What is allowed but probably not meant: one sentence each, to be logged at start and shown by `check-config`.
+    pub warnings: Vec<String>,
+}
+
+/// What the command line says over the file. Relative paths are relative to the working directory.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Overrides {
+    /// Replaces `server.listen`.
+    pub listen: Option<String>,
+    /// Replaces `auth.anonymous`.
+    pub anonymous: Option<String>,
+    /// `ID` and path: replaces the path of the `[[model]]` with this id, or adds one. An id that the catalog does not know
+    /// becomes a text-generation model at a stand-in price, with a warning.
+    pub models: Vec<(String, PathBuf)>,
+    /// Replaces `engine.threads`.
+    pub threads: Option<usize>,
+    /// Replaces `log.filter`.
+    pub log_filter: Option<String>,
+    /// Replaces `log.format`.
+    pub log_format: Option<LogFormat>,
+}
+
+/// Reads, resolves and checks the configuration: the file named, or the first that exists of [`SEARCH`], or the built-in
+/// defaults (loopback only, callers without a token served as account `local`, no models but those of `overrides`).
+///
+/// # Errors
+/// `BadInput` whose message lists every mistake on a line of its own, each with file, key, value and remedy.
+pub fn load(path: Option<&Path>, overrides: &Overrides) -> Result<Config> {
+    let found = match path {
+        Some(path) => Some(path.to_path_buf()),
+        None => SEARCH.iter().map(PathBuf::from).find(|path| path.exists()),
+    };
+    let surroundings = machine::Surroundings::read();
+    let Some(path) = found else { return resolve::resolve(None, File::builtin(), overrides, &surroundings) };
+    let text = std::fs::read_to_string(&path).map_err(|error| {
+        Error::bad_input(format!(
+            "{}: {error}; name an existing file with --config, or write one (configs/neurond.toml shows every key)",
+            path.display()
+        ))
+    })?;
+    let file: File = toml::from_str(&text).map_err(|error| Error::bad_input(format!("{}: {error}", path.display())))?;
+    resolve::resolve(Some(&path), file, overrides, &surroundings)
+}
+
+impl Default for Config {
+    /// The built-in defaults as [`load`] gives them when there is no file: for tests and tools.
+    ///
+    /// # Panics
+    /// If the built-in defaults do not pass their own checks, which a test rules out.
+    #[allow(clippy::expect_used)]
+    fn default() -> Self {
+        resolve::resolve(None, File::builtin(), &Overrides::default(), &machine::Surroundings::read())
+            .expect("built-in defaults without mistakes")
+    }
 }
 
 /// HTTP limits and timeouts.
@@ -87,7 +155,7 @@ pub struct Token {
     /// May use any account id in a path (an operator's token).
     pub any_account: bool,
     /// Unix milliseconds after which it is refused.
-    pub expires: Option<crate::base::Millis>,
+    pub expires: Option<Millis>,
 }
 
 /// How devices compute.
@@ -122,8 +190,10 @@ pub struct Model {
     pub kv: KvType,
     /// Bytes of KV pool.
     pub kv_bytes: usize,
-    /// Longest sequence, prompt and answer.
+    /// Longest sequence, prompt and answer, if the operator limits it further than catalog and model file.
     pub context: Option<u32>,
+    /// When the file (of a folder: its newest file) was last written, so that a reload notices new weights under an old name.
+    pub modified: Option<Millis>,
 }
 
 /// Which arithmetic the CPU uses for the weights.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 
 use crate::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, Result, SlotId};
 use crate::engine::Runner;
@@ -166,12 +166,19 @@ impl Engine {
     /// [`Kind::Busy`] when the inbox is full, [`Kind::EngineLost`] when the thread is gone.
     pub fn tell(&self, command: Command) -> Result<()> {
         self.inbox.try_send(command).map_err(|error| match error {
-            TrySendError::Full(_) => Error::new(Kind::Busy, "The engine's inbox is full; try again in a moment.")
-                .with_retry_after(Duration::from_secs(1)),
-            TrySendError::Disconnected(_) => {
-                Error::new(Kind::EngineLost, "The device of this model went away; try again in a moment.")
-                    .with_retry_after(Duration::from_secs(2))
-            }
+            TrySendError::Full(_) => full(),
+            TrySendError::Disconnected(_) => lost(),
+        })
+    }
+
+    /// Sends any command, waiting for room; never from an async thread.
+    ///
+    /// # Errors
+    /// As [`Engine::tell`], `Busy` only after `patience`.
+    pub fn tell_within(&self, command: Command, patience: Duration) -> Result<()> {
+        self.inbox.send_timeout(command, patience).map_err(|error| match error {
+            SendTimeoutError::Timeout(_) => full(),
+            SendTimeoutError::Disconnected(_) => lost(),
         })
     }
 
@@ -180,4 +187,14 @@ impl Engine {
         let last = Duration::from_millis(self.heartbeat.load(Ordering::Relaxed));
         self.started.elapsed().saturating_sub(last)
     }
+}
+
+fn full() -> Error {
+    Error::new(Kind::Busy, "The engine's inbox is full; try again in a moment.")
+        .with_retry_after(Duration::from_secs(1))
+}
+
+fn lost() -> Error {
+    Error::new(Kind::EngineLost, "The device of this model went away; try again in a moment.")
+        .with_retry_after(Duration::from_secs(2))
 }

@@ -2,10 +2,25 @@
 //!
 //!     callers --Submit--> inbox (bounded) --> scheduler + blocks + runner, one set a model slot --Event--> callers
 //!
+//! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`sequence`] is one answer's state,
+//! [`scheduler`] decides a step, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for
+//! one model, and the loop around the lanes is in `run.rs`. [`sim`] is a device without weights.
+//!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
 
+pub mod answer;
+pub mod blocks;
+pub mod lane;
+pub mod queue;
+pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
+pub mod sim;
+
 mod command;
+mod run;
 mod runner;
 
 pub use command::{Command, Engine, EngineStatus, ModelSlot, SlotStatus, Submit};
+pub use run::start;
 pub use runner::{Logits, Runner};

@@ -2,7 +2,7 @@
 
 use crate::base::Result;
 use crate::kernel::Pool;
-use crate::model::Batch;
+use crate::model::{Batch, Decoder};
 
 /// Computes packed steps over its own paged KV pool.
 pub trait Runner: Send {
@@ -28,4 +28,20 @@ pub struct Logits<'a> {
     pub vocab: usize,
     /// Worker threads that are idle now.
     pub pool: &'a Pool,
+}
+
+impl Runner for Decoder {
+    fn blocks(&self) -> usize {
+        Decoder::blocks(self)
+    }
+
+    fn block_tokens(&self) -> usize {
+        Decoder::block_tokens(self)
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+        let vocab = self.spec().vocab;
+        let (data, pool) = Decoder::forward(self, batch)?;
+        Ok(Logits { data, vocab, pool })
+    }
 }

@@ -1,30 +1,208 @@
 //! The answer on its way to the client, and its close.
+//!
+//! A call closes exactly once, by `Done`, by `Failed` or because its `Delivery` was dropped: the reservation is settled by
+//! what was produced, the metrics count it, the log has its line. Dropping the event channel with it is what cancels the work.
 
-use crate::base::{Neurons, Result};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout_at;
+use tracing::info;
+
+use crate::base::{AccountId, Error, KeyId, Kind, Neurons, RequestId, Result};
+use crate::config::CatalogEntry;
+use crate::gateway::{Call, Gateway};
+use crate::ledger::Reservation;
+use crate::metrics::Metrics;
 use crate::task::{Event, FinishReason, TokenLogprob, Usage};
 
-/// The events of a call that has begun to answer. Closes the call exactly once, however it ends: settled by what was
-/// produced, logged, counted. Dropping it early cancels the work.
-pub struct Delivery {}
+/// The events of a call that has begun to answer.
+pub struct Delivery {
+    events: flume::Receiver<Event>,
+    /// The event that [`Gateway::serve`] waited for, and the echoed prompt in front of it.
+    held: std::collections::VecDeque<Event>,
+    patience: tokio::time::Instant,
+    close: Close,
+}
+
+/// What the end of a call needs to know. `outcome` is set once.
+struct Close {
+    request: RequestId,
+    account: AccountId,
+    key: Option<KeyId>,
+    entry: Arc<CatalogEntry>,
+    received: Instant,
+    first_event: Instant,
+    usage: Usage,
+    neurons: Neurons,
+    reservation: Option<Reservation>,
+    metrics: Arc<Metrics>,
+}
 
 impl Delivery {
+    pub(super) fn new(
+        gateway: &Gateway,
+        call: &Call,
+        events: flume::Receiver<Event>,
+        first: Event,
+        echo: Option<String>,
+        reservation: Reservation,
+        patience: tokio::time::Instant,
+    ) -> Self {
+        let mut held = std::collections::VecDeque::new();
+        if let Some(text) = echo {
+            held.extend((0..call.input.choices).map(|choice| Event::Text {
+                choice,
+                text: text.clone(),
+                logprobs: Vec::new(),
+                usage: Usage::default(),
+            }));
+        }
+        held.push_back(first);
+        let close = Close {
+            request: call.id,
+            account: call.account.clone(),
+            key: call.key.clone(),
+            entry: call.entry.clone(),
+            received: call.received,
+            first_event: Instant::now(),
+            usage: Usage::default(),
+            neurons: Neurons::ZERO,
+            reservation: Some(reservation),
+            metrics: gateway.metrics.clone(),
+        };
+        Self { events, held, patience, close }
+    }
+
     /// The next event; `None` after `Done` or `Failed`.
     pub async fn next(&mut self) -> Option<Event> {
-        None
+        if let Some(event) = self.held.pop_front() {
+            return Some(self.seen(event));
+        }
+        if self.close.reservation.is_none() {
+            return None;
+        }
+        let event = match timeout_at(self.patience, self.events.recv_async()).await {
+            Ok(Ok(event)) => event,
+            Ok(Err(_)) => Event::Failed(engine_lost()),
+            Err(_) => Event::Failed(too_late()),
+        };
+        Some(self.seen(event))
+    }
+
+    /// The next event if it is there already, for packing several into one write.
+    pub fn next_ready(&mut self) -> Option<Event> {
+        if let Some(event) = self.held.pop_front() {
+            return Some(self.seen(event));
+        }
+        self.close.reservation.as_ref()?;
+        let event = self.events.try_recv().ok()?;
+        Some(self.seen(event))
+    }
+
+    /// What the call used so far; final once `Done` has been seen.
+    pub fn usage(&self) -> Usage {
+        self.close.usage
     }
 
     /// What the call cost; final once `Done` has been seen.
     pub fn neurons(&self) -> Neurons {
-        Neurons::ZERO
+        self.close.neurons
     }
 
     /// Takes the whole answer at once.
     ///
     /// # Errors
     /// The error the stream failed with.
-    pub async fn collect(self) -> Result<Answer> {
-        Ok(Answer { choices: Vec::new(), usage: Usage::default(), neurons: Neurons::ZERO })
+    pub async fn collect(mut self) -> Result<Answer> {
+        let mut choices: Vec<Choice> = Vec::new();
+        let at = |choices: &mut Vec<Choice>, index: u32| {
+            let index = index as usize;
+            while choices.len() <= index {
+                choices.push(Choice::default());
+            }
+            index
+        };
+        while let Some(event) = self.next().await {
+            match event {
+                Event::Text { choice, text, logprobs, .. } => {
+                    let index = at(&mut choices, choice);
+                    choices[index].text.push_str(&text);
+                    choices[index].logprobs.extend(logprobs);
+                }
+                Event::Finish { choice, reason, stop } => {
+                    let index = at(&mut choices, choice);
+                    (choices[index].finish, choices[index].stop) = (reason, stop);
+                }
+                Event::Done(_) => {}
+                Event::Failed(error) => return Err(error),
+            }
+        }
+        Ok(Answer { choices, usage: self.usage(), neurons: self.neurons() })
     }
+
+    fn seen(&mut self, event: Event) -> Event {
+        match &event {
+            // An echoed prompt carries no usage and must not take back what is known.
+            Event::Text { usage, .. } if usage.prompt_tokens > 0 => self.close.usage = *usage,
+            Event::Done(usage) => {
+                self.close.usage = *usage;
+                self.close.settle("done");
+            }
+            Event::Failed(error) => {
+                // A failure after the first byte is charged for what was produced, like a client that left.
+                self.close.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
+                self.close.settle("failed");
+            }
+            Event::Text { .. } | Event::Finish { .. } => {}
+        }
+        event
+    }
+}
+
+impl Drop for Close {
+    fn drop(&mut self) {
+        if self.reservation.is_some() {
+            self.metrics.cancelled.with_label_values(&[self.entry.id.as_str()]).inc();
+            self.settle("cancelled");
+        }
+    }
+}
+
+impl Close {
+    fn settle(&mut self, outcome: &'static str) {
+        let Some(reservation) = self.reservation.take() else { return };
+        self.neurons = self.entry.price.charge(&self.usage);
+        reservation.settle(self.usage, self.neurons);
+        self.metrics.neurons.with_label_values(&[self.entry.id.as_str()]).inc_by(self.neurons.micro());
+        info!(
+            target: "neurond::call",
+            request = %self.request,
+            account = %self.account,
+            key = self.key.as_ref().map_or("-", KeyId::as_str),
+            model = %self.entry.id,
+            outcome,
+            prompt_tokens = self.usage.prompt_tokens,
+            cached_tokens = self.usage.cached_tokens,
+            completion_tokens = self.usage.completion_tokens,
+            neurons = self.neurons.as_f64(),
+            first_event_ms = millis(self.first_event - self.received),
+            total_ms = millis(self.received.elapsed()),
+        );
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn engine_lost() -> Error {
+    Error::new(Kind::EngineLost, "The device of this model went away while it was answering; try again in a moment.")
+        .with_retry_after(Duration::from_secs(2))
+}
+
+pub(super) fn too_late() -> Error {
+    Error::new(Kind::Timeout, "The answer took longer than the configured request timeout.")
 }
 
 /// A whole answer.
@@ -49,4 +227,10 @@ pub struct Choice {
     pub stop: Option<String>,
     /// One entry a token, if asked for.
     pub logprobs: Vec<TokenLogprob>,
+}
+
+impl Default for Choice {
+    fn default() -> Self {
+        Self { text: String::new(), finish: FinishReason::Stop, stop: None, logprobs: Vec::new() }
+    }
 }

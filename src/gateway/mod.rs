@@ -1,4 +1,9 @@
 //! The life of a call, whatever surface it came through.
+//!
+//!     Call --replica--> tokens --reserve--> submit --first event--> Delivery --Done | Failed | Drop--> settled, logged
+//!
+//! Up to the first event everything that goes wrong is an ordinary error; afterwards the answer has begun and the
+//! [`Delivery`] carries on alone.
 
 mod call;
 mod delivery;
@@ -6,12 +11,26 @@ mod delivery;
 pub use call::Call;
 pub use delivery::{Answer, Choice, Delivery};
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::time::timeout_at;
 
 use crate::base::{Error, Kind, Result};
 use crate::config::Live;
+use crate::engine::Submit;
+use crate::ledger::{Claim, Ledger};
 use crate::metrics::Metrics;
-use crate::supervisor::FleetView;
+use crate::supervisor::{FleetView, Replica};
+use crate::task::{Event, Prompt, Usage};
+
+/// Prompts longer than this are tokenised on a blocking thread, so that a book does not hold up a worker.
+const INLINE_PROMPT_BYTES: usize = 4 * 1024;
+/// Times a call that has not sent a byte is handed to another replica: once for a swap under its feet, once for a death.
+const ATTEMPTS: usize = 3;
+/// How long past its deadline a call waits for the engine to say so itself.
+const DEADLINE_GRACE: Duration = Duration::from_secs(2);
 
 /// Serves calls. Cheap to clone; one for the whole process.
 #[derive(Clone)]
@@ -20,14 +39,155 @@ pub struct Gateway {
     pub config: Live,
     /// What is loaded.
     pub fleet: FleetView,
+    /// Who used what.
+    pub ledger: Ledger,
     /// Where to count.
     pub metrics: Arc<Metrics>,
 }
 
 impl Gateway {
-    /// Runs one call up to its first event, which is the point of no return: an error here is an ordinary error
-    /// response; afterwards the [`Delivery`] carries on.
+    /// Runs one call up to its first event, which is the point of no return.
+    ///
+    /// # Errors
+    /// Whatever stops the call before it answers; nothing is charged then.
     pub async fn serve(&self, call: Call) -> Result<Delivery> {
-        Err(Error::new(Kind::ModelUnavailable, format!("{} is not loaded", call.entry.id)))
+        let deadline = call.received + self.config.get().server.request_timeout;
+        let mut lost = None;
+        for _ in 0..ATTEMPTS {
+            let replica = self.replica(&call)?;
+            match self.attempt(&call, &replica, deadline).await {
+                // The slot was retired or its device died between our look at the fleet and the submission.
+                Err(error) if matches!(error.kind(), Kind::ModelUnavailable | Kind::EngineLost) => lost = Some(error),
+                outcome => return outcome,
+            }
+        }
+        Err(lost.unwrap_or_else(|| Error::internal("The call was not tried.")))
     }
+
+    /// The replica that answers: the one its affinity names, else the least loaded.
+    fn replica(&self, call: &Call) -> Result<Replica> {
+        let fleet = self.fleet.get();
+        let replicas = fleet.models.get(&call.entry.id).map(Vec::as_slice).unwrap_or_default();
+        let chosen = match &call.affinity {
+            Some(affinity) if !replicas.is_empty() => {
+                let mut hasher = DefaultHasher::new();
+                (affinity, &call.account).hash(&mut hasher);
+                replicas.get((hasher.finish() % replicas.len() as u64) as usize)
+            }
+            _ => replicas.iter().min_by_key(|replica| replica.metrics.queue.get() + replica.metrics.running.get()),
+        };
+        if let Some(replica) = chosen {
+            return Ok(replica.clone());
+        }
+        let configured = self.config.get().models.iter().any(|model| model.id == call.entry.id);
+        let error = if configured {
+            Error::new(Kind::ModelUnavailable, format!("{} is not ready yet; try again in a moment.", call.entry.id))
+                .with_retry_after(Duration::from_secs(5))
+        } else {
+            Error::new(Kind::NoSuchModel, format!("{} is in the catalog but not loaded on this server.", call.entry.id))
+        };
+        Err(error)
+    }
+
+    async fn attempt(&self, call: &Call, replica: &Replica, deadline: Instant) -> Result<Delivery> {
+        if call.reject_if_busy && replica.metrics.queue.get() > 0 {
+            return Err(Error::new(Kind::Busy, "Capacity temporarily exceeded, please try again.")
+                .with_retry_after(Duration::from_secs(1)));
+        }
+        let prompt = tokenize(call, replica).await?;
+        let max_tokens = budget(call, replica, prompt.len())?;
+
+        let most = Usage {
+            prompt_tokens: prompt.len() as u32,
+            cached_tokens: 0,
+            completion_tokens: max_tokens.saturating_mul(call.input.choices),
+        };
+        let claim = Claim {
+            request: call.id,
+            account: call.account.clone(),
+            model: call.entry.id.clone(),
+            estimate: call.entry.price.charge(&most),
+        };
+        let reservation = self.ledger.reserve(claim).await?;
+
+        let echo = call.input.echo.then(|| echo(replica, &prompt));
+        let (sender, events) = flume::bounded(Submit::event_capacity(call.input.choices, max_tokens));
+        replica.engine.submit(Submit {
+            request: call.id,
+            account: call.account.clone(),
+            slot: replica.slot,
+            prompt,
+            choices: call.input.choices,
+            max_tokens,
+            sampling: call.input.sampling.clone(),
+            seed: call.input.sampling.seed.unwrap_or_else(|| call.id.low_bits()),
+            stop: call.input.stop.clone(),
+            logprobs: call.input.logprobs,
+            priority: 0,
+            cache_salt: salt(call),
+            deadline,
+            received: call.received,
+            events: sender,
+        })?;
+
+        let patience = tokio::time::Instant::from_std(deadline + DEADLINE_GRACE);
+        match timeout_at(patience, events.recv_async()).await {
+            Ok(Ok(Event::Failed(error))) => Err(error),
+            Ok(Ok(first)) => Ok(Delivery::new(self, call, events, first, echo, reservation, patience)),
+            Ok(Err(_)) => Err(delivery::engine_lost()),
+            Err(_) => Err(delivery::too_late()),
+        }
+    }
+}
+
+async fn tokenize(call: &Call, replica: &Replica) -> Result<Vec<u32>> {
+    let bytes = match &call.input.prompt {
+        Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Raw(text) => text.len(),
+        Prompt::Tokens(_) => 0,
+    };
+    let tokens = if bytes <= INLINE_PROMPT_BYTES {
+        replica.text.prompt_tokens(&call.input.prompt)?
+    } else {
+        let (text, prompt) = (replica.text.clone(), call.input.prompt.clone());
+        tokio::task::spawn_blocking(move || text.prompt_tokens(&prompt))
+            .await
+            .map_err(|error| Error::internal("The prompt could not be tokenised.").with_source(error))??
+    };
+    if tokens.is_empty() {
+        return Err(Error::bad_input("The prompt is empty: send at least one character."));
+    }
+    Ok(tokens)
+}
+
+/// How many tokens each choice may produce: what was asked, which has to fit; or the model's default, cut to what is left.
+fn budget(call: &Call, replica: &Replica, prompt: usize) -> Result<u32> {
+    let context = replica.context as usize;
+    let wanted = call.input.max_tokens.unwrap_or(call.entry.max_tokens) as usize;
+    let room = context.saturating_sub(prompt);
+    if call.input.max_tokens.is_some() && wanted > room || room == 0 {
+        let total = prompt + wanted;
+        return Err(Error::new(
+            Kind::ContextLength,
+            format!(
+                "The estimated number of input and maximum output tokens ({total}) exceeded this model context window \
+                 limit ({context}). The input has {prompt} tokens and up to {wanted} were requested: shorten the input \
+                 or ask for fewer."
+            ),
+        ));
+    }
+    Ok(wanted.min(room) as u32)
+}
+
+fn echo(replica: &Replica, prompt: &[u32]) -> String {
+    let bytes: Vec<u8> = prompt.iter().flat_map(|&token| replica.text.vocabulary().piece(token)).copied().collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Requests share prefix KV within an account only: timing would tell one account what another has asked.
+fn salt(call: &Call) -> u64 {
+    let digest = blake3::hash(call.account.as_str().as_bytes());
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&digest.as_bytes()[..8]);
+    u64::from_le_bytes(bytes)
 }

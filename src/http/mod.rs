@@ -1,14 +1,57 @@
 //! HTTP: one file a wire surface, each parsing to a [`crate::gateway::Call`] and rendering events.
+//!
+//!     connection --> admit --> route --> auth --> body --> chat | completions | responses | run | binding | models | health
+//!                                                                          |
+//!                                         answer (JSON) or stream (SSE) <--+--> error, in the surface's own shape
+//!
+//! One handler takes every request, so that whatever happens to it, the answer carries the ids, is counted and, when
+//! refused, has its line in the log. Knows no model and no device: [`Services`] is all it reaches for.
 
+mod answer;
+mod ask;
+mod auth;
+mod binding;
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod health;
+mod models;
+mod observe;
+mod responses;
+mod route;
+mod run;
+mod server;
+mod stream;
+mod text;
+
+#[cfg(test)]
+mod tests;
+
+pub use route::Listener;
+pub use server::start;
+
+use std::cell::{Cell, OnceCell};
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
+use actix_web::http::header::{HeaderName, HeaderValue};
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::Value;
 use tokio::sync::watch;
+use tracing::{info, warn};
 
-use crate::base::Phase;
+use crate::base::{AccountId, Error, Kind, ModelId, Phase, RequestId, Result};
 use crate::config::Live;
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 use crate::supervisor::FleetView;
+use crate::vault::Vault;
+
+use ask::Ask;
+use observe::{InFlight, Observation};
+use route::{Endpoint, Route};
 
 /// What handlers reach for.
 #[derive(Clone)]
@@ -19,8 +62,170 @@ pub struct Services {
     pub gateway: Gateway,
     /// What is loaded.
     pub fleet: FleetView,
+    /// Who may call.
+    pub vault: Vault,
     /// Where to count.
     pub metrics: Arc<Metrics>,
     /// Starting, ready, draining.
     pub phase: watch::Receiver<Phase>,
+}
+
+/// A listener's view of the house.
+#[derive(Clone)]
+struct Door {
+    services: Services,
+    listener: Listener,
+    in_flight: InFlight,
+}
+
+/// What the log wants to know of a refused request.
+#[derive(Default)]
+struct Trail {
+    account: Option<AccountId>,
+    model: Option<ModelId>,
+    /// The gateway took the call over and has counted and logged how it ended.
+    served: bool,
+}
+
+/// Every request, whatever it wants.
+async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Door>) -> HttpResponse {
+    let received = Instant::now();
+    let services = &door.services;
+    let route = Route::find(door.listener, request.method(), request.uri().path());
+    let sent = request.headers().get("x-request-id").and_then(|id| RequestId::parse(id.to_str().ok()?));
+    let id = door.in_flight.enter(sent);
+    let mut observation = Observation::begin(&services.metrics, &route, request.method(), received);
+
+    let mut trail = Trail::default();
+    let outcome = dispatch(&door, &request, payload, &route, *id, received, &mut trail).await;
+    let mut response = match outcome {
+        Ok(response) => response,
+        Err(error) => {
+            let response = error::response(route.surface, *id, &error);
+            if !trail.served {
+                refused(services, *id, &route, &trail, response.status().as_u16(), &error, received);
+            }
+            response
+        }
+    };
+    observation.status = response.status().as_u16();
+    if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
+        let headers = response.headers_mut();
+        headers.insert(HeaderName::from_static("x-request-id"), value.clone());
+        headers.insert(HeaderName::from_static("cf-ai-req-id"), value);
+    }
+    if *services.phase.borrow() == Phase::Draining {
+        response.head_mut().set_connection_type(actix_web::http::ConnectionType::Close);
+    }
+    response.map_body(|_, body| observe::watched(body, observation, id))
+}
+
+/// From a route to its answer.
+async fn dispatch(
+    door: &Door,
+    request: &HttpRequest,
+    payload: web::Payload,
+    route: &Route,
+    id: RequestId,
+    received: Instant,
+    trail: &mut Trail,
+) -> Result<HttpResponse> {
+    let services = &door.services;
+    let endpoint = route.endpoint.as_ref().map_err(Error::clone)?;
+    match endpoint {
+        Endpoint::Live => return health::live(),
+        Endpoint::Ready => return health::ready(services),
+        Endpoint::Metrics => return Ok(health::metrics(services)),
+        _ => {}
+    }
+    if *services.phase.borrow() == Phase::Draining {
+        return Err(Error::new(Kind::ShuttingDown, "This server is shutting down; try again in a moment."));
+    }
+    let caller = auth::caller(services, door.listener, route, request.headers())?;
+    trail.account = Some(caller.account.clone());
+
+    if let Endpoint::NotBuilt(what) = endpoint {
+        return Err(Error::unsupported(format!("{what} not available in this build.")));
+    }
+    let body = match takes_body(endpoint) {
+        true => {
+            let server = &services.config.get().server;
+            ask::read_json(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?
+        }
+        false => Value::Null,
+    };
+    let query = web::Query::<HashMap<String, String>>::from_query(request.query_string())
+        .map_err(|_| Error::bad_input("the query string does not parse"))?;
+    let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let ask = Ask {
+        id,
+        surface: route.surface,
+        caller,
+        affinity: ask::affinity(request.headers()),
+        received,
+        query: query.into_inner(),
+        model_header: header("cf-consn-model-id").map(str::to_owned),
+        body,
+        model: OnceCell::new(),
+        served: Cell::new(false),
+    };
+    let outcome = answer(services, &ask, endpoint).await;
+    trail.served = ask.served.get();
+    trail.model = ask.model.into_inner();
+    outcome
+}
+
+fn takes_body(endpoint: &Endpoint) -> bool {
+    matches!(
+        endpoint,
+        Endpoint::ChatCompletions
+            | Endpoint::Completions
+            | Endpoint::Responses
+            | Endpoint::Run(_)
+            | Endpoint::RunUnified
+            | Endpoint::BindingRun
+    )
+}
+
+async fn answer(services: &Services, ask: &Ask, endpoint: &Endpoint) -> Result<HttpResponse> {
+    match endpoint {
+        Endpoint::ChatCompletions => chat::chat(services, ask).await,
+        Endpoint::Completions => completions::complete(services, ask).await,
+        Endpoint::Responses => responses::respond(services, ask).await,
+        Endpoint::Run(model) => run::run(services, ask, model).await,
+        Endpoint::RunUnified => run::run_unified(services, ask).await,
+        Endpoint::BindingRun => binding::serve(services, ask).await,
+        Endpoint::Models => models::list(services),
+        Endpoint::Model(name) => models::get(services, name),
+        Endpoint::ModelSearch => models::search(services, ask),
+        Endpoint::ModelSchema => models::schema(services, ask),
+        Endpoint::TaskSearch => models::tasks(ask),
+        Endpoint::AuthorSearch => models::authors(services, ask),
+        Endpoint::Live | Endpoint::Ready | Endpoint::Metrics | Endpoint::NotBuilt(_) => {
+            Err(Error::internal("an endpoint that was answered before"))
+        }
+    }
+}
+
+/// The log line and the count of a request that the gateway never took over. Served ones are the gateway's to log.
+fn refused(
+    services: &Services,
+    id: RequestId,
+    route: &Route,
+    trail: &Trail,
+    status: u16,
+    error: &Error,
+    received: Instant,
+) {
+    services.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
+    let account = trail.account.as_ref().map_or("-", AccountId::as_str);
+    let model = trail.model.as_ref().map_or("-", ModelId::as_str);
+    let kind = error.kind().as_str();
+    let total_ms = received.elapsed().as_millis() as u64;
+    let route = route.label;
+    if status >= 500 {
+        warn!(target: "neurond::call", request = %id, account, model, route, status, outcome = "refused", kind, error = ?error, total_ms);
+    } else {
+        info!(target: "neurond::call", request = %id, account, model, route, status, outcome = "refused", kind, error = ?error, total_ms);
+    }
 }

@@ -1,8 +1,37 @@
 //! The operations a network is made of, one file each: fast code per instruction set, chosen at run time, and the plain
 //! reference it is tested against.
+//!
+//!     quant    block formats of files          panel   weights repacked for the kernels
+//!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
+//!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
 
+use std::sync::Arc;
+
+mod attention;
+mod buffer;
+mod gemm;
+mod panel;
 mod pool;
 pub mod quant;
+mod rows;
+mod simd;
+#[cfg(test)]
+mod testing;
 
+pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
+pub use buffer::{Buffer, Plain, Shared};
+pub use gemm::{Linear, Out, gated};
+pub use panel::{Panels, Source};
 pub use pool::Pool;
 pub use quant::Dtype;
+pub use rows::{Activations, Rope, each_row, rotate};
+pub use simd::Isa;
+
+/// A CPU device: its threads and the instruction set its kernels use.
+#[derive(Clone)]
+pub struct Cpu {
+    /// Worker threads, shared by the models of a device.
+    pub pool: Arc<Pool>,
+    /// One of [`Isa::available`].
+    pub isa: Isa,
+}

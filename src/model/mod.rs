@@ -12,10 +12,14 @@ pub mod tokenizer;
 pub mod weights;
 
 mod batch;
+mod decoder;
+mod kv;
+mod layers;
 mod vocab;
 
 #[cfg(test)]
 pub(crate) mod tests_support;
 
 pub use batch::{Batch, Span};
+pub use decoder::{Decoder, DecoderOptions};
 pub use vocab::{Detokenizer, Vocabulary};

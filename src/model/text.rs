@@ -66,17 +66,32 @@ impl TextModel {
             }
             None => Template::None,
         };
+        Ok(Self::new(tokenizer, template, spec.context, spec.vocab))
+    }
+
+    /// A text half without a file, for the simulated device: every byte is a token, and a conversation is its texts one
+    /// after the other.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn bytes(vocabulary: Arc<Vocabulary>, context: u32) -> Result<Self> {
+        let template = ChatTemplate::compile("{% for message in messages %}{{ message.content }}{% endfor %}", &[])?;
+        let rows = vocabulary.len();
+        Ok(Self::new(Tokenizer::bytes(vocabulary), Template::Ready(template), context, rows))
+    }
+
+    fn new(tokenizer: Tokenizer, template: Template, context: u32, rows: usize) -> Self {
         let vocabulary = tokenizer.vocabulary();
         let longest_piece = (0..vocabulary.len() as u32).map(|token| vocabulary.piece(token).len()).max();
         // Control tokens print nothing, but their text is in the prompt.
         let longest_piece = longest_piece.unwrap_or(0).max(tokenizer.longest_special());
-        Ok(Self {
-            tokens: vocabulary.len().min(spec.vocab) as u32,
-            longest_text: longest_piece.saturating_mul(spec.context as usize),
-            context: spec.context,
+        Self {
+            tokens: vocabulary.len().min(rows) as u32,
+            longest_text: longest_piece.saturating_mul(context as usize),
+            context,
             tokenizer,
             template,
-        })
+        }
     }
 
     /// Bytes behind tokens, end tokens.
@@ -305,6 +320,14 @@ mod tests {
         };
         assert_eq!(model.prompt_tokens(&prompt(true)).unwrap(), [0, 4]);
         assert_eq!(model.prompt_tokens(&prompt(false)).unwrap(), [0, 5]);
+    }
+
+    #[test]
+    fn without_a_file_bytes_are_tokens() {
+        let vocabulary = Vocabulary::new((0..=255u8).map(|byte| [byte]), vec![255]);
+        let model = TextModel::bytes(Arc::new(vocabulary), 64).unwrap();
+        let tokens = model.prompt_tokens(&chat(&[(Role::System, "a{{"), (Role::User, "é")])).unwrap();
+        assert_eq!(tokens, [97, 123, 123, 0xC3, 0xA9]);
     }
 
     #[test]

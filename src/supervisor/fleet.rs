@@ -7,6 +7,7 @@ use parking_lot::RwLock;
 
 use crate::base::{DeviceId, ModelId, SlotId};
 use crate::engine::Engine;
+use crate::metrics::EngineMetrics;
 use crate::model::text::TextModel;
 
 /// One loaded version of a model on one device.
@@ -18,6 +19,8 @@ pub struct Replica {
     pub device: DeviceId,
     /// Who computes it.
     pub engine: Engine,
+    /// Its load, as the engine counts it.
+    pub metrics: EngineMetrics,
     /// Tokenizer and template.
     pub text: Arc<TextModel>,
     /// Longest sequence served, prompt and answer.

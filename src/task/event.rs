@@ -19,6 +19,8 @@ pub enum Event {
         text: String,
         /// One entry a token behind this text, if asked for.
         logprobs: Vec<TokenLogprob>,
+        /// What the call has used so far, over all choices: what is billed if the client leaves now.
+        usage: Usage,
     },
     /// A choice is complete.
     Finish {

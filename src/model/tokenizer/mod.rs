@@ -37,6 +37,7 @@ pub struct Tokenizer {
 enum Engine {
     Gguf(Box<GgufTokenizer>),
     Json(Box<JsonTokenizer>),
+    Bytes,
 }
 
 /// Special tokens around a [`Merger`].
@@ -89,6 +90,11 @@ impl Tokenizer {
         }
     }
 
+    /// A tokenizer without a file: every byte of a text is the token of that number.
+    pub fn bytes(vocabulary: Arc<Vocabulary>) -> Self {
+        Self { engine: Engine::Bytes, vocabulary, begin: None, control: HashMap::new(), names: Vec::new() }
+    }
+
     /// Bytes behind tokens, end tokens.
     pub fn vocabulary(&self) -> &Arc<Vocabulary> {
         &self.vocabulary
@@ -123,6 +129,7 @@ impl Tokenizer {
         match &self.engine {
             Engine::Gguf(tokenizer) => tokenizer.encode(text, special, out),
             Engine::Json(tokenizer) => return tokenizer.encode(text, special, out),
+            Engine::Bytes => out.extend(text.bytes().map(u32::from)),
         }
         Ok(())
     }

@@ -1,0 +1,166 @@
+//! What a step costs beside the model: deciding it, delivering it, and drawing its tokens.
+//!
+//!     cargo bench --bench scheduler
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use neurond::base::{AccountId, DeviceId, ModelId, RequestId, SlotId};
+use neurond::engine::lane::Lane;
+use neurond::engine::sampler::{Draw, Sampler};
+use neurond::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
+use neurond::engine::sim::{SimRunner, SimSpec};
+use neurond::engine::{Logits, ModelSlot, Submit};
+use neurond::kernel::Pool;
+use neurond::metrics::Metrics;
+use neurond::task::{Event, Sampling};
+
+const RUNNING: usize = 256;
+const BLOCKS: usize = 16_384;
+const PROMPT: usize = 256;
+const ANSWER: u32 = 512;
+
+/// Plan and books of a step in which 256 sequences decode, one of them ends and another joins every other step.
+fn plan(c: &mut Criterion) {
+    let limits = Limits {
+        context: 8192,
+        step_tokens: 2048,
+        prefill_chunk: 512,
+        max_running: RUNNING,
+        max_queue: 1024,
+        prefix_cache: true,
+    };
+    let mut scheduler = Scheduler::new(limits, BLOCKS, 16);
+    let accounts: Vec<AccountId> = (0..16).map(|at| AccountId::new(format!("account-{at}"))).collect();
+    let (now, mut plan, mut arrivals) = (Instant::now(), Plan::default(), 0);
+    let mut join = |scheduler: &mut Scheduler, max_tokens: u32| {
+        arrivals += 1;
+        let prompt = (0..PROMPT as u32).map(|at| at + arrivals).collect();
+        let account = &accounts[arrivals as usize % accounts.len()];
+        let ask = Ask { account, prompt, choices: 1, max_tokens, priority: 0, salt: 0 };
+        assert!(scheduler.submit(ask, now).is_ok());
+    };
+    // Ages are spread, so that a step has its share of ends and beginnings.
+    for at in 0..RUNNING as u32 {
+        join(&mut scheduler, 1 + at * ANSWER / RUNNING as u32);
+    }
+    let mut step = |scheduler: &mut Scheduler| {
+        scheduler.plan(now, &mut plan);
+        scheduler.computed(&plan, now);
+        for part in &plan.sampled {
+            if scheduler.push(part.sequence, 5) == Pushed::Full {
+                scheduler.finish(part.sequence);
+                join(scheduler, ANSWER);
+            }
+        }
+    };
+    (0..2 * ANSWER).for_each(|_| step(&mut scheduler));
+    assert!(scheduler.running() > RUNNING * 9 / 10, "{}", scheduler.running());
+    let mut group = c.benchmark_group("scheduler");
+    group.bench_function("step of 256 sequences", |b| b.iter(|| step(&mut scheduler)));
+    group.finish();
+}
+
+/// The same with delivery, sampling over 257 tokens and a device that takes no time.
+fn lane(c: &mut Criterion) {
+    let device = SimSpec { blocks: BLOCKS, end_in: 0, verify: false, ..SimSpec::default() };
+    let metrics = Metrics::new();
+    let mut lane = Lane::new(ModelSlot {
+        slot: SlotId::next(),
+        model: ModelId::new("sim"),
+        vocabulary: SimRunner::vocabulary(),
+        runner: Box::new(SimRunner::new(device)),
+        context: 8192,
+        step_tokens: 2048,
+        prefill_chunk: 512,
+        max_running: RUNNING,
+        max_queue: 1024,
+        prefix_cache: true,
+        metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
+    });
+    let mut receivers = Vec::new();
+    let mut join = |lane: &mut Lane, receivers: &mut Vec<flume::Receiver<Event>>, max_tokens: u32| {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
+        receivers.push(receiver);
+        let submit = Submit {
+            request: RequestId::random(),
+            account: AccountId::new("account"),
+            slot: lane.id(),
+            prompt: (0..PROMPT as u32).map(|at| (at * 7 + receivers.len() as u32) % 256).collect(),
+            choices: 1,
+            max_tokens,
+            sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+            seed: 1,
+            stop: vec!["\n\n".into()],
+            logprobs: None,
+            priority: 0,
+            cache_salt: 0,
+            deadline: Instant::now() + Duration::from_secs(3600),
+            received: Instant::now(),
+            events,
+        };
+        lane.submit(submit, Instant::now());
+    };
+    for at in 0..RUNNING as u32 {
+        join(&mut lane, &mut receivers, 1 + at * ANSWER / RUNNING as u32);
+    }
+    let mut step = |lane: &mut Lane| {
+        assert!(lane.plan(Instant::now()));
+        assert!(lane.compute().is_ok());
+        lane.deliver(Instant::now());
+        let mut ended = 0;
+        receivers.retain(|receiver| {
+            let over = receiver.try_iter().any(|event| matches!(event, Event::Done(_)));
+            ended += usize::from(over);
+            !over
+        });
+        (0..ended).for_each(|_| join(lane, &mut receivers, ANSWER));
+    };
+    (0..2 * ANSWER).for_each(|_| step(&mut lane));
+    let mut group = c.benchmark_group("lane");
+    group.bench_function("step of 256 sequences", |b| b.iter(|| step(&mut lane)));
+    group.finish();
+}
+
+/// One row's draw. Logits fall off like a language model's: a few likely tokens, a long tail.
+fn sample(c: &mut Criterion) {
+    let mut group = c.benchmark_group("sample a row");
+    let pool = Pool::new(1);
+    let mut sampler = Sampler::default();
+    for vocab in [49_152usize, 128_256] {
+        let tail = |id: usize| {
+            let noise = (id as u32).wrapping_mul(2_654_435_769) >> 8;
+            12.0 - 1.8 * (1.0 + noise as f32 / 16_777_216.0 * vocab as f32).ln()
+        };
+        let logits: Vec<f32> = (0..vocab).map(tail).collect();
+        let plain = Sampling::default();
+        group.throughput(Throughput::Elements(vocab as u64));
+        for (name, sampling, logprobs) in [
+            ("greedy", Sampling { temperature: 0.0, ..plain.clone() }, None),
+            ("temperature", plain.clone(), None),
+            ("top-k 40", Sampling { top_k: 40, ..plain.clone() }, None),
+            ("top-p 0.9", Sampling { top_p: 0.9, ..plain.clone() }, None),
+            ("top-p 0.9 hot", Sampling { top_p: 0.9, temperature: 2.0, ..plain.clone() }, None),
+            ("greedy, 5 logprobs", Sampling { temperature: 0.0, ..plain.clone() }, Some(5)),
+        ] {
+            let mut position = 0;
+            group.bench_function(format!("{name}, {vocab}"), |b| {
+                b.iter_batched_ref(
+                    || logits.clone(),
+                    |data| {
+                        position += 1;
+                        let draw = || Draw { sampling: &sampling, seed: 1, position, seen: None, logprobs };
+                        sampler.pick(Logits { data, vocab, pool: &pool }, |_| Some(draw()));
+                        black_box(sampler.drawn()[0].token)
+                    },
+                    criterion::BatchSize::SmallInput,
+                )
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, plan, lane, sample);
+criterion_main!(benches);

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change goes in, in order, with the time each stage took.
+#
+#   scripts/test.sh                all of it: about 15 minutes on two cores the first time, a few after that
+#   scripts/test.sh fmt clippy     only these stages
+#
+# Needs Rust, a C compiler, Python 3 with pip, and git; the demo model and the OpenAI SDK are fetched (target/, .venv/).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+all=(fmt model clippy test doc sdk)
+case ${1:-} in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; echo "Stages: ${all[*]}"; exit ;; esac
+stages=("${@:-${all[@]}}")
+[[ $# -gt 0 ]] || stages=("${all[@]}")
+for stage in "${stages[@]}"; do
+    [[ " ${all[*]} " == *" $stage "* ]] || { echo "test: there is no stage $stage: ${all[*]}" >&2; exit 2; }
+done
+
+target=${CARGO_TARGET_DIR:-target}
+export NEUROND_TEST_MODELS=${NEUROND_TEST_MODELS:-$PWD/target/test-models}
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
+
+stage_fmt() { cargo fmt --check; }
+stage_model() { scripts/fetch_demo_model.sh "$NEUROND_TEST_MODELS"; }
+stage_clippy() { cargo clippy --locked --all-targets -- -D warnings; }
+# The generated documents, the floors and the goldens are tests like any other.
+stage_test() { cargo test --locked; }
+stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
+
+# The official SDK against a daemon with the demo model, on a free port. The debug build is there already.
+stage_sdk() {
+    stage_model
+    cargo build --locked
+    install_sdk
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    log=$(mktemp)
+    "$target/debug/neurond" serve --config configs/dev.toml --listen "127.0.0.1:$port" \
+        --model "@cf/huggingfacetb/smollm2-135m-instruct=$NEUROND_TEST_MODELS/SmolLM2-135M-Instruct.Q4_1.gguf" \
+        >"$log" 2>&1 </dev/null &
+    daemon=$!
+    # This is a shell of its own: whatever ends it, ends the daemon.
+    trap 'kill -TERM "$daemon" 2>/dev/null; rm -f "$log"' EXIT
+    .venv/bin/python scripts/sdk_test.py "http://127.0.0.1:$port/v1" || { tail -n 30 "$log"; return 1; }
+    kill -TERM "$daemon"
+    wait "$daemon" || { echo "the daemon ended with status $?:"; tail -n 30 "$log"; return 1; }
+}
+
+# The SDK lives in .venv, made once.
+install_sdk() {
+    .venv/bin/python -c 'import openai' 2>/dev/null && return
+    echo "installing the openai package into .venv"
+    rm -rf .venv
+    python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check openai
+}
+
+report=()
+begin=$SECONDS
+for stage in "${stages[@]}"; do
+    printf '\n\033[1m== %s\033[0m\n' "$stage"
+    since=$SECONDS
+    # In a shell of its own with errors fatal, which they would not be in a condition.
+    status=0
+    (set -e; "stage_$stage") &
+    wait $! || status=$?
+    report+=("$(printf '%-8s %4d s' "$stage" $((SECONDS - since)))")
+    if [[ $status -ne 0 ]]; then
+        printf '\n'
+        printf '%s\n' "${report[@]}"
+        printf 'FAILED in stage %s: run `scripts/test.sh %s` again after a change\n' "$stage" "$stage"
+        exit 1
+    fi
+done
+printf '\n'
+printf '%s\n' "${report[@]}"
+printf 'all %d stages passed in %d s\n' "${#stages[@]}" $((SECONDS - begin))

@@ -1,0 +1,330 @@
+//! What a reload changes: two configurations in, a list of differences out, each with what has to happen for it to count.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use super::{Auth, Config, Engine, Log, Model, Server};
+
+/// One difference between the configuration in force and a new one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Change {
+    /// As in the file: `server.request_timeout_ms`, `model @cf/…: path`.
+    pub key: String,
+    /// What was in force; empty if nothing was.
+    pub from: String,
+    /// What is wanted; empty if it is taken away.
+    pub to: String,
+    /// When it counts.
+    pub effect: Effect,
+}
+
+/// When a change counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// From the next request on.
+    Live,
+    /// When the model has been loaded, swapped or unloaded, which a reload does.
+    Swap,
+    /// For models loaded from now on; those that run keep what they were loaded with.
+    NextLoad,
+    /// After a restart only.
+    Restart,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (key, from, to) = (&self.key, &self.from, &self.to);
+        match (from.is_empty(), to.is_empty()) {
+            (true, _) => write!(f, "{key}: {to} added")?,
+            (_, true) => write!(f, "{key}: {from} removed")?,
+            _ => write!(f, "{key}: {from} -> {to}")?,
+        }
+        f.write_str(match self.effect {
+            Effect::Live | Effect::Swap => "",
+            Effect::NextLoad => " (for models loaded from now on)",
+            Effect::Restart => " (needs a restart)",
+        })
+    }
+}
+
+/// Everything that differs, in the order of the file. Secrets are not shown: a token appears by its name.
+pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
+    let mut changes = Changes(Vec::new());
+    changes.server(&old.server, &new.server);
+    let binding = |config: &Config| config.binding.as_ref().map(|b| format!("{} for {}", b.listen, b.account));
+    changes.note("binding", binding(old), binding(new), Effect::Restart);
+    changes.auth(&old.auth, &new.auth);
+    changes.engine(&old.engine, &new.engine);
+    changes.models(&old.models, &new.models);
+    changes.catalog(old, new);
+    changes.log(&old.log, &new.log);
+    changes.0
+}
+
+struct Changes(Vec<Change>);
+
+impl Changes {
+    fn note(&mut self, key: impl Into<String>, from: impl Shown, to: impl Shown, effect: Effect) {
+        let (from, to) = (from.shown(), to.shown());
+        if from != to {
+            self.0.push(Change { key: key.into(), from, to, effect });
+        }
+    }
+
+    // Whole structs are taken apart, so that a field added later cannot be forgotten here.
+    fn server(&mut self, old: &Server, new: &Server) {
+        let Server {
+            listen,
+            workers,
+            max_body_bytes,
+            max_connections,
+            read_timeout,
+            write_timeout,
+            request_timeout,
+            drain_timeout,
+        } = new;
+        // What the listener was built with cannot change under it.
+        self.note("server.listen", old.listen, *listen, Effect::Restart);
+        self.note("server.workers", old.workers, *workers, Effect::Restart);
+        self.note("server.max_body_bytes", old.max_body_bytes, *max_body_bytes, Effect::Live);
+        self.note("server.max_connections", old.max_connections, *max_connections, Effect::Restart);
+        self.note("server.read_timeout_ms", old.read_timeout.as_millis(), read_timeout.as_millis(), Effect::Restart);
+        self.note("server.write_timeout_ms", old.write_timeout.as_millis(), write_timeout.as_millis(), Effect::Restart);
+        self.note(
+            "server.request_timeout_ms",
+            old.request_timeout.as_millis(),
+            request_timeout.as_millis(),
+            Effect::Live,
+        );
+        self.note("server.drain_timeout_ms", old.drain_timeout.as_millis(), drain_timeout.as_millis(), Effect::Restart);
+    }
+
+    fn auth(&mut self, old: &Auth, new: &Auth) {
+        let Auth { anonymous, tokens } = new;
+        self.note("auth.anonymous", old.anonymous.as_ref(), anonymous.as_ref(), Effect::Live);
+        for token in &old.tokens {
+            let key = format!("auth.token {}", token.id);
+            match tokens.iter().find(|other| other.id == token.id) {
+                None => self.note(key, Some(&token.account), None::<String>, Effect::Live),
+                Some(other) if other != token => {
+                    let what = if other.sha256 == token.sha256 { "rights changed" } else { "replaced" };
+                    self.note(key, "as it was", what, Effect::Live);
+                }
+                Some(_) => {}
+            }
+        }
+        for token in tokens.iter().filter(|token| !old.tokens.iter().any(|other| other.id == token.id)) {
+            self.note(format!("auth.token {}", token.id), None::<String>, Some(&token.account), Effect::Live);
+        }
+    }
+
+    fn engine(&mut self, old: &Engine, new: &Engine) {
+        let Engine { threads, step_tokens, prefill_chunk, max_running, max_queue, block_tokens, prefix_cache } = new;
+        self.note("engine.threads", old.threads, *threads, Effect::Restart);
+        self.note("engine.step_tokens", old.step_tokens, *step_tokens, Effect::NextLoad);
+        self.note("engine.prefill_chunk", old.prefill_chunk, *prefill_chunk, Effect::NextLoad);
+        self.note("engine.max_running", old.max_running, *max_running, Effect::NextLoad);
+        self.note("engine.max_queue", old.max_queue, *max_queue, Effect::NextLoad);
+        self.note("engine.block_tokens", old.block_tokens, *block_tokens, Effect::NextLoad);
+        self.note("engine.prefix_cache", old.prefix_cache, *prefix_cache, Effect::NextLoad);
+    }
+
+    fn models(&mut self, old: &[Model], new: &[Model]) {
+        for model in old {
+            let key = format!("model {}", model.id);
+            let Some(other) = new.iter().find(|other| other.id == model.id) else {
+                self.note(key, Some(&model.path), None::<String>, Effect::Swap);
+                continue;
+            };
+            let Model { id: _, path, precision, kv, kv_bytes, context, modified } = other;
+            self.note(format!("{key}: path"), &model.path, path, Effect::Swap);
+            self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
+            self.note(format!("{key}: kv"), word(model.kv), word(*kv), Effect::Swap);
+            self.note(format!("{key}: kv_bytes"), model.kv_bytes, *kv_bytes, Effect::Swap);
+            self.note(format!("{key}: context"), model.context, *context, Effect::Swap);
+            if model.path == *path && model.modified != *modified {
+                self.note(format!("{key}: weights"), "as loaded", "written anew", Effect::Swap);
+            }
+        }
+        for model in new.iter().filter(|model| !old.iter().any(|other| other.id == model.id)) {
+            self.note(format!("model {}", model.id), None::<String>, Some(&model.path), Effect::Swap);
+        }
+    }
+
+    fn catalog(&mut self, old: &Config, new: &Config) {
+        for entry in old.catalog.entries() {
+            let key = format!("catalog {}", entry.id);
+            match new.catalog.entries().iter().find(|other| other.id == entry.id) {
+                None => self.note(key, Some("entry"), None::<String>, Effect::Live),
+                Some(other) if other.price != entry.price => {
+                    let list = |lines: Vec<super::PriceLine>| {
+                        let lines: Vec<_> =
+                            lines.iter().map(|line| format!("{} {}", line.neurons, line.unit)).collect();
+                        if lines.is_empty() { "free".to_owned() } else { lines.join(", ") }
+                    };
+                    self.note(
+                        format!("{key}: price"),
+                        list(entry.price.listed()),
+                        list(other.price.listed()),
+                        Effect::Live,
+                    );
+                }
+                Some(other) if other != entry => self.note(key, "as it was", "changed", Effect::Live),
+                Some(_) => {}
+            }
+        }
+        for entry in new.catalog.entries() {
+            if !old.catalog.entries().iter().any(|other| other.id == entry.id) {
+                self.note(format!("catalog {}", entry.id), None::<String>, Some("entry"), Effect::Live);
+            }
+        }
+    }
+
+    fn log(&mut self, old: &Log, new: &Log) {
+        let Log { filter, format } = new;
+        self.note("log.filter", &old.filter, filter, Effect::Live);
+        self.note("log.format", word(old.format), word(*format), Effect::Restart);
+    }
+}
+
+/// An enum's name as the file writes it.
+fn word(value: impl fmt::Debug) -> String {
+    format!("{value:?}").to_lowercase()
+}
+
+/// How a value appears in a change; what is absent is empty.
+trait Shown {
+    fn shown(&self) -> String;
+}
+
+macro_rules! shown {
+    ($($kind:ty)*) => { $(impl Shown for $kind { fn shown(&self) -> String { self.to_string() } })* };
+}
+shown!(usize u32 u128 bool str String std::net::SocketAddr crate::base::AccountId);
+
+impl Shown for PathBuf {
+    fn shown(&self) -> String {
+        self.display().to_string()
+    }
+}
+
+impl<T: Shown + ?Sized> Shown for &T {
+    fn shown(&self) -> String {
+        (*self).shown()
+    }
+}
+
+impl<T: Shown> Shown for Option<T> {
+    fn shown(&self) -> String {
+        self.as_ref().map(Shown::shown).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::super::{KvType, Precision, Token};
+    use super::*;
+    use crate::base::{AccountId, KeyId, Millis, ModelId};
+
+    fn model(id: &str) -> Model {
+        Model {
+            id: ModelId::new(id),
+            path: "/m/a.gguf".into(),
+            precision: Precision::Fast,
+            kv: KvType::F16,
+            kv_bytes: 1 << 20,
+            context: None,
+            modified: Some(Millis(1)),
+        }
+    }
+
+    fn token(id: &str, hash: u8) -> Token {
+        let (id, account) = (KeyId::new(id), AccountId::new("x"));
+        Token { id, sha256: [hash; 32], account, any_account: false, expires: None }
+    }
+
+    /// Makes two equal configurations, changes one, and compares what is said about it.
+    fn check(change: impl FnOnce(&mut Config), said: &[&str]) {
+        let auth = Auth { tokens: vec![token("ops", 1), token("ci", 2)], ..Config::default().auth };
+        let old = Config { models: vec![model("a"), model("b")], auth, ..Config::default() };
+        let mut new = old.clone();
+        change(&mut new);
+        let changes: Vec<_> = diff(&old, &new).iter().map(ToString::to_string).collect();
+        assert_eq!(changes, said);
+    }
+
+    #[test]
+    fn the_same_configuration_changes_nothing() {
+        check(|_| {}, &[]);
+        check(|new| new.catalog = Arc::new(super::super::catalog::Builder::builtin().build().unwrap()), &[]);
+    }
+
+    #[test]
+    fn timeouts_count_at_once_and_listeners_need_a_restart() {
+        check(
+            |new| {
+                new.server.request_timeout = Duration::from_secs(5);
+                new.server.listen.set_port(81);
+                new.log.filter = "debug".into();
+            },
+            &[
+                "server.listen: 127.0.0.1:8080 -> 127.0.0.1:81 (needs a restart)",
+                "server.request_timeout_ms: 600000 -> 5000",
+                "log.filter: info -> debug",
+            ],
+        );
+    }
+
+    #[test]
+    fn models_are_added_removed_and_swapped_by_id() {
+        check(
+            |new| {
+                new.models.remove(0);
+                new.models[0].path = "/m/b2.gguf".into();
+                new.models.push(model("c"));
+                new.engine.max_running = 8;
+            },
+            &[
+                "engine.max_running: 64 -> 8 (for models loaded from now on)",
+                "model a: /m/a.gguf removed",
+                "model b: path: /m/a.gguf -> /m/b2.gguf",
+                "model c: /m/a.gguf added",
+            ],
+        );
+        check(|new| new.models[0].modified = Some(Millis(2)), &["model a: weights: as loaded -> written anew"]);
+        check(|new| new.models.swap(0, 1), &[]);
+    }
+
+    #[test]
+    fn tokens_appear_by_name_and_never_by_hash() {
+        check(
+            |new| {
+                new.auth.tokens[0].sha256 = [9; 32];
+                new.auth.tokens[1] = token("new", 3);
+                new.auth.anonymous = None;
+            },
+            &[
+                "auth.anonymous: local removed",
+                "auth.token ops: as it was -> replaced",
+                "auth.token ci: x removed",
+                "auth.token new: x added",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_new_price_is_shown_in_full() {
+        let mut builder = super::super::catalog::Builder::builtin();
+        let block = "[[model]]\nid = '@cf/meta/llama-3.2-1b-instruct'\nprice = { input = 1, output = 2 }\n";
+        builder.read(block, "x").unwrap();
+        let catalog = Arc::new(builder.build().unwrap());
+        check(
+            |new| new.catalog = catalog,
+            &["catalog @cf/meta/llama-3.2-1b-instruct: price: 2457 per M input tokens, 18252 per M output tokens -> \
+               1 per M input tokens, 2 per M output tokens"],
+        );
+    }
+}

@@ -1,0 +1,536 @@
+//! From what was written to what is used: defaults that depend on the machine, paths, hashes, names; and every check.
+//!
+//! Pure: the machine, the clock, the environment and the file system come in as [`Surroundings`]. All mistakes are
+//! collected, so that an operator reads them in one go and not one a run.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use super::catalog::{Block, Builder, Catalog, is_unpinned};
+use super::file::{ByteSize, EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection, Written};
+use super::machine::Surroundings;
+use super::{Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Token};
+use crate::base::{AccountId, Error, KeyId, Millis, Result};
+
+/// Bounds of the KV pool that is chosen for a model.
+const KV_POOL: (u64, u64) = (64 << 20, 2 << 30);
+/// Price of a model that only the command line names: as a small model of the catalog.
+const STAND_IN: (u64, u64) = (2457, 18252);
+
+/// Makes a [`Config`] of a file (`origin`; `None` for the built-in one) and what the command line says over it.
+pub(super) fn resolve(
+    origin: Option<&Path>,
+    mut file: File,
+    overrides: &Overrides,
+    machine: &Surroundings,
+) -> Result<Config> {
+    let mut check = Check::new(origin);
+    let folder = origin.and_then(Path::parent).unwrap_or(Path::new(""));
+
+    apply(overrides, &mut file);
+    let catalog = catalog(&mut check, &mut file, overrides, folder, machine);
+    let server = server(&mut check, &file.server, machine);
+    let binding = file.binding.as_ref().map(|section| Binding {
+        listen: check.address("binding.listen", &section.listen),
+        account: check.account("binding.account", &section.account),
+    });
+    let auth = auth(&mut check, &file, folder, machine);
+    let engine = engine(&mut check, &file.engine, machine);
+    let models = models(&mut check, &file.model, &catalog, folder, machine);
+    let log = log(&mut check, &file.log);
+
+    if let Some(binding) = binding.as_ref().filter(|b| b.listen == server.listen && b.listen.port() != 0) {
+        check.wrong("binding.listen", binding.listen, "is server.listen as well; give each its own port");
+    }
+    if !file.auth.allow_anonymous_remote {
+        let remedy = "serves callers without a token to the network; bind it to 127.0.0.1, take it out, or set \
+                      auth.allow_anonymous_remote = true if the network is yours alone";
+        if let Some(account) = auth.anonymous.as_ref().filter(|_| !server.listen.ip().is_loopback()) {
+            check.wrong("auth.anonymous", format_args!("{:?} on {}", account.as_str(), server.listen), remedy);
+        }
+        if let Some(binding) = binding.as_ref().filter(|b| !b.listen.ip().is_loopback()) {
+            check.wrong("binding.listen", binding.listen, remedy);
+        }
+    }
+    if auth.anonymous.is_none() && auth.tokens.is_empty() && binding.is_none() {
+        check.warn("auth: no token and no anonymous account: every call will be refused; add [[auth.token]]");
+    }
+    if models.is_empty() {
+        check.warn("model: none: nothing will be served; add [[model]], or --model ID=PATH");
+    }
+    if let Some(long) = (engine.step_tokens < engine.max_running).then_some(engine.max_running) {
+        let remedy = format!("is more than engine.step_tokens = {}; raise that, or lower this", engine.step_tokens);
+        check.wrong("engine.max_running", long, &remedy);
+    }
+
+    let Check { problems, mut warnings, .. } = check;
+    if !problems.is_empty() {
+        return Err(Error::bad_input(problems.join("\n")));
+    }
+    for planned in catalog.deprecations(machine.now) {
+        if models.iter().any(|model| model.id == planned.id) {
+            warnings.push(planned.to_string());
+        }
+    }
+    let origin = origin.map(Path::to_path_buf);
+    Ok(Config { server, binding, auth, engine, models, catalog, log, origin, warnings })
+}
+
+/// The command line wins; its models follow in [`catalog`], once aliases are known.
+fn apply(overrides: &Overrides, file: &mut File) {
+    let Overrides { listen, anonymous, models: _, threads, log_filter, log_format } = overrides;
+    if let Some(listen) = listen {
+        file.server.listen = listen.clone();
+    }
+    if anonymous.is_some() {
+        file.auth.anonymous = anonymous.clone();
+    }
+    if threads.is_some() {
+        file.engine.threads = *threads;
+    }
+    if let Some(filter) = log_filter {
+        file.log.filter = filter.clone();
+    }
+    if let Some(format) = log_format {
+        file.log.format = *format;
+    }
+}
+
+fn server(check: &mut Check, section: &ServerSection, machine: &Surroundings) -> Server {
+    let workers = section.workers.unwrap_or_else(|| (machine.cpus / 4).clamp(2, 16));
+    let max_body_bytes = usize::try_from(section.max_body_bytes.0).unwrap_or(usize::MAX);
+    check.at_least_one("server.workers", workers);
+    check.at_least_one("server.max_body_bytes", max_body_bytes);
+    check.at_least_one("server.max_connections", section.max_connections);
+    if workers > 1024 {
+        check.wrong("server.workers", workers, "is more than 1024; a few are enough, leave it out for the default");
+    }
+    Server {
+        listen: check.address("server.listen", &section.listen),
+        workers,
+        max_body_bytes,
+        max_connections: section.max_connections,
+        read_timeout: check.timeout("server.read_timeout_ms", section.read_timeout_ms),
+        write_timeout: check.timeout("server.write_timeout_ms", section.write_timeout_ms),
+        request_timeout: check.timeout("server.request_timeout_ms", section.request_timeout_ms),
+        drain_timeout: check.timeout("server.drain_timeout_ms", section.drain_timeout_ms),
+    }
+}
+
+fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) -> Engine {
+    let threads = section.threads.unwrap_or(machine.cores);
+    for (key, value) in [
+        ("engine.threads", threads),
+        ("engine.step_tokens", section.step_tokens),
+        ("engine.prefill_chunk", section.prefill_chunk),
+        ("engine.max_running", section.max_running),
+        ("engine.max_queue", section.max_queue),
+    ] {
+        check.at_least_one(key, value);
+    }
+    if threads > 4096 {
+        check.wrong("engine.threads", threads, "is more than 4096; leave it out to use every core");
+    } else if threads > machine.cpus {
+        check.warn(format!(
+            "engine.threads = {threads}: this process may use {} CPUs; more threads than that slow each other down",
+            machine.cpus
+        ));
+    }
+    if section.prefill_chunk > section.step_tokens {
+        let remedy = format!("is more than engine.step_tokens = {}; lower it", section.step_tokens);
+        check.wrong("engine.prefill_chunk", section.prefill_chunk, &remedy);
+    }
+    if section.step_tokens > 1 << 20 {
+        check.wrong("engine.step_tokens", section.step_tokens, "is more than 1048576; lower it");
+    }
+    if !section.block_tokens.is_power_of_two() || !(4..=256).contains(&section.block_tokens) {
+        check.wrong(
+            "engine.block_tokens",
+            section.block_tokens,
+            "is not a power of two from 4 to 256; 16 is the default",
+        );
+    }
+    Engine {
+        threads,
+        step_tokens: section.step_tokens,
+        prefill_chunk: section.prefill_chunk,
+        max_running: section.max_running,
+        max_queue: section.max_queue,
+        block_tokens: section.block_tokens,
+        prefix_cache: section.prefix_cache,
+    }
+}
+
+fn log(check: &mut Check, section: &LogSection) -> Log {
+    if let Err(error) = tracing_subscriber::EnvFilter::try_new(&section.filter) {
+        let remedy = format!("is not a log filter ({error}); write info, debug, or neurond=debug,warn");
+        check.wrong("log.filter", format_args!("{:?}", section.filter), &remedy);
+    }
+    Log { filter: section.filter.clone(), format: section.format }
+}
+
+fn auth(check: &mut Check, file: &File, folder: &Path, machine: &Surroundings) -> Auth {
+    let section = &file.auth;
+    let anonymous = section.anonymous.as_ref().map(|account| check.account("auth.anonymous", account));
+    let mut tokens = Vec::new();
+    for (index, written) in section.token.iter().enumerate() {
+        token(check, &format!("auth.token[{index}]"), written, machine, &mut tokens);
+    }
+    if let Some(path) = &section.token_file {
+        for (key, written) in token_file(check, path, folder, machine) {
+            token(check, &key, &written, machine, &mut tokens);
+        }
+    }
+    Auth { anonymous, tokens }
+}
+
+/// `[[token]]` blocks of a file of their own.
+fn token_file(check: &mut Check, path: &Path, folder: &Path, machine: &Surroundings) -> Vec<(String, TokenSection)> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct TokenFile {
+        #[serde(default)]
+        token: Vec<TokenSection>,
+    }
+    let credentials = path.strip_prefix("$CREDENTIALS_DIRECTORY").ok();
+    let path = match (credentials, (machine.variable)("CREDENTIALS_DIRECTORY")) {
+        (Some(rest), Some(directory)) => Path::new(&directory).join(rest),
+        (Some(_), None) => {
+            let remedy = "needs CREDENTIALS_DIRECTORY, which systemd sets for units with LoadCredential=; \
+                          write a path to use it elsewhere";
+            check.wrong("auth.token_file", path.display(), remedy);
+            return Vec::new();
+        }
+        (None, _) => folder.join(path),
+    };
+    let text = match (machine.text)(&path) {
+        Ok(text) => text,
+        Err(error) => {
+            let remedy =
+                format!("cannot be read ({error}); create it, make it readable for the daemon, or take the key out");
+            check.wrong("auth.token_file", path.display(), &remedy);
+            return Vec::new();
+        }
+    };
+    match toml::from_str::<TokenFile>(&text) {
+        Ok(file) => {
+            let key = |index| format!("{}: token[{index}]", path.display());
+            file.token.into_iter().enumerate().map(|(index, token)| (key(index), token)).collect()
+        }
+        Err(error) => {
+            check.problems.push(format!("{}: {error}", path.display()));
+            Vec::new()
+        }
+    }
+}
+
+fn token(check: &mut Check, key: &str, written: &TokenSection, machine: &Surroundings, tokens: &mut Vec<Token>) {
+    let named = format!("{key} ({})", written.id);
+    let Some(sha256) = token_hash(check, &named, written, machine) else { return };
+    if written.id.is_empty() || !written.id.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+        let remedy = "is not a name; use letters, digits and - _ . since it appears in logs";
+        check.wrong(&format!("{key}.id"), format_args!("{:?}", written.id), remedy);
+    }
+    if tokens.iter().any(|other| other.id.as_str() == written.id) {
+        check.wrong(
+            &format!("{key}.id"),
+            format_args!("{:?}", written.id),
+            "is written twice; give each token its own",
+        );
+    }
+    if let Some(other) = tokens.iter().find(|other| other.sha256 == sha256) {
+        let remedy = format!("is the same token as {}; keep one of them", other.id);
+        check.problems.push(format!("{}: {named}: {remedy}", check.origin));
+    }
+    let expires = written.expires.as_ref().and_then(|moment| {
+        let end = end_of(moment);
+        if end.is_none() {
+            let remedy = "is not a date or a time with offset; write 2027-12-31, or 2027-12-31T12:00:00Z";
+            check.wrong(&format!("{named}.expires"), moment, remedy);
+        }
+        end
+    });
+    if expires.is_some_and(|expires| expires <= machine.now) {
+        check.warn(format!(
+            "{named}: expired on {}: it is refused; take it out, or issue a new one",
+            Shown(&written.expires)
+        ));
+    }
+    let account = check.account(&format!("{named}.account"), &written.account);
+    tokens.push(Token { id: KeyId::new(&written.id), sha256, account, any_account: written.any_account, expires });
+}
+
+/// The hash, written or made of an environment variable's value.
+fn token_hash(check: &mut Check, key: &str, written: &TokenSection, machine: &Surroundings) -> Option<[u8; 32]> {
+    match (&written.sha256, &written.env) {
+        (Some(text), None) => {
+            let hash = hex32(text);
+            if hash.is_none() {
+                let remedy = "is not 64 hex digits; make it with: printf %s \"$TOKEN\" | sha256sum";
+                // Somebody may have written the token itself here: never echo it.
+                check.wrong(&format!("{key}.sha256"), format_args!("({} characters)", text.chars().count()), remedy);
+            }
+            hash
+        }
+        (None, Some(name)) => {
+            let Some(value) = (machine.variable)(name).filter(|value| !value.is_empty()) else {
+                let remedy = "is not set in the environment; set it, or write sha256 instead";
+                check.wrong(&format!("{key}.env"), format_args!("{name:?}"), remedy);
+                return None;
+            };
+            if value.trim() != value {
+                let remedy = "has white space around its value, which no client will send; set it without";
+                check.wrong(&format!("{key}.env"), format_args!("{name:?}"), remedy);
+            }
+            if value.len() < 16 {
+                check.warn(format!("{key}: the token in {name} is {} characters long: it can be guessed", value.len()));
+            }
+            Some(Sha256::digest(value.as_bytes()).into())
+        }
+        (None, None) => {
+            check.problems.push(format!("{}: {key}: has neither sha256 nor env; write one of them", check.origin));
+            None
+        }
+        (Some(_), Some(_)) => {
+            check.problems.push(format!("{}: {key}: has both sha256 and env; keep one of them", check.origin));
+            None
+        }
+    }
+}
+
+/// The catalog in force: built in, changed by `[catalog] path`, changed by the entries of models. On the way ids of models become
+/// catalog ids, and the command line's models join the file's.
+fn catalog(
+    check: &mut Check,
+    file: &mut File,
+    overrides: &Overrides,
+    folder: &Path,
+    machine: &Surroundings,
+) -> Arc<Catalog> {
+    let mut builder = Builder::builtin();
+    if let Some(path) = file.catalog.path.as_ref().map(|path| folder.join(path)) {
+        let read = (machine.text)(&path).map_err(|error| {
+            let remedy = "correct it, or take it out";
+            format!("{}: catalog.path = {}: cannot be read ({error}); {remedy}", check.origin, path.display())
+        });
+        if let Err(problem) = read.and_then(|text| builder.read(&text, &path.display().to_string())) {
+            check.problems.push(problem);
+        }
+    }
+    // Aliases are known once a catalog stands; the entries of models belong to the ids that those stand for.
+    let known = match builder.clone().build() {
+        Ok(known) => known,
+        Err(problems) => {
+            check.problems.extend(problems);
+            return Catalog::builtin();
+        }
+    };
+    let pinned = |name: &str| known.resolve(name).map_or(name.to_owned(), |entry| entry.id.as_str().to_owned());
+    for model in &mut file.model {
+        model.id = pinned(&model.id);
+    }
+    for (name, path) in &overrides.models {
+        let id = pinned(name);
+        // The working directory counts here, not the folder of the file.
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        if let Some(model) = file.model.iter_mut().find(|model| model.id == id) {
+            model.path = path;
+            continue;
+        }
+        let mut entry = None;
+        if known.resolve(&id).is_none() && !is_unpinned(&id) {
+            let (input, output) = STAND_IN;
+            check.warn(format!(
+                "{id} is not in the catalog: it answers as a text-generation model at a stand-in price of {input} neurons per \
+                 million tokens in and {output} out; give it an entry in the configuration file"
+            ));
+            let (context, price) = (Some(131_072), Some(Price::tokens(input, output)));
+            entry = Some(Block { context, price, ..Block::default() });
+        }
+        file.model.push(ModelSection::new(id, path, entry));
+    }
+    for model in &mut file.model {
+        let Some(block) = model.entry.take() else { continue };
+        if !block.id.is_empty() {
+            let remedy = format!("belongs above, in the [[model]] block; take it out of the entry of {}", model.id);
+            check.wrong("model.entry.id", format_args!("{:?}", block.id), &remedy);
+            continue;
+        }
+        builder.add(Block { id: model.id.clone(), ..block }, &format!("{}: model.entry", check.origin));
+    }
+    match builder.build() {
+        Ok(catalog) => Arc::new(catalog),
+        Err(problems) => {
+            check.problems.extend(problems);
+            Arc::new(known)
+        }
+    }
+}
+
+fn models(
+    check: &mut Check,
+    sections: &[ModelSection],
+    catalog: &Catalog,
+    folder: &Path,
+    machine: &Surroundings,
+) -> Vec<Model> {
+    let shares = sections.iter().filter(|section| section.kv_bytes.is_none()).count().max(1) as u64;
+    let share = (machine.memory / 8 / shares).clamp(KV_POOL.0, KV_POOL.1) >> 20 << 20;
+    let mut models: Vec<Model> = Vec::new();
+    for section in sections {
+        let key = |name: &str| format!("model {}: {name}", section.id);
+        if is_unpinned(&section.id) {
+            let remedy = "moves with time; name one version, so that answers and prices stay what they were";
+            check.wrong("model.id", format_args!("{:?}", section.id), remedy);
+            continue;
+        }
+        let Some(entry) = catalog.resolve(&section.id) else {
+            let near = catalog
+                .nearest(&section.id)
+                .map(|near| format!("did you mean {near:?}? Otherwise "))
+                .unwrap_or_default();
+            let remedy = format!(
+                "is not in the catalog; {near}give it an entry of its own: \
+                 entry = {{ context = 8192, price = {{ input = 300, output = 2000 }} }}"
+            );
+            check.wrong("model.id", format_args!("{:?}", section.id), &remedy);
+            continue;
+        };
+        if models.iter().any(|other| other.id == entry.id) {
+            check.wrong("model.id", format_args!("{:?}", section.id), "is loaded twice; keep one of the blocks");
+            continue;
+        }
+        let path = folder.join(&section.path);
+        let modified = match (machine.modified)(&path) {
+            Ok(modified) => Some(modified),
+            Err(error) => {
+                let remedy = format!("cannot be read ({error}); correct it, or fetch the model with neurond pull");
+                check.wrong(&key("path"), path.display(), &remedy);
+                None
+            }
+        };
+        let kv_bytes = section.kv_bytes.unwrap_or(ByteSize(share));
+        if kv_bytes.0 < 1 << 20 {
+            check.wrong(
+                &key("kv_bytes"),
+                kv_bytes,
+                "is less than 1MiB, too little for any sequence; 512MiB is a good start",
+            );
+        }
+        if section.context == Some(0) {
+            check.wrong(&key("context"), 0, "allows nothing; write at least 1, or leave it out");
+        }
+        models.push(Model {
+            id: entry.id.clone(),
+            path,
+            precision: section.precision,
+            kv: section.kv,
+            kv_bytes: usize::try_from(kv_bytes.0).unwrap_or(usize::MAX),
+            context: section.context,
+            modified,
+        });
+    }
+    models
+}
+
+/// Collects what is wrong, in sentences that begin with the file and the key.
+struct Check {
+    origin: String,
+    problems: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Check {
+    fn new(origin: Option<&Path>) -> Self {
+        let origin = origin.map_or("(no file)".into(), |path| path.display().to_string());
+        Self { origin, problems: Vec::new(), warnings: Vec::new() }
+    }
+
+    fn wrong(&mut self, key: &str, value: impl Display, remedy: &str) {
+        self.problems.push(format!("{}: {key} = {value}: {remedy}", self.origin));
+    }
+
+    fn warn(&mut self, sentence: impl Into<String>) {
+        self.warnings.push(sentence.into());
+    }
+
+    fn at_least_one(&mut self, key: &str, value: usize) {
+        if value == 0 {
+            self.wrong(key, value, "allows nothing; write at least 1, or leave it out for the default");
+        }
+    }
+
+    fn timeout(&mut self, key: &str, ms: u64) -> Duration {
+        // A day is longer than any answer; more would overflow clocks that add it to now.
+        if !(1..=86_400_000).contains(&ms) {
+            self.wrong(
+                key,
+                ms,
+                "is out of range; write milliseconds from 1 to 86400000, or leave it out for the default",
+            );
+        }
+        Duration::from_millis(ms)
+    }
+
+    fn address(&mut self, key: &str, text: &str) -> SocketAddr {
+        text.parse().unwrap_or_else(|_| {
+            let remedy = "is not an IP address with a port; write 127.0.0.1:8080 for this machine only, 0.0.0.0:8080 for the \
+                          network, or [::]:8080 for IPv6";
+            self.wrong(key, format_args!("{text:?}"), remedy);
+            SocketAddr::from(([127, 0, 0, 1], 0))
+        })
+    }
+
+    fn account(&mut self, key: &str, text: &str) -> AccountId {
+        let fits = !text.is_empty() && text.len() <= 64;
+        if !fits || !text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_') {
+            let remedy = "is not an account; write 32 hex digits, or up to 64 letters, digits, - and _";
+            self.wrong(key, format_args!("{text:?}"), remedy);
+        }
+        AccountId::new(text)
+    }
+}
+
+/// The last moment of a date, or the moment itself.
+fn end_of(moment: &Written) -> Option<Millis> {
+    let text = moment.to_string();
+    let end = match text.parse::<jiff::civil::Date>() {
+        // A time without an offset reads as a date as well; guessing its zone would be wrong half of the time.
+        Ok(_) if text.len() > 10 => text.parse::<jiff::Timestamp>().ok()?,
+        Ok(date) => date.tomorrow().ok()?.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp(),
+        Err(_) => text.parse::<jiff::Timestamp>().ok()?,
+    };
+    u64::try_from(end.as_millisecond()).ok().map(Millis)
+}
+
+fn hex32(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    let mut bytes = [0; 32];
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// An optional date in a sentence.
+struct Shown<'a>(&'a Option<Written>);
+
+impl Display for Shown<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(moment) => moment.fmt(f),
+            None => f.write_str("never"),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "resolve_test.rs"]
+mod tests;

@@ -1,0 +1,449 @@
+//! A request's way out: drawn tokens become text, text becomes events.
+//!
+//!     token ─ detokenise ─> [ sent ........ | held: could begin a stop string ] ─> Text … Finish ─> Done
+//!
+//! Text is sent as soon as it cannot be the beginning of a stop string any more. The stop string that is complete first
+//! wins, the longest if several are at the same character, so where the answer is cut does not depend on how the model
+//! happened to cut its tokens. Knows nothing of scheduling; never waits, since the channel has room for every event.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::base::{Error, RequestId};
+use crate::engine::Submit;
+use crate::engine::sampler::{Draw, Drawn, Seen};
+use crate::metrics::EngineMetrics;
+use crate::model::{Detokenizer, Vocabulary};
+use crate::task::{Event, FinishReason, Sampling, TokenLogprob, Usage};
+
+/// A request being answered.
+pub struct Answer {
+    request: RequestId,
+    events: flume::Sender<Event>,
+    received: Instant,
+    begun: Option<Instant>,
+    deadline: Instant,
+    sampling: Sampling,
+    seed: u64,
+    logprobs: Option<u32>,
+    vocabulary: Arc<Vocabulary>,
+    stops: Arc<Stops>,
+    choices: Vec<Choice>,
+    usage: Usage,
+    /// Whether a token was drawn.
+    spoke: bool,
+}
+
+/// One of the answers.
+struct Choice {
+    writer: Writer,
+    /// Kept only where a penalty is in force.
+    seen: Option<Seen>,
+    produced: u32,
+    /// When its newest token was drawn.
+    last: Option<Instant>,
+}
+
+impl Answer {
+    /// Keeps what delivery needs of a submission; the scheduler gets the rest.
+    pub fn new(submit: &Submit, vocabulary: Arc<Vocabulary>) -> Self {
+        let stops = Arc::new(Stops::new(&submit.stop));
+        let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling));
+        let choice = || Choice {
+            writer: Writer::new(vocabulary.clone(), stops.clone()),
+            seen: seen.clone(),
+            produced: 0,
+            last: None,
+        };
+        Self {
+            request: submit.request,
+            events: submit.events.clone(),
+            received: submit.received,
+            begun: None,
+            deadline: submit.deadline,
+            sampling: submit.sampling.clone(),
+            seed: submit.seed,
+            logprobs: submit.logprobs,
+            choices: (0..submit.choices).map(|_| choice()).collect(),
+            usage: Usage { prompt_tokens: submit.prompt.len() as u32, ..Usage::default() },
+            spoke: false,
+            stops,
+            vocabulary,
+        }
+    }
+
+    /// Whose answer it is.
+    pub fn request(&self) -> RequestId {
+        self.request
+    }
+
+    /// Whether the caller went away.
+    pub fn is_unwanted(&self) -> bool {
+        self.events.is_disconnected()
+    }
+
+    /// Whether the answer is worth nothing any more.
+    pub fn is_late(&self, now: Instant) -> bool {
+        now >= self.deadline
+    }
+
+    /// How long it has been computed.
+    pub fn service_time(&self, now: Instant) -> Duration {
+        self.begun.map_or(Duration::ZERO, |begun| now.saturating_duration_since(begun))
+    }
+
+    /// Its first token is being computed, `cached` tokens of the prompt came out of the prefix cache.
+    pub fn begin(&mut self, cached: usize, now: Instant, metrics: &EngineMetrics) {
+        self.usage.cached_tokens = cached as u32;
+        self.begun = Some(now);
+        metrics.queue_time.observe(seconds(self.received, now));
+        metrics.prefix_queries.inc_by(u64::from(self.usage.prompt_tokens));
+        metrics.prefix_hits.inc_by(cached as u64);
+    }
+
+    /// How the next token of a choice is drawn.
+    pub fn draw(&self, choice: u32) -> Draw<'_> {
+        let of = &self.choices[choice as usize];
+        Draw {
+            sampling: &self.sampling,
+            seed: self.seed.wrapping_add(u64::from(choice)),
+            position: u64::from(of.produced),
+            seen: of.seen.as_ref(),
+            logprobs: self.logprobs,
+        }
+    }
+
+    /// Sends what a drawn token makes certain. `last` says that there may be no token after it. Returns whether the
+    /// choice is complete.
+    pub fn accept(
+        &mut self,
+        choice: u32,
+        token: u32,
+        drawn: &Drawn,
+        last: bool,
+        now: Instant,
+        metrics: &EngineMetrics,
+    ) -> bool {
+        if !self.spoke {
+            self.spoke = true;
+            metrics.ttft.observe(seconds(self.received, now));
+        }
+        let of = &mut self.choices[choice as usize];
+        if let Some(before) = of.last.replace(now) {
+            metrics.inter_token.observe(seconds(before, now));
+        }
+        of.produced += 1;
+        self.usage.completion_tokens += 1;
+        if let Some(seen) = &mut of.seen {
+            seen.push(token);
+        }
+        let ends = self.vocabulary.is_end(token) && !self.sampling.ignore_eos;
+        let mut stop = None;
+        if !ends {
+            let logprob = self.logprobs.map(|_| TokenLogprob {
+                token,
+                bytes: self.vocabulary.piece(token).to_vec(),
+                logprob: drawn.logprob,
+                top: drawn.top.iter().map(|&(id, logprob)| (id, self.vocabulary.piece(id).to_vec(), logprob)).collect(),
+            });
+            stop = of.writer.push(token, logprob);
+        }
+        let complete = ends || stop.is_some() || last;
+        if complete && stop.is_none() {
+            of.writer.finish();
+        }
+        let (text, logprobs) = of.writer.release();
+        if !text.is_empty() || !logprobs.is_empty() {
+            self.send(Event::Text { choice, text, logprobs, usage: self.usage });
+        }
+        if !complete {
+            return false;
+        }
+        let reason = if ends || stop.is_some() { FinishReason::Stop } else { FinishReason::Length };
+        match reason {
+            FinishReason::Stop => metrics.finished_stop.inc(),
+            FinishReason::Length => metrics.finished_length.inc(),
+        }
+        let stop = stop.map(|at| self.stops.0[at].text.clone());
+        self.send(Event::Finish { choice, reason, stop });
+        true
+    }
+
+    /// All choices are complete.
+    pub fn done(self, now: Instant, metrics: &EngineMetrics) {
+        metrics.request_time.observe(seconds(self.received, now));
+        self.send(Event::Done(self.usage));
+    }
+
+    /// The request failed; what was sent stands.
+    pub fn fail(self, error: Error) {
+        self.send(Event::Failed(error));
+    }
+
+    fn send(&self, event: Event) {
+        if let Err(flume::TrySendError::Full(_)) = self.events.try_send(event) {
+            // Only a submission whose channel is smaller than `Submit::event_capacity` gets here.
+            tracing::error!(request = %self.request, "an event found no room in its channel and was lost");
+        }
+    }
+}
+
+fn seconds(from: Instant, to: Instant) -> f64 {
+    to.saturating_duration_since(from).as_secs_f64()
+}
+
+/// Stop strings, prepared for matching a byte at a time.
+struct Stops(Vec<Stop>);
+
+struct Stop {
+    text: String,
+    /// `back[n]`: the longest beginning of the string that is also the end of its first `n` bytes, itself left out.
+    back: Vec<u32>,
+}
+
+impl Stops {
+    fn new(texts: &[String]) -> Self {
+        Self(texts.iter().filter(|text| !text.is_empty()).map(|text| Stop::new(text)).collect())
+    }
+}
+
+impl Stop {
+    fn new(text: &str) -> Self {
+        let mut stop = Self { text: text.to_owned(), back: vec![0; text.len() + 1] };
+        for (at, &byte) in text.as_bytes().iter().enumerate().skip(1) {
+            stop.back[at + 1] = stop.advance(stop.back[at], byte);
+        }
+        stop
+    }
+
+    /// How many bytes of the string the text ends with after `byte`, if it ended with `matched` before.
+    fn advance(&self, mut matched: u32, byte: u8) -> u32 {
+        loop {
+            if self.text.as_bytes().get(matched as usize) == Some(&byte) {
+                return matched + 1;
+            }
+            if matched == 0 {
+                return 0;
+            }
+            matched = self.back[matched as usize];
+        }
+    }
+}
+
+/// The text of one choice: what is certain, what is held back, and the log-probabilities that belong to it.
+struct Writer {
+    detokenizer: Detokenizer,
+    stops: Arc<Stops>,
+    /// How much of each stop string the text ends with.
+    matched: Vec<u32>,
+    /// Text not sent yet.
+    text: String,
+    /// Of `text`, bytes that may be sent.
+    certain: usize,
+    /// Bytes sent.
+    sent: usize,
+    /// Where each token's text begins, and whether it has any.
+    logprobs: VecDeque<(usize, bool, TokenLogprob)>,
+}
+
+impl Writer {
+    fn new(vocabulary: Arc<Vocabulary>, stops: Arc<Stops>) -> Self {
+        Self {
+            detokenizer: Detokenizer::new(vocabulary),
+            matched: vec![0; stops.0.len()],
+            stops,
+            text: String::new(),
+            certain: 0,
+            sent: 0,
+            logprobs: VecDeque::new(),
+        }
+    }
+
+    /// Appends a token. Returns which stop string is complete, if one is; the text ends before it then.
+    fn push(&mut self, token: u32, logprob: Option<TokenLogprob>) -> Option<usize> {
+        let from = self.text.len();
+        self.detokenizer.push(token, &mut self.text);
+        if let Some(logprob) = logprob {
+            self.logprobs.push_back((self.sent + from, !logprob.bytes.is_empty(), logprob));
+        }
+        if self.stops.0.is_empty() {
+            self.certain = self.text.len();
+            return None;
+        }
+        for (at, &byte) in self.text.as_bytes().iter().enumerate().skip(from) {
+            let mut complete: Option<usize> = None;
+            for (which, (stop, matched)) in self.stops.0.iter().zip(&mut self.matched).enumerate() {
+                *matched = stop.advance(*matched, byte);
+                let longer = complete.is_none_or(|other| stop.text.len() > self.stops.0[other].text.len());
+                if *matched as usize == stop.text.len() && longer {
+                    complete = Some(which);
+                }
+            }
+            if let Some(which) = complete {
+                self.text.truncate(at + 1 - self.stops.0[which].text.len());
+                self.certain = self.text.len();
+                let end = self.sent + self.certain;
+                self.logprobs.retain(|&(start, ..)| start < end);
+                return complete;
+            }
+        }
+        let held = self.matched.iter().max().copied().unwrap_or(0);
+        self.certain = self.text.len() - held as usize;
+        None
+    }
+
+    /// The answer ends here: nothing held back can become anything else.
+    fn finish(&mut self) {
+        self.detokenizer.finish(&mut self.text);
+        self.certain = self.text.len();
+    }
+
+    /// Takes what is certain: text, and the log-probabilities of the tokens that it begins or shows. A token without
+    /// text of its own follows the one before it.
+    fn release(&mut self) -> (String, Vec<TokenLogprob>) {
+        let rest = self.text.split_off(self.certain);
+        let text = std::mem::replace(&mut self.text, rest);
+        self.sent += self.certain;
+        self.certain = 0;
+        let due = |&(start, shows, _): &(usize, bool, TokenLogprob)| start < self.sent || !shows && start == self.sent;
+        let count = self.logprobs.iter().take_while(|entry| due(entry)).count();
+        (text, self.logprobs.drain(..count).map(|(.., logprob)| logprob).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Feeds pieces as tokens `0..`, with `stops`; the result lists what each step sends with its log-probabilities'
+    /// token ids, and the stop string that ended it.
+    fn check(pieces: &[&[u8]], stops: &[&str], expected: &str) {
+        let vocabulary = Arc::new(Vocabulary::new(pieces.iter(), vec![]));
+        let stops: Vec<String> = stops.iter().map(|&stop| stop.to_owned()).collect();
+        let mut writer = Writer::new(vocabulary.clone(), Arc::new(Stops::new(&stops)));
+        let mut steps = Vec::new();
+        let mut show = |writer: &mut Writer| {
+            let (text, logprobs) = writer.release();
+            let tokens: Vec<_> = logprobs.iter().map(|logprob| logprob.token.to_string()).collect();
+            steps.push(format!("{text}:{}", tokens.join(",")));
+        };
+        let mut stopped = None;
+        for token in 0..pieces.len() as u32 {
+            let bytes = vocabulary.piece(token).to_vec();
+            stopped = writer.push(token, Some(TokenLogprob { token, bytes, logprob: 0.0, top: vec![] }));
+            show(&mut writer);
+            if stopped.is_some() {
+                break;
+            }
+        }
+        if stopped.is_none() {
+            writer.finish();
+            show(&mut writer);
+        }
+        let end = stopped.map_or("end".into(), |at| format!("stop {}", stops[at]));
+        assert_eq!(format!("{} | {end}", steps.join(" | ")), expected, "{pieces:?} {stops:?}");
+    }
+
+    #[test]
+    fn every_draw_of_a_request_has_a_random_number_of_its_own() {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(2, 9));
+        let now = Instant::now();
+        let submit = Submit {
+            request: RequestId::random(),
+            account: crate::base::AccountId::new("a"),
+            slot: crate::base::SlotId::next(),
+            prompt: vec![1, 2],
+            choices: 2,
+            max_tokens: 9,
+            sampling: Sampling { presence_penalty: 1.0, ..Sampling::default() },
+            seed: u64::MAX,
+            stop: vec![],
+            logprobs: None,
+            priority: 0,
+            cache_salt: 0,
+            deadline: now,
+            received: now,
+            events,
+        };
+        let metrics = crate::metrics::Metrics::new();
+        let metrics = metrics.engine(&crate::base::ModelId::new("m"), crate::base::DeviceId(0));
+        let mut answer = Answer::new(&submit, Arc::new(Vocabulary::new([b"a", b"b"], vec![])));
+        let numbers = |answer: &Answer| [0, 1].map(|choice| (answer.draw(choice).seed, answer.draw(choice).position));
+        assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 0)]);
+        let drawn = Drawn { token: Some(1), ..Drawn::default() };
+        assert!(!answer.accept(1, 1, &drawn, false, now, &metrics));
+        assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 1)]);
+        assert!(answer.accept(1, 1, &drawn, true, now, &metrics), "the last token completes a choice");
+        answer.fail(Error::internal("x"));
+        assert_eq!(receiver.len(), 4, "two texts, a finish, a failure");
+    }
+
+    #[test]
+    fn text_without_stop_strings_leaves_at_once() {
+        check(&[b"a", b"bc"], &[], "a:0 | bc:1 | : | end");
+    }
+
+    #[test]
+    fn only_what_could_begin_a_stop_string_is_held_back() {
+        check(
+            &[b"one <", b"|e", b"x two"],
+            &["<|end|>"],
+            "one :0 |  | <|ex two:1,2 | : | end".replace("  |", " : |").as_str(),
+        );
+        check(&[b"ab", b"ab", b"c"], &["abc"], ": | ab:0 | : | stop abc");
+        check(&[b"aab", b"aa"], &["aac"], "aab:0 | : | aa:1 | end");
+    }
+
+    #[test]
+    fn a_stop_string_is_cut_exactly_even_across_tokens() {
+        check(&[b"x EN", b"D y"], &["END"], "x :0 | : | stop END");
+        check(&[b"x END y"], &["END"], "x :0 | stop END");
+        check(&[b"END"], &["END"], ": | stop END");
+        check(&["grün".as_bytes(), "e ü".as_bytes()], &["ne"], "grü:0 | : | stop ne");
+        check(&[b"\xc3", b"\xbcx"], &["üx"], ": | : | stop üx");
+    }
+
+    #[test]
+    fn the_stop_string_that_is_complete_first_wins_and_the_longest_among_equals() {
+        check(&[b"abcd"], &["abcd", "bc"], "a:0 | stop bc");
+        check(&[b"abcd"], &["cd", "bcd"], "a:0 | stop bcd");
+        check(&[b"a", b"b", b"c", b"d"], &["abcd", "bc"], ": | : | a:0 | stop bc");
+    }
+
+    #[test]
+    fn log_probabilities_leave_with_the_text_that_their_token_begins() {
+        check(&[b"a", b"\xf0\x9f", b"\x98\x80", b"b"], &[], "a:0 | : | 😀:1,2 | b:3 | : | end");
+        check(&[b"a", b"", b"b"], &[], "a:0 | :1 | b:2 | : | end");
+        check(&[b"ab", b"\xe2\x82"], &[], "ab:0 | : | \u{fffd}:1 | end");
+        check(&[b"ok E", b"N", b"Q"], &["END"], "ok :0 | : | ENQ:1,2 | : | end");
+    }
+
+    #[test]
+    fn where_an_answer_is_cut_does_not_depend_on_how_its_tokens_are_cut() {
+        let (text, stops) = ("aabaabaaabcabacabab", ["aaabc", "abab", "caba"].map(str::to_owned));
+        let whole = |cuts: u32| {
+            let mut pieces: Vec<Vec<u8>> = vec![vec![]];
+            for (at, byte) in text.bytes().enumerate() {
+                pieces.last_mut().unwrap().push(byte);
+                if cuts >> at & 1 == 1 {
+                    pieces.push(vec![]);
+                }
+            }
+            let vocabulary = Arc::new(Vocabulary::new(pieces.iter(), vec![]));
+            let mut writer = Writer::new(vocabulary, Arc::new(Stops::new(&stops)));
+            let mut out = String::new();
+            for token in 0..pieces.len() as u32 {
+                let stop = writer.push(token, None);
+                out += &writer.release().0;
+                if stop.is_some() {
+                    return (out, stop);
+                }
+            }
+            panic!("no stop")
+        };
+        for cuts in 0..4096 {
+            assert_eq!(whole(cuts * 61), ("aabaab".to_owned(), Some(0)));
+        }
+    }
+}

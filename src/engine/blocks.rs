@@ -1,0 +1,403 @@
+//! The paged KV pool as book-keeping: who holds which block, which are free, and which hold tokens worth finding again.
+//!
+//!     free list, oldest first:   [no content] … [cached, oldest] … [cached, newest]
+//!                                 ^ taken here                      ^ freed here
+//!
+//! A block is referenced by tables (`refs > 0`) or lies in the free list (`refs == 0`), never both. A free block that was
+//! published keeps its hash, so that a later prompt with the same beginning finds it, until the block is taken for
+//! something else. Blocks are shared only when full, so nothing is ever copied on write.
+//!
+//! Pure book-keeping: the memory itself belongs to the runner.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Index of a block in the runner's KV pool.
+pub type BlockId = u32;
+
+const NONE: BlockId = BlockId::MAX;
+/// Tokens hashed at a time, so that the hash input fits a small stack buffer.
+const PIECE: usize = 32;
+
+/// Names the content of a full block and of everything before it: 128 bits of BLAKE3 over the parent's name and the
+/// block's tokens. The first parent comes from a salt, so equal prompts under different salts never meet.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct BlockHash(u128);
+
+impl BlockHash {
+    /// The parent of first blocks. `domain` separates kinds of salt, so that no value of one equals a value of another.
+    pub fn root(domain: u8, salt: u64) -> Self {
+        let mut input = [0; 9];
+        input[0] = domain;
+        input[1..].copy_from_slice(&salt.to_le_bytes());
+        Self::of(&input)
+    }
+
+    /// The name of the block that follows this one and holds `tokens`.
+    pub fn then(self, tokens: &[u32]) -> Self {
+        let mut name = self;
+        for piece in tokens.chunks(PIECE) {
+            let mut input = [0; 16 + 4 * PIECE];
+            input[..16].copy_from_slice(&name.0.to_le_bytes());
+            for (bytes, token) in input[16..].chunks_exact_mut(4).zip(piece) {
+                bytes.copy_from_slice(&token.to_le_bytes());
+            }
+            name = Self::of(&input[..16 + 4 * piece.len()]);
+        }
+        name
+    }
+
+    fn of(input: &[u8]) -> Self {
+        let digest = blake3::hash(input);
+        let mut low = [0; 16];
+        low.copy_from_slice(&digest.as_bytes()[..16]);
+        Self(u128::from_le_bytes(low))
+    }
+}
+
+/// The name is already uniform: its low half is the map's hash.
+#[derive(Default)]
+struct Uniform(u64);
+
+impl Hasher for Uniform {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(byte);
+        }
+    }
+    fn write_u128(&mut self, value: u128) {
+        self.0 = value as u64;
+    }
+}
+
+struct Block {
+    refs: u32,
+    /// Neighbours in the free list; [`NONE`] at its ends and outside of it.
+    prev: BlockId,
+    next: BlockId,
+    /// Set while the block can be found by its content.
+    hash: Option<BlockHash>,
+}
+
+/// All blocks of one KV pool. Nothing is allocated after [`Blocks::new`].
+pub struct Blocks {
+    blocks: Vec<Block>,
+    by_hash: HashMap<BlockHash, BlockId, BuildHasherDefault<Uniform>>,
+    head: BlockId,
+    tail: BlockId,
+    free: usize,
+    cached: usize,
+    tokens: usize,
+}
+
+impl Blocks {
+    /// A pool of `total` free blocks of `tokens` tokens each.
+    pub fn new(total: usize, tokens: usize) -> Self {
+        let mut pool = Self {
+            blocks: (0..total).map(|_| Block { refs: 0, prev: NONE, next: NONE, hash: None }).collect(),
+            by_hash: HashMap::with_capacity_and_hasher(2 * total, BuildHasherDefault::default()),
+            head: NONE,
+            tail: NONE,
+            free: 0,
+            cached: 0,
+            tokens: tokens.max(1),
+        };
+        for id in 0..total as BlockId {
+            pool.append(id);
+        }
+        pool
+    }
+
+    /// Blocks of the pool.
+    pub fn total(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Blocks that no table holds, cached ones included.
+    pub fn free(&self) -> usize {
+        self.free
+    }
+
+    /// Blocks that tables hold.
+    pub fn used(&self) -> usize {
+        self.total() - self.free
+    }
+
+    /// Free blocks whose content can still be found.
+    pub fn cached(&self) -> usize {
+        self.cached
+    }
+
+    /// Tokens in a block.
+    pub fn block_tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Blocks that `tokens` tokens need.
+    pub fn needed(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.tokens)
+    }
+
+    /// The block with this content, if there is one.
+    pub fn find(&self, hash: BlockHash) -> Option<BlockId> {
+        self.by_hash.get(&hash).copied()
+    }
+
+    /// Whether no table holds the block.
+    pub fn is_free(&self, id: BlockId) -> bool {
+        self.blocks[id as usize].refs == 0
+    }
+
+    /// One more table holds the block, which was found by its content.
+    pub fn adopt(&mut self, id: BlockId) {
+        if self.is_free(id) {
+            self.unlink(id);
+            self.cached -= usize::from(self.blocks[id as usize].hash.is_some());
+        }
+        self.blocks[id as usize].refs += 1;
+    }
+
+    /// Moves `count` free blocks to the end of a table, or none if there are not enough. What they held is forgotten.
+    #[must_use]
+    pub fn take(&mut self, count: usize, table: &mut Vec<BlockId>) -> bool {
+        if count > self.free {
+            return false;
+        }
+        for _ in 0..count {
+            let id = self.head;
+            self.unlink(id);
+            let block = &mut self.blocks[id as usize];
+            block.refs = 1;
+            if let Some(hash) = block.hash.take() {
+                self.by_hash.remove(&hash);
+                self.cached -= 1;
+            }
+            table.push(id);
+        }
+        true
+    }
+
+    /// Makes a full block findable. Where another block already has this content, that one stays the one to find.
+    pub fn publish(&mut self, id: BlockId, hash: BlockHash) {
+        debug_assert!(!self.is_free(id), "only held blocks are published");
+        debug_assert!(self.blocks[id as usize].hash.is_none(), "a block is published once");
+        if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
+            entry.insert(id);
+            self.blocks[id as usize].hash = Some(hash);
+        }
+    }
+
+    /// Gives a table's blocks back and empties it. The last block goes first, so that the ends of sequences are taken
+    /// again before the beginnings that others may share.
+    pub fn release(&mut self, table: &mut Vec<BlockId>) {
+        while let Some(id) = table.pop() {
+            let block = &mut self.blocks[id as usize];
+            debug_assert!(block.refs > 0, "block {id} released more often than held");
+            block.refs -= 1;
+            if block.refs > 0 {
+                continue;
+            }
+            if block.hash.is_some() {
+                self.cached += 1;
+                self.append(id);
+            } else {
+                // Nothing to find here: taking this one first costs no prefix hit.
+                self.prepend(id);
+            }
+        }
+    }
+
+    fn append(&mut self, id: BlockId) {
+        let tail = self.tail;
+        self.blocks[id as usize].prev = tail;
+        match tail {
+            NONE => self.head = id,
+            _ => self.blocks[tail as usize].next = id,
+        }
+        self.tail = id;
+        self.free += 1;
+    }
+
+    fn prepend(&mut self, id: BlockId) {
+        let head = self.head;
+        self.blocks[id as usize].next = head;
+        match head {
+            NONE => self.tail = id,
+            _ => self.blocks[head as usize].prev = id,
+        }
+        self.head = id;
+        self.free += 1;
+    }
+
+    fn unlink(&mut self, id: BlockId) {
+        let Block { prev, next, .. } = self.blocks[id as usize];
+        match prev {
+            NONE => self.head = next,
+            _ => self.blocks[prev as usize].next = next,
+        }
+        match next {
+            NONE => self.tail = prev,
+            _ => self.blocks[next as usize].prev = prev,
+        }
+        let block = &mut self.blocks[id as usize];
+        (block.prev, block.next) = (NONE, NONE);
+        self.free -= 1;
+    }
+
+    /// Compares the books with the tables of all running sequences. For tests, simulations and debug builds: it walks
+    /// the whole pool.
+    ///
+    /// # Errors
+    /// The first sentence that is not true.
+    pub fn check<'a>(&self, tables: impl Iterator<Item = &'a [BlockId]>) -> Result<(), String> {
+        let mut refs = vec![0u32; self.total()];
+        for table in tables {
+            for &id in table {
+                refs[id as usize] += 1;
+            }
+        }
+        for (id, (block, &held)) in self.blocks.iter().zip(&refs).enumerate() {
+            if block.refs != held {
+                return Err(format!("block {id} counts {} references, tables hold {held}", block.refs));
+            }
+            if let Some(hash) = block.hash
+                && self.by_hash.get(&hash) != Some(&(id as BlockId))
+            {
+                return Err(format!("block {id} has a hash that leads elsewhere"));
+            }
+        }
+        if let Some((_, id)) = self.by_hash.iter().find(|&(hash, &id)| self.blocks[id as usize].hash != Some(*hash)) {
+            return Err(format!("a hash leads to block {id}, which has another"));
+        }
+        let (mut free, mut cached, mut before, mut id) = (0, 0, NONE, self.head);
+        while id != NONE {
+            let block = &self.blocks[id as usize];
+            if block.refs != 0 || block.prev != before {
+                return Err(format!("block {id} lies wrongly in the free list"));
+            }
+            free += 1;
+            cached += usize::from(block.hash.is_some());
+            (before, id) = (id, block.next);
+            if free > self.total() {
+                return Err("the free list is a circle".into());
+            }
+        }
+        if before != self.tail || free != self.free || cached != self.cached {
+            return Err(format!(
+                "the free list holds {free} blocks ({cached} cached), not {} ({})",
+                self.free, self.cached
+            ));
+        }
+        let used = refs.iter().filter(|&&held| held > 0).count();
+        if free + used != self.total() {
+            return Err(format!("{free} free + {used} used is not {}", self.total()));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Runs a script over a pool of `total` blocks of 2 tokens and compares what it says at the end.
+    ///
+    /// `a+2` table a takes 2 blocks · `a=xy` publishes them under the chain x, y · `a?xy` adopts as much of the chain
+    /// as is found · `a-` releases. The result lists tables, then free / cached counts.
+    fn check(total: usize, script: &str, expected: &str) {
+        let mut pool = Blocks::new(total, 2);
+        let mut tables: BTreeMap<char, Vec<BlockId>> = BTreeMap::new();
+        for word in script.split_whitespace() {
+            let (name, rest) = (word.chars().next().unwrap(), &word[1..]);
+            let table = tables.entry(name).or_default();
+            let chain = |names: &str| {
+                let mut hash = BlockHash::root(0, 7);
+                names.bytes().map(|byte| (hash = hash.then(&[byte.into(), 0]), hash).1).collect::<Vec<_>>()
+            };
+            match rest.split_at(1) {
+                ("+", count) => {
+                    let before = table.len();
+                    if !pool.take(count.parse().unwrap(), table) {
+                        assert_eq!(table.len(), before, "a failed take changes nothing");
+                    }
+                }
+                ("=", names) => table.iter().zip(chain(names)).for_each(|(&id, hash)| pool.publish(id, hash)),
+                ("?", names) => {
+                    let found: Vec<_> = chain(names).into_iter().map_while(|hash| pool.find(hash)).collect();
+                    for id in found {
+                        pool.adopt(id);
+                        table.push(id);
+                    }
+                }
+                ("-", _) => pool.release(table),
+                other => panic!("{other:?}"),
+            }
+            pool.check(tables.values().map(Vec::as_slice)).unwrap_or_else(|error| panic!("after {word}: {error}"));
+        }
+        let tables: Vec<_> = tables.iter().map(|(name, table)| format!("{name}{table:?}")).collect();
+        assert_eq!(format!("{} {}/{}", tables.join(" "), pool.free(), pool.cached()), expected, "{script}");
+    }
+
+    #[test]
+    fn blocks_are_taken_from_the_head_and_all_or_none() {
+        check(4, "a+3 b+2 c+1", "a[0, 1, 2] b[] c[3] 0/0");
+    }
+
+    #[test]
+    fn a_released_prefix_is_found_until_its_blocks_are_taken() {
+        check(4, "a+2 a=xy a- b?xyz", "a[] b[0, 1] 2/0");
+        check(4, "a+2 a=xy a- b+2 c?xy", "a[] b[2, 3] c[0, 1] 0/0");
+        check(4, "a+2 a=xy a- b+3 c?xy", "a[] b[2, 3, 1] c[0] 0/0");
+        check(4, "a+2 a=xy a- b+4 c?xy", "a[] b[2, 3, 1, 0] c[] 0/0");
+    }
+
+    #[test]
+    fn the_end_of_a_sequence_is_taken_before_its_beginning() {
+        check(3, "a+3 a=xyz a- b+1 c?xyz", "a[] b[2] c[0, 1] 0/0");
+    }
+
+    #[test]
+    fn a_shared_block_is_free_when_its_last_table_lets_go() {
+        check(3, "a+2 a=xy b?x a-", "a[] b[0] 2/1");
+        check(3, "a+2 a=xy b?x b- a-", "a[] b[] 3/2");
+    }
+
+    #[test]
+    fn blocks_with_nothing_to_find_are_taken_first() {
+        check(3, "a+1 a=x b+1 a- b- c+2 d?x", "a[] b[] c[1, 2] d[0] 0/0");
+    }
+
+    #[test]
+    fn equal_content_in_two_blocks_is_found_in_the_first() {
+        check(4, "a+1 b+1 a=x b=x c?x b- a- c-", "a[] b[] c[] 4/1");
+    }
+
+    #[test]
+    fn a_chain_names_everything_before_it_and_its_salt() {
+        let root = BlockHash::root(0, 1);
+        assert_eq!(root.then(&[1, 2]).then(&[3, 4]), root.then(&[1, 2]).then(&[3, 4]));
+        assert_ne!(root.then(&[1, 2]).then(&[3, 4]), root.then(&[2, 1]).then(&[3, 4]));
+        assert_ne!(root.then(&[1, 2]), BlockHash::root(0, 2).then(&[1, 2]));
+        assert_ne!(root.then(&[1, 2]), BlockHash::root(1, 1).then(&[1, 2]));
+        let long: Vec<u32> = (0..100).collect();
+        assert_ne!(root.then(&long), root.then(&long[..99]));
+    }
+
+    #[test]
+    fn a_broken_book_is_noticed() {
+        let mut pool = Blocks::new(2, 2);
+        let mut table = Vec::new();
+        assert!(pool.take(1, &mut table));
+        assert!(pool.check(std::iter::empty()).is_err(), "a leaked block");
+        assert!(
+            pool.check([table.as_slice(), table.as_slice()].into_iter()).is_err(),
+            "a block shared without a reference"
+        );
+        assert!(pool.check(std::iter::once(table.as_slice())).is_ok());
+    }
+}

@@ -1,0 +1,710 @@
+//! Logits to token, one row at a time, rows in parallel.
+//!
+//!     raw logits ─ bias ─ penalties ─┬─ temperature 0: the best, lowest id first
+//!         |                          └─ temperature ─ top-k ─ top-p ─ min-p ─ draw
+//!         └─ log-probabilities, if asked for
+//!
+//! A row's token depends on its logits, its sampling parameters and (seed, position) only: the random number is a hash
+//! of the two, not a state, so neither batch company nor a preemption can change an answer.
+//!
+//! The vocabulary is never sorted. Top-k finds a bar that at least k values reach from the maxima of small chunks and
+//! selects among the few above it; top-p drops what is too unlikely to matter by one comparison a token and selects by
+//! weight among the rest. The passes over a whole row are plain loops over fixed lanes that the compiler vectorises.
+
+use std::cmp::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering as Atomic};
+
+use parking_lot::Mutex;
+
+use crate::engine::Logits;
+use crate::task::Sampling;
+
+/// Values whose maximum is taken together in the search for the best k.
+const CHUNK: usize = 64;
+/// Values whose sum is taken together in a draw.
+const STRIDE: usize = 1024;
+const LANES: usize = 16;
+
+/// What one row's draw depends on, its logits aside.
+pub struct Draw<'a> {
+    /// The caller's wishes.
+    pub sampling: &'a Sampling,
+    /// Of this choice.
+    pub seed: u64,
+    /// Tokens that the answer has already.
+    pub position: u64,
+    /// Tokens that penalties look at; needed only where one is in force.
+    pub seen: Option<&'a Seen>,
+    /// `Some(k)`: report log-probabilities and `k` rivals.
+    pub logprobs: Option<u32>,
+}
+
+/// One row's result.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Drawn {
+    /// The token, or `None` if no logit of the row is a number.
+    pub token: Option<u32>,
+    /// Its log-probability under the raw logits, if asked for.
+    pub logprob: f32,
+    /// The best tokens under the raw logits, best first, if asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// The distinct tokens of a prompt and an answer, for the penalties.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// Token, and how often it occurs in the answer.
+    tokens: Vec<(u32, u32)>,
+    at: std::collections::HashMap<u32, u32>,
+}
+
+impl Seen {
+    /// Whether these parameters look at past tokens at all.
+    pub fn needed(sampling: &Sampling) -> bool {
+        sampling.repetition_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0
+    }
+
+    /// The tokens of a prompt, which only the repetition penalty looks at.
+    pub fn new(prompt: &[u32], sampling: &Sampling) -> Self {
+        let mut seen = Self::default();
+        if sampling.repetition_penalty != 1.0 {
+            prompt.iter().for_each(|&token| seen.add(token, 0));
+        }
+        seen
+    }
+
+    /// One more token of the answer.
+    pub fn push(&mut self, token: u32) {
+        self.add(token, 1);
+    }
+
+    fn add(&mut self, token: u32, times: u32) {
+        let at = *self.at.entry(token).or_insert_with(|| {
+            self.tokens.push((token, 0));
+            self.tokens.len() as u32 - 1
+        });
+        self.tokens[at as usize].1 += times;
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Candidate {
+    value: f32,
+    id: u32,
+}
+
+impl Candidate {
+    /// Best first; among equals the lowest id.
+    fn order(&self, other: &Self) -> Ordering {
+        other.value.total_cmp(&self.value).then(self.id.cmp(&other.id))
+    }
+}
+
+#[derive(Default)]
+struct Scratch {
+    raw: Vec<f32>,
+    maxima: Vec<f32>,
+    bars: Vec<f32>,
+    found: Vec<Candidate>,
+}
+
+/// Draws the tokens of a step. Keeps its work memory from step to step.
+#[derive(Default)]
+pub struct Sampler {
+    scratch: Vec<Mutex<Scratch>>,
+    drawn: Vec<Drawn>,
+    rows: usize,
+}
+
+impl Sampler {
+    /// The results of the last [`Sampler::pick`], one a row.
+    pub fn drawn(&self) -> &[Drawn] {
+        &self.drawn[..self.rows]
+    }
+
+    /// One token for each row of `logits`; `draw(row)` says how, `None` that nobody wants it. Changes the logits.
+    pub fn pick<'a>(&mut self, logits: Logits<'_>, draw: impl Fn(usize) -> Option<Draw<'a>> + Sync) {
+        let vocab = logits.vocab.max(1);
+        let rows = logits.data.len() / vocab;
+        self.rows = rows;
+        self.scratch.resize_with(logits.pool.threads().max(self.scratch.len()), Mutex::default);
+        self.drawn.resize_with(rows.max(self.drawn.len()), Drawn::default);
+        let data = Rows { first: logits.data.as_mut_ptr(), length: vocab, rows };
+        let out = Rows { first: self.drawn.as_mut_ptr(), length: 1, rows };
+        let (next, scratch) = (AtomicUsize::new(0), &self.scratch);
+        let work = |thread: usize| {
+            let mut scratch = scratch[thread].lock();
+            loop {
+                let row = next.fetch_add(1, Atomic::Relaxed);
+                if row >= rows {
+                    return;
+                }
+                // SAFETY: the counter gives each row to one thread, and both slices live until `pick` returns.
+                let (values, drawn) = unsafe { (data.get(row), &mut out.get(row)[0]) };
+                match draw(row) {
+                    Some(draw) => pick_row(values, &draw, &mut scratch, drawn),
+                    None => drawn.token = None,
+                }
+            }
+        };
+        if rows > 1 {
+            logits.pool.run(work);
+        } else {
+            work(0);
+        }
+    }
+}
+
+/// A slice cut into rows of equal length, each of which is used by one thread.
+struct Rows<T> {
+    first: *mut T,
+    length: usize,
+    rows: usize,
+}
+
+// SAFETY: shared only to hand out disjoint rows, see `get`.
+unsafe impl<T: Send> Sync for Rows<T> {}
+
+impl<T> Rows<T> {
+    /// # Safety
+    /// No row is handed out twice at the same time, and the memory behind outlives what is handed out.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn get(&self, row: usize) -> &mut [T] {
+        assert!(row < self.rows);
+        // SAFETY: within the slice that `first` came from, by the assertion; not aliased, by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.length), self.length) }
+    }
+}
+
+fn pick_row(row: &mut [f32], draw: &Draw<'_>, scratch: &mut Scratch, out: &mut Drawn) {
+    out.top.clear();
+    out.logprob = 0.0;
+    let mut raw_total = 0.0;
+    if let Some(rivals) = draw.logprobs {
+        scratch.raw.clear();
+        scratch.raw.extend_from_slice(row);
+        let best = max(row);
+        raw_total = best + sum_exp(row, best).ln() as f32;
+        find_best(row, rivals as usize, scratch);
+        scratch.found.sort_unstable_by(Candidate::order);
+        out.top.extend(scratch.found.iter().map(|found| (found.id, found.value - raw_total)));
+    }
+    shape(row, draw);
+    out.token = choose(row, draw, scratch);
+    if let (Some(token), Some(_)) = (out.token, draw.logprobs) {
+        out.logprob = scratch.raw[token as usize] - raw_total;
+    }
+}
+
+/// Bias and penalties, in place.
+fn shape(row: &mut [f32], draw: &Draw<'_>) {
+    let sampling = draw.sampling;
+    for &(token, bias) in &sampling.logit_bias {
+        if let Some(logit) = row.get_mut(token as usize) {
+            *logit += bias;
+        }
+    }
+    for &(token, times) in draw.seen.map_or(&[][..], |seen| &seen.tokens) {
+        let Some(logit) = row.get_mut(token as usize) else { continue };
+        if *logit > 0.0 {
+            *logit /= sampling.repetition_penalty;
+        } else {
+            *logit *= sampling.repetition_penalty;
+        }
+        if times > 0 {
+            *logit -= sampling.frequency_penalty * times as f32 + sampling.presence_penalty;
+        }
+    }
+}
+
+fn choose(row: &mut [f32], draw: &Draw<'_>, scratch: &mut Scratch) -> Option<u32> {
+    let sampling = draw.sampling;
+    let best = max(row);
+    if best == f32::NEG_INFINITY {
+        return None;
+    }
+    // An infinite logit is certain.
+    if sampling.temperature <= 0.0 || best == f32::INFINITY {
+        return row.iter().position(|&logit| logit == best).map(|id| id as u32);
+    }
+    let random = uniform(draw.seed, draw.position);
+    let heat = 1.0 / sampling.temperature.max(1e-4);
+    let limit = sampling.top_k as usize;
+    let total = if limit > 0 && limit < row.len() {
+        find_best(row, limit, scratch);
+        let weigh = |found: &mut Candidate| {
+            found.value = exp((found.value - best) * heat);
+            f64::from(found.value)
+        };
+        scratch.found.iter_mut().map(weigh).sum()
+    } else if sampling.top_p < 1.0 {
+        let total = weigh(row, best, heat, 0.0);
+        // All tokens below this bar together weigh less than `1 - top_p` of the total, so none of them is kept.
+        let bar = ((1.0 - f64::from(sampling.top_p)) * total / row.len() as f64) as f32;
+        gather(row, bar.max(f32::MIN_POSITIVE), &mut scratch.found);
+        total
+    } else {
+        let total = weigh(row, best, heat, sampling.min_p);
+        return draw_from_row(row, random * total);
+    };
+    let mut kept = scratch.found.len();
+    if sampling.top_p < 1.0 {
+        kept = nucleus(&mut scratch.found, f64::from(sampling.top_p) * total);
+    }
+    scratch.found.truncate(kept);
+    scratch.found.retain(|found| found.value >= sampling.min_p);
+    // In order of id, so that the draw does not depend on how the selection happened to leave them.
+    scratch.found.sort_unstable_by_key(|found| found.id);
+    let total: f64 = scratch.found.iter().map(|found| f64::from(found.value)).sum();
+    let mut goal = random * total;
+    for found in &scratch.found {
+        goal -= f64::from(found.value);
+        if goal < 0.0 {
+            return Some(found.id);
+        }
+    }
+    scratch.found.iter().rev().find(|found| found.value > 0.0).map(|found| found.id)
+}
+
+/// The `count` best values of a row into `scratch.found`, unordered; fewer if fewer are finite.
+fn find_best(row: &[f32], count: usize, scratch: &mut Scratch) {
+    let Scratch { maxima, bars, found, .. } = scratch;
+    found.clear();
+    if count == 0 {
+        return;
+    }
+    maxima.clear();
+    maxima.extend(row.chunks(CHUNK).map(max));
+    // `count` chunks have a maximum of at least the bar, so at least `count` values do.
+    let mut bar = f32::NEG_INFINITY;
+    if count < maxima.len() {
+        bars.clear();
+        bars.extend_from_slice(maxima);
+        bar = *bars.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1;
+    }
+    for (at, (chunk, &best)) in row.chunks(CHUNK).zip(maxima.iter()).enumerate() {
+        if best < bar {
+            continue;
+        }
+        let first = (at * CHUNK) as u32;
+        let above = |&(_, &value): &(u32, &f32)| value >= bar && value > f32::NEG_INFINITY;
+        found.extend((first..).zip(chunk).filter(above).map(|(id, &value)| Candidate { value, id }));
+    }
+    if found.len() > count {
+        found.select_nth_unstable_by(count - 1, Candidate::order);
+        found.truncate(count);
+    }
+}
+
+/// Moves the smallest set of best candidates that weighs at least `goal` to the front and returns its size. Halves
+/// the part in question each time: work in proportion to the candidates, without sorting them.
+fn nucleus(found: &mut [Candidate], goal: f64) -> usize {
+    let (mut low, mut high, mut weight) = (0, found.len(), 0.0);
+    while high - low > 16 {
+        let middle = (high - low) / 2;
+        found[low..high].select_nth_unstable_by(middle, Candidate::order);
+        let upper: f64 = found[low..low + middle].iter().map(|found| f64::from(found.value)).sum();
+        if weight + upper >= goal {
+            high = low + middle;
+        } else {
+            weight += upper;
+            low += middle;
+        }
+    }
+    found[low..high].sort_unstable_by(Candidate::order);
+    for (at, candidate) in found.iter().enumerate().take(high).skip(low) {
+        weight += f64::from(candidate.value);
+        if weight >= goal {
+            return at + 1;
+        }
+    }
+    high
+}
+
+/// The first token at which the weights of a row add up to more than `goal`.
+fn draw_from_row(row: &[f32], mut goal: f64) -> Option<u32> {
+    let mut last = None;
+    for (at, stride) in row.chunks(STRIDE).enumerate() {
+        let weight = sum(stride);
+        if weight > 0.0 {
+            last = Some((at, stride));
+            if goal < weight {
+                break;
+            }
+            goal -= weight;
+        }
+    }
+    // Past the end by a rounding error: the last token that weighs anything.
+    let (at, stride) = last?;
+    let mut token = None;
+    for (id, &weight) in stride.iter().enumerate().filter(|&(_, &weight)| weight > 0.0) {
+        token = Some((at * STRIDE + id) as u32);
+        goal -= f64::from(weight);
+        if goal < 0.0 {
+            break;
+        }
+    }
+    token
+}
+
+/// A number in `[0, 1)` that looks random, the same for the same arguments.
+fn uniform(seed: u64, position: u64) -> f64 {
+    let mix = |mut x: u64| {
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    };
+    // Mixed between the two, so that neighbouring seeds (the choices of a request) do not walk the same sequence.
+    let stream = mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15));
+    let bits = mix(stream.wrapping_add(position.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(1));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// Compiles a function twice, once for AVX2, and calls what the machine can run. Both give the same bits: the lanes are
+/// fixed, and nothing is fused.
+macro_rules! wide {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? $body:block) => {
+        $(#[$doc])*
+        fn $name($($arg: $type),*) $(-> $out)? {
+            #[inline(always)]
+            fn plain($($arg: $type),*) $(-> $out)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn avx2($($arg: $type),*) $(-> $out)? {
+                    plain($($arg),*)
+                }
+                if std::arch::is_x86_feature_detected!("avx2") {
+                    // SAFETY: the machine has AVX2.
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            plain($($arg),*)
+        }
+    };
+}
+
+wide! {
+    /// The largest value that is a number; minus infinity if none is.
+    fn max(row: &[f32]) -> f32 {
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let (chunks, rest) = row.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, &value) in lanes.iter_mut().zip(chunk) {
+                *lane = larger(*lane, value);
+            }
+        }
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |best, &value| larger(best, value))
+    }
+}
+
+wide! {
+    /// The sum of all values.
+    fn sum(row: &[f32]) -> f64 {
+        row.chunks(STRIDE).map(sum_stride).sum()
+    }
+}
+
+wide! {
+    /// The sum of `exp(value - best)`.
+    fn sum_exp(row: &[f32], best: f32) -> f64 {
+        let mut total = 0.0;
+        for stride in row.chunks(STRIDE) {
+            let mut lanes = [0.0f32; LANES];
+            let (chunks, rest) = stride.as_chunks::<LANES>();
+            for chunk in chunks {
+                for (lane, &value) in lanes.iter_mut().zip(chunk) {
+                    *lane += exp(value - best);
+                }
+            }
+            total += lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
+            total += rest.iter().map(|&value| f64::from(exp(value - best))).sum::<f64>();
+        }
+        total
+    }
+}
+
+wide! {
+    /// Turns logits into weights `exp((logit - best) * heat)`, those below `least` into 0. Returns their sum.
+    fn weigh(row: &mut [f32], best: f32, heat: f32, least: f32) -> f64 {
+        let mut total = 0.0;
+        for stride in row.chunks_mut(STRIDE) {
+            for logit in stride.iter_mut() {
+                let weight = exp((*logit - best) * heat);
+                *logit = if weight >= least { weight } else { 0.0 };
+            }
+            total += sum_stride(stride);
+        }
+        total
+    }
+}
+
+wide! {
+    /// All values of at least `bar`, in order of id.
+    fn gather(row: &[f32], bar: f32, found: &mut Vec<Candidate>) {
+        found.clear();
+        for (at, chunk) in row.chunks(LANES).enumerate() {
+            // Most chunks have nothing: one vector comparison each.
+            if chunk.iter().fold(false, |any, &value| any | (value >= bar)) {
+                let ids = (at * LANES) as u32..;
+                let above = ids.zip(chunk).filter(|&(_, &value)| value >= bar);
+                found.extend(above.map(|(id, &value)| Candidate { value, id }));
+            }
+        }
+    }
+}
+
+/// One order of addition wherever a stride is summed, so that all totals agree to the bit.
+#[inline(always)]
+fn sum_stride(stride: &[f32]) -> f64 {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = stride.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += value;
+        }
+    }
+    lanes.iter().chain(rest).map(|&value| f64::from(value)).sum()
+}
+
+/// `e^x` for `x <= 0`, to about one unit in the last place; 0 below -87 and for what is no number.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    /// Adding it rounds to an integer that lies in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let power = shifted - ROUND;
+    let rest = x - power * LN2_HIGH - power * LN2_LOW;
+    let mut series = 1.0 / 720.0;
+    for factor in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        series = series * rest + factor;
+    }
+    let exponent = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32).wrapping_add(127);
+    let value = series * f32::from_bits((exponent as u32) << 23);
+    if x >= -87.0 { value } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Pool;
+
+    fn pick(logits: &[f32], sampling: &Sampling, seed: u64, seen: &[u32], logprobs: Option<u32>) -> Drawn {
+        let mut data = logits.to_vec();
+        let mut past = Seen::default();
+        seen.iter().for_each(|&token| past.push(token));
+        let pool = Pool::new(1);
+        let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
+        let mut sampler = Sampler::default();
+        sampler.pick(rows, |_| Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs }));
+        sampler.drawn()[0].clone()
+    }
+
+    fn greedy() -> Sampling {
+        Sampling { temperature: 0.0, ..Sampling::default() }
+    }
+
+    /// Values without pattern in `-spread..spread`.
+    fn noise(count: usize, spread: f32, seed: u64) -> Vec<f32> {
+        (0..count as u64).map(|at| (uniform(seed, at) as f32 * 2.0 - 1.0) * spread).collect()
+    }
+
+    /// What the distribution should be, computed the slow way.
+    fn expected(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        let best = f64::from(logits[order[0]]);
+        let weight = |id: usize| ((f64::from(logits[id]) - best) / f64::from(sampling.temperature)).exp();
+        if sampling.top_k > 0 {
+            order.truncate(sampling.top_k as usize);
+        }
+        let total: f64 = order.iter().map(|&id| weight(id)).sum();
+        let mut sum = 0.0;
+        let within = |&id: &usize| {
+            let before = sum;
+            sum += weight(id);
+            before == 0.0 || before < f64::from(sampling.top_p) * total
+        };
+        let kept: Vec<usize> =
+            order.iter().copied().take_while(within).filter(|&id| weight(id) >= f64::from(sampling.min_p)).collect();
+        let total: f64 = kept.iter().map(|&id| weight(id)).sum();
+        let mut chances = vec![0.0; logits.len()];
+        kept.iter().for_each(|&id| chances[id] = weight(id) / total);
+        chances
+    }
+
+    /// Draws many times and compares with the slow way: nothing outside the kept set, chi-square inside it.
+    fn check(logits: &[f32], sampling: Sampling) {
+        const DRAWS: usize = 20_000;
+        let chances = expected(logits, &sampling);
+        let mut counts = vec![0usize; logits.len()];
+        let (pool, mut sampler) = (Pool::new(1), Sampler::default());
+        for seed in 0..DRAWS as u64 {
+            let mut data = logits.to_vec();
+            let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
+            let draw = Draw { sampling: &sampling, seed: seed / 7, position: seed % 7, seen: None, logprobs: None };
+            sampler.pick(rows, |_| Some(Draw { ..draw }));
+            counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
+        }
+        let (mut square, mut cells, mut rare, mut rare_chance) = (0.0, 0, 0, 0.0);
+        for (&count, &chance) in counts.iter().zip(&chances) {
+            assert!(chance > 0.0 || count == 0, "drew a token that {sampling:?} leaves out");
+            let mean = chance * DRAWS as f64;
+            if mean < 8.0 {
+                (rare, rare_chance) = (rare + count, rare_chance + chance);
+                continue;
+            }
+            square += (count as f64 - mean).powi(2) / mean;
+            cells += 1;
+        }
+        let mean = rare_chance * DRAWS as f64;
+        if mean >= 8.0 {
+            square += (rare as f64 - mean).powi(2) / mean;
+            cells += 1;
+        }
+        // Five standard deviations above the mean of a chi-square with that many cells.
+        let freedom = (cells as f64 - 1.0).max(1.0);
+        assert!(
+            square < freedom + 5.0 * (2.0 * freedom).sqrt(),
+            "chi-square {square} over {cells} cells for {sampling:?}"
+        );
+    }
+
+    #[test]
+    fn draws_follow_the_distribution_under_every_filter() {
+        let plain = Sampling::default();
+        for logits in [noise(40, 3.0, 1), noise(3_000, 6.0, 2), vec![0.5; 100]] {
+            check(&logits, plain.clone());
+            check(&logits, Sampling { temperature: 0.5, ..plain.clone() });
+            check(&logits, Sampling { temperature: 2.0, top_k: 7, ..plain.clone() });
+            check(&logits, Sampling { top_p: 0.8, ..plain.clone() });
+            check(&logits, Sampling { min_p: 0.2, ..plain.clone() });
+            check(&logits, Sampling { top_k: 20, top_p: 0.7, min_p: 0.05, temperature: 1.3, ..plain.clone() });
+            check(&logits, Sampling { top_p: 0.0, ..plain.clone() });
+            check(&logits, Sampling { top_k: 1, ..plain.clone() });
+            check(&logits, Sampling { top_k: 1_000_000, ..plain.clone() });
+        }
+    }
+
+    #[test]
+    fn greedy_is_the_best_and_the_lowest_id_on_ties() {
+        for (logits, token) in [
+            (vec![1.0, 3.0, 2.0, 3.0], Some(1)),
+            (vec![f32::NAN, -5.0, f32::NEG_INFINITY], Some(1)),
+            (vec![f32::NAN, f32::NEG_INFINITY], None),
+            (vec![0.0, f32::INFINITY], Some(1)),
+        ] {
+            assert_eq!(pick(&logits, &greedy(), 0, &[], None).token, token, "{logits:?}");
+        }
+        let logits = noise(50_000, 9.0, 3);
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();
+        assert_eq!(pick(&logits, &greedy(), 0, &[], None).token, Some(best as u32));
+    }
+
+    #[test]
+    fn bias_and_penalties_come_before_the_choice() {
+        let choose =
+            |sampling: Sampling, seen: &[u32]| pick(&[2.0, 1.9, -1.0], &sampling, 0, seen, None).token.unwrap();
+        assert_eq!(choose(greedy(), &[0]), 0);
+        assert_eq!(choose(Sampling { logit_bias: vec![(2, 4.0), (99, 9.0)], ..greedy() }, &[]), 2);
+        assert_eq!(choose(Sampling { logit_bias: vec![(0, f32::NEG_INFINITY)], ..greedy() }, &[]), 1);
+        assert_eq!(choose(Sampling { repetition_penalty: 1.2, ..greedy() }, &[0]), 1);
+        assert_eq!(choose(Sampling { presence_penalty: 0.2, ..greedy() }, &[0]), 1);
+        assert_eq!(choose(Sampling { presence_penalty: 0.09, ..greedy() }, &[0, 0, 0]), 0, "once however often");
+        assert_eq!(choose(Sampling { frequency_penalty: 0.06, ..greedy() }, &[0]), 0);
+        assert_eq!(choose(Sampling { frequency_penalty: 0.06, ..greedy() }, &[0, 0]), 1, "once an occurrence");
+        assert_eq!(choose(Sampling { frequency_penalty: -1.0, ..greedy() }, &[2, 2, 2, 2]), 2);
+    }
+
+    #[test]
+    fn only_the_repetition_penalty_looks_at_the_prompt() {
+        let both = Sampling { repetition_penalty: 1.5, presence_penalty: 9.0, ..greedy() };
+        assert_eq!(Seen::new(&[4, 4, 5], &both).tokens, [(4, 0), (5, 0)]);
+        assert!(Seen::new(&[4], &Sampling { presence_penalty: 9.0, ..greedy() }).tokens.is_empty());
+        assert!(Seen::needed(&both) && !Seen::needed(&greedy()));
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_unchanged_logits() {
+        let logits = [1.0f32, 2.0, 4.0, 3.0];
+        let total = logits.iter().map(|&logit| f64::from(logit).exp()).sum::<f64>().ln();
+        let sampling = Sampling { logit_bias: vec![(0, 100.0)], ..greedy() };
+        let drawn = pick(&logits, &sampling, 0, &[], Some(2));
+        assert_eq!(drawn.token, Some(0));
+        assert!((f64::from(drawn.logprob) - (1.0 - total)).abs() < 1e-6);
+        assert_eq!(drawn.top.iter().map(|&(id, _)| id).collect::<Vec<_>>(), [2, 3]);
+        assert!((f64::from(drawn.top[0].1) - (4.0 - total)).abs() < 1e-6);
+        assert!(pick(&logits, &sampling, 0, &[], None).top.is_empty());
+        let sampled = Sampling { temperature: 0.7, top_p: 0.5, ..Sampling::default() };
+        let drawn = pick(&logits, &sampled, 0, &[], Some(0));
+        assert!((f64::from(drawn.logprob) - (f64::from(logits[drawn.token.unwrap() as usize]) - total)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_best_k_are_exact_for_every_k() {
+        let logits = noise(5_000, 4.0, 5);
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+        for count in [1, 2, 20, 64, 77, 78, 79, 500, 4_999, 5_000, 9_000] {
+            let mut scratch = Scratch::default();
+            find_best(&logits, count, &mut scratch);
+            scratch.found.sort_unstable_by(Candidate::order);
+            let found: Vec<u32> = scratch.found.iter().map(|found| found.id).collect();
+            assert_eq!(found, order[..count.min(order.len())], "{count}");
+        }
+    }
+
+    #[test]
+    fn a_row_is_drawn_the_same_in_any_company_on_any_thread() {
+        let rows: Vec<Vec<f32>> = (0..9).map(|row| noise(700, 5.0, row)).collect();
+        let sampling = Sampling { top_p: 0.95, ..Sampling::default() };
+        let alone: Vec<_> =
+            rows.iter().enumerate().map(|(row, logits)| pick(logits, &sampling, row as u64, &[], Some(3))).collect();
+        for threads in [1, 3] {
+            let mut data = rows.concat();
+            let pool = Pool::new(threads);
+            let all = Logits { data: &mut data, vocab: 700, pool: &pool };
+            let mut sampler = Sampler::default();
+            sampler.pick(all, |row| {
+                let seed = row as u64;
+                Some(Draw { sampling: &sampling, seed, position: 0, seen: None, logprobs: Some(3) })
+            });
+            assert_eq!(sampler.drawn(), alone);
+        }
+    }
+
+    #[test]
+    fn a_banned_token_is_never_drawn() {
+        let sampling = Sampling { temperature: 5.0, logit_bias: vec![(0, f32::NEG_INFINITY)], ..Sampling::default() };
+        assert!((0..2_000).all(|seed| pick(&[9.0, 0.0, f32::NAN], &sampling, seed, &[], None).token == Some(1)));
+    }
+
+    #[test]
+    fn exp_is_right_to_the_last_digits() {
+        for step in 0..870_000 {
+            let x = -(step as f32) / 10_000.0;
+            let (ours, theirs) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((ours / theirs - 1.0).abs() < 4e-7, "exp({x}) = {ours}, not {theirs}");
+        }
+        assert_eq!([exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY), exp(f32::NAN)], [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn random_numbers_of_neighbouring_seeds_and_positions_are_not_related() {
+        let numbers: Vec<f64> =
+            (0..100).flat_map(|seed| (0..100).map(move |position| uniform(seed, position))).collect();
+        let mean = numbers.iter().sum::<f64>() / numbers.len() as f64;
+        let product =
+            numbers.windows(2).map(|pair| (pair[0] - 0.5) * (pair[1] - 0.5)).sum::<f64>() / numbers.len() as f64;
+        let across =
+            numbers.windows(101).map(|pair| (pair[0] - 0.5) * (pair[100] - 0.5)).sum::<f64>() / numbers.len() as f64;
+        assert!(
+            (mean - 0.5).abs() < 0.02 && product.abs() < 0.004 && across.abs() < 0.004,
+            "{mean} {product} {across}"
+        );
+    }
+}

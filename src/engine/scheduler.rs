@@ -1,0 +1,791 @@
+//! Decides which sequences compute how many tokens in the next step.
+//!
+//!     submit ──> waiting ──admit──> running ──finish──> (gone)
+//!                   ^                  |
+//!                   +──── preempt ─────+      blocks go back, tokens stay
+//!
+//! Each step has one budget of tokens. Running sequences come first: one token each for those that decode, then chunks
+//! of prompts in order of admission. What is left admits from the [`Queue`], as far as free blocks go. A sequence that
+//! runs owns a block for every token it knows, so only decodes can need another; when there is none, the last admitted
+//! of the lowest priority loses its blocks and waits again.
+//!
+//! The choices of a request share the prompt: choice 0 computes it alone, the others join when its full blocks can be
+//! found. Pure: knows nothing of devices, clocks or channels. `lane.rs` feeds it, a `Runner` executes the [`Plan`].
+
+use std::time::{Duration, Instant};
+
+use crate::base::{AccountId, Error, Kind, Result};
+use crate::engine::blocks::{BlockHash, Blocks};
+use crate::engine::queue::{AccountKey, Queue, Ticket};
+use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
+use crate::model::Batch;
+
+/// Share of a running sequence's remaining tokens that admission keeps blocks free for: at the start, and at the least.
+const GROWTH_START: f32 = 0.5;
+const GROWTH_LEAST: f32 = 0.1;
+/// Taken off the share each step, so that it falls from start to least in some 600 steps without preemption.
+const GROWTH_DECAY: f32 = (GROWTH_START - GROWTH_LEAST) / 600.0;
+/// Added to the share when a sequence lost its blocks: admission was too brave.
+const GROWTH_LESSON: f32 = 0.2;
+/// Remaining tokens beyond this are not believed: `max_tokens` is often far above what is produced.
+const GROWTH_HORIZON: usize = 4096;
+
+const COMPUTED: &str = "sequences in a plan or in the running list exist";
+
+/// What one model allows.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Longest sequence, prompt and answer.
+    pub context: usize,
+    /// Tokens computed in a step over all sequences.
+    pub step_tokens: usize,
+    /// Most tokens of one sequence in a step.
+    pub prefill_chunk: usize,
+    /// Sequences computed at the same time. More than `step_tokens` have no use, since each decodes one token a step.
+    pub max_running: usize,
+    /// Sequences waiting, beyond which submissions are refused.
+    pub max_queue: usize,
+    /// Requests of equal salt share the KV of equal prefixes.
+    pub prefix_cache: bool,
+}
+
+/// A request as the scheduler sees it.
+pub struct Ask<'a> {
+    /// Who is served.
+    pub account: &'a AccountId,
+    /// At least one token.
+    pub prompt: Vec<u32>,
+    /// Independent answers, at least 1.
+    pub choices: u32,
+    /// Most tokens of each answer, at least 1.
+    pub max_tokens: u32,
+    /// Higher is served first.
+    pub priority: i8,
+    /// Requests share prefixes only under equal salts.
+    pub salt: u64,
+}
+
+struct Request {
+    account: AccountKey,
+    priority: i8,
+    arrival: u64,
+    root: BlockHash,
+    most: usize,
+    choices: u32,
+    /// Choices that wait for choice 0 to compute the prompt.
+    held: u32,
+    live: Vec<SequenceKey>,
+}
+
+/// One sequence's part of a [`Plan`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Planned {
+    /// Which sequence.
+    pub sequence: SequenceKey,
+    /// Of which request.
+    pub request: RequestKey,
+    /// Which of its choices.
+    pub choice: u32,
+}
+
+/// One step, decided. Reused from step to step, so that planning allocates nothing.
+#[derive(Default)]
+pub struct Plan {
+    /// What the runner computes.
+    pub batch: Batch,
+    /// Whose rows they are, in the order of the batch's spans.
+    pub parts: Vec<Planned>,
+    /// Those after which a token is drawn, in the order of the batch's `sample_rows`.
+    pub sampled: Vec<Planned>,
+    /// Requests whose first token is computed in this step, with the prompt tokens found in the prefix cache.
+    pub begun: Vec<(RequestKey, usize)>,
+    /// Tokens computed that belong to prompts.
+    pub prompt_rows: usize,
+    /// Sequences that lost their blocks.
+    pub preempted: usize,
+}
+
+impl Plan {
+    fn clear(&mut self) {
+        self.batch.clear();
+        self.parts.clear();
+        self.sampled.clear();
+        self.begun.clear();
+        self.prompt_rows = 0;
+        self.preempted = 0;
+    }
+}
+
+/// What [`Scheduler::push`] did with a token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Pushed {
+    /// The sequence goes on.
+    Open,
+    /// The sequence may not have another token: finish it.
+    Full,
+}
+
+/// All sequences of one model: who waits, who runs, who holds which block.
+pub struct Scheduler {
+    limits: Limits,
+    blocks: Blocks,
+    queue: Queue,
+    sequences: Slab<Sequence>,
+    requests: Slab<Request>,
+    /// In order of admission.
+    running: Vec<SequenceKey>,
+    /// Choices not in the queue yet, over all requests.
+    held: usize,
+    growth: f32,
+    arrivals: u64,
+    admissions: u64,
+}
+
+impl Scheduler {
+    /// A scheduler over `blocks` free blocks of `block_tokens` tokens.
+    pub fn new(limits: Limits, blocks: usize, block_tokens: usize) -> Self {
+        let mut limits = limits;
+        limits.step_tokens = limits.step_tokens.max(1);
+        limits.prefill_chunk = limits.prefill_chunk.clamp(1, limits.step_tokens);
+        limits.max_running = limits.max_running.clamp(1, limits.step_tokens);
+        let blocks = Blocks::new(blocks, block_tokens);
+        // A sequence alone in the pool can always be finished: admission and preemption rely on it.
+        limits.context = limits.context.min(blocks.total() * blocks.block_tokens());
+        Self {
+            blocks,
+            queue: Queue::default(),
+            sequences: Slab::default(),
+            requests: Slab::default(),
+            running: Vec::with_capacity(limits.max_running),
+            held: 0,
+            growth: GROWTH_START,
+            arrivals: 0,
+            admissions: 0,
+            limits,
+        }
+    }
+
+    /// Takes a request in. Its answers may be shorter than `max_tokens` if the context window ends before.
+    ///
+    /// # Errors
+    /// [`Kind::ContextLength`] when it could never be computed, [`Kind::Busy`] when too many wait already.
+    pub fn submit(&mut self, ask: Ask<'_>, now: Instant) -> Result<RequestKey> {
+        if ask.prompt.is_empty() || ask.choices == 0 || ask.max_tokens == 0 {
+            return Err(Error::bad_input(
+                "A request needs a prompt, at least one choice and at least one token to produce.",
+            ));
+        }
+        if ask.prompt.len() >= self.limits.context {
+            let (long, context) = (ask.prompt.len(), self.limits.context);
+            let message = format!(
+                "The prompt is {long} tokens long, but prompt and answer must fit into {context}: shorten the prompt."
+            );
+            return Err(Error::new(Kind::ContextLength, message));
+        }
+        // An idle queue takes any request, however many choices it has: refusing it could never help.
+        if self.waiting() > 0 && self.waiting() + ask.choices as usize > self.limits.max_queue {
+            return Err(Error::new(Kind::Busy, "Too many requests are waiting for this model; try again in a moment.")
+                .with_retry_after(Duration::from_secs(1)));
+        }
+        self.arrivals += 1;
+        let request = self.requests.insert(Request {
+            account: self.queue.enter(ask.account),
+            priority: ask.priority,
+            arrival: self.arrivals,
+            root: match self.limits.prefix_cache {
+                true => BlockHash::root(0, ask.salt),
+                false => BlockHash::root(1, self.arrivals),
+            },
+            most: ask.prompt.len().saturating_add(ask.max_tokens as usize).min(self.limits.context),
+            choices: ask.choices,
+            held: ask.choices - 1,
+            live: Vec::with_capacity(ask.choices as usize),
+        });
+        self.held += ask.choices as usize - 1;
+        let ticket = self.open(request, 0, ask.prompt);
+        self.queue.join(ticket, now);
+        Ok(request)
+    }
+
+    fn open(&mut self, key: RequestKey, choice: u32, prompt: Vec<u32>) -> Ticket {
+        let request = &mut self.requests[key];
+        let (account, priority, arrival) = (request.account, request.priority, request.arrival);
+        let mut ticket = Ticket { sequence: 0, account, priority, arrival };
+        let mut tokens = prompt;
+        let prompt = tokens.len();
+        tokens.reserve_exact((request.most - prompt).min(1024));
+        let sequence = self.sequences.insert(Sequence {
+            request: key,
+            choice,
+            ticket,
+            prompt,
+            tokens,
+            most: request.most,
+            computed: 0,
+            table: Vec::new(),
+            published: 0,
+            hashes: Vec::new(),
+            admitted: 0,
+            preemptions: 0,
+            root: request.root,
+        });
+        ticket.sequence = sequence;
+        self.sequences[sequence].ticket = ticket;
+        request.live.push(sequence);
+        ticket
+    }
+
+    /// Decides the next step. An empty batch means that there is nothing to compute.
+    pub fn plan(&mut self, now: Instant, plan: &mut Plan) {
+        plan.clear();
+        self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
+        self.grow(now, plan);
+        let mut budget = self.limits.step_tokens;
+        for at in 0..self.running.len() {
+            if self.sequences[self.running[at]].left() == 1 {
+                budget -= self.place(self.running[at], budget, plan);
+            }
+        }
+        for at in 0..self.running.len() {
+            if self.sequences[self.running[at]].left() > 0 {
+                budget -= self.place(self.running[at], budget, plan);
+            }
+        }
+        // Who has just thrown somebody out must not invite the next one in.
+        while plan.preempted == 0 && budget > 0 && self.running.len() < self.limits.max_running {
+            let Some(ticket) = self.queue.next(now) else { break };
+            // Not passed by anyone smaller: its turn comes as soon as enough blocks are free.
+            if !self.admit(ticket, now, plan) {
+                break;
+            }
+            budget -= self.place(ticket.sequence, budget, plan);
+        }
+    }
+
+    /// Gives every running sequence a block for its newest token.
+    fn grow(&mut self, now: Instant, plan: &mut Plan) {
+        let mut at = 0;
+        while let Some(&key) = self.running.get(at) {
+            let sequence = &mut self.sequences[key];
+            let has_room = self.blocks.needed(sequence.tokens.len()) <= sequence.table.len();
+            if has_room || self.blocks.take(1, &mut sequence.table) {
+                at += 1;
+            } else if let Some(victim) = self.preempt(now, plan)
+                && victim < at
+            {
+                at -= 1;
+            }
+        }
+    }
+
+    /// Throws the weakest sequence out of the batch; its tokens stay. Returns its place in the running list.
+    fn preempt(&mut self, now: Instant, plan: &mut Plan) -> Option<usize> {
+        let at = (0..self.running.len()).min_by_key(|&at| self.sequences[self.running[at]].standing())?;
+        let sequence = &mut self.sequences[self.running.remove(at)];
+        self.blocks.release(&mut sequence.table);
+        sequence.computed = 0;
+        sequence.published = 0;
+        sequence.admitted = 0;
+        sequence.preemptions += 1;
+        self.queue.rejoin(sequence.ticket, now);
+        self.growth = (self.growth + GROWTH_LESSON).min(1.0);
+        plan.preempted += 1;
+        Some(at)
+    }
+
+    /// Gives a waiting sequence blocks for all its tokens, found ones first. Returns whether it runs now.
+    fn admit(&mut self, ticket: Ticket, now: Instant, plan: &mut Plan) -> bool {
+        let block_tokens = self.blocks.block_tokens();
+        let sequence = &mut self.sequences[ticket.sequence];
+        let known = sequence.tokens.len();
+        // At least one token is always recomputed: a full prefix hit would leave no row to take logits from.
+        let most_hits = (known - 1) / block_tokens;
+        sequence.name_blocks(most_hits, block_tokens);
+        let (mut hits, mut free_hits) = (0, 0);
+        while let Some(&hash) = sequence.hashes[..most_hits].get(hits)
+            && let Some(block) = self.blocks.find(hash)
+        {
+            hits += 1;
+            free_hits += usize::from(self.blocks.is_free(block));
+        }
+        let need = self.blocks.needed(known) - hits;
+        // With nobody else running there is nobody to keep blocks for.
+        let reserve = if self.running.is_empty() { 0 } else { self.reserve(ticket.sequence) };
+        if self.blocks.free() - free_hits < need + reserve {
+            return false;
+        }
+        let sequence = &mut self.sequences[ticket.sequence];
+        for &hash in &sequence.hashes[..hits] {
+            if let Some(block) = self.blocks.find(hash) {
+                self.blocks.adopt(block);
+                sequence.table.push(block);
+            }
+        }
+        sequence.computed = sequence.table.len() * block_tokens;
+        sequence.published = sequence.table.len();
+        let taken = self.blocks.take(need, &mut sequence.table);
+        debug_assert!(taken, "free blocks were counted");
+        self.admissions += 1;
+        sequence.admitted = self.admissions;
+        if sequence.choice == 0 && sequence.preemptions == 0 {
+            plan.begun.push((sequence.request, sequence.computed));
+        }
+        // Being computed again was not the account's wish.
+        let charge = if sequence.preemptions == 0 { sequence.left() } else { 0 };
+        self.running.push(ticket.sequence);
+        self.queue.take(ticket, now);
+        self.queue.charge(ticket.account, charge);
+        true
+    }
+
+    /// Blocks to keep free for what the running sequences and this one will probably produce.
+    fn reserve(&self, newcomer: SequenceKey) -> usize {
+        let growth = |key: SequenceKey| {
+            let sequence = &self.sequences[key];
+            let expected = (sequence.most - sequence.tokens.len()).min(GROWTH_HORIZON) as f32 * self.growth;
+            self.blocks.needed(sequence.tokens.len() + expected as usize) - self.blocks.needed(sequence.tokens.len())
+        };
+        self.running.iter().copied().map(growth).sum::<usize>() + growth(newcomer)
+    }
+
+    /// Puts as much of a sequence into the batch as the budget and its share allow. Returns how many tokens that is.
+    fn place(&mut self, key: SequenceKey, budget: usize, plan: &mut Plan) -> usize {
+        let sequence = &mut self.sequences[key];
+        let rows = sequence.left().min(budget).min(self.limits.prefill_chunk);
+        if rows == 0 {
+            return 0;
+        }
+        let (start, end) = (sequence.computed, sequence.computed + rows);
+        // A token is drawn after the last known one.
+        let samples = end == sequence.tokens.len();
+        let table = &sequence.table[..self.blocks.needed(end)];
+        plan.batch.push(&sequence.tokens[start..end], start as u32, table, samples.then_some(rows as u32 - 1));
+        let part = Planned { sequence: key, request: sequence.request, choice: sequence.choice };
+        plan.parts.push(part);
+        plan.sampled.extend(samples.then_some(part));
+        plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
+        sequence.computed = end;
+        rows
+    }
+
+    /// The plan was computed: what it filled can be found by others, and choices that waited for a prompt join.
+    pub fn computed(&mut self, plan: &Plan, now: Instant) {
+        for part in &plan.parts {
+            let sequence = &mut self.sequences[part.sequence];
+            sequence.publish(&mut self.blocks);
+            if part.choice == 0 && sequence.computed >= sequence.prompt && self.requests[part.request].held > 0 {
+                self.unhold(part.request, part.sequence, now);
+            }
+        }
+    }
+
+    fn unhold(&mut self, key: RequestKey, first: SequenceKey, now: Instant) {
+        let request = &mut self.requests[key];
+        self.held -= request.held as usize;
+        request.held = 0;
+        // Each joins in front, so the last goes first.
+        for choice in (1..request.choices).rev() {
+            let first = &self.sequences[first];
+            let prompt = first.tokens[..first.prompt].to_vec();
+            let ticket = self.open(key, choice, prompt);
+            self.queue.join_front(ticket, now);
+        }
+    }
+
+    /// The sequence's next token is known.
+    pub fn push(&mut self, key: SequenceKey, token: u32) -> Pushed {
+        let sequence = &mut self.sequences[key];
+        debug_assert_eq!(sequence.left(), 0, "a token is drawn after all known ones are computed");
+        sequence.tokens.push(token);
+        self.queue.charge(sequence.ticket.account, 1);
+        if sequence.tokens.len() >= sequence.most { Pushed::Full } else { Pushed::Open }
+    }
+
+    /// The sequence is complete; its blocks are free. Returns whether its request is complete too, and gone.
+    pub fn finish(&mut self, key: SequenceKey) -> bool {
+        let Some(request) = self.remove(key) else { return false };
+        let owner = &mut self.requests[request];
+        owner.live.retain(|&other| other != key);
+        if !owner.live.is_empty() || owner.held > 0 {
+            return false;
+        }
+        self.queue.leave(owner.account);
+        self.requests.remove(request);
+        true
+    }
+
+    /// The request is not wanted any more; its blocks are free.
+    pub fn cancel(&mut self, key: RequestKey) {
+        let Some(request) = self.requests.remove(key) else { return };
+        for sequence in request.live {
+            self.remove(sequence);
+        }
+        self.held -= request.held as usize;
+        self.queue.leave(request.account);
+    }
+
+    fn remove(&mut self, key: SequenceKey) -> Option<RequestKey> {
+        let mut sequence = self.sequences.remove(key)?;
+        match self.running.iter().position(|&other| other == key) {
+            Some(at) => drop(self.running.remove(at)),
+            None => self.queue.remove(sequence.ticket),
+        }
+        self.blocks.release(&mut sequence.table);
+        Some(sequence.request)
+    }
+
+    /// Sequences waiting, choices that wait for their prompt included.
+    pub fn waiting(&self) -> usize {
+        self.queue.len() + self.held
+    }
+
+    /// Sequences in the batch.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Whether there are no requests.
+    pub fn is_idle(&self) -> bool {
+        self.requests.len() == 0
+    }
+
+    /// The limits in force, after clamping.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The pool's books.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    /// A sequence that is alive.
+    pub fn sequence(&self, key: SequenceKey) -> Option<&Sequence> {
+        self.sequences.get(key)
+    }
+
+    /// Checks everything that must hold between two steps. For tests, simulations and debug builds.
+    ///
+    /// # Errors
+    /// The first sentence that is not true.
+    pub fn check(&self) -> Result<(), String> {
+        self.blocks.check(self.sequences.iter().map(|(_, sequence)| sequence.table.as_slice()))?;
+        let (mut waiting, mut held) = (0, 0);
+        for (key, sequence) in self.sequences.iter() {
+            let running = self.running.contains(&key);
+            waiting += usize::from(!running);
+            if !running && (!sequence.table.is_empty() || sequence.computed > 0) {
+                return Err(format!("sequence {key} waits and holds blocks, or says that it has computed"));
+            }
+            if running && sequence.table.len() < self.blocks.needed(sequence.computed) {
+                return Err(format!("sequence {key} has computed more than its blocks hold"));
+            }
+            if sequence.computed > sequence.tokens.len() || sequence.tokens.len() > sequence.most {
+                return Err(format!("sequence {key} is longer than it may be"));
+            }
+            if !self.requests.get(sequence.request).is_some_and(|request| request.live.contains(&key)) {
+                return Err(format!("sequence {key} belongs to no request"));
+            }
+        }
+        for (key, request) in self.requests.iter() {
+            held += request.held as usize;
+            if request.live.is_empty() {
+                return Err(format!("request {key} has no sequence and is not gone"));
+            }
+        }
+        if waiting != self.queue.len() || held != self.held {
+            return Err(format!("{waiting} wait and {held} are held, not {} and {}", self.queue.len(), self.held));
+        }
+        if self.running.len() > self.limits.max_running {
+            return Err(format!("{} sequences run", self.running.len()));
+        }
+        Ok(())
+    }
+}
+
+/// Values under small keys that are used again.
+struct Slab<T> {
+    slots: Vec<Option<T>>,
+    vacant: Vec<u32>,
+}
+
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self { slots: Vec::new(), vacant: Vec::new() }
+    }
+}
+
+impl<T> Slab<T> {
+    fn insert(&mut self, value: T) -> u32 {
+        let key = self.vacant.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() as u32 - 1
+        });
+        self.slots[key as usize] = Some(value);
+        key
+    }
+
+    fn remove(&mut self, key: u32) -> Option<T> {
+        let value = self.slots.get_mut(key as usize)?.take()?;
+        self.vacant.push(key);
+        Some(value)
+    }
+
+    fn get(&self, key: u32) -> Option<&T> {
+        self.slots.get(key as usize)?.as_ref()
+    }
+
+    fn len(&self) -> usize {
+        self.slots.len() - self.vacant.len()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        self.slots.iter().enumerate().filter_map(|(key, value)| Some((key as u32, value.as_ref()?)))
+    }
+}
+
+#[allow(clippy::expect_used)]
+impl<T> std::ops::Index<u32> for Slab<T> {
+    type Output = T;
+    fn index(&self, key: u32) -> &T {
+        self.slots[key as usize].as_ref().expect(COMPUTED)
+    }
+}
+
+#[allow(clippy::expect_used)]
+impl<T> std::ops::IndexMut<u32> for Slab<T> {
+    fn index_mut(&mut self, key: u32) -> &mut T {
+        self.slots[key as usize].as_mut().expect(COMPUTED)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request: name, prompt, tokens to produce; `at` is the step it arrives before. Prompts hold the name's letter
+    /// unless `shared`, so equal names share prefixes.
+    #[derive(Clone)]
+    struct Seq {
+        name: &'static str,
+        prompt: usize,
+        most: u32,
+        choices: u32,
+        priority: i8,
+        at: usize,
+        leaves: Option<usize>,
+    }
+
+    fn seq(name: &'static str, prompt: usize, most: u32) -> Seq {
+        Seq { name, prompt, most, choices: 1, priority: 0, at: 0, leaves: None }
+    }
+
+    impl Seq {
+        fn choices(self, choices: u32) -> Self {
+            Self { choices, ..self }
+        }
+        fn priority(self, priority: i8) -> Self {
+            Self { priority, ..self }
+        }
+        fn at(self, at: usize) -> Self {
+            Self { at, ..self }
+        }
+        fn leaves(self, step: usize) -> Self {
+            Self { leaves: Some(step), ..self }
+        }
+    }
+
+    fn limits() -> Limits {
+        Limits { context: 1000, step_tokens: 64, prefill_chunk: 64, max_running: 8, max_queue: 8, prefix_cache: true }
+    }
+
+    /// Runs requests to their end over `blocks` blocks of 16 and compares the steps. In a step: `-b` lost its blocks,
+    /// `a[0..32]` several rows, `a` one row; `a.` is complete. Choices are named `a0 a1`.
+    fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Seq; N], expected: &str) {
+        let mut scheduler = Scheduler::new(limits, blocks, 16);
+        let (mut now, mut plan) = (Instant::now(), Plan::default());
+        let mut keys: Vec<Option<RequestKey>> = vec![None; N];
+        let mut trace: Vec<String> = Vec::new();
+        for step in 0.. {
+            for (key, request) in keys.iter_mut().zip(&requests) {
+                if request.at == step {
+                    let account = AccountId::new(&request.name[..1]);
+                    let prompt = vec![u32::from(request.name.as_bytes()[0]); request.prompt];
+                    let (choices, max_tokens, priority) = (request.choices, request.most, request.priority);
+                    let ask = Ask { account: &account, prompt, choices, max_tokens, priority, salt: 0 };
+                    match scheduler.submit(ask, now) {
+                        Ok(new) => *key = Some(new),
+                        Err(error) => trace.push(format!("{} {:?}", request.name, error.kind())),
+                    }
+                }
+                if request.leaves == Some(step) {
+                    scheduler.cancel(key.take().unwrap());
+                }
+            }
+            if scheduler.is_idle() && requests.iter().all(|request| request.at <= step) {
+                break;
+            }
+            let name = |key: SequenceKey, scheduler: &Scheduler, keys: &[Option<RequestKey>]| {
+                let sequence = scheduler.sequence(key).unwrap();
+                let at = keys.iter().position(|&key| key == Some(sequence.request)).unwrap();
+                match requests[at].choices {
+                    1 => requests[at].name.to_owned(),
+                    _ => format!("{}{}", requests[at].name, sequence.choice),
+                }
+            };
+            let before = scheduler.running.clone();
+            scheduler.plan(now, &mut plan);
+            scheduler.check().unwrap();
+            assert!(plan.batch.rows() <= scheduler.limits.step_tokens);
+            let mut line: Vec<String> = before
+                .iter()
+                .filter(|&&key| !scheduler.running.contains(&key))
+                .map(|&key| format!("-{}", name(key, &scheduler, &keys)))
+                .collect();
+            assert_eq!(line.len(), plan.preempted);
+            for (part, span) in plan.parts.iter().zip(&plan.batch.spans) {
+                let rows =
+                    if span.rows > 1 { format!("[{}..{}]", span.start, span.start + span.rows) } else { "".into() };
+                line.push(name(part.sequence, &scheduler, &keys) + &rows);
+            }
+            scheduler.computed(&plan, now);
+            let ended: Vec<_> =
+                plan.sampled.iter().filter(|part| scheduler.push(part.sequence, 7) == Pushed::Full).copied().collect();
+            for part in ended {
+                line.push(name(part.sequence, &scheduler, &keys) + ".");
+                let complete = scheduler.finish(part.sequence);
+                keys.iter_mut().filter(|key| complete && **key == Some(part.request)).for_each(|key| *key = None);
+            }
+            scheduler.check().unwrap();
+            trace.push(line.join(" "));
+            now += Duration::from_millis(10);
+            assert!(step < 200, "no end: {trace:?}");
+        }
+        assert_eq!(scheduler.blocks.used(), 0);
+        assert_eq!(trace.join(" | "), expected);
+    }
+
+    #[test]
+    fn sequences_join_and_leave_step_by_step() {
+        check(16, limits(), [seq("a", 10, 3), seq("b", 5, 1).at(1)], "a[0..10] | a b[0..5] b. | a a.");
+    }
+
+    #[test]
+    fn a_long_prompt_goes_in_chunks_and_others_decode_meanwhile() {
+        let limits = Limits { step_tokens: 32, prefill_chunk: 24, ..limits() };
+        check(
+            16,
+            limits,
+            [seq("a", 4, 4), seq("b", 60, 1).at(1), seq("c", 5, 1).at(1)],
+            "a[0..4] | a b[0..24] c[0..5] c. | a b[24..48] | a b[48..60] a. b.",
+        );
+    }
+
+    #[test]
+    fn the_budget_is_shared_by_all_and_decodes_come_first() {
+        let limits = Limits { step_tokens: 16, prefill_chunk: 16, ..limits() };
+        check(16, limits, [seq("a", 12, 3), seq("b", 20, 1)], "a[0..12] b[0..4] | a b[4..19] | a b a. b.");
+    }
+
+    #[test]
+    fn a_preempted_sequence_keeps_its_tokens_and_finds_its_blocks_again() {
+        // Four blocks: a and b fill two each, then both need a third. b came last.
+        check(
+            4,
+            limits(),
+            [seq("a", 31, 4), seq("b", 31, 4)],
+            "a[0..31] b[0..31] | a b | -b a | a a. | b[16..33] | b b.",
+        );
+    }
+
+    #[test]
+    fn the_lowest_priority_is_preempted_first_even_if_it_came_first() {
+        check(
+            4,
+            limits(),
+            [seq("a", 28, 8).priority(-1), seq("b", 31, 4).at(1)],
+            "a[0..28] | a b[0..31] | a b | -a b | b b. | a[16..31] | a | a | a | a a.",
+        );
+    }
+
+    #[test]
+    fn admission_keeps_blocks_free_for_what_runs() {
+        // a has two blocks and will probably need a third: the two free ones are not for b, which needs both.
+        check(
+            4,
+            limits(),
+            [seq("a", 16, 40), seq("b", 20, 2).at(1)],
+            &format!("a[0..16] | {} | a a. | b[0..20] | b b.", ["a"; 38].join(" | ")),
+        );
+    }
+
+    #[test]
+    fn a_prefix_is_shared_but_one_token_is_always_recomputed() {
+        check(8, limits(), [seq("a", 48, 1), seq("a", 48, 1).at(1)], "a[0..48] a. | a[32..48] a.");
+        check(8, limits(), [seq("a", 49, 1), seq("a", 49, 1).at(1)], "a[0..49] a. | a a.");
+    }
+
+    #[test]
+    fn without_a_prefix_cache_only_the_choices_of_a_request_share() {
+        let limits = Limits { prefix_cache: false, ..limits() };
+        check(8, limits.clone(), [seq("a", 48, 1), seq("a", 48, 1).at(1)], "a[0..48] a. | a[0..48] a.");
+        check(8, limits, [seq("a", 33, 1).choices(3)], "a0[0..33] a0. | a1 a2 a1. a2.");
+    }
+
+    #[test]
+    fn choices_wait_for_the_first_to_compute_the_prompt() {
+        check(
+            8,
+            limits(),
+            [seq("a", 40, 2).choices(3), seq("b", 4, 1)],
+            "a0[0..40] b[0..4] b. | a0 a1[32..40] a2[32..40] a0. | a1 a2 a1. a2.",
+        );
+    }
+
+    #[test]
+    fn a_cancelled_request_frees_its_blocks_wherever_it_is() {
+        let limits = Limits { step_tokens: 16, prefill_chunk: 16, max_running: 2, ..limits() };
+        // a leaves within its prompt, b while it waits, c with choices that are held back, d while it decodes.
+        check(
+            8,
+            limits,
+            [
+                seq("a", 60, 4).leaves(1),
+                seq("b", 4, 9).at(1).leaves(1),
+                seq("c", 60, 2).choices(4).at(1).leaves(3),
+                seq("d", 5, 99).at(4).leaves(6),
+            ],
+            "a[0..16] | c0[0..16] | c0[16..32] |  | d[0..5] | d",
+        );
+    }
+
+    #[test]
+    fn what_can_never_be_computed_is_refused_at_once_and_what_can_is_not() {
+        check(2, limits(), [seq("a", 32, 1)], "a ContextLength");
+        // The pool ends the answer: 31 + 1.
+        check(2, limits(), [seq("a", 31, 9)], "a[0..31] a.");
+        check(99, Limits { context: 20, ..limits() }, [seq("a", 18, 9)], "a[0..18] | a a.");
+    }
+
+    #[test]
+    fn a_full_queue_refuses_but_an_empty_one_takes_any_request() {
+        let limits = Limits { max_running: 1, max_queue: 2, ..limits() };
+        check(
+            8,
+            limits,
+            [seq("a", 2, 1).choices(4), seq("b", 2, 1)],
+            "b Busy | a0[0..2] a0. | a1[0..2] a1. | a2[0..2] a2. | a3[0..2] a3.",
+        );
+    }
+
+    #[test]
+    fn higher_priority_is_admitted_first() {
+        let limits = Limits { max_running: 1, ..limits() };
+        check(
+            8,
+            limits,
+            [seq("a", 2, 1), seq("b", 2, 1), seq("c", 2, 1).priority(3)],
+            "c[0..2] c. | a[0..2] a. | b[0..2] b.",
+        );
+    }
+}

@@ -1,0 +1,86 @@
+//! One sequence: a prompt and the answer so far, of one choice of one request.
+//!
+//!     tokens    [ prompt ........ | produced ...... ]      known
+//!     computed   ~~~~~~~~~~~~~~~~~~~~~~~~~~^               K and V are in the pool up to here
+//!     left                                 |-------|       what the scheduler still has to compute
+//!
+//! `left` is all that scheduling looks at: a prompt in chunks, one token a step, a sequence that lost its blocks and a
+//! prefix that was found are all the same thing with another `left`.
+
+use crate::engine::blocks::{BlockHash, BlockId, Blocks};
+use crate::engine::queue::Ticket;
+
+/// A sequence known to the scheduler.
+pub type SequenceKey = u32;
+/// A request known to the scheduler.
+pub type RequestKey = u32;
+
+/// The scheduling state of one choice.
+pub struct Sequence {
+    /// Whose it is.
+    pub request: RequestKey,
+    /// Which choice, from 0.
+    pub choice: u32,
+    /// Its place when it waits.
+    pub ticket: Ticket,
+    /// Prompt and answer.
+    pub tokens: Vec<u32>,
+    /// Length of the prompt.
+    pub prompt: usize,
+    /// Most tokens this sequence may have, the prompt's included.
+    pub most: usize,
+    /// Tokens whose K and V are in the pool, counted from the first.
+    pub computed: usize,
+    /// Where K and V are. While the sequence runs there is a block for every known token.
+    pub table: Vec<BlockId>,
+    /// Blocks of `table` that can be found by others, or need not be offered again.
+    pub published: usize,
+    /// Names of full blocks, as far as they were needed. Survives preemption.
+    pub hashes: Vec<BlockHash>,
+    /// Counts up with each admission; 0 while waiting.
+    pub admitted: u64,
+    /// How often it lost its blocks.
+    pub preemptions: u32,
+    /// The parent of its first block.
+    pub root: BlockHash,
+}
+
+impl Sequence {
+    /// Known tokens that are not computed yet.
+    pub fn left(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Tokens of the answer so far.
+    pub fn produced(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    /// Makes sure that the first `count` full blocks have names.
+    pub fn name_blocks(&mut self, count: usize, block_tokens: usize) {
+        while self.hashes.len() < count {
+            let from = self.hashes.len() * block_tokens;
+            let parent = self.hashes.last().copied().unwrap_or(self.root);
+            self.hashes.push(parent.then(&self.tokens[from..from + block_tokens]));
+        }
+    }
+
+    /// Offers the blocks that are full and computed to others.
+    pub fn publish(&mut self, blocks: &mut Blocks) {
+        let full = self.computed / blocks.block_tokens();
+        if full == self.published {
+            return;
+        }
+        self.name_blocks(full, blocks.block_tokens());
+        for at in self.published..full {
+            blocks.publish(self.table[at], self.hashes[at]);
+        }
+        self.published = full;
+    }
+
+    /// How hard this sequence is to throw out of the batch. Each time it was makes it one level harder, so that a
+    /// low priority cannot be recomputed for ever.
+    pub fn standing(&self) -> (i64, std::cmp::Reverse<u64>) {
+        (i64::from(self.ticket.priority) + i64::from(self.preemptions), std::cmp::Reverse(self.admitted))
+    }
+}

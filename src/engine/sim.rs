@@ -1,0 +1,292 @@
+//! A simulated device: no network, but a paged KV pool that remembers what was written where.
+//!
+//!     cell of the pool:  { token, position, chain = hash of every token up to here }
+//!
+//! The next token is drawn from the chain that the block table leads to, and by default every forward walks all the
+//! cells a real attention would read and compares them. So a block that was shared wrongly, freed too early or never
+//! written is an error or another answer, never a silent success. For tests, simulations and load work without weights:
+//! the vocabulary is the 256 bytes and an end token, and answers are readable letters.
+
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::base::{Error, Result};
+use crate::engine::{Logits, Runner};
+use crate::kernel::Pool;
+use crate::model::{Batch, Vocabulary};
+
+/// Tokens: 256 bytes and one end token.
+pub const VOCABULARY: usize = 257;
+/// The token that ends an answer.
+pub const END: u32 = 256;
+/// What answers are made of; every byte is a token.
+const LETTERS: &[u8] = b"etaoin shrdlu cmfwyp vbgkjqxz    ";
+
+/// What a simulated device is like. Parsed from `sim` or `sim:key=value,…` with the fields' names as keys.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SimSpec {
+    /// KV blocks.
+    pub blocks: usize,
+    /// Tokens in a block.
+    pub block_tokens: usize,
+    /// Time each step takes, in microseconds.
+    pub step_us: u64,
+    /// Time each row takes on top, in microseconds.
+    pub row_us: u64,
+    /// An answer ends by itself with a chance of one in this at each token; 0: never.
+    pub end_in: u32,
+    /// The step that fails, counted from 1; 0: none.
+    pub fail_at: u64,
+    /// The step that panics, counted from 1; 0: none.
+    pub panic_at: u64,
+    /// More rows than this in a step are an error; 0: no limit.
+    pub most_rows: usize,
+    /// Walk every cell that attention would read. Costs time in proportion to context.
+    pub verify: bool,
+}
+
+impl Default for SimSpec {
+    fn default() -> Self {
+        Self {
+            blocks: 1024,
+            block_tokens: 16,
+            step_us: 0,
+            row_us: 0,
+            end_in: 64,
+            fail_at: 0,
+            panic_at: 0,
+            most_rows: 0,
+            verify: true,
+        }
+    }
+}
+
+impl FromStr for SimSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = |part: &str| {
+            Error::bad_input(format!(
+                "{part:?} is no setting of a simulated device: write sim or sim:blocks=1024,block_tokens=16,step_us=0,\
+                 row_us=0,end_in=64,fail_at=0,panic_at=0,most_rows=0,verify=1, any of them left out"
+            ))
+        };
+        let mut spec = Self::default();
+        let settings = match text.strip_prefix("sim") {
+            Some("") => return Ok(spec),
+            Some(rest) => rest.strip_prefix(':').ok_or_else(|| wrong(text))?,
+            None => return Err(wrong(text)),
+        };
+        for part in settings.split(',') {
+            let (key, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
+            let value: u32 = value.parse().map_err(|_| wrong(part))?;
+            match key {
+                "blocks" if value > 0 => spec.blocks = value as usize,
+                "block_tokens" if value > 0 => spec.block_tokens = value as usize,
+                "step_us" => spec.step_us = value.into(),
+                "row_us" => spec.row_us = value.into(),
+                "end_in" => spec.end_in = value,
+                "fail_at" => spec.fail_at = value.into(),
+                "panic_at" => spec.panic_at = value.into(),
+                "most_rows" => spec.most_rows = value as usize,
+                "verify" => spec.verify = value != 0,
+                _ => return Err(wrong(part)),
+            }
+        }
+        Ok(spec)
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Cell {
+    token: u32,
+    /// Position plus one; 0: never written.
+    place: u32,
+    chain: u64,
+}
+
+/// The simulated device.
+pub struct SimRunner {
+    spec: SimSpec,
+    cells: Vec<Cell>,
+    logits: Vec<f32>,
+    pool: Pool,
+    steps: u64,
+}
+
+impl SimRunner {
+    /// An empty device.
+    pub fn new(spec: SimSpec) -> Self {
+        let cells = vec![Cell::default(); spec.blocks * spec.block_tokens];
+        Self { cells, logits: Vec::new(), pool: Pool::new(1), steps: 0, spec }
+    }
+
+    /// The bytes behind its tokens.
+    pub fn vocabulary() -> Arc<Vocabulary> {
+        let pieces = (0..=255u8).map(|byte| vec![byte]).chain([vec![]]);
+        Arc::new(Vocabulary::new(pieces, vec![END]))
+    }
+
+    fn cell(&self, table: &[u32], position: u32) -> Result<usize> {
+        let size = self.spec.block_tokens as u32;
+        let block = table.get((position / size) as usize);
+        let block = block.filter(|&&block| (block as usize) < self.spec.blocks);
+        let block =
+            block.ok_or_else(|| Error::internal(format!("sim: no block for position {position} in {table:?}")))?;
+        Ok((block * size + position % size) as usize)
+    }
+
+    /// The chain of everything before `position`, which must lie in the pool.
+    fn chain_before(&self, table: &[u32], position: u32) -> Result<u64> {
+        let Some(before) = position.checked_sub(1) else { return Ok(0) };
+        let cell = self.cells[self.cell(table, before)?];
+        if cell.place != position {
+            return Err(Error::internal(format!(
+                "sim: position {before} is needed, but its cell holds {}",
+                cell.place
+            )));
+        }
+        Ok(cell.chain)
+    }
+
+    fn verify(&self, table: &[u32], end: u32) -> Result<()> {
+        let mut chain = 0;
+        for position in 0..end {
+            let cell = self.cells[self.cell(table, position)?];
+            chain = link(chain, cell.token);
+            if cell.place != position + 1 || cell.chain != chain {
+                return Err(Error::internal(format!("sim: position {position} was overwritten: {table:?}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn link(chain: u64, token: u32) -> u64 {
+    let mut x = (chain ^ u64::from(token).wrapping_add(1)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    x ^ (x >> 32)
+}
+
+/// The logits that follow a chain: one letter clearly the best, others possible, the end token now and then.
+fn logits(chain: u64, end_in: u32, row: &mut [f32]) {
+    row.fill(-30.0);
+    let mut x = chain;
+    for &letter in LETTERS {
+        x = link(x, u32::from(letter));
+        row[letter as usize] = (x >> 40) as f32 / (1 << 22) as f32;
+    }
+    x = link(x, END);
+    if end_in > 0 && x.is_multiple_of(u64::from(end_in)) {
+        row[END as usize] = 20.0;
+    }
+}
+
+impl Runner for SimRunner {
+    fn blocks(&self) -> usize {
+        self.spec.blocks
+    }
+
+    fn block_tokens(&self) -> usize {
+        self.spec.block_tokens
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+        self.steps += 1;
+        if self.steps == self.spec.fail_at {
+            return Err(Error::internal(format!("sim: step {} was to fail", self.steps)));
+        }
+        assert!(self.steps != self.spec.panic_at, "sim: step {} was to panic", self.steps);
+        if self.spec.most_rows > 0 && batch.rows() > self.spec.most_rows {
+            return Err(Error::internal(format!("sim: {} rows in a step", batch.rows())));
+        }
+        let mut sampled = 0;
+        self.logits.resize(batch.sample_rows.len() * VOCABULARY, 0.0);
+        // All rows are written before any is read for verification: spans of one step must not disturb each other.
+        for span in &batch.spans {
+            let table = batch.table(span);
+            let mut chain = self.chain_before(table, span.start)?;
+            for row in span.row..span.row + span.rows {
+                let (token, position) = (batch.tokens[row as usize], batch.positions[row as usize]);
+                if position != span.start + (row - span.row) {
+                    return Err(Error::internal(format!("sim: row {row} says position {position}")));
+                }
+                chain = link(chain, token);
+                let at = self.cell(table, position)?;
+                self.cells[at] = Cell { token, place: position + 1, chain };
+                if batch.sample_rows.get(sampled) == Some(&row) {
+                    let row = &mut self.logits[sampled * VOCABULARY..][..VOCABULARY];
+                    logits(chain, self.spec.end_in, row);
+                    sampled += 1;
+                }
+            }
+        }
+        if sampled != batch.sample_rows.len() {
+            return Err(Error::internal("sim: a row to sample lies in no span"));
+        }
+        if self.spec.verify {
+            for span in &batch.spans {
+                self.verify(batch.table(span), span.start + span.rows)?;
+            }
+        }
+        let busy = self.spec.step_us + self.spec.row_us * batch.rows() as u64;
+        if busy > 0 {
+            std::thread::sleep(Duration::from_micros(busy));
+        }
+        Ok(Logits { data: &mut self.logits, vocab: VOCABULARY, pool: &self.pool })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> SimSpec {
+        SimSpec { blocks: 8, block_tokens: 2, ..SimSpec::default() }
+    }
+
+    /// Runs steps of spans `(tokens, start, table)` and returns the last row's logits, or the error.
+    fn check(steps: &[&[(&[u32], u32, &[u32])]]) -> Result<Vec<f32>> {
+        let mut runner = SimRunner::new(spec());
+        let mut last = Vec::new();
+        for step in steps {
+            let mut batch = Batch::default();
+            for &(tokens, start, table) in *step {
+                batch.push(tokens, start, table, [tokens.len() as u32 - 1]);
+            }
+            let logits = runner.forward(&batch)?;
+            last = logits.data[logits.data.len() - VOCABULARY..].to_vec();
+        }
+        Ok(last)
+    }
+
+    #[test]
+    fn logits_depend_on_all_tokens_and_not_on_how_they_came_into_the_pool() {
+        let whole = check(&[&[(&[1, 2, 3], 0, &[4, 5])]]).unwrap();
+        assert_eq!(check(&[&[(&[1], 0, &[7])], &[(&[2, 3], 1, &[7, 0])]]).unwrap(), whole);
+        assert_ne!(check(&[&[(&[9, 2, 3], 0, &[4, 5])]]).unwrap(), whole);
+    }
+
+    #[test]
+    fn wrong_block_management_is_an_error() {
+        let unwritten = check(&[&[(&[3], 2, &[4, 5])]]);
+        let overwritten = check(&[&[(&[1, 2, 3], 0, &[4, 5])], &[(&[9], 0, &[4])], &[(&[4], 3, &[4, 5])]]);
+        let short = check(&[&[(&[1, 2, 3], 0, &[4])]]);
+        let outside = check(&[&[(&[1], 0, &[8])]]);
+        let disturbed = check(&[&[(&[1, 2], 0, &[4]), (&[3], 0, &[4])]]);
+        for wrong in [unwritten, overwritten, short, outside, disturbed] {
+            assert!(wrong.is_err());
+        }
+    }
+
+    #[test]
+    fn a_spec_is_read_from_text() {
+        assert_eq!("sim".parse::<SimSpec>().unwrap(), SimSpec::default());
+        let spec = "sim:blocks=7,step_us=9,verify=0".parse::<SimSpec>().unwrap();
+        assert_eq!(spec, SimSpec { blocks: 7, step_us: 9, verify: false, ..SimSpec::default() });
+        for wrong in ["", "simx", "sim:", "sim:blocks", "sim:blocks=0", "sim:blocks=x", "sim:color=1"] {
+            assert!(wrong.parse::<SimSpec>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Credentials out of a request's headers. Who they belong to is the vault's business.
+
+use actix_web::http::header::{AUTHORIZATION, HeaderMap};
+
+use crate::base::{Millis, Result};
+use crate::http::Services;
+use crate::http::route::{Listener, Route, Surface};
+use crate::vault::Caller;
+
+/// Says who sent this request; a refusal is counted.
+///
+/// # Errors
+/// `Unauthorized`, and `NotFound` on a binding listener whose configuration went away.
+pub(super) fn caller(services: &Services, listener: Listener, route: &Route, headers: &HeaderMap) -> Result<Caller> {
+    if listener == Listener::Binding {
+        // The binding has no credentials by its contract: being able to reach the listener is what admits a caller.
+        let config = services.config.get();
+        let Some(binding) = &config.binding else {
+            return Err(crate::base::Error::new(
+                crate::base::Kind::NotFound,
+                "The AI binding is no longer configured on this server.",
+            ));
+        };
+        return Ok(Caller { account: binding.account.clone(), key: None });
+    }
+    let token = bearer(headers).or_else(|| {
+        // Anthropic's SDKs and some OpenAI clients; never on Cloudflare's own surface.
+        let compatible = matches!(route.surface, Surface::OpenAi | Surface::CloudflareV1);
+        compatible.then(|| headers.get("x-api-key")?.to_str().ok()).flatten()
+    });
+    let admitted = services.vault.admit(token, route.account.as_deref(), Millis::now());
+    if admitted.is_err() {
+        services.metrics.auth_failures.inc();
+    }
+    admitted
+}
+
+/// The token of `Authorization: Bearer …`. Another scheme is an empty token: sent, and known to nobody.
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(AUTHORIZATION)?;
+    let Some((scheme, token)) = value.to_str().ok().and_then(|value| value.trim().split_once(' ')) else {
+        return Some("");
+    };
+    Some(if scheme.eq_ignore_ascii_case("bearer") { token.trim() } else { "" })
+}
+
+#[cfg(test)]
+mod tests {
+    use actix_web::http::header::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn only_a_bearer_token_is_a_token() {
+        let check = |value: Option<&str>, expected: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            if let Some(value) = value {
+                headers.insert(AUTHORIZATION, HeaderValue::from_str(value).unwrap());
+            }
+            assert_eq!(bearer(&headers), expected, "{value:?}");
+        };
+        check(None, None);
+        check(Some("Bearer abc"), Some("abc"));
+        check(Some("bearer  abc "), Some("abc"));
+        check(Some("Basic abc"), Some(""));
+        check(Some("abc"), Some(""));
+    }
+}

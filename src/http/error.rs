@@ -1,0 +1,268 @@
+//! Errors on the wire: what each kind means as a status and code, in the shape of each surface.
+//!
+//!     OpenAI         {"error":{"message","type","param","code"}}
+//!     Cloudflare     {"result":{},"success":false,"errors":[{"code","message"}],"messages":[]}   (+ OpenAI's `error` on /ai/v1)
+//!     AI binding     {"name","internalCode","httpCode","message","description","requestId"}
+
+use std::time::Duration;
+
+use actix_web::HttpResponse;
+use actix_web::http::StatusCode;
+use serde_json::{Value, json};
+
+use crate::base::{Error, Kind, RequestId};
+use crate::http::route::Surface;
+
+/// What a kind is called on the wire.
+struct Wire {
+    /// Status on Cloudflare's surfaces and the binding.
+    status: u16,
+    /// Cloudflare's number.
+    code: u32,
+    /// Status on `/v1`.
+    openai_status: u16,
+    /// OpenAI's `type`.
+    openai_type: &'static str,
+    /// OpenAI's `code`.
+    openai_code: Option<&'static str>,
+}
+
+const fn wire(kind: Kind) -> Wire {
+    const INVALID: &str = "invalid_request_error";
+    const SERVER: &str = "server_error";
+    const fn w(
+        status: u16,
+        code: u32,
+        openai_status: u16,
+        openai_type: &'static str,
+        openai_code: &'static str,
+    ) -> Wire {
+        Wire { status, code, openai_status, openai_type, openai_code: Some(openai_code) }
+    }
+    match kind {
+        Kind::BadInput => Wire { status: 400, code: 5006, openai_status: 400, openai_type: INVALID, openai_code: None },
+        Kind::TooLarge => w(413, 3006, 413, INVALID, "request_too_large"),
+        Kind::ContextLength => w(400, 5021, 400, INVALID, "context_length_exceeded"),
+        Kind::NoSuchModel => w(400, 5007, 404, INVALID, "model_not_found"),
+        Kind::NotFound => w(404, 7000, 404, INVALID, "not_found"),
+        Kind::MethodNotAllowed => w(405, 7001, 405, INVALID, "method_not_allowed"),
+        Kind::Unsupported => w(400, 5006, 400, INVALID, "unsupported"),
+        Kind::Unauthorized => w(401, 10000, 401, "authentication_error", "invalid_api_key"),
+        Kind::Forbidden => w(403, 10000, 403, "permission_error", "forbidden"),
+        Kind::RateLimited => w(429, 3040, 429, "rate_limit_error", "rate_limit_exceeded"),
+        Kind::OutOfNeurons => w(429, 4006, 429, "insufficient_quota", "insufficient_quota"),
+        Kind::Busy => w(429, 3040, 503, SERVER, "overloaded"),
+        Kind::ModelUnavailable => w(503, 3040, 503, SERVER, "model_unavailable"),
+        Kind::Timeout => w(408, 3007, 408, "timeout_error", "timeout"),
+        Kind::Aborted => w(408, 3008, 408, SERVER, "aborted"),
+        Kind::EngineLost => w(503, 3040, 503, SERVER, "engine_lost"),
+        Kind::ShuttingDown => w(503, 3040, 503, SERVER, "shutting_down"),
+        Kind::Internal => w(500, 3043, 500, SERVER, "internal_error"),
+    }
+}
+
+/// How long a caller should wait when the error itself does not say.
+const SOON: Duration = Duration::from_secs(1);
+
+/// The status of an error on a surface.
+pub(super) fn status(surface: Surface, error: &Error) -> StatusCode {
+    let wire = wire(error.kind());
+    let status = match surface {
+        _ if is_lora(error) && surface != Surface::OpenAi => 405,
+        Surface::OpenAi => wire.openai_status,
+        Surface::CloudflareV1 | Surface::Native | Surface::Binding => wire.status,
+    };
+    StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+/// An error as a whole response.
+pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpResponse {
+    let status = status(surface, error);
+    let body = match surface {
+        Surface::OpenAi => json!({ "error": openai(error) }),
+        Surface::CloudflareV1 => {
+            let mut body = envelope(id, error);
+            body["error"] = openai(error);
+            body
+        }
+        Surface::Native => envelope(id, error),
+        Surface::Binding => binding(id, status, error),
+    };
+    let mut response = HttpResponse::build(status);
+    response.content_type("application/json");
+    let wait = error.retry_after().or(match error.kind() {
+        Kind::Busy | Kind::ModelUnavailable | Kind::EngineLost | Kind::ShuttingDown | Kind::RateLimited => Some(SOON),
+        _ => None,
+    });
+    if let Some(wait) = wait {
+        response.insert_header(("retry-after", wait.as_secs_f64().ceil().max(1.0).to_string()));
+    }
+    if error.kind() == Kind::OutOfNeurons {
+        // Without this a Node SDK sleeps until midnight: it obeys Retry-After however long.
+        response.insert_header(("x-should-retry", "false"));
+    }
+    if error.kind() == Kind::MethodNotAllowed {
+        response.insert_header(("allow", if error.message().ends_with("POST") { "POST" } else { "GET, HEAD" }));
+    }
+    if matches!(error.kind(), Kind::TooLarge | Kind::ShuttingDown) {
+        response.force_close();
+    }
+    response.body(body.to_string())
+}
+
+/// The value of an OpenAI `error` key, also for streams that fail midway.
+pub(super) fn openai(error: &Error) -> Value {
+    let wire = wire(error.kind());
+    let message = match error.kind() {
+        Kind::Unauthorized => "Incorrect API key provided, or none. Send it as `Authorization: Bearer <token>`.",
+        _ => public_message(error),
+    };
+    json!({ "message": message, "type": wire.openai_type, "param": error.param(), "code": wire.openai_code })
+}
+
+/// `code` and `message` as on Cloudflare's surfaces, also for streams that fail midway.
+pub(super) fn native(id: RequestId, error: &Error) -> Value {
+    let description = description(error);
+    let message = match error.kind() {
+        // These never reach a model and are worded by the API in front of it.
+        Kind::Unauthorized | Kind::Forbidden | Kind::NotFound | Kind::MethodNotAllowed => description,
+        _ => format!("AiError: {description} ({id})"),
+    };
+    json!({ "code": code(error), "message": message })
+}
+
+fn envelope(id: RequestId, error: &Error) -> Value {
+    json!({ "result": {}, "success": false, "errors": [native(id, error)], "messages": [] })
+}
+
+fn binding(id: RequestId, status: StatusCode, error: &Error) -> Value {
+    let description = description(error);
+    json!({
+        "name": "AiError",
+        "internalCode": code(error),
+        "httpCode": status.as_u16(),
+        "message": format!("AiError: {description} ({id})"),
+        "description": description,
+        "requestId": id.to_string(),
+    })
+}
+
+fn code(error: &Error) -> u32 {
+    if is_lora(error) { 5005 } else { wire(error.kind()).code }
+}
+
+/// Asking for an adapter where none can be had has a code of its own.
+fn is_lora(error: &Error) -> bool {
+    error.kind() == Kind::Unsupported && error.param() == Some("lora")
+}
+
+/// The text Cloudflare's clients look for.
+fn description(error: &Error) -> String {
+    let message = public_message(error);
+    match (error.kind(), error.param()) {
+        (Kind::BadInput | Kind::Unsupported, Some(_)) if is_lora(error) => message.to_owned(),
+        (Kind::BadInput | Kind::Unsupported, Some(param)) => {
+            format!("Bad input: Error: {message} (at '/{}')", param.replace('.', "/"))
+        }
+        (Kind::BadInput | Kind::Unsupported, None) => format!("Bad input: Error: {message}"),
+        (Kind::Busy, _) => "Capacity temporarily exceeded, please try again.".to_owned(),
+        _ => message.to_owned(),
+    }
+}
+
+/// What a caller may read: bugs are described in the log only.
+fn public_message(error: &Error) -> &str {
+    match error.kind() {
+        Kind::Internal => "Something went wrong on our side. The log has the details under this request's id.",
+        _ => error.message(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use actix_web::body::MessageBody;
+
+    use super::*;
+
+    const ID: &str = "0e8c6b5e-6f0d-4b7e-9a53-0d7c1f2a3b4c";
+
+    fn shape(surface: Surface, error: Error) -> (u16, Value, Vec<String>) {
+        let response = response(surface, RequestId::parse(ID).unwrap(), &error);
+        assert_eq!(response.headers().get("content-type").unwrap(), "application/json", "exactly, with no charset");
+        let mut extra: Vec<String> = response
+            .headers()
+            .iter()
+            .filter(|(name, _)| *name != "content-type")
+            .map(|(name, value)| format!("{name}: {}", value.to_str().unwrap()))
+            .collect();
+        extra.sort();
+        let status = response.status().as_u16();
+        let body = response.into_body().try_into_bytes().unwrap();
+        (status, serde_json::from_slice(&body).unwrap(), extra)
+    }
+
+    #[test]
+    fn bad_input_names_the_field_in_each_surfaces_own_way() {
+        let error = || Error::bad_field("messages.0.role", "'messages.0.role' is required");
+        let (status, body, _) = shape(Surface::OpenAi, error());
+        assert_eq!(status, 400);
+        assert_eq!(
+            body,
+            json!({"error": {"message": "'messages.0.role' is required", "type": "invalid_request_error", "param": "messages.0.role", "code": null}})
+        );
+
+        let text = format!("AiError: Bad input: Error: 'messages.0.role' is required (at '/messages/0/role') ({ID})");
+        let enveloped =
+            json!({"result": {}, "success": false, "errors": [{"code": 5006, "message": text}], "messages": []});
+        assert_eq!(shape(Surface::Native, error()).1, enveloped);
+
+        let (_, body, _) = shape(Surface::CloudflareV1, error());
+        assert_eq!((&body["errors"], &body["success"]), (&enveloped["errors"], &json!(false)));
+        assert_eq!(body["error"]["param"], "messages.0.role");
+
+        let (status, body, _) = shape(Surface::Binding, error());
+        assert_eq!(status, 400);
+        assert_eq!(
+            (&body["internalCode"], &body["httpCode"], &body["message"]),
+            (&json!(5006), &json!(400), &json!(text))
+        );
+        assert_eq!(body["description"], "Bad input: Error: 'messages.0.role' is required (at '/messages/0/role')");
+    }
+
+    #[test]
+    fn every_kind_has_its_status_code_and_retry_advice() {
+        let check = |kind: Kind, native: (u16, u32), openai: (u16, Value), headers: &[&str]| {
+            let (status, body, extra) = shape(Surface::Native, Error::new(kind, "words: use POST"));
+            assert_eq!((status, &body["errors"][0]["code"]), (native.0, &json!(native.1)), "{kind:?}");
+            assert_eq!(extra, headers, "{kind:?}");
+            let (status, body, _) = shape(Surface::OpenAi, Error::new(kind, "words"));
+            assert_eq!((status, &body["error"]["code"]), (openai.0, &openai.1), "{kind:?}");
+        };
+        check(Kind::NoSuchModel, (400, 5007), (404, json!("model_not_found")), &[]);
+        check(Kind::ContextLength, (400, 5021), (400, json!("context_length_exceeded")), &[]);
+        check(Kind::TooLarge, (413, 3006), (413, json!("request_too_large")), &[]);
+        check(Kind::NotFound, (404, 7000), (404, json!("not_found")), &[]);
+        check(Kind::MethodNotAllowed, (405, 7001), (405, json!("method_not_allowed")), &["allow: POST"]);
+        check(Kind::Unauthorized, (401, 10000), (401, json!("invalid_api_key")), &[]);
+        check(Kind::Busy, (429, 3040), (503, json!("overloaded")), &["retry-after: 1"]);
+        check(Kind::OutOfNeurons, (429, 4006), (429, json!("insufficient_quota")), &["x-should-retry: false"]);
+        check(Kind::ModelUnavailable, (503, 3040), (503, json!("model_unavailable")), &["retry-after: 1"]);
+        check(Kind::Timeout, (408, 3007), (408, json!("timeout")), &[]);
+        check(Kind::Unsupported, (400, 5006), (400, json!("unsupported")), &[]);
+    }
+
+    #[test]
+    fn what_broke_inside_is_not_told() {
+        for surface in [Surface::OpenAi, Surface::CloudflareV1, Surface::Native, Surface::Binding] {
+            let (status, body, _) = shape(surface, Error::internal("/etc/secret is missing"));
+            assert_eq!(status, 500);
+            assert!(!body.to_string().contains("secret"), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_lora_where_none_can_be_had_has_a_code_of_its_own() {
+        let (status, body, _) = shape(Surface::Native, Error::unsupported("LoRA is not available").with_param("lora"));
+        assert_eq!((status, &body["errors"][0]["code"]), (405, &json!(5005)));
+    }
+}

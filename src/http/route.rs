@@ -1,0 +1,290 @@
+//! Method and path to endpoint. Pure, and on the raw path: a framework's router decodes before it matches, which breaks
+//! model ids with encoded slashes (`/ai/run/@cf%2Fmeta%2Fllama`); here segments are split first and decoded once.
+
+use actix_web::http::Method;
+use percent_encoding::percent_decode_str;
+
+use crate::base::{Error, Kind, Result};
+
+/// Which listener a request came in through.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Listener {
+    /// The API: every surface with credentials.
+    Api,
+    /// Worker code calling `env.AI`: no credentials, one configured account.
+    Binding,
+}
+
+/// Whose shapes an answer has, success or error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Surface {
+    /// `/v1`: OpenAI's shapes.
+    OpenAi,
+    /// `/client/v4/accounts/{account}/ai/v1`: OpenAI's success, Cloudflare's envelope with OpenAI's `error` on failure.
+    CloudflareV1,
+    /// `/client/v4/accounts/{account}/ai`: Cloudflare's envelope.
+    Native,
+    /// The AI binding: bare results.
+    Binding,
+}
+
+/// What is asked for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Endpoint {
+    Live,
+    Ready,
+    Metrics,
+    ChatCompletions,
+    Completions,
+    Responses,
+    Models,
+    Model(String),
+    /// A model in the path, native.
+    Run(String),
+    /// A model in the body, native.
+    RunUnified,
+    ModelSearch,
+    ModelSchema,
+    TaskSearch,
+    AuthorSearch,
+    /// A model in a header, bare.
+    BindingRun,
+    /// Known to clients, not to this build.
+    NotBuilt(&'static str),
+}
+
+/// Where a request goes. Even one that goes nowhere has a surface, so that its error has the right shape.
+#[derive(Debug)]
+pub(super) struct Route {
+    pub(super) surface: Surface,
+    /// The account named in the path.
+    pub(super) account: Option<String>,
+    /// The label in metrics: one of a closed set.
+    pub(super) label: &'static str,
+    pub(super) endpoint: Result<Endpoint>,
+}
+
+impl Route {
+    /// Finds the endpoint of a request.
+    pub(super) fn find(listener: Listener, method: &Method, path: &str) -> Self {
+        let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+        let (surface, account, found) = match (listener, segments.as_slice()) {
+            (_, ["health", "live"]) => (Surface::OpenAi, None, get("/health/live", Endpoint::Live)),
+            (_, ["health", "ready"]) => (Surface::OpenAi, None, get("/health/ready", Endpoint::Ready)),
+            (_, ["metrics"]) => (Surface::OpenAi, None, get("/metrics", Endpoint::Metrics)),
+            (Listener::Binding, rest) => (Surface::Binding, None, binding(rest)),
+            (_, ["v1", rest @ ..]) => (Surface::OpenAi, None, v1(rest, &ROOT)),
+            (_, ["client", "v4", "accounts", account, "ai", "v1", rest @ ..]) => {
+                (Surface::CloudflareV1, Some(*account), v1(rest, &CLOUDFLARE))
+            }
+            (_, ["client", "v4", "accounts", account, rest @ ..]) => (Surface::Native, Some(*account), native(rest)),
+            (_, ["client", ..]) => (Surface::Native, None, Err(None)),
+            _ => (Surface::OpenAi, None, Err(None)),
+        };
+        let (account, account_error) = match account.map(account_id).transpose() {
+            Ok(account) => (account, None),
+            Err(error) => (None, Some(error)),
+        };
+        let (label, endpoint) = match found {
+            _ if account_error.is_some() => ("other", Err(account_error.unwrap_or_else(|| no_route(surface)))),
+            Ok(Found { label, endpoint, post }) => {
+                let fits = if post { method == Method::POST } else { method == Method::GET || method == Method::HEAD };
+                (label, if fits { endpoint } else { Err(wrong_method(method, post)) })
+            }
+            Err(error) => ("other", Err(error.unwrap_or_else(|| no_route(surface)))),
+        };
+        Self { surface, account, label, endpoint }
+    }
+}
+
+struct Found {
+    label: &'static str,
+    endpoint: Result<Endpoint>,
+    post: bool,
+}
+
+type Search = Result<Found, Option<Error>>;
+
+fn get(label: &'static str, endpoint: Endpoint) -> Search {
+    Ok(Found { label, endpoint: Ok(endpoint), post: false })
+}
+
+fn post(label: &'static str, endpoint: Endpoint) -> Search {
+    Ok(Found { label, endpoint: Ok(endpoint), post: true })
+}
+
+/// Labels of the OpenAI-compatible routes under one prefix.
+struct Labels {
+    chat: &'static str,
+    completions: &'static str,
+    responses: &'static str,
+    models: &'static str,
+    model: &'static str,
+    other: &'static str,
+}
+
+const ROOT: Labels = Labels {
+    chat: "/v1/chat/completions",
+    completions: "/v1/completions",
+    responses: "/v1/responses",
+    models: "/v1/models",
+    model: "/v1/models/{model}",
+    other: "/v1/(not available)",
+};
+
+const CLOUDFLARE: Labels = Labels {
+    chat: "/client/v4/accounts/{account}/ai/v1/chat/completions",
+    completions: "/client/v4/accounts/{account}/ai/v1/completions",
+    responses: "/client/v4/accounts/{account}/ai/v1/responses",
+    models: "/client/v4/accounts/{account}/ai/v1/models",
+    model: "/client/v4/accounts/{account}/ai/v1/models/{model}",
+    other: "/client/v4/accounts/{account}/ai/v1/(not available)",
+};
+
+fn v1(segments: &[&str], labels: &Labels) -> Search {
+    let not_built = |what| post(labels.other, Endpoint::NotBuilt(what));
+    match segments {
+        ["chat", "completions"] => post(labels.chat, Endpoint::ChatCompletions),
+        ["completions"] => post(labels.completions, Endpoint::Completions),
+        ["responses"] => post(labels.responses, Endpoint::Responses),
+        ["models"] => get(labels.models, Endpoint::Models),
+        ["models", id @ ..] if !id.is_empty() => get(labels.model, Endpoint::Model(decoded(id)?)),
+        ["embeddings"] => not_built("Embeddings are"),
+        ["rerank"] => not_built("Reranking is"),
+        ["moderations"] => not_built("Moderation is"),
+        ["audio", _] => not_built("Speech is"),
+        ["images", _] => not_built("Image generation is"),
+        ["messages" | "v1", ..] => not_built("The Anthropic-compatible surface is"),
+        _ => Err(None),
+    }
+}
+
+fn native(segments: &[&str]) -> Search {
+    const RUN: &str = "/client/v4/accounts/{account}/ai/run/{model}";
+    match segments {
+        ["ai", "run"] | ["ai", "run", ""] => post("/client/v4/accounts/{account}/ai/run", Endpoint::RunUnified),
+        ["ai", "run", model @ ..] => {
+            let model = decoded(model)?;
+            // A gateway route is no model: here the live service knows no such route.
+            if model.starts_with("dynamic/") { Err(None) } else { post(RUN, Endpoint::Run(model)) }
+        }
+        ["ai", "models", "search"] => get("/client/v4/accounts/{account}/ai/models/search", Endpoint::ModelSearch),
+        ["ai", "models", "schema"] => get("/client/v4/accounts/{account}/ai/models/schema", Endpoint::ModelSchema),
+        ["ai", "tasks", "search"] => get("/client/v4/accounts/{account}/ai/tasks/search", Endpoint::TaskSearch),
+        ["ai", "authors", "search"] => get("/client/v4/accounts/{account}/ai/authors/search", Endpoint::AuthorSearch),
+        ["ai", "tomarkdown", ..] => {
+            post("/client/v4/accounts/{account}/ai/(not available)", Endpoint::NotBuilt("Markdown conversion is"))
+        }
+        ["ai", "finetunes", ..] => {
+            post("/client/v4/accounts/{account}/ai/(not available)", Endpoint::NotBuilt("Fine-tunes are"))
+        }
+        _ => Err(None),
+    }
+}
+
+fn binding(segments: &[&str]) -> Search {
+    let absent = |what: &str| Err(Some(Error::new(Kind::NotFound, format!("{what} not available in this build"))));
+    match segments {
+        ["run"] => post("binding:/run", Endpoint::BindingRun),
+        ["ai-api", "models", "search"] => get("binding:/ai-api/models/search", Endpoint::ModelSearch),
+        ["ai-gateway", ..] => absent("AI Gateway is"),
+        ["to-everything", ..] => absent("Markdown conversion is"),
+        ["autorag" | "ai-search", ..] => absent("AI Search is"),
+        _ => Err(None),
+    }
+}
+
+/// A model id out of the rest of a path: joined as sent, then decoded once.
+fn decoded(segments: &[&str]) -> Result<String, Option<Error>> {
+    let raw = segments.join("/");
+    match percent_decode_str(&raw).decode_utf8() {
+        Ok(text) => Ok(text.into_owned()),
+        Err(_) => Err(Some(Error::bad_input("the model id in the path is not valid UTF-8 after decoding"))),
+    }
+}
+
+/// Account ids are 32 hex digits at Cloudflare, a short name elsewhere. They end up in logs and the ledger: bounded here.
+fn account_id(raw: &str) -> Result<String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let text = percent_decode_str(raw).decode_utf8_lossy();
+    if text.is_empty() || text.len() > 64 || !text.chars().all(good) {
+        return Err(Error::new(Kind::NotFound, "the account in the path is not an account id"));
+    }
+    Ok(text.into_owned())
+}
+
+fn no_route(surface: Surface) -> Error {
+    let message = match surface {
+        Surface::Native | Surface::CloudflareV1 => "No route for that URI",
+        Surface::OpenAi | Surface::Binding => "There is nothing at this path",
+    };
+    Error::new(Kind::NotFound, message)
+}
+
+fn wrong_method(method: &Method, post: bool) -> Error {
+    let wanted = if post { "POST" } else { "GET" };
+    // The method is a token of the client's choice: no reason to repeat a long one.
+    let sent: String = method.as_str().chars().take(16).collect();
+    Error::new(Kind::MethodNotAllowed, format!("Method {sent} not available for that URI: use {wanted}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(method: Method, path: &str, expected: &str) {
+        let route = Route::find(Listener::Api, &method, path);
+        let endpoint = match &route.endpoint {
+            Ok(endpoint) => format!("{endpoint:?}"),
+            Err(error) => format!("{:?}", error.kind()),
+        };
+        let account = route.account.as_deref().map(|a| format!(" for {a}")).unwrap_or_default();
+        assert_eq!(format!("{:?} {endpoint}{account}", route.surface), expected, "{method} {path}");
+        assert!(!route.label.contains('@'), "a label of a closed set: {}", route.label);
+    }
+
+    #[test]
+    fn a_path_is_split_raw_and_decoded_once() {
+        let run = "/client/v4/accounts/0a1b/ai/run/";
+        for model in ["@cf/meta/llama", "@cf%2Fmeta%2Fllama", "%40cf/meta%2fllama"] {
+            check(Method::POST, &format!("{run}{model}"), r#"Native Run("@cf/meta/llama") for 0a1b"#);
+            check(Method::GET, &format!("/v1/models/{model}"), r#"OpenAi Model("@cf/meta/llama")"#);
+        }
+        check(Method::POST, &format!("{run}a%252Fb"), r#"Native Run("a%2Fb") for 0a1b"#);
+        check(Method::POST, &format!("{run}a%ff"), "Native BadInput for 0a1b");
+        check(Method::POST, &format!("{run}dynamic/x"), "Native NotFound for 0a1b");
+        check(Method::POST, "/client/v4/accounts/0a1b/ai/run", "Native RunUnified for 0a1b");
+    }
+
+    #[test]
+    fn what_is_not_there_is_refused_in_the_shape_of_its_surface() {
+        check(Method::GET, "/v1/chat/completions", "OpenAi MethodNotAllowed");
+        check(Method::POST, "/v1/models", "OpenAi MethodNotAllowed");
+        check(Method::HEAD, "/v1/models", "OpenAi Models");
+        check(Method::GET, "/", "OpenAi NotFound");
+        check(Method::GET, "/v1/models/", r#"OpenAi Model("")"#);
+        check(Method::POST, "/v1/embeddings", r#"OpenAi NotBuilt("Embeddings are")"#);
+        check(
+            Method::POST,
+            "/client/v4/accounts/a/ai/v1/v1/messages",
+            r#"CloudflareV1 NotBuilt("The Anthropic-compatible surface is") for a"#,
+        );
+        check(Method::POST, "/client/v4/accounts/a/ai/v1/chat/completions", "CloudflareV1 ChatCompletions for a");
+        check(Method::POST, "/client/v4/accounts/a/ai/v1/nothing", "CloudflareV1 NotFound for a");
+        check(Method::POST, "/client/v4/accounts/a%20b/ai/run/x", "Native NotFound");
+        check(Method::POST, "/client/v4/zones", "Native NotFound");
+        check(Method::POST, "/run", "OpenAi NotFound");
+    }
+
+    #[test]
+    fn the_binding_has_paths_of_its_own() {
+        let find = |method: Method, path: &str| {
+            let route = Route::find(Listener::Binding, &method, path);
+            (route.surface, route.endpoint.map_err(|e| e.kind()))
+        };
+        assert_eq!(find(Method::POST, "/run"), (Surface::Binding, Ok(Endpoint::BindingRun)));
+        assert_eq!(find(Method::GET, "/ai-api/models/search"), (Surface::Binding, Ok(Endpoint::ModelSearch)));
+        assert_eq!(find(Method::POST, "/v1/chat/completions"), (Surface::Binding, Err(Kind::NotFound)));
+        assert_eq!(find(Method::POST, "/ai-gateway/run"), (Surface::Binding, Err(Kind::NotFound)));
+    }
+}

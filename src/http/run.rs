@@ -1,0 +1,394 @@
+//! Cloudflare's own surface: `POST /client/v4/accounts/{account}/ai/run/{model}` with an envelope around the result. The AI
+//! binding asks and is answered the same way, bare.
+
+use actix_web::HttpResponse;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::base::{Error, Neurons, RequestId, Result};
+use crate::config::{CatalogEntry, ResultShape};
+use crate::gateway::Answer;
+use crate::http::answer::{self, UsageJson};
+use crate::http::ask::Ask;
+use crate::http::chat::{self, ChatStream};
+use crate::http::fields::Fields;
+use crate::http::route::Surface;
+use crate::http::stream::{self, Render};
+use crate::http::text::{self, Bounds};
+use crate::http::{Services, error};
+use crate::net::sse::Encoder;
+use crate::task::{FinishReason, Message, Prompt, Role, TextInput, TokenLogprob, Usage};
+
+/// Most cost-attribution tags, and their longest.
+const MAX_TAGS: usize = 5;
+const MAX_TAG: usize = 50;
+
+/// Runs the model named in the path.
+pub(super) async fn run(services: &Services, ask: &Ask, model: &str) -> Result<HttpResponse> {
+    if ask.query.get("queueRequest").is_some_and(|value| value == "true") {
+        return Err(no_batches("queueRequest"));
+    }
+    check_tags(ask.query.get("tags").map(String::as_str))?;
+    let fields = ask.fields()?;
+    let busy = text::reject_if_busy(&fields)?;
+    infer(services, ask, model, &fields, busy).await
+}
+
+/// Runs the model named in the body: `{"model", "input"}`.
+pub(super) async fn run_unified(services: &Services, ask: &Ask) -> Result<HttpResponse> {
+    let fields = ask.fields()?;
+    let model = fields.required_text("model")?;
+    let Some(input) = fields.object("input")? else { return Err(fields.missing("input")) };
+    let busy = text::reject_if_busy(&fields)? || text::reject_if_busy(&input)?;
+    infer(services, ask, model, &input, busy).await
+}
+
+/// Runs a model on inputs from wherever, and wraps the result as the surface wants it.
+pub(super) async fn infer(
+    services: &Services,
+    ask: &Ask,
+    model: &str,
+    inputs: &Fields<'_>,
+    reject_if_busy: bool,
+) -> Result<HttpResponse> {
+    let entry = ask.text_model(services, model)?;
+    let request = parse(inputs, &entry)?;
+    let choices = request.input.choices;
+    let delivery = ask.serve(services, &entry, request.input, reject_if_busy).await?;
+    if request.stream {
+        return Ok(match entry.shape {
+            ResultShape::Classic => stream::response(vec![delivery], choices, NativeStream::new(ask.id)),
+            ResultShape::Chat => {
+                let shape = chat::Shape::new(ask.id, &entry);
+                let render = ChatStream::native(shape, ask.surface, choices, ask.id);
+                stream::response(vec![delivery], choices, render)
+            }
+        });
+    }
+    let answer = delivery.collect().await?;
+    match entry.shape {
+        ResultShape::Classic => wrap(ask.surface, &ClassicResult::new(&answer), answer.neurons),
+        ResultShape::Chat => {
+            let shape = chat::Shape::new(ask.id, &entry);
+            wrap(ask.surface, &shape.completion(&answer), answer.neurons)
+        }
+    }
+}
+
+/// A native request as it was meant.
+#[derive(Debug)]
+pub(super) struct RunRequest {
+    pub(super) input: TextInput,
+    stream: bool,
+}
+
+/// Reads native inputs; the model is known already.
+pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest> {
+    text::refuse_what_is_not_built(fields)?;
+    let input = TextInput {
+        prompt: prompt(fields)?,
+        choices: text::choices(fields)?,
+        max_tokens: text::max_tokens(fields, &["max_tokens", "max_completion_tokens"])?,
+        sampling: text::sampling(fields, entry, Bounds::Native)?,
+        stop: text::stop(fields)?,
+        logprobs: chat::logprobs(fields)?,
+        echo: false,
+    };
+    if entry.shape == ResultShape::Classic {
+        // The classic result has one `response` and no place for either.
+        let elsewhere = |name| {
+            Error::unsupported(format!("This model's result has no place for `{name}`: use /ai/v1/chat/completions."))
+                .with_param(name)
+        };
+        if input.choices > 1 {
+            return Err(elsewhere("n"));
+        }
+        if input.logprobs.is_some() {
+            return Err(elsewhere("logprobs"));
+        }
+    }
+    Ok(RunRequest { input, stream: fields.bool("stream")?.unwrap_or(false) })
+}
+
+/// Exactly one of `prompt`, `messages`, `requests`.
+fn prompt(fields: &Fields) -> Result<Prompt> {
+    if fields.has("request_id") {
+        return Err(no_batches("request_id"));
+    }
+    let raw = fields.bool("raw")?.unwrap_or(false);
+    match (fields.has("prompt"), fields.has("messages"), fields.has("requests")) {
+        (false, false, false) => Err(Error::bad_input(
+            "oneOf at '/' not met, 0 matches: required properties at '/' are 'prompt', required properties at '/' are 'messages'",
+        )),
+        (true, false, false) => {
+            let prompt = fields.required_text("prompt")?;
+            if prompt.is_empty() {
+                return Err(fields.wrong("prompt", "must have at least 1 character"));
+            }
+            if raw {
+                return Ok(Prompt::Raw(prompt.to_owned()));
+            }
+            let messages = vec![Message::new(Role::User, prompt)];
+            Ok(Prompt::Chat { messages, template_kwargs: text::template_kwargs(fields)? })
+        }
+        (false, true, false) if raw => Err(fields.wrong("raw", "goes with `prompt`, not with `messages`")),
+        (false, true, false) => {
+            Ok(Prompt::Chat { messages: text::messages(fields)?, template_kwargs: text::template_kwargs(fields)? })
+        }
+        (false, false, true) => Err(no_batches("requests")),
+        (prompt, messages, requests) => {
+            let matches = usize::from(prompt) + usize::from(messages) + usize::from(requests);
+            Err(Error::bad_input(format!(
+                "oneOf at '/' not met, {matches} matches: send exactly one of 'prompt', 'messages', 'requests'"
+            )))
+        }
+    }
+}
+
+fn no_batches(param: &str) -> Error {
+    Error::unsupported("Batches are not available in this build: send one request at a time.").with_param(param)
+}
+
+/// `tags=a,b`, checked and then dropped: nothing here attributes costs by tag yet.
+fn check_tags(tags: Option<&str>) -> Result<()> {
+    let Some(tags) = tags.filter(|tags| !tags.is_empty()) else { return Ok(()) };
+    let good = |tag: &str| {
+        let known = |c: char| c.is_ascii_alphanumeric() || matches!(c, ':' | '-' | '.' | '/' | '@');
+        !tag.is_empty() && tag.len() <= MAX_TAG && tag.chars().all(known)
+    };
+    if tags.split(',').count() <= MAX_TAGS && tags.split(',').all(good) {
+        return Ok(());
+    }
+    let message = "'tags' takes at most 5 tags of at most 50 letters, digits and : - . / @, with commas between them";
+    Err(Error::bad_field("tags", message))
+}
+
+/// The envelope, or nothing around it on the binding.
+fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<HttpResponse> {
+    match surface {
+        Surface::Binding => answer::metered(result, neurons),
+        _ => answer::metered(&Envelope::new(result), neurons),
+    }
+}
+
+/// `{"result", "success", "errors", "messages"}` around a success.
+#[derive(Serialize)]
+pub(super) struct Envelope<'a, T> {
+    result: &'a T,
+    success: bool,
+    errors: [(); 0],
+    messages: [(); 0],
+}
+
+impl<'a, T: Serialize> Envelope<'a, T> {
+    pub(super) fn new(result: &'a T) -> Self {
+        Self { result, success: true, errors: [], messages: [] }
+    }
+}
+
+#[derive(Serialize)]
+struct ClassicResult<'a> {
+    response: &'a str,
+    tool_calls: [(); 0],
+    usage: UsageJson,
+}
+
+impl<'a> ClassicResult<'a> {
+    fn new(answer: &'a Answer) -> Self {
+        let response = answer.choices.first().map_or("", |choice| choice.text.as_str());
+        Self { response, tool_calls: [], usage: UsageJson::new(&answer.usage, answer.neurons) }
+    }
+}
+
+/// Padding of varying length, so that the size of a packet does not tell the length of a token.
+pub(super) struct Padding(u64);
+
+impl Padding {
+    /// Drawn from the request's random id.
+    pub(super) fn new(id: RequestId) -> Self {
+        Self(id.low_bits() ^ 0x9e37_79b9_7f4a_7c15)
+    }
+
+    /// The next piece: 1 to 36 characters.
+    pub(super) fn next(&mut self) -> &'static str {
+        const ALPHABET: &str = "abcdefghijklmnopqrstuvwxyz0123456789";
+        // SplitMix64: one step, mixed; the low bits of a plain counter would show.
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        &ALPHABET[..1 + ((mixed ^ (mixed >> 31)) % ALPHABET.len() as u64) as usize]
+    }
+}
+
+/// Classic models' events: `{"response", "p"}`, then usage, then `[DONE]`.
+struct NativeStream {
+    id: RequestId,
+    padding: Padding,
+    /// `tool_calls` rides on the first event only.
+    first: bool,
+}
+
+impl NativeStream {
+    fn new(id: RequestId) -> Self {
+        Self { id, padding: Padding::new(id), first: true }
+    }
+}
+
+#[derive(Serialize)]
+struct TextEvent<'a> {
+    /// Always a string, even when the token looks like a number.
+    response: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[(); 0]>,
+    p: &'static str,
+}
+
+/// The last event before `[DONE]` on the native surface.
+#[derive(Serialize)]
+pub(super) struct UsageEvent {
+    response: &'static str,
+    usage: UsageJson,
+}
+
+impl UsageEvent {
+    pub(super) fn new(usage: UsageJson) -> Self {
+        Self { response: "", usage }
+    }
+}
+
+impl Render for NativeStream {
+    fn begin(&mut self, _: &mut Encoder) {}
+
+    fn text(&mut self, _: u32, text: &str, _: &[TokenLogprob], out: &mut Encoder) {
+        if text.is_empty() {
+            return;
+        }
+        let tool_calls = std::mem::take(&mut self.first).then_some([]);
+        out.json(None, &TextEvent { response: text, tool_calls, p: self.padding.next() });
+    }
+
+    fn finish(&mut self, _: u32, _: FinishReason, _: Option<&str>, _: &mut Encoder) {}
+
+    fn done(&mut self, usage: &Usage, neurons: Neurons, out: &mut Encoder) {
+        out.json(None, &UsageEvent::new(UsageJson::new(usage, neurons)));
+        out.text(None, "[DONE]");
+    }
+
+    fn failed(&mut self, failure: &Error, out: &mut Encoder) {
+        out.json(None, &json!({ "error": error::native(self.id, failure) }));
+    }
+}
+
+/// JSON Schemas of a text-generation model's inputs and results, as `models/schema` gives them.
+pub(super) fn schema(entry: &CatalogEntry) -> Value {
+    let number = |low: f64, high: f64, default: Option<f64>| {
+        let mut schema = json!({ "type": "number", "minimum": low, "maximum": high });
+        if let Some(default) = default {
+            schema["default"] = json!(default);
+        }
+        schema
+    };
+    // A float of the catalog as it was written there: 0.6, not 0.6000000238418579.
+    let temperature = entry.temperature.to_string().parse().unwrap_or(0.6);
+    let common = json!({
+        "stream": { "type": "boolean", "default": false },
+        "max_tokens": { "type": "integer", "minimum": 1, "default": entry.max_tokens },
+        "temperature": number(0.0, 5.0, Some(temperature)),
+        "top_p": number(0.0, 2.0, None),
+        "top_k": { "type": "integer", "minimum": 1, "maximum": 50 },
+        "min_p": number(0.0, 1.0, None),
+        "seed": { "type": "integer", "minimum": 1, "maximum": 9_999_999_999_i64 },
+        "repetition_penalty": number(0.0, 2.0, None),
+        "frequency_penalty": number(-2.0, 2.0, None),
+        "presence_penalty": number(-2.0, 2.0, None),
+        "stop": { "oneOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }] },
+    });
+    let with = |extra: Value| {
+        let mut properties = Map::new();
+        for part in [extra, common.clone()] {
+            if let Value::Object(part) = part {
+                properties.extend(part);
+            }
+        }
+        properties
+    };
+    let prompt = with(json!({
+        "prompt": { "type": "string", "minLength": 1 },
+        "raw": { "type": "boolean", "default": false },
+    }));
+    let messages = with(json!({
+        "messages": { "type": "array", "minItems": 1, "items": {
+            "type": "object",
+            "properties": { "role": { "type": "string" }, "content": { "type": "string" } },
+            "required": ["role", "content"],
+        } },
+    }));
+    let output = match entry.shape {
+        ResultShape::Classic => json!({ "type": "object", "properties": {
+            "response": { "type": "string" },
+            "tool_calls": { "type": "array" },
+            "usage": { "type": "object" },
+        }, "required": ["response"] }),
+        ResultShape::Chat => json!({ "type": "object", "properties": {
+            "id": { "type": "string" },
+            "object": { "type": "string", "const": "chat.completion" },
+            "created": { "type": "integer" },
+            "model": { "type": "string" },
+            "choices": { "type": "array" },
+            "usage": { "type": "object" },
+        }, "required": ["id", "object", "created", "model", "choices"] }),
+    };
+    json!({
+        "input": { "type": "object", "oneOf": [
+            { "title": "Prompt", "properties": prompt, "required": ["prompt"] },
+            { "title": "Messages", "properties": messages, "required": ["messages"] },
+        ] },
+        "output": { "oneOf": [output, { "type": "string", "contentType": "text/event-stream", "format": "binary" }] },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_varies_and_stays_within_bounds() {
+        let mut padding = Padding::new(RequestId::random());
+        let lengths: Vec<usize> = (0..500).map(|_| padding.next().len()).collect();
+        assert!(lengths.iter().all(|length| (1..=36).contains(length)));
+        let different: std::collections::HashSet<_> = lengths.iter().collect();
+        assert!(different.len() > 20, "{different:?}");
+    }
+
+    #[test]
+    fn tags_are_checked() {
+        for good in ["", "a", "team:x,env/prod,a@b.c", "1,2,3,4,5"] {
+            assert!(check_tags(Some(good)).is_ok(), "{good}");
+        }
+        for bad in ["a,,b", "1,2,3,4,5,6", "ä", &"x".repeat(51)] {
+            assert!(check_tags(Some(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_stream_has_text_then_usage_then_the_end() {
+        let mut render = NativeStream::new(RequestId::random());
+        let mut out = Encoder::default();
+        render.text(0, "1", &[], &mut out);
+        render.text(0, "", &[], &mut out);
+        render.text(0, "2", &[], &mut out);
+        render.finish(0, FinishReason::Stop, None, &mut out);
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
+        render.done(&usage, Neurons::from_micro(1_500), &mut out);
+        let text = String::from_utf8(out.take().to_vec()).unwrap();
+        let lines: Vec<&str> = text.split_terminator("\n\n").map(|line| line.strip_prefix("data: ").unwrap()).collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(lines[0].starts_with(r#"{"response":"1","tool_calls":[],"p":""#), "{}", lines[0]);
+        assert!(lines[1].starts_with(r#"{"response":"2","p":""#), "{}", lines[1]);
+        assert_eq!(
+            lines[2],
+            r#"{"response":"","usage":{"prompt_tokens":3,"completion_tokens":2,"total_tokens":5,"prompt_tokens_details":{"cached_tokens":1},"neurons":0.0015}}"#
+        );
+        assert_eq!(lines[3], "[DONE]");
+    }
+}

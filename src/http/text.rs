@@ -1,0 +1,237 @@
+//! What all surfaces share in reading a text-generation request: messages, sampling, stop strings. Each surface brings its
+//! own names and bounds for the rest.
+
+use serde_json::{Map, Value};
+
+use crate::base::{Error, Result};
+use crate::config::CatalogEntry;
+use crate::http::fields::{Fields, integer, mismatch, number};
+use crate::task::{Message, Role, Sampling};
+
+/// Most answers to one prompt.
+pub(super) const MAX_CHOICES: i64 = 16;
+/// Most stop strings.
+const MAX_STOP: usize = 16;
+/// Longest stop string in bytes: it is looked for at every token.
+const MAX_STOP_BYTES: usize = 1024;
+/// Most biased tokens.
+const MAX_BIAS: usize = 1024;
+/// Most rivals reported for a token.
+pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
+/// More tokens than any context has.
+pub(super) const MAX_TOKENS: i64 = 1 << 24;
+
+/// Whose bounds a sampling parameter must keep.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bounds {
+    /// Cloudflare's published schema.
+    Native,
+    /// OpenAI's, with the extensions that open-model servers share.
+    OpenAi,
+}
+
+/// How tokens are drawn. What is left out is the catalog's (temperature) or off.
+pub(super) fn sampling(fields: &Fields, entry: &CatalogEntry, bounds: Bounds) -> Result<Sampling> {
+    let native = bounds == Bounds::Native;
+    let defaults = Sampling::default();
+    let seed = if native { 1..=9_999_999_999 } else { i64::MIN..=i64::MAX };
+    let top_k = if native { 1..=50 } else { -1..=i64::from(u32::MAX) };
+    let float = |name: &str, low: f64, high: f64| fields.number(name, low..=high).map(|v| v.map(|v| v as f32));
+    Ok(Sampling {
+        temperature: float("temperature", 0.0, 5.0)?.unwrap_or(entry.temperature),
+        // Cloudflare's schema allows up to 2; beyond 1 there is nothing more to keep.
+        top_p: float("top_p", 0.0, if native { 2.0 } else { 1.0 })?.unwrap_or(defaults.top_p).min(1.0),
+        // -1 is how some clients say "off".
+        top_k: fields.integer("top_k", top_k)?.map_or(defaults.top_k, |k| k.max(0) as u32),
+        min_p: float("min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
+        seed: fields.integer("seed", seed)?.map(|seed| seed as u64),
+        // The schema allows 0, by which nothing can be divided: off, like 1.
+        repetition_penalty: float("repetition_penalty", 0.0, 2.0)?
+            .filter(|penalty| *penalty > 0.0)
+            .unwrap_or(defaults.repetition_penalty),
+        frequency_penalty: float("frequency_penalty", -2.0, 2.0)?.unwrap_or(defaults.frequency_penalty),
+        presence_penalty: float("presence_penalty", -2.0, 2.0)?.unwrap_or(defaults.presence_penalty),
+        logit_bias: logit_bias(fields)?,
+        ignore_eos: fields.bool("ignore_eos")?.unwrap_or(defaults.ignore_eos),
+    })
+}
+
+/// `{"token id": bias}` with biases from -100 to 100.
+fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>> {
+    let Some(map) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
+    let mut biases = Vec::new();
+    for (token, bias) in map.entries() {
+        let path = map.path(token);
+        let Ok(token) = token.parse::<u32>() else {
+            return Err(fields.wrong("logit_bias", "must have token ids (whole numbers) as keys"));
+        };
+        biases.push((token, number(&path, bias, -100.0..=100.0)? as f32));
+        if biases.len() > MAX_BIAS {
+            return Err(fields.wrong("logit_bias", &format!("may have at most {MAX_BIAS} entries")));
+        }
+    }
+    Ok(biases)
+}
+
+/// `max_tokens` under any of its names, first come first served. `None`: the model's default.
+pub(super) fn max_tokens(fields: &Fields, names: &[&str]) -> Result<Option<u32>> {
+    for name in names {
+        if let Some(tokens) = fields.integer(name, 1..=MAX_TOKENS)? {
+            return Ok(Some(tokens as u32));
+        }
+    }
+    Ok(None)
+}
+
+/// One stop string or several; none of them empty.
+pub(super) fn stop(fields: &Fields) -> Result<Vec<String>> {
+    let values = match fields.get("stop") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(values)) => values.as_slice(),
+        Some(one) => std::slice::from_ref(one),
+    };
+    if values.len() > MAX_STOP {
+        return Err(fields.wrong("stop", &format!("may have at most {MAX_STOP} strings, not {}", values.len())));
+    }
+    values
+        .iter()
+        .map(|value| match value {
+            Value::String(text) if text.is_empty() => Err(fields.wrong("stop", "must not hold an empty string")),
+            Value::String(text) if text.len() > MAX_STOP_BYTES => {
+                Err(fields.wrong("stop", &format!("may hold strings of at most {MAX_STOP_BYTES} bytes")))
+            }
+            Value::String(text) => Ok(text.clone()),
+            other => Err(mismatch(&fields.path("stop"), "a string or an array of strings", other)),
+        })
+        .collect()
+}
+
+/// How many answers.
+pub(super) fn choices(fields: &Fields) -> Result<u32> {
+    Ok(fields.integer("n", 1..=MAX_CHOICES)?.unwrap_or(1) as u32)
+}
+
+/// The turns of a conversation, oldest first.
+pub(super) fn messages(fields: &Fields) -> Result<Vec<Message>> {
+    let Some(values) = fields.array("messages")? else { return Err(fields.missing("messages")) };
+    if values.is_empty() {
+        return Err(fields.wrong("messages", "must hold at least one message"));
+    }
+    let path = fields.path("messages");
+    values.iter().enumerate().map(|(i, value)| message(&Fields::at(value, format!("{path}.{i}"))?)).collect()
+}
+
+/// One turn in OpenAI's shape.
+fn message(fields: &Fields) -> Result<Message> {
+    let role = role(fields)?;
+    let tool_calls = match fields.array("tool_calls")? {
+        Some([]) | None => None,
+        Some(calls) => {
+            if let Some(bad) = calls.iter().find(|call| !call.is_object()) {
+                return Err(mismatch(&fields.path("tool_calls"), "an array of objects", bad));
+            }
+            Some(Value::Array(calls.to_vec()))
+        }
+    };
+    let content = match fields.get("content") {
+        // An assistant turn that only calls tools has none; `null` is empty in OpenAI's contract.
+        None if fields.entries().any(|(name, _)| name == "content") || tool_calls.is_some() => String::new(),
+        None if fields.has("refusal") => String::new(),
+        None => return Err(fields.missing("content")),
+        Some(value) => content(&fields.path("content"), value)?,
+    };
+    let text = |name: &str| fields.text(name).map(|text| text.map(str::to_owned));
+    Ok(Message { role, content, name: text("name")?, tool_call_id: text("tool_call_id")?, tool_calls })
+}
+
+/// Who speaks, by the names that clients use.
+pub(super) fn role(fields: &Fields) -> Result<Role> {
+    match fields.required_text("role")? {
+        "system" | "developer" => Ok(Role::System),
+        "user" => Ok(Role::User),
+        "assistant" => Ok(Role::Assistant),
+        "tool" | "function" => Ok(Role::Tool),
+        _ => Err(fields.wrong("role", "must be one of system, developer, user, assistant, tool")),
+    }
+}
+
+/// Text, or parts of text that are joined. Whatever is not text is refused by name.
+pub(super) fn content(path: &str, value: &Value) -> Result<String> {
+    let parts = match value {
+        Value::String(text) => return Ok(text.clone()),
+        Value::Array(parts) => parts,
+        other => return Err(mismatch(path, "a string or an array of parts", other)),
+    };
+    let mut content = String::new();
+    for (i, part) in parts.iter().enumerate() {
+        let part = Fields::at(part, format!("{path}.{i}"))?;
+        match part.required_text("type")? {
+            "text" | "input_text" | "output_text" => content.push_str(part.required_text("text")?),
+            "refusal" => content.push_str(part.required_text("refusal")?),
+            "image_url" | "input_image" | "image" => {
+                return Err(Error::unsupported("This model reads text only: leave out image parts.")
+                    .with_param(part.path("type")));
+            }
+            "input_audio" | "audio" | "file" | "input_file" => {
+                return Err(Error::unsupported("This model reads text only: leave out audio and file parts.")
+                    .with_param(part.path("type")));
+            }
+            _ => return Err(part.wrong("type", "must be `text`: other parts are not known")),
+        }
+    }
+    Ok(content)
+}
+
+/// Extra variables for the chat template.
+pub(super) fn template_kwargs(fields: &Fields) -> Result<Map<String, Value>> {
+    let mut kwargs = Map::new();
+    if let Some(object) = fields.object("chat_template_kwargs")? {
+        kwargs.extend(object.entries().map(|(name, value)| (name.clone(), value.clone())));
+    }
+    if let Some(effort) = fields.text("reasoning_effort")? {
+        kwargs.insert("reasoning_effort".to_owned(), Value::String(effort.to_owned()));
+    }
+    Ok(kwargs)
+}
+
+/// What no model here does yet, by the names it has in requests on every surface.
+pub(super) fn refuse_what_is_not_built(fields: &Fields) -> Result<()> {
+    fields.refuse("tools", "Tool calling is not available in this build: leave out `tools`.")?;
+    fields.refuse("functions", "Function calling is not available in this build: leave out `functions`.")?;
+    fields.refuse("guided_json", "JSON mode is not available in this build: leave out `guided_json`.")?;
+    fields.refuse("lora", "LoRA adapters are not available in this build: leave out `lora`.")?;
+    fields.refuse("image", "This model reads text only: leave out `image`.")?;
+    match fields.get("tool_choice") {
+        None => {}
+        Some(Value::String(choice)) if choice == "none" || choice == "auto" => {}
+        Some(_) => {
+            let message = "Tool calling is not available in this build: leave out `tool_choice`.";
+            return Err(Error::unsupported(message).with_param(fields.path("tool_choice")));
+        }
+    }
+    response_format(fields, "response_format")
+}
+
+/// Only plain text comes back; JSON modes are refused.
+pub(super) fn response_format(fields: &Fields, name: &str) -> Result<()> {
+    let Some(format) = fields.object(name)? else { return Ok(()) };
+    match format.text("type")? {
+        None | Some("text") => Ok(()),
+        Some("json_object" | "json_schema") => {
+            let message = format!("JSON mode is not available in this build: leave out `{}`.", fields.path(name));
+            Err(Error::unsupported(message).with_param(fields.path(name)))
+        }
+        Some(_) => Err(format.wrong("type", "must be text, json_object or json_schema")),
+    }
+}
+
+/// `options.rejectIfBusy`.
+pub(super) fn reject_if_busy(fields: &Fields) -> Result<bool> {
+    let Some(options) = fields.object("options")? else { return Ok(false) };
+    Ok(options.bool("rejectIfBusy")?.unwrap_or(false))
+}
+
+/// A prompt of token ids.
+pub(super) fn token_ids(path: &str, values: &[Value]) -> Result<Vec<u32>> {
+    values.iter().map(|value| Ok(integer(path, value, 0..=i64::from(u32::MAX))? as u32)).collect()
+}

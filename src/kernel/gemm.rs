@@ -1,0 +1,514 @@
+//! Rows times panels: `out[row][channel] = sum over k of x[row][k] * w[channel][k]`, and what follows it in a network.
+//!
+//!     task = block of 128 rows x 1 panel        a panel's weights stay in L1 while the rows go by, 8 at a time
+//!       tile = 8 rows x 16 channels             one accumulator register a row; weights decoded once for 8 rows
+//!
+//! Bound by memory for a few rows (each weight is read once a step), by the int8 multiplier beyond some ten.
+//! Each row's sum runs over k in order whatever the size of its tile, so its bits do not depend on its company.
+//!
+//! int8 (quantised weights): per block of 32 `acc = sum code * x` in i32, then `y += dx * (dw * acc + min * sum x)`.
+
+use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
+use crate::kernel::rows::{Activations, View};
+use crate::kernel::simd::{Simd, by_isa, exp};
+use crate::kernel::{Cpu, Isa, Shared};
+
+/// Rows that a task takes through a panel: their int8 form stays in L2.
+const ROWS: usize = 128;
+/// Rows of the largest tile.
+const TILE: usize = 8;
+
+type Tile = [f32; TILE * LANES];
+
+/// One matrix, or several of the same inputs side by side (q, k and v), each of its own kind.
+pub struct Linear {
+    parts: Vec<Panels>,
+    bias: Option<Vec<f32>>,
+}
+
+/// Where a product goes. Rows are `[rows, channels]`, dense.
+pub enum Out<'a> {
+    /// Overwrites.
+    Set(&'a mut [f32]),
+    /// Adds: the residual stream.
+    Add(&'a mut [f32]),
+}
+
+impl Linear {
+    /// Matrices of the same inputs whose channels follow each other, and a bias for all channels if there is one.
+    ///
+    /// # Panics
+    /// When inputs or the bias' length do not agree.
+    pub fn new(parts: Vec<Panels>, bias: Option<Vec<f32>>) -> Self {
+        assert!(!parts.is_empty() && parts.iter().all(|part| part.inputs() == parts[0].inputs()));
+        let linear = Self { parts, bias };
+        assert!(linear.bias.as_ref().is_none_or(|bias| bias.len() == linear.channels()));
+        linear
+    }
+
+    /// Output channels.
+    pub fn channels(&self) -> usize {
+        self.parts.iter().map(Panels::channels).sum()
+    }
+
+    /// Inputs.
+    pub fn inputs(&self) -> usize {
+        self.parts[0].inputs()
+    }
+
+    /// Whether any part takes int8 activations.
+    pub fn takes_int8(&self) -> bool {
+        self.parts.iter().any(Panels::takes_int8)
+    }
+
+    /// The weights of one channel: a row of an embedding table that is the head, too.
+    pub fn channel(&self, channel: usize, out: &mut [f32]) {
+        let (part, panel, _) = self.locate(channel / LANES);
+        debug_assert_eq!(self.parts.len(), 1);
+        part.channel(panel * LANES + channel % LANES, out);
+    }
+
+    /// Bytes of weights.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(Panels::bytes).sum()
+    }
+
+    /// Multiplies the first `rows` rows of `x`, which must hold the int8 form if `takes_int8`.
+    pub fn apply(&self, cpu: &Cpu, x: &Activations, rows: usize, out: Out<'_>) {
+        let width = self.channels();
+        let (out, add) = match out {
+            Out::Set(out) => (Shared::new(out), false),
+            Out::Add(out) => (Shared::new(out), true),
+        };
+        let view = self.view(x, rows);
+        let panels: usize = self.parts.iter().map(Panels::count).sum();
+        each_task(cpu, panels, rows, |panel, first, last| {
+            let (part, panel, channel) = self.locate(panel);
+            let valid = LANES.min(part.channels() - panel * LANES);
+            let bias = self.bias.as_ref().map(|bias| &bias[channel..channel + valid]);
+            each_tile(first, last, |row, count| {
+                let mut tile: Tile = [0.0; TILE * LANES];
+                part.tile(cpu.isa, panel, view, row, count, &mut tile);
+                for (i, values) in tile.chunks_exact_mut(LANES).take(count).enumerate() {
+                    // SAFETY: each pair of panel and rows is handed out once, and panels are different channels.
+                    let out = unsafe { out.part((row + i) * width + channel, valid) };
+                    if let Some(bias) = bias {
+                        values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+                    }
+                    if add {
+                        out.iter_mut().zip(values).for_each(|(out, value)| *out += *value);
+                    } else {
+                        out.copy_from_slice(&values[..valid]);
+                    }
+                }
+            });
+        });
+    }
+
+    /// The part that panel number `panel` of all belongs to, its number there, and its first channel of all.
+    fn locate(&self, mut panel: usize) -> (&Panels, usize, usize) {
+        let mut channel = 0;
+        for part in &self.parts {
+            if panel < part.count() {
+                return (part, panel, channel + panel * LANES);
+            }
+            panel -= part.count();
+            channel += part.channels();
+        }
+        unreachable!("a panel beyond the last")
+    }
+
+    fn view(&self, x: &Activations, rows: usize) -> View {
+        assert_eq!(x.width(), self.inputs());
+        x.view(rows, self.takes_int8())
+    }
+}
+
+/// `out = silu(gate(x)) * up(x)`, `[rows, channels]`: the first half of a feed-forward layer in one pass.
+pub fn gated(cpu: &Cpu, gate: &Panels, up: &Panels, x: &Activations, rows: usize, out: &mut [f32]) {
+    let width = gate.channels();
+    assert!(up.channels() == width && gate.inputs() == x.width() && up.inputs() == x.width());
+    let view = x.view(rows, gate.takes_int8() || up.takes_int8());
+    let out = Shared::new(out);
+    each_task(cpu, gate.count(), rows, |panel, first, last| {
+        let valid = LANES.min(width - panel * LANES);
+        each_tile(first, last, |row, count| {
+            let (mut a, mut b): (Tile, Tile) = ([0.0; TILE * LANES], [0.0; TILE * LANES]);
+            gate.tile(cpu.isa, panel, view, row, count, &mut a);
+            up.tile(cpu.isa, panel, view, row, count, &mut b);
+            // SAFETY: whole tiles.
+            unsafe { silu_mul(cpu.isa, a.as_mut_ptr(), b.as_ptr(), count) };
+            for (i, values) in a.chunks_exact(LANES).take(count).enumerate() {
+                // SAFETY: each pair of panel and rows is handed out once.
+                let out = unsafe { out.part((row + i) * width + panel * LANES, valid) };
+                out.copy_from_slice(&values[..valid]);
+            }
+        });
+    });
+}
+
+/// Hands out `work(panel, first row, end row)`: all panels for a block of rows, then the next block.
+fn each_task(cpu: &Cpu, panels: usize, rows: usize, work: impl Fn(usize, usize, usize) + Sync) {
+    let tasks = panels * rows.div_ceil(ROWS);
+    // Enough pieces to even out threads that are held up, few enough that taking one costs nothing.
+    let grain = (tasks / (cpu.pool.threads() * 12)).max(1);
+    cpu.pool.each(tasks, grain, |task| {
+        let first = task / panels * ROWS;
+        work(task % panels, first, rows.min(first + ROWS));
+    });
+}
+
+/// Cuts rows into tiles of 8, 4, 2 and 1: `work(row, count)`.
+#[inline]
+fn each_tile(first: usize, last: usize, mut work: impl FnMut(usize, usize)) {
+    let mut row = first;
+    while row < last {
+        let count = match last - row {
+            8.. => 8,
+            4..8 => 4,
+            2..4 => 2,
+            _ => 1,
+        };
+        work(row, count);
+        row += count;
+    }
+}
+
+impl Panels {
+    /// Number of panels.
+    fn count(&self) -> usize {
+        self.channels().div_ceil(LANES)
+    }
+
+    /// `count` (1, 2, 4 or 8) rows of `x` from `row` on, times one panel.
+    #[inline]
+    fn tile(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: &mut Tile) {
+        debug_assert!(panel < self.count() && matches!(count, 1 | 2 | 4 | 8));
+        let inputs = self.inputs();
+        let weights = self.data[panel * self.stride..][..self.stride].as_ptr();
+        let out = out.as_mut_ptr();
+        let (codes, groups, affine, zero, factor) = match self.kind {
+            Kind::Quant { codes, groups, affine, zero, factor } => (codes, groups, affine, zero, factor),
+            // SAFETY: `view` was made for at least `row + count` rows of this width; a panel holds `inputs` vectors.
+            kind => unsafe {
+                let x = x.floats.add(row * inputs);
+                return match (kind, count) {
+                    (Kind::F16, 1) => float_tile::<F16, 1>(isa, weights, inputs, x, out),
+                    (Kind::F16, 2) => float_tile::<F16, 2>(isa, weights, inputs, x, out),
+                    (Kind::F16, 4) => float_tile::<F16, 4>(isa, weights, inputs, x, out),
+                    (Kind::F16, _) => float_tile::<F16, 8>(isa, weights, inputs, x, out),
+                    (Kind::Bf16, 1) => float_tile::<BF16, 1>(isa, weights, inputs, x, out),
+                    (Kind::Bf16, 2) => float_tile::<BF16, 2>(isa, weights, inputs, x, out),
+                    (Kind::Bf16, 4) => float_tile::<BF16, 4>(isa, weights, inputs, x, out),
+                    (Kind::Bf16, _) => float_tile::<BF16, 8>(isa, weights, inputs, x, out),
+                    (_, 1) => float_tile::<F32, 1>(isa, weights, inputs, x, out),
+                    (_, 2) => float_tile::<F32, 2>(isa, weights, inputs, x, out),
+                    (_, 4) => float_tile::<F32, 4>(isa, weights, inputs, x, out),
+                    (_, _) => float_tile::<F32, 8>(isa, weights, inputs, x, out),
+                };
+            },
+        };
+        let blocks = inputs / BLOCK;
+        // SAFETY: as above, for the int8 form.
+        let input = unsafe {
+            Int8 {
+                codes: x.codes.add(row * inputs),
+                scales: x.scales.add(row * blocks),
+                sums: x.sums.add(row * blocks * 2),
+                blocks,
+            }
+        };
+        macro_rules! rows {
+            ($codes:ident, $groups:literal, $affine:literal) => {
+                // SAFETY: as above.
+                unsafe {
+                    match count {
+                        1 => int8_tile::<$codes, $groups, $affine, 1>(isa, weights, input, zero, factor, out),
+                        2 => int8_tile::<$codes, $groups, $affine, 2>(isa, weights, input, zero, factor, out),
+                        4 => int8_tile::<$codes, $groups, $affine, 4>(isa, weights, input, zero, factor, out),
+                        _ => int8_tile::<$codes, $groups, $affine, 8>(isa, weights, input, zero, factor, out),
+                    }
+                }
+            };
+        }
+        match (codes, groups, affine) {
+            (Codes::Nibble, _, false) => rows!(NIBBLE, 1, false),
+            (Codes::Nibble, _, true) => rows!(NIBBLE, 1, true),
+            (Codes::Byte, 1, false) => rows!(BYTE, 1, false),
+            (Codes::Byte, 1, true) => rows!(BYTE, 1, true),
+            (Codes::Byte, _, _) => rows!(BYTE, 2, false),
+            (Codes::Full, _, _) => rows!(FULL, 1, false),
+        }
+    }
+}
+
+const F32: u8 = 0;
+const F16: u8 = 1;
+const BF16: u8 = 2;
+
+by_isa! { fn float_tile<const KIND: u8, const R: usize>(w: *const u8, inputs: usize, x: *const f32, out: *mut f32) = float_body }
+
+#[inline(always)]
+unsafe fn float_body<S: Simd, const KIND: u8, const R: usize>(
+    w: *const u8,
+    inputs: usize,
+    x: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: a panel of `inputs` vectors, R rows of `inputs` numbers, R x 16 results.
+    unsafe {
+        let mut sums = [S::splat(0.0); R];
+        for k in 0..inputs {
+            let w = match KIND {
+                F32 => S::load(w.cast::<f32>().add(k * LANES)),
+                F16 => S::load_f16(w.cast::<u16>().add(k * LANES)),
+                _ => S::load_bf16(w.cast::<u16>().add(k * LANES)),
+            };
+            for (r, sum) in sums.iter_mut().enumerate() {
+                *sum = S::fma(w, S::splat(*x.add(r * inputs + k)), *sum);
+            }
+        }
+        for (r, sum) in sums.into_iter().enumerate() {
+            S::store(out.add(r * LANES), sum);
+        }
+    }
+}
+
+/// R rows of int8 activations: strides follow from `blocks`.
+#[derive(Clone, Copy)]
+struct Int8 {
+    codes: *const i8,
+    scales: *const f32,
+    sums: *const f32,
+    blocks: usize,
+}
+
+const NIBBLE: u8 = 0;
+const BYTE: u8 = 1;
+const FULL: u8 = 2;
+
+by_isa! {
+    fn int8_tile<const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
+        w: *const u8, x: Int8, zero: f32, factor: f32, out: *mut f32,
+    ) = int8_body
+}
+
+#[inline(always)]
+unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
+    w: *const u8,
+    x: Int8,
+    zero: f32,
+    factor: f32,
+    out: *mut f32,
+) {
+    let block_bytes = if CODES == NIBBLE { 256 } else { 512 };
+    let width = x.blocks * BLOCK;
+    // SAFETY: a panel of `blocks` blocks in the layout of panel.rs, R rows of as many blocks, R x 16 results.
+    unsafe {
+        let scales = w.add(x.blocks * block_bytes).cast::<u16>();
+        let mins = scales.add(x.blocks * GROUPS * LANES);
+        // What the dot product did not take off already.
+        let zero = S::splat(if CODES == FULL { S::FULL_OFFSET - zero } else { -zero });
+        let mut results = [S::splat(0.0); R];
+        for block in 0..x.blocks {
+            let codes = w.add(block * block_bytes);
+            for group in 0..GROUPS {
+                let mut acc = [S::zero_i(); R];
+                // Eight inputs a turn: two vectors of codes, which are one vector of nibbles.
+                for pair in group * (4 / GROUPS)..(group + 1) * (4 / GROUPS) {
+                    let (w0, w1) = match CODES {
+                        NIBBLE => S::nibbles(codes.add(pair * 64)),
+                        _ => (S::codes(codes.add(pair * 128)), S::codes(codes.add(pair * 128 + 64))),
+                    };
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let x = x.codes.add(r * width + block * BLOCK + pair * 8).cast::<i32>();
+                        let (x0, x1) = (x.read_unaligned(), x.add(1).read_unaligned());
+                        *acc = match CODES {
+                            FULL => S::dot2::<true>(*acc, w0, w1, x0, x1),
+                            _ => S::dot2::<false>(*acc, w0, w1, x0, x1),
+                        };
+                    }
+                }
+                let scale = S::load_f16(scales.add((block * GROUPS + group) * LANES));
+                let min = if AFFINE { S::load_f16(mins.add((block * GROUPS + group) * LANES)) } else { scale };
+                for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
+                    let sums = x.sums.add((r * x.blocks + block) * 2);
+                    let sum = S::splat(if GROUPS == 1 { *sums + *sums.add(1) } else { *sums.add(group) });
+                    let value = if AFFINE {
+                        S::fma(min, sum, S::mul(S::to_f(acc), scale))
+                    } else {
+                        S::mul(S::fma(zero, sum, S::to_f(acc)), scale)
+                    };
+                    *result = S::fma(value, S::splat(*x.scales.add(r * x.blocks + block)), *result);
+                }
+            }
+        }
+        for (r, result) in results.into_iter().enumerate() {
+            S::store(out.add(r * LANES), S::mul(result, S::splat(factor)));
+        }
+    }
+}
+
+by_isa! { fn silu_mul(gate: *mut f32, up: *const f32, rows: usize) = silu_mul_body }
+
+/// `gate = gate / (1 + e^-gate) * up`, for rows of 16.
+#[inline(always)]
+unsafe fn silu_mul_body<S: Simd>(gate: *mut f32, up: *const f32, rows: usize) {
+    for row in 0..rows {
+        // SAFETY: `rows` x 16 numbers each.
+        unsafe {
+            let g = S::load(gate.add(row * LANES));
+            let below = S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), g)));
+            S::store(gate.add(row * LANES), S::mul(S::div(g, below), S::load(up.add(row * LANES))));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Source;
+    use crate::kernel::quant::{Dtype, dequantize_row};
+    use crate::kernel::testing::{Dice, cpus};
+
+    struct Case {
+        panels: Panels,
+        /// `[channels, inputs]`
+        weights: Vec<f32>,
+    }
+
+    fn case(cpu: &Cpu, dtype: Dtype, channels: usize, inputs: usize, seed: u64) -> Case {
+        let bytes = Dice::new(seed).weights(dtype, channels, inputs);
+        let panels = Panels::pack(cpu, Source { dtype, bytes: &bytes, channels, inputs }, false, |c| c).unwrap();
+        let mut weights = vec![0.0; channels * inputs];
+        let row = dtype.row_bytes(inputs).unwrap();
+        for (row, out) in bytes.chunks_exact(row).zip(weights.chunks_exact_mut(inputs)) {
+            dequantize_row(dtype, row, out).unwrap();
+        }
+        Case { panels, weights }
+    }
+
+    fn inputs(cpu: &Cpu, x: &[f32], rows: usize) -> Activations {
+        let width = x.len() / rows;
+        let mut out = Activations::new(rows, width, width.is_multiple_of(BLOCK));
+        out.floats(width)[..x.len()].copy_from_slice(x);
+        if width.is_multiple_of(BLOCK) {
+            out.quantize(cpu, rows);
+        }
+        out
+    }
+
+    fn product(x: &[f32], weights: &[f32], inputs: usize) -> Vec<f64> {
+        let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+        x.chunks_exact(inputs).flat_map(|x| weights.chunks_exact(inputs).map(move |w| dot(x, w))).collect()
+    }
+
+    fn close(got: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+        let size = (expected.iter().map(|x| x * x).sum::<f64>() / expected.len() as f64).sqrt();
+        for (got, expected) in got.iter().zip(expected) {
+            assert!((f64::from(*got) - expected).abs() <= tolerance * size, "{what}: {got} {expected} of {size}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_weight_multiplies_as_its_dequantised_rows_do() {
+        for cpu in cpus() {
+            for dtype in Dtype::ALL {
+                for (rows, channels, blocks) in [(1, 16, 1), (7, 33, 2), (13, 64, 3), (131, 17, 1)] {
+                    let width = dtype.block_len().max(32) * blocks;
+                    let case = case(&cpu, dtype, channels, width, rows as u64);
+                    // Codes times a scale, so that quantising loses nothing and only the kernel is tested.
+                    let mut dice = Dice::new(9);
+                    let x: Vec<f32> = (0..rows * width)
+                        .map(|i| if i % 32 == 5 { 127.0 } else { (dice.value() * 127.0).round() } * 0.25)
+                        .collect();
+                    let mut out = vec![f32::NAN; rows * channels];
+                    let linear = Linear::new(vec![case.panels], None);
+                    linear.apply(&cpu, &inputs(&cpu, &x, rows), rows, Out::Set(&mut out));
+                    // Scales of the K formats are products rounded to f16.
+                    let tolerance = if dtype.block_len() == 256 { 2e-3 } else { 2e-5 };
+                    let what = format!("{} {} {rows}x{channels}x{width}", cpu.isa, dtype.name());
+                    close(&out, &product(&x, &case.weights, width), tolerance, &what);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn extreme_codes_do_not_overflow() {
+        for cpu in cpus() {
+            for (dtype, byte, weight) in
+                [(Dtype::Q8_0, 0x80u8, -128.0), (Dtype::Q8_0, 0x7f, 127.0), (Dtype::Q4_0, 0xff, 7.0)]
+            {
+                for sign in [1.0, -1.0] {
+                    let mut bytes = Vec::new();
+                    for _ in 0..16 * 2 {
+                        bytes.extend(half::f16::ONE.to_le_bytes());
+                        bytes.extend(std::iter::repeat_n(byte, dtype.block_bytes() - 2));
+                    }
+                    let source = Source { dtype, bytes: &bytes, channels: 16, inputs: 64 };
+                    let linear = Linear::new(vec![Panels::pack(&cpu, source, false, |c| c).unwrap()], None);
+                    let mut out = vec![0.0; 16];
+                    linear.apply(&cpu, &inputs(&cpu, &[sign * 127.0; 64], 1), 1, Out::Set(&mut out));
+                    assert!(out.iter().all(|&x| x == sign * 127.0 * weight * 64.0), "{} {out:?}", cpu.isa);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_in_company() {
+        for cpu in cpus() {
+            for dtype in [Dtype::Q4_1, Dtype::Q4_0, Dtype::Q8_0, Dtype::Q6_K, Dtype::F16, Dtype::F32] {
+                let (rows, channels, width) = (143, 40, 512);
+                let linear = Linear::new(vec![case(&cpu, dtype, channels, width, 3).panels], None);
+                let x = Dice::new(4).values(rows * width);
+                let mut all = vec![0.0; rows * channels];
+                linear.apply(&cpu, &inputs(&cpu, &x, rows), rows, Out::Set(&mut all));
+                for row in [0, 1, 7, 8, 127, 128, 140, 142] {
+                    let mut alone = vec![0.0; channels];
+                    let x = inputs(&cpu, &x[row * width..][..width], 1);
+                    linear.apply(&cpu, &x, 1, Out::Set(&mut alone));
+                    assert_eq!(alone, all[row * channels..][..channels], "{} {} row {row}", cpu.isa, dtype.name());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_different_kinds_lie_side_by_side_with_bias_and_residual() {
+        for cpu in cpus() {
+            let (rows, width) = (5, 256);
+            let parts = [(Dtype::Q4_K, 20), (Dtype::F16, 7), (Dtype::Q6_K, 33)];
+            let cases: Vec<Case> = parts.iter().map(|&(dtype, n)| case(&cpu, dtype, n, width, n as u64)).collect();
+            let weights: Vec<f32> = cases.iter().flat_map(|case| case.weights.clone()).collect();
+            let mut dice = Dice::new(5);
+            let (x, bias, residual) = (dice.values(rows * width), dice.values(60), dice.values(rows * 60));
+            let linear = Linear::new(cases.into_iter().map(|case| case.panels).collect(), Some(bias.clone()));
+            let mut out = residual.clone();
+            linear.apply(&cpu, &inputs(&cpu, &x, rows), rows, Out::Add(&mut out));
+            let mut expected = product(&x, &weights, width);
+            for (i, expected) in expected.iter_mut().enumerate() {
+                *expected += f64::from(bias[i % 60]) + f64::from(residual[i]);
+            }
+            close(&out, &expected, 2e-2, "quantised inputs");
+        }
+    }
+
+    #[test]
+    fn gated_is_silu_of_one_product_times_the_other() {
+        for cpu in cpus() {
+            for rows in [1, 6, 130] {
+                let (channels, width) = (24, 64);
+                let (gate, up) =
+                    (case(&cpu, Dtype::F32, channels, width, 1), case(&cpu, Dtype::F32, channels, width, 2));
+                let x = Dice::new(3).values(rows * width);
+                let mut out = vec![0.0; rows * channels];
+                gated(&cpu, &gate.panels, &up.panels, &inputs(&cpu, &x, rows), rows, &mut out);
+                let (a, b) = (product(&x, &gate.weights, width), product(&x, &up.weights, width));
+                let expected: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a / (1.0 + (-a).exp()) * b).collect();
+                close(&out, &expected, 1e-5, "gated");
+            }
+        }
+    }
+}

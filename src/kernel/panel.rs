@@ -1,0 +1,333 @@
+//! Weights as kernels read them: panels of 16 output channels, made once at load out of a file's rows.
+//!
+//!     file     channel 0: k0 k1 k2 …        panel    k 0..4 of channels 0..16, k 4..8 of channels 0..16, …
+//!              channel 1: k0 k1 k2 …                 scales of channels 0..16 for k 0..32, …  (quantised kinds)
+//!
+//! One vector then is 16 channels, a row of activations is read once for all of them, and no kernel ever adds across
+//! lanes. Codes stay as narrow as in the file: 4 bits, or 8 for the kinds of 5, 6 and 8. Scales and minima are f16, as
+//! in the file; the K formats' products of two numbers are rounded to f16 under one power of two for the matrix.
+//! What is in the panels is all there is: the file's pages may go.
+
+use half::f16;
+
+use crate::base::{Error, Result};
+use crate::kernel::quant::{Dtype, dequantize_row, unpack_group};
+use crate::kernel::{Buffer, Cpu};
+
+/// Output channels of a panel.
+pub(super) const LANES: usize = 16;
+/// Inputs that share a scale of the activations.
+pub(super) const BLOCK: usize = 32;
+
+/// A matrix in panels.
+pub struct Panels {
+    pub(super) data: Buffer<u8>,
+    pub(super) kind: Kind,
+    /// Bytes from panel to panel.
+    pub(super) stride: usize,
+    channels: usize,
+    inputs: usize,
+}
+
+/// What a panel holds.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(super) enum Kind {
+    F32,
+    F16,
+    Bf16,
+    /// `weight = factor * scale * (code - zero)`, or `factor * (scale * code + min)` when `affine`.
+    Quant {
+        codes: Codes,
+        /// Scales for each 32 inputs: 1 or 2.
+        groups: usize,
+        affine: bool,
+        zero: f32,
+        factor: f32,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Codes {
+    /// Two to a byte: of 8 consecutive inputs the first 4 are the low nibbles.
+    Nibble,
+    /// One to a byte, at most 63.
+    Byte,
+    /// One to a byte, up to 255.
+    Full,
+}
+
+/// Where a matrix comes from: rows as they lie in a file.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    /// How numbers are written.
+    pub dtype: Dtype,
+    /// All rows, back to back.
+    pub bytes: &'a [u8],
+    /// Number of rows: output channels.
+    pub channels: usize,
+    /// Length of a row: inputs.
+    pub inputs: usize,
+}
+
+impl Panels {
+    /// Packs `source` on all threads. Channel `c` is row `order(c)` of the source. With `plain`, everything becomes f32.
+    ///
+    /// # Errors
+    /// `Internal` when the bytes are not `channels` rows of `inputs` weights.
+    pub fn pack(cpu: &Cpu, source: Source<'_>, plain: bool, order: impl Fn(usize) -> usize + Sync) -> Result<Self> {
+        let Source { dtype, bytes, channels, inputs } = source;
+        let row_bytes = dtype.row_bytes(inputs).filter(|row| row.checked_mul(channels) == Some(bytes.len()));
+        let Some(row_bytes) = row_bytes.filter(|_| channels > 0 && inputs > 0) else {
+            let name = dtype.name();
+            return Err(Error::internal(format!("{} bytes are not {channels} x {inputs} {name}", bytes.len())));
+        };
+        let kind = if plain { Kind::F32 } else { Kind::of(source, row_bytes) };
+        let stride = kind.bytes(inputs).next_multiple_of(64);
+        let count = channels.div_ceil(LANES);
+        let mut data = Buffer::zeroed_huge(count * stride);
+        let out = data.share();
+        cpu.pool.each(count, 1, |panel| {
+            // SAFETY: each panel is handed out once.
+            let out = unsafe { out.part(panel * stride, stride) };
+            for lane in 0..LANES.min(channels - panel * LANES) {
+                let row = order(panel * LANES + lane);
+                pack_channel(kind, dtype, &bytes[row * row_bytes..][..row_bytes], inputs, lane, out);
+            }
+        });
+        Ok(Self { data, kind, stride, channels, inputs })
+    }
+
+    /// Output channels.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Inputs of a channel.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    /// Whether its kernels take activations in int8 rather than f32.
+    pub fn takes_int8(&self) -> bool {
+        matches!(self.kind, Kind::Quant { .. })
+    }
+
+    /// The weights of one channel: a row of an embedding table.
+    pub fn channel(&self, channel: usize, out: &mut [f32]) {
+        assert!(channel < self.channels && out.len() == self.inputs);
+        let (panel, lane) = (&self.data[channel / LANES * self.stride..][..self.stride], channel % LANES);
+        let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+        match self.kind {
+            Kind::F32 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    let at = (k * LANES + lane) * 4;
+                    *out = f32::from_le_bytes([panel[at], panel[at + 1], panel[at + 2], panel[at + 3]]);
+                }
+            }
+            Kind::F16 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out = half((k * LANES + lane) * 2);
+                }
+            }
+            Kind::Bf16 => {
+                for (k, out) in out.iter_mut().enumerate() {
+                    let at = (k * LANES + lane) * 2;
+                    *out = half::bf16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+                }
+            }
+            Kind::Quant { codes, groups, affine, zero, factor } => {
+                let blocks = self.inputs / BLOCK;
+                let scales = blocks * codes.block_bytes();
+                let mins = scales + blocks * groups * LANES * 2;
+                for (k, out) in out.iter_mut().enumerate() {
+                    let group = (k * groups / BLOCK * LANES + lane) * 2;
+                    let at = k / BLOCK * codes.block_bytes();
+                    let k = k % BLOCK;
+                    let code = match codes {
+                        Codes::Nibble => panel[at + k / 8 * 64 + lane * 4 + k % 4] >> (k % 8 / 4 * 4) & 15,
+                        _ => panel[at + k / 4 * 64 + lane * 4 + k % 4],
+                    };
+                    let value = match affine {
+                        true => half(scales + group) * f32::from(code) + half(mins + group),
+                        false => half(scales + group) * (f32::from(code) - zero),
+                    };
+                    *out = value * factor;
+                }
+            }
+        }
+    }
+}
+
+impl Kind {
+    fn of(source: Source<'_>, row_bytes: usize) -> Self {
+        let dtype = source.dtype;
+        let (Some(group), Some(bits)) = (dtype.group_len(), dtype.code_bits()) else {
+            return match dtype {
+                Dtype::F16 => Self::F16,
+                Dtype::BF16 => Self::Bf16,
+                _ => Self::F32,
+            };
+        };
+        let codes = match bits {
+            4 => Codes::Nibble,
+            5 | 6 => Codes::Byte,
+            _ => Codes::Full,
+        };
+        let factor = if dtype.block_len() > BLOCK { power_of_two_for(source, row_bytes) } else { 1.0 };
+        Self::Quant {
+            codes,
+            groups: BLOCK / group,
+            affine: dtype.zero_code().is_none(),
+            zero: f32::from(dtype.zero_code().unwrap_or(0)),
+            factor,
+        }
+    }
+
+    /// Bytes of a panel before padding.
+    fn bytes(self, inputs: usize) -> usize {
+        match self {
+            Self::F32 => inputs * LANES * 4,
+            Self::F16 | Self::Bf16 => inputs * LANES * 2,
+            Self::Quant { codes, groups, affine, .. } => {
+                inputs / BLOCK * (codes.block_bytes() + groups * LANES * 2 * (1 + usize::from(affine)))
+            }
+        }
+    }
+}
+
+impl Codes {
+    /// Bytes of a panel's codes for 32 inputs.
+    pub(super) const fn block_bytes(self) -> usize {
+        match self {
+            Self::Nibble => 256,
+            Self::Byte | Self::Full => 512,
+        }
+    }
+}
+
+/// The power of two under which the largest scale or minimum of the K formats is near the top of f16's range, so that
+/// the small ones keep all their bits.
+fn power_of_two_for(source: Source<'_>, row_bytes: usize) -> f32 {
+    let mut codes = [0; BLOCK];
+    let group_len = source.dtype.group_len().unwrap_or(BLOCK);
+    let mut largest = 0f32;
+    for row in source.bytes.chunks_exact(row_bytes) {
+        for group in 0..source.inputs / group_len {
+            let group = unpack_group(source.dtype, row, group, &mut codes);
+            let min = if source.dtype.zero_code().is_some() { 0.0 } else { group.min.abs() };
+            largest = largest.max(group.scale.abs()).max(min);
+        }
+    }
+    if !largest.is_normal() {
+        return 1.0;
+    }
+    // largest / factor lies in 2^13 .. 2^14.
+    let exponent = (largest.to_bits() >> 23) as i32 - 127 - 13;
+    f32::from_bits(((exponent.clamp(-126, 127) + 127) << 23) as u32)
+}
+
+/// Writes one channel into its lane of a panel.
+fn pack_channel(kind: Kind, dtype: Dtype, row: &[u8], inputs: usize, lane: usize, out: &mut [u8]) {
+    match kind {
+        Kind::F16 | Kind::Bf16 => {
+            for (k, bytes) in row.chunks_exact(2).enumerate() {
+                out[(k * LANES + lane) * 2..][..2].copy_from_slice(bytes);
+            }
+        }
+        Kind::F32 => {
+            let mut values = [0f32; 256];
+            let step = dtype.block_len().max(32);
+            for first in (0..inputs).step_by(step) {
+                let values = &mut values[..step.min(inputs - first)];
+                let bytes = |k: usize| k / dtype.block_len() * dtype.block_bytes();
+                let row = &row[bytes(first)..bytes(first + values.len())];
+                // Cannot fail: the slice was cut to whole blocks.
+                let read = dequantize_row(dtype, row, values);
+                debug_assert!(read.is_ok());
+                for (k, value) in values.iter().enumerate() {
+                    out[((first + k) * LANES + lane) * 4..][..4].copy_from_slice(&value.to_le_bytes());
+                }
+            }
+        }
+        Kind::Quant { codes, groups, affine, factor, .. } => {
+            let blocks = inputs / BLOCK;
+            let scales = blocks * codes.block_bytes();
+            let mins = scales + blocks * groups * LANES * 2;
+            let length = BLOCK / groups;
+            let mut unpacked = [0u8; BLOCK];
+            for block in 0..blocks {
+                for side in 0..groups {
+                    let index = block * groups + side;
+                    let group = unpack_group(dtype, row, index, &mut unpacked[side * length..]);
+                    let at = (index * LANES + lane) * 2;
+                    out[scales + at..][..2].copy_from_slice(&f16::from_f32(group.scale / factor).to_le_bytes());
+                    if affine {
+                        out[mins + at..][..2].copy_from_slice(&f16::from_f32(group.min / factor).to_le_bytes());
+                    }
+                }
+                let out = &mut out[block * codes.block_bytes()..][..codes.block_bytes()];
+                match codes {
+                    Codes::Nibble => {
+                        for (pair, eight) in unpacked.chunks_exact(8).enumerate() {
+                            for i in 0..4 {
+                                out[pair * 64 + lane * 4 + i] = eight[i] | eight[i + 4] << 4;
+                            }
+                        }
+                    }
+                    Codes::Byte | Codes::Full => {
+                        for (quad, four) in unpacked.chunks_exact(4).enumerate() {
+                            out[quad * 64 + lane * 4..][..4].copy_from_slice(four);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::testing::{Dice, cpus};
+
+    #[test]
+    fn a_packed_matrix_gives_its_rows_back_in_the_order_asked_for() {
+        let cpu = &cpus()[0];
+        for dtype in Dtype::ALL {
+            for channels in [1, 16, 37] {
+                let inputs = dtype.block_len().max(32) * 2;
+                let bytes = Dice::new(channels as u64).weights(dtype, channels, inputs);
+                let source = Source { dtype, bytes: &bytes, channels, inputs };
+                for plain in [false, true] {
+                    let panels = Panels::pack(cpu, source, plain, |c| channels - 1 - c).unwrap();
+                    for channel in 0..channels {
+                        let row = dtype.row_bytes(inputs).unwrap();
+                        let (mut expected, mut got) = (vec![0.0; inputs], vec![0.0; inputs]);
+                        dequantize_row(dtype, &bytes[(channels - 1 - channel) * row..][..row], &mut expected).unwrap();
+                        panels.channel(channel, &mut got);
+                        let scale = expected.iter().fold(0f32, |a, b| a.max(b.abs()));
+                        // Two numbers rounded to 11 bits, and nothing at all where the file has f16.
+                        let tolerance = if plain { 0.0 } else { scale * 1.5e-3 };
+                        for (expected, got) in expected.iter().zip(&got) {
+                            assert!((expected - got).abs() <= tolerance, "{} {expected} {got}", dtype.name());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_not_the_matrix_are_refused() {
+        let cpu = &cpus()[0];
+        for (bytes, channels, inputs) in [(17, 1, 32), (18, 2, 32), (18, 1, 33), (0, 0, 32), (18, usize::MAX, 32)] {
+            let source = Source { dtype: Dtype::Q4_0, bytes: &vec![0; bytes], channels, inputs };
+            assert!(Panels::pack(cpu, source, false, |c| c).is_err());
+        }
+    }
+}

@@ -1,0 +1,674 @@
+//! Sixteen lanes of f32, on three instruction sets. Kernels are written once over [`Simd`] and compiled once per set;
+//! which set runs is decided at run time, so that one portable binary uses what the machine has.
+//!
+//!     kernel<S: Simd>      one text, #[inline(always)]
+//!       ├ portable         arrays of 16, whatever the compiler makes of them
+//!       ├ avx2             two registers of 8 lanes; FMA, F16C
+//!       └ avx512           one register of 16; VNNI for int8
+//!
+//! The order of additions inside a row never depends on how many rows are computed together: a row's result is
+//! bit-identical alone and in any company (on one instruction set; between sets roundings differ).
+
+use std::fmt;
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+pub enum Isa {
+    /// Any machine.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
+    Avx512,
+}
+
+impl Isa {
+    /// The fastest one this machine has.
+    pub fn detect() -> Self {
+        Self::available().last().copied().unwrap_or(Self::Portable)
+    }
+
+    /// All that this machine has, slowest first.
+    pub fn available() -> &'static [Self] {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+                {
+                    return &[Self::Portable, Self::Avx2, Self::Avx512];
+                }
+                return &[Self::Portable, Self::Avx2];
+            }
+        }
+        &[Self::Portable]
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512-vnni",
+        })
+    }
+}
+
+/// Defines `unsafe fn name(isa, args)`, which runs `body::<S>(args)` compiled for the instruction set that `isa` names.
+macro_rules! by_isa {
+    ($(#[$doc:meta])* fn $name:ident $(<$(const $g:ident: $gt:ty),*>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:ident) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        unsafe fn $name $(<$(const $g: $gt),*>)? (isa: $crate::kernel::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,bmi2,popcnt")]
+            unsafe fn avx512 $(<$(const $g: $gt),*>)? ($($arg: $ty),*) $(-> $ret)? {
+                // SAFETY: the caller's promises are passed on; the features are those of this function.
+                unsafe { $body::<$crate::kernel::simd::x86::Avx512 $($(, $g)*)?>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,popcnt")]
+            unsafe fn avx2 $(<$(const $g: $gt),*>)? ($($arg: $ty),*) $(-> $ret)? {
+                // SAFETY: as above.
+                unsafe { $body::<$crate::kernel::simd::x86::Avx2 $($(, $g)*)?>($($arg),*) }
+            }
+            // SAFETY: an `Isa` beyond Portable comes from `Isa::available`, so the machine has it.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::kernel::Isa::Avx512 => avx512 $(::<$($g),*>)? ($($arg),*),
+                    #[cfg(target_arch = "x86_64")]
+                    $crate::kernel::Isa::Avx2 => avx2 $(::<$($g),*>)? ($($arg),*),
+                    _ => $body::<$crate::kernel::simd::Portable $($(, $g)*)?>($($arg),*),
+                }
+            }
+        }
+    };
+}
+pub(super) use by_isa;
+
+/// Sixteen lanes. All functions are unsafe since they may only run where their instruction set exists, and since
+/// loads and stores take bare pointers; none needs alignment.
+///
+/// # Safety
+/// Pointers must be valid for the 16 (or, for codes, 64) elements that the name says, and the set must be available.
+#[allow(clippy::missing_safety_doc)]
+pub(super) trait Simd: Copy {
+    /// 16 x f32.
+    type F: Copy;
+    /// 16 x i32.
+    type I: Copy;
+    /// 64 x u8: 16 channels x 4 consecutive k.
+    type C: Copy;
+    /// What [`Simd::dot2`] takes off each code when `FULL`.
+    const FULL_OFFSET: f32;
+
+    unsafe fn splat(x: f32) -> Self::F;
+    unsafe fn load(p: *const f32) -> Self::F;
+    unsafe fn store(p: *mut f32, x: Self::F);
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    unsafe fn store_f16(p: *mut u16, x: Self::F);
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// a * b + c
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn abs(a: Self::F) -> Self::F;
+    /// Nearest integer, ties to even.
+    unsafe fn round(a: Self::F) -> Self::F;
+    /// x * 2^n for whole n in -126..=127.
+    unsafe fn ldexp(x: Self::F, n: Self::F) -> Self::F;
+    /// The first `n` lanes of `a`, the others of `b`.
+    unsafe fn first(n: usize, a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sum(a: Self::F) -> f32;
+    unsafe fn max_lane(a: Self::F) -> f32;
+
+    unsafe fn zero_i() -> Self::I;
+    unsafe fn to_f(a: Self::I) -> Self::F;
+    /// Rounds 16 values in -127..=127 to i8 and stores them; returns their sum.
+    unsafe fn store_i8(p: *mut i8, x: Self::F) -> i32;
+
+    unsafe fn codes(p: *const u8) -> Self::C;
+    /// Low and high nibbles.
+    unsafe fn nibbles(p: *const u8) -> (Self::C, Self::C);
+    /// acc[c] += sum over i < 4 of w0[4c + i] * x0[i] + w1[4c + i] * x1[i]; `x` are four i8 in -127..=127 each.
+    /// `FULL`: codes may be up to 255 and are taken less [`Simd::FULL_OFFSET`]; else they are at most 63.
+    unsafe fn dot2<const FULL: bool>(acc: Self::I, w0: Self::C, w1: Self::C, x0: i32, x1: i32) -> Self::I;
+}
+
+/// e^x to about 2 units in the last place; 0 below -87, finite above 88.
+#[inline(always)]
+pub(super) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: arithmetic only; the caller's promise is that S is available.
+    unsafe {
+        let x = S::min(S::max(x, S::splat(-87.3)), S::splat(88.0));
+        let n = S::round(S::mul(x, S::splat(std::f32::consts::LOG2_E)));
+        let r = S::fma(n, S::splat(-0.693_359_4), x);
+        let r = S::fma(n, S::splat(2.121_944_4e-4), r);
+        let mut p = S::splat(1.987_569_1e-4);
+        for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_3e-1] {
+            p = S::fma(p, r, S::splat(c));
+        }
+        let p = S::fma(p, S::mul(r, r), S::add(r, S::splat(1.0)));
+        S::ldexp(p, n)
+    }
+}
+
+/// Arrays; the yardstick, and what machines without AVX2 run.
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+#[inline(always)]
+fn lanes<T>(f: impl Fn(usize) -> T) -> [T; 16] {
+    std::array::from_fn(f)
+}
+
+impl Simd for Portable {
+    type F = [f32; 16];
+    type I = [i32; 16];
+    type C = [u8; 64];
+    const FULL_OFFSET: f32 = 0.0;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::F {
+        [x; 16]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self::F {
+        // SAFETY: 16 elements by contract, also below.
+        unsafe { p.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: Self::F) {
+        // SAFETY: see load.
+        unsafe { p.cast::<[f32; 16]>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self::F {
+        // SAFETY: see load.
+        let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
+        lanes(|i| f16_to_f32(bits[i]))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut u16, x: Self::F) {
+        // SAFETY: see load.
+        unsafe { p.cast::<[u16; 16]>().write_unaligned(lanes(|i| half::f16::from_f32_const(x[i]).to_bits())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self::F {
+        // SAFETY: see load.
+        let bits = unsafe { p.cast::<[u16; 16]>().read_unaligned() };
+        lanes(|i| f32::from_bits(u32::from(bits[i]) << 16))
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        // Rounded twice: without the instruction a true fma is a library call.
+        lanes(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn abs(a: Self::F) -> Self::F {
+        lanes(|i| a[i].abs())
+    }
+    #[inline(always)]
+    unsafe fn round(a: Self::F) -> Self::F {
+        // Adding 1.5 * 2^23 leaves no bits for fractions; the machine's rounding is to even.
+        lanes(|i| if a[i].abs() < 4_194_304.0 { (a[i] + 12_582_912.0) - 12_582_912.0 } else { a[i] })
+    }
+    #[inline(always)]
+    unsafe fn ldexp(x: Self::F, n: Self::F) -> Self::F {
+        lanes(|i| x[i] * f32::from_bits(((n[i] as i32 + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    unsafe fn first(n: usize, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if i < n { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn sum(a: Self::F) -> f32 {
+        let b: [f32; 8] = std::array::from_fn(|i| a[i] + a[i + 8]);
+        let c: [f32; 4] = std::array::from_fn(|i| b[i] + b[i + 4]);
+        (c[0] + c[2]) + (c[1] + c[3])
+    }
+    #[inline(always)]
+    unsafe fn max_lane(a: Self::F) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn zero_i() -> Self::I {
+        [0; 16]
+    }
+    #[inline(always)]
+    unsafe fn to_f(a: Self::I) -> Self::F {
+        lanes(|i| a[i] as f32)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(p: *mut i8, x: Self::F) -> i32 {
+        // SAFETY: see load.
+        unsafe {
+            let x = Self::round(x);
+            let codes = lanes(|i| x[i] as i8);
+            p.cast::<[i8; 16]>().write_unaligned(codes);
+            codes.into_iter().map(i32::from).sum()
+        }
+    }
+    #[inline(always)]
+    unsafe fn codes(p: *const u8) -> Self::C {
+        // SAFETY: see load.
+        unsafe { p.cast::<[u8; 64]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn nibbles(p: *const u8) -> (Self::C, Self::C) {
+        // SAFETY: see load.
+        let c = unsafe { Self::codes(p) };
+        (std::array::from_fn(|i| c[i] & 15), std::array::from_fn(|i| c[i] >> 4))
+    }
+    #[inline(always)]
+    unsafe fn dot2<const FULL: bool>(acc: Self::I, w0: Self::C, w1: Self::C, x0: i32, x1: i32) -> Self::I {
+        let mut acc = acc;
+        for (w, x) in [(w0, x0), (w1, x1)] {
+            let x = x.to_le_bytes();
+            for (i, acc) in acc.iter_mut().enumerate() {
+                for (j, x) in x.into_iter().enumerate() {
+                    *acc += i32::from(w[4 * i + j]) * i32::from(x as i8);
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// Exact, also for subnormals; branches only on the rare classes.
+#[inline(always)]
+fn f16_to_f32(bits: u16) -> f32 {
+    let magic = f32::from_bits(113 << 23);
+    let mut word = (u32::from(bits) & 0x7fff) << 13;
+    let exponent = word & (0x7c00 << 13);
+    word += (127 - 15) << 23;
+    if exponent == 0x7c00 << 13 {
+        word += (128 - 16) << 23;
+    } else if exponent == 0 {
+        word = (f32::from_bits(word + (1 << 23)) - magic).to_bits();
+    }
+    f32::from_bits(word | (u32::from(bits) & 0x8000) << 16)
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    //! SAFETY, for the whole module: the intrinsics need the features of their set, which the trait's contract
+    //! promises; pointers are valid for what is read and written by the same contract.
+    use std::arch::x86_64::*;
+
+    use super::Simd;
+
+    #[derive(Clone, Copy)]
+    pub(in crate::kernel) struct Avx512;
+
+    #[allow(unsafe_op_in_unsafe_fn)]
+    impl Simd for Avx512 {
+        type F = __m512;
+        type I = __m512i;
+        type C = __m512i;
+        const FULL_OFFSET: f32 = 0.0;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> __m512 {
+            _mm512_set1_ps(x)
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> __m512 {
+            _mm512_loadu_ps(p)
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, x: __m512) {
+            _mm512_storeu_ps(p, x)
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u16) -> __m512 {
+            _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
+        }
+        #[inline(always)]
+        unsafe fn store_f16(p: *mut u16, x: __m512) {
+            _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x))
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const u16) -> __m512 {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            _mm512_add_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+            _mm512_sub_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            _mm512_mul_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn div(a: __m512, b: __m512) -> __m512 {
+            _mm512_div_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+            _mm512_fmadd_ps(a, b, c)
+        }
+        #[inline(always)]
+        unsafe fn max(a: __m512, b: __m512) -> __m512 {
+            _mm512_max_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn min(a: __m512, b: __m512) -> __m512 {
+            _mm512_min_ps(a, b)
+        }
+        #[inline(always)]
+        unsafe fn abs(a: __m512) -> __m512 {
+            _mm512_abs_ps(a)
+        }
+        #[inline(always)]
+        unsafe fn round(a: __m512) -> __m512 {
+            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
+        }
+        #[inline(always)]
+        unsafe fn ldexp(x: __m512, n: __m512) -> __m512 {
+            _mm512_scalef_ps(x, n)
+        }
+        #[inline(always)]
+        unsafe fn first(n: usize, a: __m512, b: __m512) -> __m512 {
+            let mask = if n >= 16 { 0xffff } else { (1u16 << n) - 1 };
+            _mm512_mask_blend_ps(mask, b, a)
+        }
+        #[inline(always)]
+        unsafe fn sum(a: __m512) -> f32 {
+            _mm512_reduce_add_ps(a)
+        }
+        #[inline(always)]
+        unsafe fn max_lane(a: __m512) -> f32 {
+            _mm512_reduce_max_ps(a)
+        }
+        #[inline(always)]
+        unsafe fn zero_i() -> __m512i {
+            _mm512_setzero_si512()
+        }
+        #[inline(always)]
+        unsafe fn to_f(a: __m512i) -> __m512 {
+            _mm512_cvtepi32_ps(a)
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, x: __m512) -> i32 {
+            let x = _mm512_cvtps_epi32(x);
+            _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(x));
+            _mm512_reduce_add_epi32(x)
+        }
+        #[inline(always)]
+        unsafe fn codes(p: *const u8) -> __m512i {
+            _mm512_loadu_si512(p.cast())
+        }
+        #[inline(always)]
+        unsafe fn nibbles(p: *const u8) -> (__m512i, __m512i) {
+            let both = _mm512_loadu_si512(p.cast());
+            let mask = _mm512_set1_epi8(15);
+            (_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(both), mask))
+        }
+        #[inline(always)]
+        unsafe fn dot2<const FULL: bool>(acc: __m512i, w0: __m512i, w1: __m512i, x0: i32, x1: i32) -> __m512i {
+            let acc = _mm512_dpbusd_epi32(acc, w0, _mm512_set1_epi32(x0));
+            _mm512_dpbusd_epi32(acc, w1, _mm512_set1_epi32(x1))
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(in crate::kernel) struct Avx2;
+
+    #[allow(unsafe_op_in_unsafe_fn)]
+    impl Simd for Avx2 {
+        type F = [__m256; 2];
+        type I = [__m256i; 2];
+        type C = [__m256i; 2];
+        const FULL_OFFSET: f32 = 128.0;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self::F {
+            [_mm256_set1_ps(x); 2]
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self::F {
+            [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))]
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, x: Self::F) {
+            _mm256_storeu_ps(p, x[0]);
+            _mm256_storeu_ps(p.add(8), x[1]);
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const u16) -> Self::F {
+            [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))]
+        }
+        #[inline(always)]
+        unsafe fn store_f16(p: *mut u16, x: Self::F) {
+            _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]));
+            _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]));
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const u16) -> Self::F {
+            let half = |p: *const u16| {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()))))
+            };
+            [half(p), half(p.add(8))]
+        }
+        #[inline(always)]
+        unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
+            [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
+        }
+        #[inline(always)]
+        unsafe fn sub(a: Self::F, b: Self::F) -> Self::F {
+            [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
+        }
+        #[inline(always)]
+        unsafe fn mul(a: Self::F, b: Self::F) -> Self::F {
+            [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
+        }
+        #[inline(always)]
+        unsafe fn div(a: Self::F, b: Self::F) -> Self::F {
+            [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
+        }
+        #[inline(always)]
+        unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+            [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+        }
+        #[inline(always)]
+        unsafe fn max(a: Self::F, b: Self::F) -> Self::F {
+            [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
+        }
+        #[inline(always)]
+        unsafe fn min(a: Self::F, b: Self::F) -> Self::F {
+            [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
+        }
+        #[inline(always)]
+        unsafe fn abs(a: Self::F) -> Self::F {
+            let sign = _mm256_set1_ps(-0.0);
+            [_mm256_andnot_ps(sign, a[0]), _mm256_andnot_ps(sign, a[1])]
+        }
+        #[inline(always)]
+        unsafe fn round(a: Self::F) -> Self::F {
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            [_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])]
+        }
+        #[inline(always)]
+        unsafe fn ldexp(x: Self::F, n: Self::F) -> Self::F {
+            let power = |n: __m256| {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            };
+            [_mm256_mul_ps(x[0], power(n[0])), _mm256_mul_ps(x[1], power(n[1]))]
+        }
+        #[inline(always)]
+        unsafe fn first(n: usize, a: Self::F, b: Self::F) -> Self::F {
+            let n = _mm256_set1_epi32(n.min(16) as i32);
+            let low = _mm256_cmpgt_epi32(n, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+            let high = _mm256_cmpgt_epi32(n, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15));
+            [
+                _mm256_blendv_ps(b[0], a[0], _mm256_castsi256_ps(low)),
+                _mm256_blendv_ps(b[1], a[1], _mm256_castsi256_ps(high)),
+            ]
+        }
+        #[inline(always)]
+        unsafe fn sum(a: Self::F) -> f32 {
+            let b = _mm256_add_ps(a[0], a[1]);
+            let c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps::<1>(b));
+            let d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+            _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps::<1>(d, d)))
+        }
+        #[inline(always)]
+        unsafe fn max_lane(a: Self::F) -> f32 {
+            let b = _mm256_max_ps(a[0], a[1]);
+            let c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps::<1>(b));
+            let d = _mm_max_ps(c, _mm_movehl_ps(c, c));
+            _mm_cvtss_f32(_mm_max_ss(d, _mm_shuffle_ps::<1>(d, d)))
+        }
+        #[inline(always)]
+        unsafe fn zero_i() -> Self::I {
+            [_mm256_setzero_si256(); 2]
+        }
+        #[inline(always)]
+        unsafe fn to_f(a: Self::I) -> Self::F {
+            [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])]
+        }
+        #[inline(always)]
+        unsafe fn store_i8(p: *mut i8, x: Self::F) -> i32 {
+            let (low, high) = (_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(p.cast(), bytes);
+            let pairs = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+            let quads = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
+            let twice = _mm_add_epi32(quads, _mm_shuffle_epi32::<0b01_00_11_10>(quads));
+            _mm_cvtsi128_si32(_mm_add_epi32(twice, _mm_shuffle_epi32::<0b10_11_00_01>(twice)))
+        }
+        #[inline(always)]
+        unsafe fn codes(p: *const u8) -> Self::C {
+            [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
+        }
+        #[inline(always)]
+        unsafe fn nibbles(p: *const u8) -> (Self::C, Self::C) {
+            let both = Self::codes(p);
+            let mask = _mm256_set1_epi8(15);
+            let high = |x| _mm256_and_si256(_mm256_srli_epi16::<4>(x), mask);
+            ([_mm256_and_si256(both[0], mask), _mm256_and_si256(both[1], mask)], [high(both[0]), high(both[1])])
+        }
+        #[inline(always)]
+        unsafe fn dot2<const FULL: bool>(acc: Self::I, w0: Self::C, w1: Self::C, x0: i32, x1: i32) -> Self::I {
+            let (x0, x1) = (_mm256_set1_epi32(x0), _mm256_set1_epi32(x1));
+            let ones = _mm256_set1_epi16(1);
+            let half = |acc, w0, w1| {
+                if FULL {
+                    // maddubs adds two products in 16 bits, which 255 * 127 * 2 overflows. The code less 128 does not:
+                    // its sign moves over to x, which is never -128.
+                    let signed = |w, x| {
+                        let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+                        _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), ones)
+                    };
+                    _mm256_add_epi32(acc, _mm256_add_epi32(signed(w0, x0), signed(w1, x1)))
+                } else {
+                    // 63 * 127 * 4 = 32,004 still fits.
+                    let sum = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+                    _mm256_add_epi32(acc, _mm256_madd_epi16(sum, ones))
+                }
+            };
+            [half(acc[0], w0[0], w1[0]), half(acc[1], w0[1], w1[1])]
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    unsafe fn probe_body<S: Simd>(x: *const f32, out: *mut f32) {
+        // SAFETY: 16 inputs, 96 outputs; see the caller.
+        unsafe {
+            let v = S::load(x);
+            S::store(out, exp::<S>(v));
+            S::store(out.add(16), S::round(v));
+            S::store(out.add(32), S::first(5, v, S::splat(9.0)));
+            let mut halves = [0u16; 16];
+            S::store_f16(halves.as_mut_ptr(), v);
+            S::store(out.add(48), S::load_f16(halves.as_ptr()));
+            S::store(out.add(64), S::load_bf16(halves.as_ptr()));
+            let mut bytes = [0i8; 16];
+            let sum = S::store_i8(bytes.as_mut_ptr(), S::max(S::min(v, S::splat(127.0)), S::splat(-127.0)));
+            assert_eq!(sum, bytes.iter().map(|&b| i32::from(b)).sum::<i32>());
+            let tail = [S::sum(v), S::max_lane(v), bytes[0] as f32, bytes[15] as f32];
+            std::ptr::copy_nonoverlapping(tail.as_ptr(), out.add(80), 4);
+        }
+    }
+    by_isa! { fn probe(x: *const f32, out: *mut f32) = probe_body }
+
+    #[test]
+    fn every_set_computes_what_the_standard_library_does() {
+        let inputs: [[f32; 16]; 2] = [
+            std::array::from_fn(|i| (i as f32 - 7.5) * 5.3),
+            [-1e30, -90.0, -87.0, -1e-8, 0.0, 1e-8, 0.5, 1.5, 2.5, -0.5, -1.5, 6e-8, 3e-6, 60.0, 87.9, -42.4],
+        ];
+        for &isa in Isa::available() {
+            for x in inputs {
+                let mut out = [0f32; 96];
+                // SAFETY: both arrays are as long as the probe asks.
+                unsafe { probe(isa, x.as_ptr(), out.as_mut_ptr()) };
+                for i in 0..16 {
+                    let exact = f64::from(x[i]).exp();
+                    assert!(
+                        (f64::from(out[i]) - exact).abs() <= 3e-7 * exact + 1.3e-38,
+                        "{isa} exp({}) {}",
+                        x[i],
+                        out[i]
+                    );
+                    assert_eq!(out[16 + i], x[i].round_ties_even(), "{isa}");
+                    assert_eq!(out[32 + i], if i < 5 { x[i] } else { 9.0 }, "{isa}");
+                    assert_eq!(out[48 + i], half::f16::from_f32(x[i]).to_f32(), "{isa}");
+                    assert_eq!(
+                        out[64 + i],
+                        half::bf16::from_bits(half::f16::from_f32(x[i]).to_bits()).to_f32(),
+                        "{isa}"
+                    );
+                }
+                assert!((out[80] - x.iter().sum::<f32>()).abs() <= 1e-5 * x.iter().map(|x| x.abs()).sum::<f32>());
+                assert_eq!(out[81], x.iter().copied().fold(f32::MIN, f32::max));
+                let byte = |x: f32| x.clamp(-127.0, 127.0).round_ties_even();
+                assert_eq!((out[82], out[83]), (byte(x[0]), byte(x[15])), "{isa}");
+            }
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The decoder on a CPU: packed rows of many sequences in, logits of the sampled ones out, over paged KV.
+//!
+//!     Batch ─ embed ─> x ─ layers (layers.rs) ─> norm of sampled rows ─ head ─> logits
+//!                        └ K, V of all rows into their blocks (kv.rs)
+//!
+//! One text for every family: sizes, biases and rope come from [`DecoderSpec`]. Owned by one thread, which may use the
+//! pool's others. Nothing is allocated in a step. Knows nothing of sequences beyond a step, nor of sampling.
+
+use std::sync::Arc;
+
+use crate::base::{Error, Result};
+use crate::config::{KvType, Precision};
+use crate::kernel::{
+    Activations, Attention, Buffer, Cpu, Isa, KvLayout, KvSpan, Linear, MAX_DIM, MAX_GROUP, Out, Panels, Pool, Query,
+    Rope, each_row, gated, rotate,
+};
+use crate::model::Batch;
+use crate::model::kv::KvPool;
+use crate::model::layers::{Layer, Packer};
+use crate::model::spec::DecoderSpec;
+use crate::model::weights::Weights;
+
+/// How a decoder is laid out on its device.
+#[derive(Clone)]
+pub struct DecoderOptions {
+    /// Worker threads.
+    pub pool: Arc<Pool>,
+    /// Instruction set: [`Isa::detect`], or another of [`Isa::available`] for comparisons.
+    pub isa: Isa,
+    /// Arithmetic of the weights.
+    pub precision: Precision,
+    /// Type of keys and values; `Plain` precision always has f32.
+    pub kv: KvType,
+    /// Size of the KV pool.
+    pub kv_bytes: usize,
+    /// Tokens in a KV block, at least 1.
+    pub block_tokens: usize,
+    /// Rows in a step, at most.
+    pub max_rows: usize,
+    /// Rows with logits in a step, at most.
+    pub max_sample_rows: usize,
+}
+
+/// A model ready to compute: packed weights, KV pool, work buffers.
+pub struct Decoder {
+    spec: DecoderSpec,
+    cpu: Cpu,
+    /// `None` when the head is the embedding.
+    embedding: Option<Panels>,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    head: Linear,
+    kv: KvPool,
+    rope: Rope,
+    attention: Attention,
+    work: Work,
+    max_rows: usize,
+    max_sample_rows: usize,
+}
+
+/// What a step computes in; sized for the largest one.
+struct Work {
+    /// The residual stream, `[rows, hidden]`.
+    x: Buffer<f32>,
+    /// `[rows, q, k and v of all heads]`
+    qkv: Buffer<f32>,
+    /// What goes into a matrix from the residual stream or from attention.
+    inputs: Activations,
+    /// The middle of the feed-forward.
+    middle: Activations,
+    /// The sampled rows in front of the head.
+    sampled: Activations,
+    /// `[sampled rows, vocab]`
+    logits: Buffer<f32>,
+}
+
+impl Decoder {
+    /// Packs the weights and allocates everything a step needs. `progress` hears how much is packed, 0 to 1.
+    ///
+    /// # Errors
+    /// `ModelUnavailable` when a tensor is missing or broken, `Unsupported` for shapes the kernels do not have,
+    /// `BadInput` when the KV pool is too small or too large.
+    pub fn open(
+        weights: &Weights,
+        spec: DecoderSpec,
+        options: &DecoderOptions,
+        progress: &(dyn Fn(f32) + Sync),
+    ) -> Result<Self> {
+        if spec.head_dim > MAX_DIM || spec.heads / spec.kv_heads > MAX_GROUP {
+            return Err(Error::unsupported(format!(
+                "heads of {} in groups of {}: up to {MAX_DIM} in groups of {MAX_GROUP} are computed",
+                spec.head_dim,
+                spec.heads / spec.kv_heads
+            )));
+        }
+        let (rows, sample_rows) = (options.max_rows.max(1), options.max_sample_rows.max(1));
+        let plain = options.precision == Precision::Plain;
+        let layout = KvLayout {
+            heads: spec.kv_heads,
+            dim: spec.head_dim,
+            block_tokens: options.block_tokens.max(1),
+            half: options.kv == KvType::F16 && !plain,
+        };
+        let kv = KvPool::new(layout, spec.layers, options.kv_bytes)?;
+        let cpu = Cpu { pool: options.pool.clone(), isa: options.isa };
+        let mut packer = Packer { cpu: &cpu, weights, spec: &spec, plain, progress, done: 0 };
+        let embedding = packer.matrix("token_embd.weight", None)?;
+        let layers: Vec<Layer> = (0..spec.layers).map(|layer| packer.layer(layer)).collect::<Result<_>>()?;
+        let norm = packer.vector("output_norm.weight")?;
+        let (embedding, head) = match spec.tied_head {
+            true => (None, embedding),
+            false => (Some(embedding), packer.matrix("output.weight", None)?),
+        };
+        let head = Linear::new(vec![head], None);
+        progress(1.0);
+
+        let inputs_int8 = layers.iter().any(|layer| {
+            layer.qkv.takes_int8() || layer.output.takes_int8() || layer.gate.takes_int8() || layer.up.takes_int8()
+        });
+        let middle_int8 = layers.iter().any(|layer| layer.down.takes_int8());
+        let work = Work {
+            x: Buffer::zeroed(rows * spec.hidden),
+            qkv: Buffer::zeroed(rows * (spec.q_width() + 2 * spec.kv_width())),
+            inputs: Activations::new(rows, spec.hidden.max(spec.q_width()), inputs_int8),
+            middle: Activations::new(rows, spec.ffn, middle_int8),
+            sampled: Activations::new(sample_rows, spec.hidden, head.takes_int8()),
+            logits: Buffer::zeroed(sample_rows * spec.vocab),
+        };
+        Ok(Self {
+            rope: Rope::new(spec.rope.frequencies(spec.head_dim), rows),
+            attention: Attention::new(rows),
+            max_rows: rows,
+            max_sample_rows: sample_rows,
+            spec,
+            cpu,
+            embedding,
+            layers,
+            norm,
+            head,
+            kv,
+            work,
+        })
+    }
+
+    /// What it computes.
+    pub fn spec(&self) -> &DecoderSpec {
+        &self.spec
+    }
+
+    /// KV blocks of the pool; valid ids are `0..blocks`.
+    pub fn blocks(&self) -> usize {
+        self.kv.blocks()
+    }
+
+    /// Tokens in a KV block.
+    pub fn block_tokens(&self) -> usize {
+        self.kv.layout().block_tokens
+    }
+
+    /// Bytes of packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        let layer = |layer: &Layer| {
+            let linears = layer.qkv.bytes() + layer.output.bytes() + layer.down.bytes();
+            linears + layer.gate.bytes() + layer.up.bytes()
+        };
+        let embedding = self.embedding.as_ref().map_or(0, Panels::bytes);
+        embedding + self.head.bytes() + self.layers.iter().map(layer).sum::<usize>()
+    }
+
+    /// Writes K and V of all rows into their blocks and computes logits of `batch.sample_rows`: `[rows, vocab]` and the
+    /// pool, whose threads are idle then. A row's logits have the same bits in any batch.
+    ///
+    /// # Errors
+    /// `Internal` when the batch is larger than this decoder was opened for, or names what does not exist.
+    pub fn forward(&mut self, batch: &Batch) -> Result<(&mut [f32], &Pool)> {
+        self.check(batch)?;
+        let rows = batch.rows();
+        self.embed(batch);
+        self.rope.set(&self.cpu, &batch.positions);
+        let spans = batch.spans.iter().map(|span| KvSpan {
+            row: span.row as usize,
+            rows: span.rows as usize,
+            start: span.start as usize,
+            table: span.table as usize,
+        });
+        self.attention.plan(spans, self.spec.heads / self.spec.kv_heads);
+        for layer in 0..self.layers.len() {
+            self.attend(layer, batch);
+            self.feed_forward(layer, rows);
+        }
+        let (cpu, work) = (&self.cpu, &mut self.work);
+        let sampled = batch.sample_rows.len();
+        let pick = |row: usize| batch.sample_rows[row] as usize;
+        work.sampled.norm(cpu, &work.x, &self.norm, self.spec.norm_eps, sampled, pick, self.head.takes_int8());
+        let logits = &mut work.logits[..sampled * self.spec.vocab];
+        if sampled > 0 {
+            self.head.apply(cpu, &work.sampled, sampled, Out::Set(logits));
+        }
+        Ok((logits, &cpu.pool))
+    }
+
+    fn check(&self, batch: &Batch) -> Result<()> {
+        let rows = batch.rows();
+        let wrong = |what: String| Err(Error::internal(format!("a batch that cannot be computed: {what}")));
+        if rows > self.max_rows || batch.sample_rows.len() > self.max_sample_rows {
+            let sampled = batch.sample_rows.len();
+            return wrong(format!("{rows} rows of {}, {sampled} sampled of {}", self.max_rows, self.max_sample_rows));
+        }
+        if batch.positions.len() != rows || batch.spans.iter().map(|span| span.rows as usize).sum::<usize>() != rows {
+            return wrong("spans and positions do not cover its rows".to_owned());
+        }
+        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
+            return wrong(format!("token {token} of {}", self.spec.vocab));
+        }
+        if let Some(row) = batch.sample_rows.iter().find(|&&row| row as usize >= rows) {
+            return wrong(format!("sampled row {row} of {rows}"));
+        }
+        let mut row = 0;
+        for span in &batch.spans {
+            let tokens = span.start as usize + span.rows as usize;
+            let end = span.table as usize + span.blocks as usize;
+            if span.row as usize != row || end > batch.tables.len() {
+                return wrong(format!("{span:?} of {rows} rows and {} blocks", batch.tables.len()));
+            }
+            if (span.blocks as usize).saturating_mul(self.block_tokens()) < tokens {
+                return wrong(format!("{} blocks for {tokens} tokens", span.blocks));
+            }
+            row += span.rows as usize;
+        }
+        match batch.tables.iter().find(|&&block| block as usize >= self.kv.blocks()) {
+            Some(block) => wrong(format!("block {block} of {}", self.kv.blocks())),
+            None => Ok(()),
+        }
+    }
+
+    /// x = the rows of the embedding.
+    fn embed(&mut self, batch: &Batch) {
+        let (hidden, x) = (self.spec.hidden, self.work.x.share());
+        each_row(&self.cpu, batch.rows(), hidden, |row| {
+            // SAFETY: each row is handed out once.
+            let out = unsafe { x.part(row * hidden, hidden) };
+            let token = batch.tokens[row] as usize;
+            match &self.embedding {
+                Some(embedding) => embedding.channel(token, out),
+                None => self.head.channel(token, out),
+            }
+        });
+    }
+
+    /// x += output(attention(rope(qkv(norm(x)))))
+    fn attend(&mut self, index: usize, batch: &Batch) {
+        let (spec, cpu, work, layer) = (&self.spec, &self.cpu, &mut self.work, &self.layers[index]);
+        let (rows, dim) = (batch.rows(), spec.head_dim);
+        let (q_width, kv_width) = (spec.q_width(), spec.kv_width());
+        let stride = q_width + 2 * kv_width;
+        let layout = *self.kv.layout();
+
+        let int8 = layer.qkv.takes_int8();
+        work.inputs.norm(cpu, &work.x, &layer.attention_norm, spec.norm_eps, rows, |row| row, int8);
+        layer.qkv.apply(cpu, &work.inputs, rows, Out::Set(&mut work.qkv[..rows * stride]));
+
+        let (qkv, blocks, rope) = (work.qkv.share(), self.kv.share(index), &self.rope);
+        each_row(cpu, rows, stride, |row| {
+            // SAFETY: each row is handed out once.
+            let (q, kv) = unsafe { qkv.part(row * stride, stride) }.split_at_mut(q_width);
+            let (keys, values) = kv.split_at_mut(kv_width);
+            q.chunks_exact_mut(dim).for_each(|head| rotate(cpu.isa, head, rope.of(row)));
+            let (block, slot) = place(batch, row, layout.block_tokens);
+            for (head, (key, value)) in keys.chunks_exact_mut(dim).zip(values.chunks_exact(dim)).enumerate() {
+                rotate(cpu.isa, key, rope.of(row));
+                // SAFETY: the batch was checked, so the block exists; two rows never share a slot.
+                unsafe {
+                    let block = blocks.at(block * layout.block_bytes());
+                    layout.write(cpu.isa, block, slot, head, key, value);
+                }
+            }
+        });
+
+        let query = Query {
+            q: &work.qkv[..rows * stride],
+            stride,
+            heads: spec.heads,
+            scale: 1.0 / (dim as f32).sqrt(),
+            out: &mut work.inputs.floats(q_width)[..rows * q_width],
+        };
+        self.attention.run(cpu, &layout, self.kv.layer(index), &batch.tables, query);
+        if layer.output.takes_int8() {
+            work.inputs.quantize(cpu, rows);
+        }
+        layer.output.apply(cpu, &work.inputs, rows, Out::Add(&mut work.x[..rows * spec.hidden]));
+    }
+
+    /// x += down(silu(gate(norm(x))) * up(norm(x)))
+    fn feed_forward(&mut self, index: usize, rows: usize) {
+        let (spec, cpu, work, layer) = (&self.spec, &self.cpu, &mut self.work, &self.layers[index]);
+        let int8 = layer.gate.takes_int8() || layer.up.takes_int8();
+        work.inputs.norm(cpu, &work.x, &layer.ffn_norm, spec.norm_eps, rows, |row| row, int8);
+        let middle = &mut work.middle.floats(spec.ffn)[..rows * spec.ffn];
+        gated(cpu, &layer.gate, &layer.up, &work.inputs, rows, middle);
+        if layer.down.takes_int8() {
+            work.middle.quantize(cpu, rows);
+        }
+        layer.down.apply(cpu, &work.middle, rows, Out::Add(&mut work.x[..rows * spec.hidden]));
+    }
+}
+
+/// Block and slot of a row's own token.
+fn place(batch: &Batch, row: usize, block_tokens: usize) -> (usize, usize) {
+    let after = batch.spans.partition_point(|span| span.row as usize <= row);
+    let span = &batch.spans[after - 1];
+    let position = span.start as usize + row - span.row as usize;
+    (batch.table(span)[position / block_tokens] as usize, position % block_tokens)
+}

@@ -1,0 +1,90 @@
+//! The layers of a decoder, packed for the kernels out of a model's tensors.
+//!
+//!     x ─┬─ norm ─ qkv ─ rope ─ attention ─ output ─(+)─┬─ norm ─ gate, up ─ silu·mul ─ down ─(+)─
+//!        └──────────────────────────────────────────────┘└──────────────────────────────────────┘
+//!
+//! Whatever order a file has the numbers of a head in, packed heads are halves: number `i` turns with `i + dim / 2`.
+
+use crate::base::Result;
+use crate::kernel::{Cpu, Linear, Panels, Source};
+use crate::model::spec::{DecoderSpec, RopeStyle};
+use crate::model::weights::Weights;
+
+/// One decoder layer.
+pub(super) struct Layer {
+    pub(super) attention_norm: Vec<f32>,
+    /// Queries, keys and values of all heads, side by side.
+    pub(super) qkv: Linear,
+    pub(super) output: Linear,
+    pub(super) ffn_norm: Vec<f32>,
+    pub(super) gate: Panels,
+    pub(super) up: Panels,
+    pub(super) down: Linear,
+}
+
+/// Packs tensors and says how far it is.
+pub(super) struct Packer<'a> {
+    pub(super) cpu: &'a Cpu,
+    pub(super) weights: &'a Weights,
+    pub(super) spec: &'a DecoderSpec,
+    /// Everything in f32.
+    pub(super) plain: bool,
+    pub(super) progress: &'a (dyn Fn(f32) + Sync),
+    /// Bytes of tensors packed so far.
+    pub(super) done: u64,
+}
+
+impl Packer<'_> {
+    /// Layer number `layer`.
+    pub(super) fn layer(&mut self, layer: usize) -> Result<Layer> {
+        let name = |part: &str| format!("blk.{layer}.{part}");
+        let heads = (self.spec.rope.style == RopeStyle::Interleaved).then_some(self.spec.head_dim);
+        let bias = if self.spec.qkv_bias {
+            let mut bias = Vec::new();
+            for (part, heads) in [("attn_q.bias", heads), ("attn_k.bias", heads), ("attn_v.bias", None)] {
+                let values = self.vector(&name(part))?;
+                bias.extend((0..values.len()).map(|channel| values[halves(heads, channel)]));
+            }
+            Some(bias)
+        } else {
+            None
+        };
+        let q = self.matrix(&name("attn_q.weight"), heads)?;
+        let k = self.matrix(&name("attn_k.weight"), heads)?;
+        let v = self.matrix(&name("attn_v.weight"), None)?;
+        Ok(Layer {
+            attention_norm: self.vector(&name("attn_norm.weight"))?,
+            qkv: Linear::new(vec![q, k, v], bias),
+            output: Linear::new(vec![self.matrix(&name("attn_output.weight"), None)?], None),
+            ffn_norm: self.vector(&name("ffn_norm.weight"))?,
+            gate: self.matrix(&name("ffn_gate.weight"), None)?,
+            up: self.matrix(&name("ffn_up.weight"), None)?,
+            down: Linear::new(vec![self.matrix(&name("ffn_down.weight"), None)?], None),
+        })
+    }
+
+    /// A matrix, its rows put into halves when they are interleaved heads of `heads` numbers. Its pages in the file are
+    /// given back.
+    pub(super) fn matrix(&mut self, name: &str, heads: Option<usize>) -> Result<Panels> {
+        let tensor = self.weights.tensor(name)?;
+        let source = Source { dtype: tensor.dtype, bytes: tensor.data, channels: tensor.rows, inputs: tensor.cols };
+        let panels = Panels::pack(self.cpu, source, self.plain, |channel| halves(heads, channel))
+            .map_err(|error| error.context(name))?;
+        self.done += tensor.data.len() as u64;
+        self.weights.release(name);
+        (self.progress)((self.done as f64 / self.weights.bytes().max(1) as f64).min(1.0) as f32);
+        Ok(panels)
+    }
+
+    /// A norm's weights or a bias.
+    pub(super) fn vector(&self, name: &str) -> Result<Vec<f32>> {
+        self.weights.tensor(name)?.to_f32()
+    }
+}
+
+/// The row of a file that becomes `channel`: the even numbers of an interleaved head first, then the odd ones.
+fn halves(heads: Option<usize>, channel: usize) -> usize {
+    let Some(dim) = heads else { return channel };
+    let (head, i, half) = (channel / dim * dim, channel % dim, dim / 2);
+    head + if i < half { 2 * i } else { 2 * (i - half) + 1 }
+}

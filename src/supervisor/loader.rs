@@ -1,0 +1,112 @@
+//! From a path to a model that is ready to be installed. Runs on a thread of its own, so that decoding goes on.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use tracing::{debug, info};
+
+use crate::base::{DeviceId, Error, Result, SlotId};
+use crate::config::{Engine as EngineConfig, Model as ModelConfig};
+use crate::engine::sim::{SimRunner, SimSpec};
+use crate::engine::{ModelSlot, Runner};
+use crate::kernel::{Isa, Pool};
+use crate::metrics::{EngineMetrics, Metrics};
+use crate::model::files::ModelFiles;
+use crate::model::text::TextModel;
+use crate::model::weights::Weights;
+use crate::model::{Decoder, DecoderOptions};
+
+/// Context window of a simulated model.
+const SIM_CONTEXT: u32 = 32_768;
+
+/// What makes two loads the same: the model's options, the time of its file among them, and the device's.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Identity {
+    pub(super) model: ModelConfig,
+    pub(super) engine: EngineConfig,
+}
+
+/// A model off the disk, and what the fleet says about it.
+pub(super) struct Ready {
+    pub(super) slot: ModelSlot,
+    pub(super) text: Arc<TextModel>,
+    pub(super) metrics: EngineMetrics,
+}
+
+/// Reads, checks and packs one model. `pool` computes it later; the packing itself uses threads of its own.
+pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metrics: &Metrics) -> Result<Ready> {
+    let started = Instant::now();
+    let (model, engine) = (&identity.model, &identity.engine);
+    let (text, runner) = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
+    let context = model.context.unwrap_or(u32::MAX).min(text.context());
+    let metrics = metrics.engine(&model.id, device);
+    info!(
+        model = %model.id,
+        path = %model.path.display(),
+        kv_blocks = runner.blocks(),
+        context,
+        ms = started.elapsed().as_millis() as u64,
+        "model loaded"
+    );
+    let slot = ModelSlot {
+        slot: SlotId::next(),
+        model: model.id.clone(),
+        vocabulary: text.vocabulary().clone(),
+        runner,
+        context,
+        step_tokens: engine.step_tokens,
+        prefill_chunk: engine.prefill_chunk,
+        max_running: engine.max_running,
+        max_queue: engine.max_queue,
+        prefix_cache: engine.prefix_cache,
+        metrics: metrics.clone(),
+    };
+    Ok(Ready { slot, text: Arc::new(text), metrics })
+}
+
+/// Both halves of a model at the same time: the text half is a quarter of a small model's load time.
+fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<(TextModel, Box<dyn Runner>)> {
+    if let Some(spec) = simulated(&model.path) {
+        let text = TextModel::bytes(SimRunner::vocabulary(), SIM_CONTEXT)?;
+        return Ok((text, Box::new(SimRunner::new(spec?))));
+    }
+    let files = Arc::new(ModelFiles::open(&model.path)?);
+    std::thread::scope(|scope| {
+        let text = scope.spawn(|| TextModel::of(&files));
+        let decoder = decoder(&files, model, engine, pool);
+        let text =
+            text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
+        Ok((text, Box::new(decoder?) as Box<dyn Runner>))
+    })
+}
+
+fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<Decoder> {
+    let weights = Weights::of(files.clone())?;
+    let spec = weights.spec()?;
+    let options = DecoderOptions {
+        pool: pool.clone(),
+        isa: Isa::detect(),
+        precision: model.precision,
+        kv: model.kv,
+        kv_bytes: model.kv_bytes,
+        block_tokens: engine.block_tokens,
+        max_rows: engine.step_tokens,
+        max_sample_rows: engine.max_running.min(engine.step_tokens),
+    };
+    let told = AtomicU32::new(0);
+    Decoder::open(&weights, spec, &options, &|done| {
+        let tenth = (done * 10.0) as u32;
+        if told.fetch_max(tenth, Ordering::Relaxed) < tenth {
+            debug!(model = %model.id, percent = tenth * 10, "packing weights");
+        }
+    })
+}
+
+/// A path of the form `sim` or `sim:key=value,…`, unless there is such a file: a device without weights, for tests and load work.
+fn simulated(path: &Path) -> Option<Result<SimSpec>> {
+    let name = path.file_name()?.to_str()?;
+    let is_sim = (name == "sim" || name.starts_with("sim:")) && !path.exists();
+    is_sim.then(|| name.parse())
+}

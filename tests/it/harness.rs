@@ -1,0 +1,171 @@
+//! A daemon on a free loopback port, and a client for it.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix_web::dev::ServerHandle;
+use neurond::base::{AccountId, KeyId, ModelId, Phase};
+use neurond::config::{Binding, Config, Live, Token};
+use neurond::gateway::Gateway;
+use neurond::http::{self, Listener, Services};
+use neurond::ledger::Ledger;
+use neurond::metrics::Metrics;
+use neurond::supervisor::FleetView;
+use neurond::vault::Vault;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+
+/// A model of the built-in catalog whose native results are classic.
+pub const CLASSIC: &str = "@cf/meta/llama-3.2-1b-instruct";
+
+/// The HTTP floor and what is below it, in this process.
+pub struct Daemon {
+    /// Where the API listens.
+    pub addr: SocketAddr,
+    /// Where the AI binding listens.
+    pub binding: SocketAddr,
+    /// What its handlers reach for.
+    pub services: Services,
+    phase: watch::Sender<Phase>,
+    handles: Vec<ServerHandle>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Daemon {
+    /// Starts with the built-in configuration after `tune` has changed it.
+    pub fn start(tune: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config::default();
+        config.server.workers = 2;
+        config.server.drain_timeout = Duration::from_secs(5);
+        config.binding =
+            Some(Binding { listen: "127.0.0.1:0".parse().unwrap(), account: AccountId::new("worker-account") });
+        tune(&mut config);
+        let api = TcpListener::bind("127.0.0.1:0").unwrap();
+        let binding = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (addr, binding_addr) = (api.local_addr().unwrap(), binding.local_addr().unwrap());
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let (phase, phases) = watch::channel(Phase::Ready);
+        let thread = std::thread::spawn(move || {
+            actix_web::rt::System::new().block_on(async move {
+                let metrics = Arc::new(Metrics::new());
+                let vault = Vault::new(config.auth.clone());
+                let config = Live::new(config);
+                let fleet = FleetView::default();
+                let ledger = Ledger::start();
+                let gateway =
+                    Gateway { config: config.clone(), fleet: fleet.clone(), ledger, metrics: metrics.clone() };
+                let services = Services { config, gateway, fleet, vault, metrics, phase: phases };
+                let api = http::start(services.clone(), api, Listener::Api).unwrap();
+                let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
+                sender.send((services, vec![api.handle(), binding.handle()])).unwrap();
+                let _ = futures_util::future::join(api, binding).await;
+            });
+        });
+        let (services, handles) = receiver.recv().unwrap();
+        Self { addr, binding: binding_addr, services, phase, handles, thread: Some(thread) }
+    }
+
+    /// The address of a path of the API.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.addr)
+    }
+
+    /// Tells every handler where the process is in its life.
+    pub fn enter(&self, phase: Phase) {
+        self.phase.send_replace(phase);
+    }
+
+    /// Begins a graceful stop and says so when it is over.
+    pub fn stop(&self) -> impl Future<Output = ()> + use<> {
+        let stops: Vec<_> = self.handles.iter().map(|handle| handle.stop(true)).collect();
+        async move {
+            for stop in stops {
+                stop.await;
+            }
+        }
+    }
+
+    /// `POST` with a JSON body and no credentials.
+    pub async fn post(&self, path: &str, body: Value) -> Answer {
+        Answer::of(reqwest::Client::new().post(self.url(path)).json(&body)).await
+    }
+
+    /// `GET` with no credentials.
+    pub async fn get(&self, path: &str) -> Answer {
+        Answer::of(reqwest::Client::new().get(self.url(path))).await
+    }
+
+    /// The value of one series of `/metrics`, as written there; 0 while it does not exist.
+    pub fn metric(&self, series: &str) -> f64 {
+        let text = String::from_utf8(self.services.metrics.render()).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// Waits until something is true, or fails after ten seconds.
+    #[track_caller]
+    pub fn eventually(&self, what: &str, mut is_true: impl FnMut(&Self) -> bool) {
+        let start = Instant::now();
+        while !is_true(self) {
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}: not within 10 s");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        for handle in &self.handles {
+            drop(handle.stop(false));
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A token as the configuration holds it.
+pub fn token(id: &str, secret: &str, account: &str) -> Token {
+    Token {
+        id: KeyId::new(id),
+        sha256: Sha256::digest(secret.as_bytes()).into(),
+        account: AccountId::new(account),
+        any_account: false,
+        expires: None,
+    }
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: reqwest::header::HeaderMap,
+    pub text: String,
+}
+
+impl Answer {
+    pub async fn of(request: reqwest::RequestBuilder) -> Self {
+        let response = request.send().await.unwrap();
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        Self { status, headers, text: response.text().await.unwrap() }
+    }
+
+    /// A header as text, empty if it is not there.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    /// The body, which must be JSON and say so exactly.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        assert_eq!(self.header("content-type"), "application/json", "{self:?}");
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+}
+
+/// The id under which a model of the catalog is known.
+pub fn model(id: &str) -> ModelId {
+    ModelId::new(id)
+}

@@ -1,0 +1,10 @@
+//! The daemon through real sockets: one module a surface, one harness for all.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod auth;
+mod binding;
+mod cloudflare;
+mod harness;
+mod limits;
+mod openai;

@@ -1,0 +1,249 @@
+//! Drives the real scheduler, block manager, sampler and delivery from seeds, without threads or clocks: random arrivals,
+//! lengths, shared prefixes, choices, stop strings, priorities, accounts, cancels, deadlines, a tiny KV pool, now and
+//! then a device that fails. The simulated device checks every cell of KV that it would read.
+//!
+//!     cargo test --test sim                          all seeds
+//!     SIM_SEED=17 cargo test --test sim              one seed again, with its story on stderr
+//!     SIM_SEEDS=100000 cargo test --release --test sim
+
+mod world;
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use neurond::base::Kind;
+use neurond::task::FinishReason;
+
+use world::{Answer, Request, Rng, World, WorldSpec};
+
+/// Seeds of an ordinary run.
+const SEEDS: u64 = 400;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
+}
+
+#[test]
+fn every_seed_ends_well() {
+    if let Some(seed) = number("SIM_SEED") {
+        let tally = play(seed, true).unwrap();
+        return eprintln!("{tally:?}");
+    }
+    let seeds = number("SIM_SEEDS").unwrap_or(SEEDS);
+    let mut total = Tally::default();
+    for seed in 0..seeds {
+        let outcome = std::panic::catch_unwind(|| play(seed, false)).unwrap_or_else(|_| Err("it panicked".into()));
+        match outcome {
+            Ok(tally) => total.add(&tally),
+            Err(error) => panic!(
+                "seed {seed}: {error}\nrun it again with: SIM_SEED={seed} cargo test --test sim every_seed -- --nocapture"
+            ),
+        }
+    }
+    println!("{seeds} seeds: {total:?}");
+    // The seeds are worth something only if everything happens in them.
+    assert!(seeds < SEEDS || total.least() >= 100, "{total:?}");
+}
+
+/// One seed from the first arrival to the last answer.
+fn play(seed: u64, aloud: bool) -> Result<Tally, String> {
+    let mut rng = Rng::new(seed);
+    let spec = WorldSpec::random(&mut rng);
+    let requests: Vec<Request> = (0..rng.within(3, 40)).map(|_| Request::random(&mut rng, &spec)).collect();
+    if aloud {
+        eprintln!("{spec:#?}\n{requests:#?}");
+    }
+    let mut world = World::new(spec);
+    // Each step computes at least one row, and a row is computed again only when somebody else was given its block.
+    let tokens: usize = requests
+        .iter()
+        .map(|request| request.choices as usize * (request.prompt.len() + request.max_tokens as usize))
+        .sum();
+    let bound = 20 * tokens + 1_000;
+    let answers = world.play(&requests, bound, aloud)?;
+    let mut alone = HashMap::new();
+    for (at, (request, answer)) in requests.iter().zip(&answers).enumerate() {
+        judge(&world, request, answer, &mut alone).map_err(|error| format!("request {at}: {error}"))?;
+    }
+    world.is_empty()?;
+    Ok(Tally::of(&world, &requests, &answers))
+}
+
+/// How often what happened.
+#[derive(Default, Debug)]
+struct Tally(BTreeMap<&'static str, u64>);
+
+impl Tally {
+    fn of(world: &World, requests: &[Request], answers: &[Answer]) -> Self {
+        let count = |is: &dyn Fn(&Answer) -> bool| answers.iter().filter(|answer| is(answer)).count() as u64;
+        let failed = |kind: Kind| count(&|answer: &Answer| answer.failed == Some(kind));
+        let ended_by = |is: fn(&(FinishReason, Option<String>)) -> bool| {
+            let choices = requests
+                .iter()
+                .zip(answers)
+                .flat_map(|(request, answer)| (0..request.choices).map(move |choice| answer.finish(choice)));
+            choices.flatten().filter(|finish| is(finish)).count() as u64
+        };
+        Self(BTreeMap::from([
+            ("done", count(&|answer| answer.done.is_some())),
+            ("cached", count(&|answer| answer.done.is_some_and(|usage| usage.cached_tokens > 0))),
+            ("preempted", world.metrics.preemptions.get()),
+            ("cancelled", world.metrics.cancelled.get()),
+            ("busy", failed(Kind::Busy)),
+            ("too long", failed(Kind::ContextLength)),
+            ("late", failed(Kind::Timeout)),
+            ("lost", failed(Kind::EngineLost)),
+            ("end token", ended_by(|finish| *finish == (FinishReason::Stop, None))),
+            ("stop string", ended_by(|finish| finish.1.is_some())),
+            ("length", ended_by(|finish| finish.0 == FinishReason::Length)),
+        ]))
+    }
+
+    fn add(&mut self, other: &Self) {
+        other.0.iter().for_each(|(what, count)| *self.0.entry(what).or_default() += count);
+    }
+
+    fn least(&self) -> u64 {
+        self.0.values().min().copied().unwrap_or(0)
+    }
+}
+
+/// What may come of a request, given what it was.
+fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<Alone, Answer>) -> Result<(), String> {
+    match answer.failed {
+        Some(Kind::Busy) => return answer.is_blank().then_some(()).ok_or("a refused request got text".into()),
+        Some(Kind::ContextLength) if request.prompt.len() >= world.context() => return Ok(()),
+        Some(Kind::Timeout) if request.deadline.is_some() => {}
+        Some(Kind::EngineLost) if world.spec.fail_at > 0 => {}
+        None if answer.done.is_some() || request.leaves.is_some() => {}
+        other => return Err(format!("ended with {other:?}, done: {:?}", answer.done)),
+    }
+    for choice in 0..request.choices {
+        let key = (
+            request.prompt.clone(),
+            request.max_tokens,
+            request.seed + u64::from(choice),
+            request.kind,
+            request.stop.clone(),
+        );
+        let expected = alone.entry(key).or_insert_with(|| world.alone(request, choice));
+        let (text, whole) = (answer.text(choice), expected.text(0));
+        if answer.finish(choice).is_some() && (text != whole || answer.finish(choice) != expected.finish(0)) {
+            return Err(format!(
+                "choice {choice} is {text:?} {:?}, alone it is {whole:?} {:?}",
+                answer.finish(choice),
+                expected.finish(0)
+            ));
+        }
+        if !whole.starts_with(text) {
+            return Err(format!("choice {choice} began {text:?}, alone it is {whole:?}"));
+        }
+        if answer.done.is_some() && answer.finish(choice).is_none() {
+            return Err(format!("choice {choice} has no end"));
+        }
+    }
+    let Some(usage) = answer.done else { return Ok(()) };
+    let produced: u32 = (0..request.choices)
+        .map(|choice| {
+            let key = (
+                request.prompt.clone(),
+                request.max_tokens,
+                request.seed + u64::from(choice),
+                request.kind,
+                request.stop.clone(),
+            );
+            alone[&key].done.map_or(0, |usage| usage.completion_tokens)
+        })
+        .sum();
+    if usage.prompt_tokens as usize != request.prompt.len() || usage.completion_tokens != produced {
+        return Err(format!("usage {usage:?}, alone {produced} tokens"));
+    }
+    if usage.cached_tokens >= usage.prompt_tokens || !world.spec.prefix_cache && usage.cached_tokens > 0 {
+        return Err(format!("usage {usage:?}"));
+    }
+    Ok(())
+}
+
+/// Whatever an answer depends on.
+type Alone = (Vec<u32>, u32, u64, u8, Vec<String>);
+
+fn roomy() -> WorldSpec {
+    WorldSpec {
+        blocks: 64,
+        block_tokens: 4,
+        context: 200,
+        step_tokens: 16,
+        prefill_chunk: 16,
+        max_running: 4,
+        max_queue: 1_000,
+        prefix_cache: true,
+        end_in: 0,
+        fail_at: 0,
+    }
+}
+
+fn request(account: u8, priority: i8, step: usize) -> Request {
+    Request {
+        step,
+        account,
+        priority,
+        prompt: (0..8).map(|at| u32::from(account) + at).collect(),
+        choices: 1,
+        max_tokens: 8,
+        seed: 0,
+        kind: 0,
+        stop: vec![],
+        salt: 0,
+        logprobs: None,
+        leaves: None,
+        deadline: None,
+    }
+}
+
+#[test]
+fn a_flood_of_one_account_does_not_starve_another() {
+    // Account 0 asks for far more than there is room for; account 1 asks once in a while.
+    let mut requests: Vec<Request> = (0..300).map(|_| request(0, 0, 0)).collect();
+    let light: Vec<usize> = (0..10).map(|round| 20 + 20 * round).collect();
+    requests.extend(light.iter().map(|&step| request(1, 0, step)));
+    let mut world = World::new(roomy());
+    let answers = world.play(&requests, 10_000, false).unwrap();
+    let flood_took = answers[..300].iter().map(|answer| answer.ended).max().unwrap();
+    assert!(flood_took > 500, "no flood: {flood_took} steps");
+    for (answer, asked) in answers[300..].iter().zip(light) {
+        // One of four places comes free about every two steps, and an answer takes eight.
+        assert!(answer.ended - asked <= 30, "asked at {asked}, answered at {}", answer.ended);
+    }
+}
+
+#[test]
+fn a_low_priority_is_served_under_a_flood_of_higher_ones() {
+    // High priority alone keeps every place taken for the whole time.
+    let mut requests: Vec<Request> = (0..400).map(|at| request((at % 3) as u8, 3, at / 2)).collect();
+    requests.push(request(9, -2, 5));
+    let mut world = World::new(WorldSpec { max_running: 1, ..roomy() });
+    let answers = world.play(&requests, 10_000, false).unwrap();
+    let low = answers[400].ended;
+    let high = answers[..400].iter().map(|answer| answer.ended).max().unwrap();
+    // It has to gain more than five levels, one a second of 100 steps, and then the place has to come free.
+    assert!((500..=620).contains(&low) && high > 2_000, "low priority answered at {low}, flood over at {high}");
+}
+
+#[test]
+fn a_large_request_is_not_passed_by_small_ones_for_ever() {
+    // The large one needs most of the pool; small ones keep arriving and would always fit.
+    let mut requests: Vec<Request> = (0..600).map(|at| request(0, 0, at / 3)).collect();
+    requests.push(Request { prompt: (0..180).collect(), ..request(1, 0, 10) });
+    let mut world = World::new(WorldSpec { blocks: 50, max_running: 16, ..roomy() });
+    let answers = world.play(&requests, 10_000, false).unwrap();
+    assert!(answers[600].ended < 150, "answered at {}", answers[600].ended);
+}
+
+#[test]
+fn a_late_answer_is_cut_at_its_deadline_and_not_before() {
+    let late = |millis| Request { max_tokens: 100, deadline: Some(Duration::from_millis(millis)), ..request(0, 0, 0) };
+    let mut world = World::new(roomy());
+    let answers = world.play(&[late(200), late(20_000)], 10_000, false).unwrap();
+    assert_eq!((answers[0].failed, answers[0].text(0).len(), answers[0].ended), (Some(Kind::Timeout), 20, 20));
+    assert_eq!((answers[1].failed, answers[1].text(0).len()), (None, 100));
+}

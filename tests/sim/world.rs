@@ -1,0 +1,387 @@
+//! A simulated world: one lane over a simulated device, callers that come and go by step, and a clock that counts steps.
+
+use std::time::{Duration, Instant};
+
+use neurond::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, SlotId};
+use neurond::engine::lane::Lane;
+use neurond::engine::sim::{SimRunner, SimSpec};
+use neurond::engine::{ModelSlot, Submit};
+use neurond::metrics::{EngineMetrics, Metrics};
+use neurond::task::{Event, FinishReason, Sampling, Usage};
+
+/// Simulated time of a step.
+pub const STEP: Duration = Duration::from_millis(10);
+
+/// Numbers that look random and follow from a seed.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5851_f42d_4c95_7f2d)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// Both ends included.
+    pub fn within(&mut self, least: u64, most: u64) -> u64 {
+        least + self.next() % (most - least + 1)
+    }
+
+    pub fn one_in(&mut self, chances: u64) -> bool {
+        self.next().is_multiple_of(chances)
+    }
+
+    pub fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.within(0, from.len() as u64 - 1) as usize].clone()
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct WorldSpec {
+    pub blocks: usize,
+    pub block_tokens: usize,
+    pub context: u32,
+    pub step_tokens: usize,
+    pub prefill_chunk: usize,
+    pub max_running: usize,
+    pub max_queue: usize,
+    pub prefix_cache: bool,
+    pub end_in: u32,
+    pub fail_at: u64,
+}
+
+impl WorldSpec {
+    pub fn random(rng: &mut Rng) -> Self {
+        let (context, block_tokens) = (rng.within(20, 160), rng.pick(&[1, 2, 3, 4, 8, 16]));
+        Self {
+            // Room for half of the longest sequence to three of them.
+            blocks: (context * rng.within(2, 12) / 4).div_ceil(block_tokens) as usize,
+            block_tokens: block_tokens as usize,
+            context: context as u32,
+            step_tokens: rng.within(1, 48) as usize,
+            prefill_chunk: rng.within(1, 48) as usize,
+            max_running: rng.within(1, 12) as usize,
+            max_queue: rng.within(1, 40) as usize,
+            prefix_cache: !rng.one_in(4),
+            end_in: rng.pick(&[0, 12, 80]),
+            fail_at: if rng.one_in(8) { rng.within(1, 60) } else { 0 },
+        }
+    }
+
+    fn slot(&self, metrics: EngineMetrics) -> ModelSlot {
+        let device = SimSpec {
+            blocks: self.blocks,
+            block_tokens: self.block_tokens,
+            end_in: self.end_in,
+            fail_at: self.fail_at,
+            most_rows: self.step_tokens,
+            ..SimSpec::default()
+        };
+        ModelSlot {
+            slot: SlotId::next(),
+            model: ModelId::new("sim"),
+            vocabulary: SimRunner::vocabulary(),
+            runner: Box::new(SimRunner::new(device)),
+            context: self.context,
+            step_tokens: self.step_tokens,
+            prefill_chunk: self.prefill_chunk,
+            max_running: self.max_running,
+            max_queue: self.max_queue,
+            prefix_cache: self.prefix_cache,
+            metrics,
+        }
+    }
+}
+
+/// A request, and what its caller does.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The step before which it arrives.
+    pub step: usize,
+    pub account: u8,
+    pub priority: i8,
+    pub prompt: Vec<u32>,
+    pub choices: u32,
+    pub max_tokens: u32,
+    pub seed: u64,
+    /// Which of the sampling settings below.
+    pub kind: u8,
+    pub stop: Vec<String>,
+    pub salt: u64,
+    pub logprobs: Option<u32>,
+    /// Steps after which its caller goes away.
+    pub leaves: Option<usize>,
+    /// From arrival.
+    pub deadline: Option<Duration>,
+}
+
+impl Request {
+    pub fn random(rng: &mut Rng, spec: &WorldSpec) -> Self {
+        // Few families with prefixes of their own, so that blocks are shared, and shared by halves.
+        let family = rng.within(0, 2) as u32;
+        let (shared, own) = (rng.within(0, 24) as u32, rng.within(1, 16) as u32);
+        let own_first = rng.within(0, 250) as u32;
+        let prompt = (0..shared).map(|at| (family * 50 + at) % 256).chain((0..own).map(|at| (own_first + at) % 256));
+        let letters = ["zj", "q", "a v", "or", "the", "ss", "  ", "xx"];
+        Self {
+            step: if rng.one_in(3) { 0 } else { rng.within(0, 80) as usize },
+            account: rng.within(0, 3) as u8,
+            priority: rng.pick(&[0, 0, 0, -1, 2]),
+            prompt: prompt.collect(),
+            choices: rng.pick(&[1, 1, 1, 2, 4]),
+            max_tokens: rng.within(1, spec.context.into()) as u32,
+            seed: rng.within(0, 3) * 100,
+            kind: rng.within(0, 3) as u8,
+            stop: (0..rng.pick(&[0u8, 0, 1, 3])).map(|_| rng.pick(&letters).to_owned()).collect(),
+            salt: rng.within(0, 1),
+            logprobs: rng.pick(&[None, None, Some(0), Some(3)]),
+            leaves: rng.one_in(5).then(|| rng.within(0, 60) as usize),
+            deadline: rng.one_in(8).then(|| STEP * rng.within(0, 100) as u32),
+        }
+    }
+
+    fn sampling(&self) -> Sampling {
+        let plain = Sampling::default();
+        match self.kind {
+            0 => Sampling { temperature: 0.0, ..plain },
+            1 => plain,
+            2 => Sampling { temperature: 0.8, top_p: 0.9, top_k: 12, ..plain },
+            _ => Sampling {
+                repetition_penalty: 1.3,
+                presence_penalty: 0.5,
+                frequency_penalty: 0.2,
+                top_p: 0.95,
+                ..plain
+            },
+        }
+    }
+
+    fn submit(&self, slot: SlotId, now: Instant) -> (Submit, flume::Receiver<Event>) {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(self.choices, self.max_tokens));
+        let submit = Submit {
+            request: RequestId::random(),
+            account: AccountId::new(format!("account-{}", self.account)),
+            slot,
+            prompt: self.prompt.clone(),
+            choices: self.choices,
+            max_tokens: self.max_tokens,
+            sampling: self.sampling(),
+            seed: self.seed,
+            stop: self.stop.clone(),
+            logprobs: self.logprobs,
+            priority: self.priority,
+            cache_salt: self.salt,
+            deadline: now + self.deadline.unwrap_or(Duration::from_secs(1_000_000)),
+            received: now,
+            events,
+        };
+        (submit, receiver)
+    }
+}
+
+/// What a caller got, checked for order while it comes in.
+#[derive(Clone, Debug, Default)]
+pub struct Answer {
+    choices: Vec<Choice>,
+    pub done: Option<Usage>,
+    pub failed: Option<Kind>,
+    /// The step after which it ended.
+    pub ended: usize,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Choice {
+    text: String,
+    bytes: Vec<u8>,
+    finish: Option<(FinishReason, Option<String>)>,
+}
+
+impl Answer {
+    fn of(choices: u32) -> Self {
+        Self { choices: vec![Choice::default(); choices as usize], ..Self::default() }
+    }
+
+    pub fn text(&self, choice: u32) -> &str {
+        &self.choices[choice as usize].text
+    }
+
+    pub fn finish(&self, choice: u32) -> Option<&(FinishReason, Option<String>)> {
+        self.choices[choice as usize].finish.as_ref()
+    }
+
+    pub fn is_blank(&self) -> bool {
+        self.choices.iter().all(|choice| choice.text.is_empty() && choice.finish.is_none())
+    }
+
+    fn is_over(&self) -> bool {
+        self.done.is_some() || self.failed.is_some()
+    }
+
+    fn hear(&mut self, event: Event, request: &Request) -> Result<(), String> {
+        if self.is_over() {
+            return Err(format!("{event:?} came after the end"));
+        }
+        match event {
+            Event::Text { choice, text, logprobs, .. } => {
+                let choice = &mut self.choices[choice as usize];
+                if choice.finish.is_some() {
+                    return Err(format!("{text:?} came after the finish of its choice"));
+                }
+                if text.is_empty() && logprobs.is_empty() {
+                    return Err("an event says nothing".into());
+                }
+                choice.text += &text;
+                logprobs.iter().for_each(|token| choice.bytes.extend(&token.bytes));
+            }
+            Event::Finish { choice, reason, stop } => {
+                let choice = &mut self.choices[choice as usize];
+                if choice.finish.replace((reason, stop)).is_some() {
+                    return Err("a choice finished twice".into());
+                }
+                // Every token is a byte here, so log-probabilities and text agree to the byte.
+                if request.logprobs.is_some() && choice.bytes != choice.text.as_bytes() {
+                    return Err(format!("log-probabilities of {:?}, text {:?}", choice.bytes, choice.text));
+                }
+                if request.stop.iter().any(|stop| choice.text.contains(stop.as_str())) {
+                    return Err(format!("{:?} contains a stop string", choice.text));
+                }
+            }
+            Event::Done(usage) => self.done = Some(usage),
+            Event::Failed(error) => self.failed = Some(error.kind()),
+        }
+        Ok(())
+    }
+}
+
+/// One lane and its clock.
+pub struct World {
+    pub spec: WorldSpec,
+    pub metrics: EngineMetrics,
+    lane: Lane,
+    now: Instant,
+}
+
+impl World {
+    pub fn new(spec: WorldSpec) -> Self {
+        let metrics = Metrics::new().engine(&ModelId::new("sim"), DeviceId(0));
+        Self { lane: Lane::new(spec.slot(metrics.clone())), spec, metrics, now: Instant::now() }
+    }
+
+    /// The longest sequence, as the pool allows it.
+    pub fn context(&self) -> usize {
+        self.lane.scheduler().limits().context
+    }
+
+    /// Lets all requests come and go. Checks after every step; fails when that takes more than `bound` steps.
+    pub fn play(&mut self, requests: &[Request], bound: usize, aloud: bool) -> Result<Vec<Answer>, String> {
+        let mut answers: Vec<Answer> = requests.iter().map(|request| Answer::of(request.choices)).collect();
+        let mut callers: Vec<Option<flume::Receiver<Event>>> = requests.iter().map(|_| None).collect();
+        let (mut lost, mut left) = (false, false);
+        for step in 0.. {
+            for ((request, caller), answer) in requests.iter().zip(&mut callers).zip(&mut answers) {
+                if request.step == step && lost {
+                    answer.failed = Some(Kind::EngineLost);
+                } else if request.step == step {
+                    let (submit, receiver) = request.submit(self.lane.id(), self.now);
+                    self.lane.submit(submit, self.now);
+                    *caller = Some(receiver);
+                }
+                if request.leaves.is_some_and(|after| request.step + after == step) && caller.take().is_some() {
+                    left = true;
+                }
+            }
+            if !lost && let Err(error) = self.step() {
+                if self.spec.fail_at == 0 || !error.to_string().contains("was to fail") {
+                    return Err(format!("step {step}: {error}"));
+                }
+                self.lane.fail(&Error::new(Kind::EngineLost, "lost"));
+                lost = true;
+            }
+            if aloud {
+                let parts = self.lane.planned().parts.iter().zip(&self.lane.planned().batch.spans);
+                let parts: Vec<_> = parts.map(|(part, span)| format!("{part:?} {span:?}")).collect();
+                eprintln!("step {step}: {} waiting, {parts:#?}", self.lane.scheduler().waiting());
+            }
+            self.lane.check().map_err(|error| format!("step {step}: {error}"))?;
+            if std::mem::take(&mut left) && self.lane.is_idle() && self.lane.scheduler().blocks().used() > 0 {
+                return Err(format!("step {step}: a caller that left still holds blocks"));
+            }
+            for ((request, caller), answer) in requests.iter().zip(&callers).zip(&mut answers) {
+                for event in caller.iter().flat_map(|caller| caller.try_iter()) {
+                    answer.hear(event, request).map_err(|error| format!("step {step}: {error}"))?;
+                    answer.ended = step;
+                }
+            }
+            self.now += STEP;
+            if self.lane.is_idle() && requests.iter().all(|request| request.step <= step) {
+                break;
+            }
+            if step > bound {
+                return Err(format!("not over after {step} steps"));
+            }
+        }
+        for (at, (answer, caller)) in answers.iter().zip(&callers).enumerate() {
+            if caller.is_some() && !answer.is_over() {
+                return Err(format!("request {at} never ended"));
+            }
+        }
+        Ok(answers)
+    }
+
+    fn step(&mut self) -> Result<(), Error> {
+        if !self.lane.plan(self.now) {
+            // Whatever waits can be computed when nothing runs: no step may be empty while somebody waits.
+            return match self.lane.is_idle() {
+                true => Ok(()),
+                false => Err(Error::internal("nothing was planned, but somebody waits")),
+            };
+        }
+        self.lane.compute()?;
+        self.lane.deliver(self.now);
+        Ok(())
+    }
+
+    /// One choice of a request by itself, with room for everything.
+    pub fn alone(&self, request: &Request, choice: u32) -> Answer {
+        let spec = WorldSpec {
+            blocks: 256,
+            block_tokens: 16,
+            context: self.context() as u32,
+            step_tokens: 512,
+            prefill_chunk: 512,
+            max_running: 1,
+            max_queue: 1,
+            prefix_cache: false,
+            end_in: self.spec.end_in,
+            fail_at: 0,
+        };
+        let request = Request {
+            step: 0,
+            choices: 1,
+            seed: request.seed + u64::from(choice),
+            leaves: None,
+            deadline: None,
+            ..request.clone()
+        };
+        match Self::new(spec).play(&[request], 1_000, false).map(|mut answers| answers.pop()) {
+            Ok(Some(answer)) => answer,
+            other => panic!("a request alone ended with {other:?}"),
+        }
+    }
+
+    /// Nothing is left behind.
+    pub fn is_empty(&self) -> Result<(), String> {
+        let scheduler = self.lane.scheduler();
+        let (used, waiting, running) = (scheduler.blocks().used(), scheduler.waiting(), scheduler.running());
+        if (used, waiting, running) != (0, 0, 0) || !self.lane.is_idle() {
+            return Err(format!("{used} blocks used, {waiting} waiting, {running} running at the end"));
+        }
+        Ok(())
+    }
+}
