@@ -80,7 +80,7 @@ fn lane(c: &mut Criterion) {
         metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
     });
     let mut receivers = Vec::new();
-    let mut join = |lane: &mut Lane, receivers: &mut Vec<flume::Receiver<Event>>, max_tokens: u32| {
+    let join = |lane: &mut Lane, receivers: &mut Vec<flume::Receiver<Event>>, max_tokens: u32| {
         let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
         receivers.push(receiver);
         let submit = Submit {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use clap::Parser;
 use neurond::base::{Error, Result};
 use neurond::config::{KvType, Precision};
-use neurond::kernel::{Isa, Pool};
+use neurond::kernel::{Isa, KvLayout, Pool};
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions};
 
@@ -70,13 +70,15 @@ fn main() -> Result<()> {
 
     let weights = Weights::open(&args.model)?;
     let spec = weights.spec()?;
+    let half = args.kv == KvType::F16 && args.precision == Precision::Fast;
+    let layout = KvLayout { heads: spec.kv_heads, dim: spec.head_dim, block_tokens: BLOCK, half };
     let blocks = longest.div_ceil(BLOCK);
     let options = DecoderOptions {
         pool: Arc::new(Pool::new(args.threads)),
         isa: Isa::detect(),
         precision: args.precision,
         kv: args.kv,
-        kv_bytes: blocks * BLOCK * 2 * spec.layers * spec.kv_width() * size_of::<f32>(),
+        kv_bytes: blocks * layout.block_bytes() * spec.layers,
         block_tokens: BLOCK,
         max_rows: CHUNK,
         max_sample_rows: CHUNK,

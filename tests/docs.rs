@@ -61,9 +61,10 @@ fn the_example_configuration_reads_with_every_key_uncommented() {
         lines.filter(|line| !line.starts_with("# ") && *line != "#").fold(String::new(), |all, line| all + line + "\n");
     let file: toml::Table = toml::from_str(&all).unwrap_or_else(|error| panic!("{all}\n{error}"));
     for (section, name, list, _) in &SECTIONS[..8] {
-        let table =
-            section.split('.').fold(Some(&toml::Value::Table(file.clone())), |table, key| table?.get(key)).cloned();
-        let table = table.unwrap_or_else(|| panic!("no [{section}]\n{all}"));
+        let mut table = toml::Value::Table(file.clone());
+        for key in section.split('.') {
+            table = table.get(key).cloned().unwrap_or_else(|| panic!("no [{section}]\n{all}"));
+        }
         let table = if *list { table[0].clone() } else { table };
         for field in fields(FILE, name).iter().filter(|field| !is_section(&field.kind)) {
             assert!(table.get(&field.name).is_some(), "{section}.{} is missing\n{all}", field.name);

@@ -14,10 +14,12 @@ use crate::base::{Error, Kind, Result};
 
 mod bench;
 mod chat;
+mod check;
 mod client;
 mod completions;
 mod models;
 mod pull;
+mod serve;
 mod table;
 
 const TOUR: &str = "\
@@ -31,7 +33,7 @@ Examples:
   neurond check-config /etc/neurond/neurond.toml  before a reload
   neurond bench --concurrency 1,4,16              how fast is it here
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 70 an internal fault (the ledger died, a bug), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 70 the ledger died (serve), 130 stopped by Ctrl-C.
 Every command has its own examples: neurond help COMMAND";
 
 /// One daemon that serves open models and answers as OpenAI and Cloudflare Workers AI do.
@@ -44,6 +46,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the daemon
+    Serve(serve::Args),
+    /// Read a configuration as `serve` would, and say what it means or what is wrong with it
+    CheckConfig(check::Args),
     /// Talk to a model in the terminal
     Chat(chat::Args),
     /// List models: of a running server, or on this disk
@@ -60,30 +66,28 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::CheckConfig(args) => check::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Models(args) => block_on(models::run(args)),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Bench(args) => block_on(bench::run(args)),
-        Command::Completions(args) => completions::run(args, &mut Cli::command()),
+        Command::Completions(args) => completions::run(args, &mut Cli::command()).map(|()| ExitCode::SUCCESS),
     };
-    let Err(error) = outcome else { return ExitCode::SUCCESS };
-    if !error.message().is_empty() {
-        eprintln!("neurond: {}", error.message());
-    }
-    exit_code(&error)
-}
-
-fn exit_code(error: &Error) -> ExitCode {
-    ExitCode::from(match error.kind() {
-        Kind::BadInput => 2,
-        Kind::Internal => 70,
-        Kind::Aborted => 130,
-        _ => 1,
+    outcome.unwrap_or_else(|error| {
+        if !error.message().is_empty() {
+            eprintln!("neurond: {}", error.message());
+        }
+        ExitCode::from(match error.kind() {
+            Kind::BadInput => 2,
+            Kind::Aborted => 130,
+            _ => 1,
+        })
     })
 }
 
 /// Clients run on one thread: they share their cores with the server they talk to more often than not.
-fn block_on(command: impl Future<Output = Result<()>>) -> Result<()> {
+fn block_on(command: impl Future<Output = Result<()>>) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -91,10 +95,10 @@ fn block_on(command: impl Future<Output = Result<()>>) -> Result<()> {
     let outcome = runtime.block_on(command);
     // A blocked read of standard input must not keep the program alive.
     runtime.shutdown_background();
-    outcome
+    outcome.map(|()| ExitCode::SUCCESS)
 }
 
-/// A plain failure: exit code 1 and this sentence.
+/// A plain failure: exit code 1 and this sentence. Up here an error's kind decides nothing but the exit code.
 fn failed(message: impl Into<String>) -> Error {
     Error::new(Kind::NotFound, message)
 }

@@ -29,7 +29,7 @@ pub(super) fn resolve(
     overrides: &Overrides,
     machine: &Surroundings,
 ) -> Result<Config> {
-    let mut check = Check::new(origin);
+    let mut check = Check::new(origin, overrides);
     let folder = origin.and_then(Path::parent).unwrap_or(Path::new(""));
 
     apply(overrides, &mut file);
@@ -441,18 +441,31 @@ fn models(
 /// Collects what is wrong, in sentences that begin with the file and the key.
 struct Check {
     origin: String,
+    /// Keys that the command line has overridden, with the option that did.
+    flags: Vec<(&'static str, &'static str)>,
     problems: Vec<String>,
     warnings: Vec<String>,
 }
 
 impl Check {
-    fn new(origin: Option<&Path>) -> Self {
+    fn new(origin: Option<&Path>, overrides: &Overrides) -> Self {
+        let flags = [
+            ("server.listen", "--listen", overrides.listen.is_some()),
+            ("auth.anonymous", "--anonymous", overrides.anonymous.is_some()),
+            ("engine.threads", "--threads", overrides.threads.is_some()),
+            ("log.filter", "--log", overrides.log_filter.is_some()),
+        ];
+        let flags = flags.into_iter().filter(|(.., given)| *given).map(|(key, flag, _)| (key, flag)).collect();
         let origin = origin.map_or("(no file)".into(), |path| path.display().to_string());
-        Self { origin, problems: Vec::new(), warnings: Vec::new() }
+        Self { origin, flags, problems: Vec::new(), warnings: Vec::new() }
     }
 
     fn wrong(&mut self, key: &str, value: impl Display, remedy: &str) {
-        self.problems.push(format!("{}: {key} = {value}: {remedy}", self.origin));
+        let flag = self.flags.iter().find(|(overridden, _)| *overridden == key);
+        self.problems.push(match flag {
+            Some((_, flag)) => format!("{flag} {value}: {remedy}"),
+            None => format!("{}: {key} = {value}: {remedy}", self.origin),
+        });
     }
 
     fn warn(&mut self, sentence: impl Into<String>) {
@@ -509,7 +522,7 @@ fn end_of(moment: &Written) -> Option<Millis> {
 }
 
 fn hex32(text: &str) -> Option<[u8; 32]> {
-    if text.len() != 64 || !text.is_ascii() {
+    if text.len() != 64 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
     }
     let mut bytes = [0; 32];

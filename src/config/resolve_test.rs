@@ -146,6 +146,10 @@ fn the_command_line_wins_over_the_file() {
     assert_eq!(paths, [("@cf/huggingfacetb/smollm2-135m-instruct", "/m/b.gguf"), ("new", "/m/b.gguf")]);
     assert!(config.warnings[0].starts_with("new is not in the catalog"), "{:?}", config.warnings);
     assert!(!config.catalog.resolve("new").unwrap().price.is_zero());
+    let wrong = Overrides { listen: Some("x".into()), threads: Some(0), ..Overrides::default() };
+    let said = with(MODEL, &wrong).unwrap_err();
+    let starts: Vec<_> = said.message().lines().map(|line| line.split(':').next().unwrap()).collect();
+    assert_eq!(starts, ["--listen \"x\"", "--threads 0"], "what was typed, not what is in the file: {said}");
     let latest = Overrides { models: vec![("new:latest".into(), "/m/b.gguf".into())], ..Overrides::default() };
     let error = with("", &latest).unwrap_err();
     assert!(error.message().contains("model.id = \"new:latest\": moves with time"), "{error}");

@@ -152,7 +152,8 @@ impl Engine {
         self.device
     }
 
-    /// Hands a request over; its events follow on its own channel.
+    /// Hands a request over; its events follow on its own channel. If the slot is not there any more, that is a
+    /// `Failed` of [`Kind::ModelUnavailable`]: look the model up again, a newer version may be serving.
     ///
     /// # Errors
     /// [`Kind::Busy`] when the inbox is full, [`Kind::EngineLost`] when the thread is gone.

@@ -286,3 +286,149 @@ pub fn unavailable() -> Error {
     Error::new(Kind::ModelUnavailable, "This version of the model is being replaced; ask again.")
         .with_retry_after(Duration::from_secs(1))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::{AccountId, DeviceId, ModelId, RequestId};
+    use crate::engine::sim::SimRunner;
+    use crate::engine::{Logits, Runner};
+    use crate::kernel::Pool;
+    use crate::metrics::Metrics;
+    use crate::model::Batch;
+    use crate::task::Sampling;
+
+    /// A device whose logits are what a test wants: row by row, by the last token of the prompt.
+    struct Scripted {
+        logits: Vec<f32>,
+        pool: Pool,
+        rows_missing: usize,
+    }
+
+    impl Runner for Scripted {
+        fn blocks(&self) -> usize {
+            8
+        }
+        fn block_tokens(&self) -> usize {
+            4
+        }
+        fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+            self.logits.clear();
+            for &row in &batch.sample_rows {
+                let broken = batch.tokens[row as usize] == 1;
+                self.logits.extend([0.0, 0.5, 1.0].map(|logit| if broken { f32::NAN } else { logit }));
+            }
+            self.logits.truncate(self.logits.len() - 3 * self.rows_missing);
+            Ok(Logits { data: &mut self.logits, vocab: 3, pool: &self.pool })
+        }
+    }
+
+    fn lane(rows_missing: usize) -> Lane {
+        Lane::new(ModelSlot {
+            slot: SlotId::next(),
+            model: ModelId::new("scripted"),
+            vocabulary: SimRunner::vocabulary(),
+            runner: Box::new(Scripted { logits: Vec::new(), pool: Pool::new(1), rows_missing }),
+            context: 100,
+            step_tokens: 8,
+            prefill_chunk: 8,
+            max_running: 2,
+            max_queue: 2,
+            prefix_cache: true,
+            metrics: Metrics::new().engine(&ModelId::new("scripted"), DeviceId(0)),
+        })
+    }
+
+    fn submit(lane: &mut Lane, token: u32, max_tokens: u32, now: Instant) -> flume::Receiver<Event> {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
+        let submit = Submit {
+            request: RequestId::random(),
+            account: AccountId::new("a"),
+            slot: lane.id(),
+            prompt: vec![token],
+            choices: 1,
+            max_tokens,
+            sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+            seed: 0,
+            stop: vec![],
+            logprobs: None,
+            priority: 0,
+            cache_salt: 0,
+            deadline: now + Duration::from_secs(9),
+            received: now,
+            events,
+        };
+        lane.submit(submit, now);
+        receiver
+    }
+
+    fn last(receiver: &flume::Receiver<Event>) -> Event {
+        receiver.try_iter().last().unwrap()
+    }
+
+    #[test]
+    fn logits_without_a_number_fail_their_request_only() {
+        let (mut lane, now) = (lane(0), Instant::now());
+        let [broken, whole] = [1, 0].map(|token| submit(&mut lane, token, 2, now));
+        for _ in 0..2 {
+            assert!(lane.plan(now));
+            lane.compute().unwrap();
+            lane.deliver(now);
+            lane.check().unwrap();
+        }
+        assert!(matches!(last(&broken), Event::Failed(error) if error.kind() == Kind::Internal));
+        assert!(matches!(last(&whole), Event::Done(usage) if usage.completion_tokens == 2));
+        assert!(lane.is_idle() && !lane.plan(now));
+    }
+
+    #[test]
+    fn a_runner_that_forgets_a_row_is_an_error() {
+        let (mut lane, now) = (lane(1), Instant::now());
+        let receiver = submit(&mut lane, 0, 2, now);
+        assert!(lane.plan(now));
+        let error = lane.compute().unwrap_err();
+        lane.fail(&error);
+        assert!(matches!(last(&receiver), Event::Failed(_)));
+        assert!(lane.is_idle());
+        lane.check().unwrap();
+    }
+
+    #[test]
+    fn a_full_queue_says_how_long_to_wait_and_a_retired_lane_where_to_look() {
+        let (mut lane, now) = (lane(0), Instant::now());
+        let receivers: Vec<_> = (0..3).map(|_| submit(&mut lane, 0, 2, now)).collect();
+        assert!(receivers[..2].iter().all(|receiver| receiver.is_empty()));
+        let Event::Failed(error) = last(&receivers[2]) else { panic!("taken in") };
+        assert_eq!(error.kind(), Kind::Busy);
+        assert!((1..=60).contains(&error.retry_after().unwrap().as_secs()));
+        lane.retire();
+        let Event::Failed(error) = last(&submit(&mut lane, 0, 2, now)) else { panic!("taken in") };
+        assert_eq!(error.kind(), Kind::ModelUnavailable);
+        assert_eq!((lane.status().waiting, lane.is_idle()), (2, false), "what it has, it finishes");
+    }
+
+    #[test]
+    fn gauges_and_counters_say_what_is_going_on() {
+        let (mut lane, mut now) = (lane(0), Instant::now());
+        let metrics = lane.slot.metrics.clone();
+        let _receiver = submit(&mut lane, 0, 5, now);
+        assert_eq!((metrics.queue.get(), metrics.running.get(), metrics.kv_total.get()), (1, 0, 8));
+        for _ in 0..5 {
+            assert!(lane.plan(now));
+            lane.compute().unwrap();
+            now += Duration::from_millis(10);
+            lane.deliver(now);
+        }
+        assert_eq!(
+            (metrics.queue.get(), metrics.running.get(), metrics.kv_used.get(), metrics.kv_cached.get()),
+            (0, 0, 0, 1)
+        );
+        assert_eq!((metrics.prompt_tokens.get(), metrics.generation_tokens.get(), metrics.steps.get()), (1, 5, 5));
+        assert_eq!((metrics.ttft.get_sample_count(), metrics.inter_token.get_sample_count()), (1, 4));
+        assert!((metrics.inter_token.get_sample_sum() - 0.04).abs() < 1e-9);
+        assert_eq!(
+            (metrics.requests.get(), metrics.finished_length.get(), metrics.request_time.get_sample_count()),
+            (1, 1, 1)
+        );
+    }
+}

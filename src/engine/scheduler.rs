@@ -41,7 +41,7 @@ pub struct Limits {
     pub step_tokens: usize,
     /// Most tokens of one sequence in a step.
     pub prefill_chunk: usize,
-    /// Sequences computed at the same time. More than `step_tokens` have no use, since each decodes one token a step.
+    /// Sequences computed at the same time; at most three quarters of `step_tokens`.
     pub max_running: usize,
     /// Sequences waiting, beyond which submissions are refused.
     pub max_queue: usize,
@@ -147,7 +147,8 @@ impl Scheduler {
         let mut limits = limits;
         limits.step_tokens = limits.step_tokens.max(1);
         limits.prefill_chunk = limits.prefill_chunk.clamp(1, limits.step_tokens);
-        limits.max_running = limits.max_running.clamp(1, limits.step_tokens);
+        // A quarter of each step is never needed for decodes, so prompts move on however full the batch is.
+        limits.max_running = limits.max_running.clamp(1, (limits.step_tokens - limits.step_tokens / 4).max(1));
         let blocks = Blocks::new(blocks, block_tokens);
         // A sequence alone in the pool can always be finished: admission and preemption rely on it.
         limits.context = limits.context.min(blocks.total() * blocks.block_tokens());

@@ -246,8 +246,11 @@ mod tests {
         SimSpec { blocks: 8, block_tokens: 2, ..SimSpec::default() }
     }
 
-    /// Runs steps of spans `(tokens, start, table)` and returns the last row's logits, or the error.
-    fn check(steps: &[&[(&[u32], u32, &[u32])]]) -> Result<Vec<f32>> {
+    /// Tokens, start, block table.
+    type Rows<'a> = (&'a [u32], u32, &'a [u32]);
+
+    /// Runs steps of spans and returns the last row's logits, or the error.
+    fn check(steps: &[&[Rows<'_>]]) -> Result<Vec<f32>> {
         let mut runner = SimRunner::new(spec());
         let mut last = Vec::new();
         for step in steps {

@@ -104,7 +104,7 @@ pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpRe
     if error.kind() == Kind::MethodNotAllowed {
         response.insert_header(("allow", if error.message().ends_with("POST") { "POST" } else { "GET, HEAD" }));
     }
-    if matches!(error.kind(), Kind::TooLarge | Kind::ShuttingDown) {
+    if matches!(error.kind(), Kind::TooLarge | Kind::Timeout | Kind::ShuttingDown) {
         response.force_close();
     }
     response.body(body.to_string())

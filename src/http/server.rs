@@ -18,7 +18,7 @@ use crate::http::{Door, Listener, Services, handle};
 /// How long an idle connection is kept. Longer than common load balancers do (60 s), so that they close first.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
 /// How long a closing connection may take to read its last bytes.
-const LAST_BYTES: Duration = Duration::from_secs(5);
+const LAST_BYTES: Duration = Duration::from_secs(3);
 
 /// Serves on a socket that is bound already (ours, or handed over by systemd). Must be called on a runtime; the server
 /// runs while the returned future is polled, and `handle().stop(true)` drains it: the socket closes, idle connections

@@ -1,12 +1,13 @@
 //! softmax(q K) V over paged KV, for rows of many sequences at once.
 //!
-//!     block of a layer   [kv head] K: [tokens / 16][dim][16]   V: [tokens][dim]      f16 or f32
+//!     block of a layer   [kv head] K: [tokens / 16][dim][16]   V: [tokens][dim]      f16 or f32; a last group of
+//!                                                              fewer tokens is as narrow as it is
 //!     task               (sequence, kv head, some rows): rows x query heads of the group = up to 12 queries
 //!     tile of 64 tokens  scores 12 x 64 -> running max and sum -> p V added to 12 accumulators of dim
 //!
 //! K lies across tokens, so that a vector is 16 tokens and a score needs no addition across lanes. K and V are read once
-//! for all query heads of a group and all rows of a task. Tiles begin at multiples of four groups of 16 tokens from
-//! position 0, whatever the chunking of the prompt or the company of the row: a row's bits depend on neither.
+//! for all query heads of a group and all rows of a task. Tiles begin at multiples of 64 tokens from position 0,
+//! whatever the chunking of the prompt or the company of the row: a row's bits depend on neither.
 //! Decode is bound by reading KV, prefill by f32 multiplication.
 
 use std::mem::MaybeUninit;
@@ -16,9 +17,12 @@ use crate::kernel::{Cpu, Isa, Shared};
 
 /// Tokens that one vector holds.
 const GROUP: usize = 16;
-/// Groups of a tile.
-const GROUPS: usize = 4;
-const TILE: usize = GROUP * GROUPS;
+/// Tokens of a tile.
+const TILE: usize = 64;
+/// Groups of a tile, at most; blocks that are not whole groups have short ones.
+const GROUPS: usize = 8;
+/// A tile's scores, and room for the empty lanes of a short last group.
+const SCORES: usize = TILE + GROUP;
 /// Queries that a task aims at.
 const QUERIES: usize = 12;
 /// Query heads of a group, at most.
@@ -54,12 +58,8 @@ impl KvLayout {
         self.dim.next_multiple_of(GROUP)
     }
 
-    fn groups(&self) -> usize {
-        self.block_tokens.div_ceil(GROUP)
-    }
-
     fn key_bytes(&self) -> usize {
-        self.groups() * GROUP * self.dim * self.element()
+        self.block_tokens * self.dim * self.element()
     }
 
     fn head_bytes(&self) -> usize {
@@ -73,7 +73,8 @@ impl KvLayout {
     pub unsafe fn write(&self, isa: Isa, block: *mut u8, slot: usize, head: usize, key: &[f32], value: &[f32]) {
         assert!(slot < self.block_tokens && head < self.heads && key.len() == self.dim && value.len() == self.dim);
         assert!(self.dim <= MAX_DIM);
-        let first = slot / GROUP * GROUP * self.dim + slot % GROUP;
+        let group = slot / GROUP * GROUP;
+        let (first, width) = (group * self.dim + slot % GROUP, GROUP.min(self.block_tokens - group));
         // SAFETY: heads lie back to back, K before V; slot, head and lengths as asserted.
         unsafe {
             let keys = block.add(head * self.head_bytes());
@@ -82,13 +83,13 @@ impl KvLayout {
                 let mut bits = [0u16; MAX_DIM];
                 halves(isa, key, &mut bits);
                 for (d, bits) in bits[..self.dim].iter().enumerate() {
-                    keys.cast::<u16>().add(first + d * GROUP).write(*bits);
+                    keys.cast::<u16>().add(first + d * width).write(*bits);
                 }
                 halves(isa, value, &mut bits);
                 values.cast::<u16>().copy_from_nonoverlapping(bits.as_ptr(), self.dim);
             } else {
                 for (d, x) in key.iter().enumerate() {
-                    keys.cast::<f32>().add(first + d * GROUP).write(*x);
+                    keys.cast::<f32>().add(first + d * width).write(*x);
                 }
                 values.cast::<f32>().copy_from_nonoverlapping(value.as_ptr(), self.dim);
             }
@@ -223,25 +224,19 @@ impl Attention {
                     if position >= end {
                         break;
                     }
-                    let tokens = GROUP.min(layout.block_tokens - first).min(end - position);
-                    let values = layout.key_bytes() + first * padded * layout.element();
-                    tile.push(
-                        head[first * dim * layout.element()..].as_ptr(),
-                        head[values..].as_ptr(),
-                        position,
-                        tokens,
-                    );
-                    if tile.len == GROUPS {
+                    let width = GROUP.min(layout.block_tokens - first);
+                    let tokens = width.min(end - position);
+                    if tile.len == GROUPS || tile.tokens + tokens > TILE {
                         // SAFETY: K and V of each group lie in the block as `layout` says, queries in the scratch.
                         unsafe { tile.run(cpu.isa, layout, scratch, queries, group, part.start) };
-                        tile.len = 0;
+                        tile = Tile { position, ..Tile::default() };
                     }
+                    let values = layout.key_bytes() + first * padded * layout.element();
+                    tile.push(head[first * dim * layout.element()..].as_ptr(), head[values..].as_ptr(), width, tokens);
                 }
             }
-            if tile.len > 0 {
-                // SAFETY: as above.
-                unsafe { tile.run(cpu.isa, layout, scratch, queries, group, part.start) };
-            }
+            // SAFETY: as above.
+            unsafe { tile.run(cpu.isa, layout, scratch, queries, group, part.start) };
             for i in 0..queries {
                 let (row, at) = place(i);
                 // SAFETY: each row and head belongs to one task; the scratch was filled for `queries`.
@@ -264,36 +259,45 @@ struct Scratch {
     q: [f32; MAX_GROUP * MAX_DIM],
     /// `[queries, padded dim]`: sum of p V so far, relative to `max`.
     acc: [f32; MAX_GROUP * MAX_DIM],
-    /// `[queries, TILE]`: scores, then weights.
-    p: [f32; MAX_GROUP * TILE],
+    /// `[queries, SCORES]`: scores, then weights.
+    p: [f32; MAX_GROUP * SCORES],
     max: [f32; MAX_GROUP],
     sum: [f32; MAX_GROUP],
 }
 
-/// Up to four groups of 16 tokens.
+/// Up to 64 tokens, in groups of up to 16.
 #[derive(Clone, Copy)]
 struct Tile {
+    /// Of its first token.
+    position: usize,
+    tokens: usize,
     len: usize,
-    keys: [*const u8; GROUPS],
-    values: [*const u8; GROUPS],
-    position: [usize; GROUPS],
-    tokens: [usize; GROUPS],
+    groups: [Group; GROUPS],
+}
+
+#[derive(Clone, Copy)]
+struct Group {
+    keys: *const u8,
+    values: *const u8,
+    /// Tokens from number to number of a key: 16, or what is left of the block.
+    width: usize,
+    /// First token, counted from the tile's.
+    first: usize,
+    tokens: usize,
 }
 
 impl Default for Tile {
     fn default() -> Self {
-        let none = [std::ptr::null(); GROUPS];
-        Self { len: 0, keys: none, values: none, position: [0; GROUPS], tokens: [0; GROUPS] }
+        let none = Group { keys: std::ptr::null(), values: std::ptr::null(), width: 0, first: 0, tokens: 0 };
+        Self { position: 0, tokens: 0, len: 0, groups: [none; GROUPS] }
     }
 }
 
 impl Tile {
-    fn push(&mut self, keys: *const u8, values: *const u8, position: usize, tokens: usize) {
-        self.keys[self.len] = keys;
-        self.values[self.len] = values;
-        self.position[self.len] = position;
-        self.tokens[self.len] = tokens;
+    fn push(&mut self, keys: *const u8, values: *const u8, width: usize, tokens: usize) {
+        self.groups[self.len] = Group { keys, values, width, first: self.tokens, tokens };
         self.len += 1;
+        self.tokens += tokens;
     }
 
     /// Adds this tile to the running softmax of `queries` queries: query `i` stands at position `start + i / group`.
@@ -307,7 +311,7 @@ impl Tile {
             let (q, p) = ((&raw const (*s).q).cast::<f32>(), (&raw mut (*s).p).cast::<f32>());
             let acc = (&raw mut (*s).acc).cast::<f32>();
             each_chunk(queries, |i, count| {
-                let (q, p) = (q.add(i * dim), p.add(i * TILE));
+                let (q, p) = (q.add(i * dim), p.add(i * SCORES));
                 macro_rules! scores {
                     ($($count:literal),*) => {
                         match (count, layout.half) {
@@ -320,11 +324,11 @@ impl Tile {
                 scores!(12, 8, 4, 3, 2, 1);
             });
             for i in 0..queries {
-                let (p, acc) = (p.add(i * TILE), acc.add(i * padded));
+                let (p, acc) = (p.add(i * SCORES), acc.add(i * padded));
                 softmax(isa, self, start + i / group + 1, p, &raw mut (*s).max[i], &raw mut (*s).sum[i], acc, padded);
             }
             each_chunk(queries, |i, count| {
-                let (p, acc) = (p.add(i * TILE).cast_const(), acc.add(i * padded));
+                let (p, acc) = (p.add(i * SCORES).cast_const(), acc.add(i * padded));
                 macro_rules! weigh {
                     ($($count:literal),*) => {
                         match (count, layout.half) {
@@ -367,14 +371,17 @@ by_isa! { fn scores<const C: usize, const HALF: bool>(tile: &Tile, q: *const f32
 /// `p[c][token] = q[c] . k[token]` for all tokens of the tile.
 #[inline(always)]
 unsafe fn scores_body<S: Simd, const C: usize, const HALF: bool>(tile: &Tile, q: *const f32, dim: usize, p: *mut f32) {
-    // SAFETY: C queries of `dim`, C rows of TILE results, groups of `dim` vectors. A few queries take four groups at
+    // SAFETY: C queries of `dim`, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
+    // values behind it: at least a vector of them is there. The empty lanes of a short group are
+    // overwritten by the next one, or lie behind the last token, where nobody looks. A few queries take four groups at
     // once, so that there are sums enough to hide the latency of one.
     unsafe {
         let mut g = 0;
         while C <= 3 && g + 4 <= tile.len {
             let mut sums = [[S::splat(0.0); 4]; C];
             for d in 0..dim {
-                let k: [S::F; 4] = std::array::from_fn(|i| load::<S, HALF>(tile.keys[g + i], d * GROUP));
+                let k: [S::F; 4] =
+                    std::array::from_fn(|i| load::<S, HALF>(tile.groups[g + i].keys, d * tile.groups[g + i].width));
                 for (c, sums) in sums.iter_mut().enumerate() {
                     let q = S::splat(*q.add(c * dim + d));
                     for (sum, k) in sums.iter_mut().zip(k) {
@@ -384,7 +391,7 @@ unsafe fn scores_body<S: Simd, const C: usize, const HALF: bool>(tile: &Tile, q:
             }
             for (c, sums) in sums.into_iter().enumerate() {
                 for (i, sum) in sums.into_iter().enumerate() {
-                    S::store(p.add(c * TILE + (g + i) * GROUP), sum);
+                    S::store(p.add(c * SCORES + tile.groups[g + i].first), sum);
                 }
             }
             g += 4;
@@ -392,13 +399,13 @@ unsafe fn scores_body<S: Simd, const C: usize, const HALF: bool>(tile: &Tile, q:
         while g < tile.len {
             let mut sums = [S::splat(0.0); C];
             for d in 0..dim {
-                let k = load::<S, HALF>(tile.keys[g], d * GROUP);
+                let k = load::<S, HALF>(tile.groups[g].keys, d * tile.groups[g].width);
                 for (c, sum) in sums.iter_mut().enumerate() {
                     *sum = S::fma(k, S::splat(*q.add(c * dim + d)), *sum);
                 }
             }
             for (c, sum) in sums.into_iter().enumerate() {
-                S::store(p.add(c * TILE + g * GROUP), sum);
+                S::store(p.add(c * SCORES + tile.groups[g].first), sum);
             }
             g += 1;
         }
@@ -421,22 +428,23 @@ unsafe fn softmax_body<S: Simd>(
     acc: *mut f32,
     padded: usize,
 ) {
-    // SAFETY: TILE scores, `padded` accumulators.
+    // SAFETY: SCORES scores, `padded` accumulators.
     unsafe {
         let none = S::splat(f32::NEG_INFINITY);
-        let seen = |g: usize| tile.tokens[g].min(end.saturating_sub(tile.position[g]));
-        let mut scores = [none; GROUPS];
+        let seen = |vector: usize| tile.tokens.min(end.saturating_sub(tile.position)).saturating_sub(vector * GROUP);
+        let vectors = tile.tokens.div_ceil(GROUP);
+        let mut scores = [none; TILE / GROUP];
         let mut largest = none;
-        for g in 0..tile.len {
-            scores[g] = S::first(seen(g), S::load(p.add(g * GROUP)), none);
-            largest = S::max(largest, scores[g]);
+        for (v, scores) in scores[..vectors].iter_mut().enumerate() {
+            *scores = S::first(seen(v), S::load(p.add(v * GROUP)), none);
+            largest = S::max(largest, *scores);
         }
         let before = *max;
         let after = S::max_lane(S::max(largest, S::splat(before)));
         let mut weights = S::splat(0.0);
-        for g in 0..tile.len {
-            let weight = S::first(seen(g), exp::<S>(S::sub(scores[g], S::splat(after))), S::splat(0.0));
-            S::store(p.add(g * GROUP), weight);
+        for (v, scores) in scores[..vectors].iter().enumerate() {
+            let weight = S::first(seen(v), exp::<S>(S::sub(*scores, S::splat(after))), S::splat(0.0));
+            S::store(p.add(v * GROUP), weight);
             weights = S::add(weights, weight);
         }
         let mut total = *sum;
@@ -464,19 +472,19 @@ unsafe fn weigh_body<S: Simd, const C: usize, const HALF: bool>(
     padded: usize,
     acc: *mut f32,
 ) {
-    // SAFETY: C rows of TILE weights and `padded` accumulators, groups of `tokens` rows of V.
+    // SAFETY: C rows of SCORES weights and `padded` accumulators, groups of `tokens` rows of V.
     unsafe {
         let mut at = 0;
         // A few queries take four vectors at once, as above.
         while C <= 4 && at + 4 * GROUP <= padded {
             let mut sums: [[S::F; 4]; C] =
                 std::array::from_fn(|c| std::array::from_fn(|i| S::load(acc.add(c * padded + at + i * GROUP))));
-            for g in 0..tile.len {
-                for token in 0..tile.tokens[g] {
+            for group in &tile.groups[..tile.len] {
+                for token in 0..group.tokens {
                     let v: [S::F; 4] =
-                        std::array::from_fn(|i| load::<S, HALF>(tile.values[g], token * padded + at + i * GROUP));
+                        std::array::from_fn(|i| load::<S, HALF>(group.values, token * padded + at + i * GROUP));
                     for (c, sums) in sums.iter_mut().enumerate() {
-                        let p = S::splat(*p.add(c * TILE + g * GROUP + token));
+                        let p = S::splat(*p.add(c * SCORES + group.first + token));
                         for (sum, v) in sums.iter_mut().zip(v) {
                             *sum = S::fma(v, p, *sum);
                         }
@@ -492,11 +500,11 @@ unsafe fn weigh_body<S: Simd, const C: usize, const HALF: bool>(
         }
         while at < padded {
             let mut sums: [S::F; C] = std::array::from_fn(|c| S::load(acc.add(c * padded + at)));
-            for g in 0..tile.len {
-                for token in 0..tile.tokens[g] {
-                    let v = load::<S, HALF>(tile.values[g], token * padded + at);
+            for group in &tile.groups[..tile.len] {
+                for token in 0..group.tokens {
+                    let v = load::<S, HALF>(group.values, token * padded + at);
                     for (c, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::fma(v, S::splat(*p.add(c * TILE + g * GROUP + token)), *sum);
+                        *sum = S::fma(v, S::splat(*p.add(c * SCORES + group.first + token)), *sum);
                     }
                 }
             }

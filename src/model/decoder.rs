@@ -41,6 +41,22 @@ pub struct DecoderOptions {
     pub max_sample_rows: usize,
 }
 
+impl DecoderOptions {
+    /// Bytes that a KV block takes over all layers of a model.
+    pub fn kv_block_bytes(&self, spec: &DecoderSpec) -> usize {
+        self.kv_layout(spec).block_bytes() * spec.layers
+    }
+
+    fn kv_layout(&self, spec: &DecoderSpec) -> KvLayout {
+        KvLayout {
+            heads: spec.kv_heads,
+            dim: spec.head_dim,
+            block_tokens: self.block_tokens.max(1),
+            half: self.kv == KvType::F16 && self.precision != Precision::Plain,
+        }
+    }
+}
+
 /// A model ready to compute: packed weights, KV pool, work buffers.
 pub struct Decoder {
     spec: DecoderSpec,
@@ -95,13 +111,7 @@ impl Decoder {
         }
         let (rows, sample_rows) = (options.max_rows.max(1), options.max_sample_rows.max(1));
         let plain = options.precision == Precision::Plain;
-        let layout = KvLayout {
-            heads: spec.kv_heads,
-            dim: spec.head_dim,
-            block_tokens: options.block_tokens.max(1),
-            half: options.kv == KvType::F16 && !plain,
-        };
-        let kv = KvPool::new(layout, spec.layers, options.kv_bytes)?;
+        let kv = KvPool::new(options.kv_layout(&spec), spec.layers, options.kv_bytes)?;
         let cpu = Cpu { pool: options.pool.clone(), isa: options.isa };
         let mut packer = Packer { cpu: &cpu, weights, spec: &spec, plain, progress, done: 0 };
         let embedding = packer.matrix("token_embd.weight", None)?;

@@ -66,32 +66,31 @@ impl TextModel {
             }
             None => Template::None,
         };
-        Ok(Self::new(tokenizer, template, spec.context, spec.vocab))
-    }
-
-    /// A text half without a file, for the simulated device: every byte is a token, and a conversation is its texts one
-    /// after the other.
-    ///
-    /// # Errors
-    /// None in practice.
-    pub fn bytes(vocabulary: Arc<Vocabulary>, context: u32) -> Result<Self> {
-        let template = ChatTemplate::compile("{% for message in messages %}{{ message.content }}{% endfor %}", &[])?;
-        let rows = vocabulary.len();
-        Ok(Self::new(Tokenizer::bytes(vocabulary), Template::Ready(template), context, rows))
-    }
-
-    fn new(tokenizer: Tokenizer, template: Template, context: u32, rows: usize) -> Self {
         let vocabulary = tokenizer.vocabulary();
         let longest_piece = (0..vocabulary.len() as u32).map(|token| vocabulary.piece(token).len()).max();
         // Control tokens print nothing, but their text is in the prompt.
         let longest_piece = longest_piece.unwrap_or(0).max(tokenizer.longest_special());
-        Self {
-            tokens: vocabulary.len().min(rows) as u32,
-            longest_text: longest_piece.saturating_mul(context as usize),
-            context,
+        Ok(Self {
+            tokens: vocabulary.len().min(spec.vocab) as u32,
+            longest_text: longest_piece.saturating_mul(spec.context as usize),
+            context: spec.context,
             tokenizer,
             template,
-        }
+        })
+    }
+
+    /// A text half without files, for the simulated device: every byte is a token, conversations are ChatML.
+    ///
+    /// # Errors
+    /// None in practice: the built-in template compiles.
+    pub fn bytes(vocabulary: Arc<Vocabulary>, context: u32) -> Result<Self> {
+        Ok(Self {
+            tokens: 256,
+            longest_text: context as usize,
+            context,
+            tokenizer: Tokenizer::bytes(vocabulary),
+            template: Template::Ready(ChatTemplate::chatml()?),
+        })
     }
 
     /// Bytes behind tokens, end tokens.
@@ -324,10 +323,13 @@ mod tests {
 
     #[test]
     fn without_a_file_bytes_are_tokens() {
-        let vocabulary = Vocabulary::new((0..=255u8).map(|byte| [byte]), vec![255]);
-        let model = TextModel::bytes(Arc::new(vocabulary), 64).unwrap();
-        let tokens = model.prompt_tokens(&chat(&[(Role::System, "a{{"), (Role::User, "é")])).unwrap();
-        assert_eq!(tokens, [97, 123, 123, 0xC3, 0xA9]);
+        let vocabulary = Arc::new(Vocabulary::new((0..=255u8).map(|byte| vec![byte]).chain([vec![]]), vec![256]));
+        let model = TextModel::bytes(vocabulary, 64).unwrap();
+        assert_eq!(model.prompt_tokens(&raw("a{{é")).unwrap(), [97, 123, 123, 0xC3, 0xA9]);
+        let text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+        let tokens = model.prompt_tokens(&chat(&[(Role::User, "Hi")])).unwrap();
+        assert_eq!(tokens, text.bytes().map(u32::from).collect::<Vec<_>>());
+        assert!(model.prompt_tokens(&Prompt::Tokens(vec![256])).is_err());
     }
 
     #[test]

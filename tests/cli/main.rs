@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod check;
 mod help;
 mod hub;
 mod models;

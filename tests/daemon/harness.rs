@@ -11,6 +11,9 @@ use serde_json::Value;
 /// How long anything may take before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The simulated model answers under an id of the built-in catalog.
+pub const MODEL: &str = "@cf/meta/llama-3.2-1b-instruct";
+
 pub struct Daemon {
     child: Child,
     log: Arc<Mutex<Vec<Value>>>,
@@ -26,19 +29,15 @@ pub struct Setup<'a> {
     pub env: &'a [(&'a str, &'a str)],
 }
 
-/// A simulated model that takes `delay_ms` a step.
+/// A simulated model that takes `delay_ms` a step and never ends by itself; `more` are further settings of the device.
 pub fn sim(delay_ms: u32, more: &str) -> String {
+    let step_us = delay_ms * 1000;
     format!(
         r#"
 [[model]]
-id = "@cf/test/sim"
-path = "sim:delay_ms={delay_ms}{more}"
+id = "@cf/meta/llama-3.2-1b-instruct"
+path = "sim:end_in=0,step_us={step_us}{more}"
 context = 4096
-kv_bytes = "1MiB"
-[model.entry]
-task = "text-generation"
-context = 4096
-price = {{ input = 1000, output = 2000 }}
 "#
     )
 }

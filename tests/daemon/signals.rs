@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 
-use crate::harness::{Daemon, PATIENCE, Setup, field, sim};
+use crate::harness::{Daemon, MODEL, PATIENCE, Setup, field, sim};
 
 /// A streamed completion as far as it is read: text pieces until `[DONE]`.
 pub async fn stream(base: &str, max_tokens: u32) -> reqwest::Response {
-    let body = json!({"model": "@cf/test/sim", "prompt": "once upon a time", "max_tokens": max_tokens,
+    let body = json!({"model": MODEL, "prompt": "once upon a time", "max_tokens": max_tokens,
                       "stream": true, "ignore_eos": true, "temperature": 0});
     let response = reqwest::Client::new().post(format!("{base}/v1/completions")).json(&body).send().await.unwrap();
     assert_eq!(response.status(), 200, "{}", response.text().await.unwrap());
@@ -61,7 +61,7 @@ async fn usr1_dumps_every_floor_as_json() {
     daemon.signal(libc::SIGUSR1);
     let state = daemon.wait_log("state");
     let state: Value = serde_json::from_str(field(&state, "state").as_str().unwrap()).unwrap();
-    assert_eq!(state["models"], json!(["@cf/test/sim"]));
+    assert_eq!(state["models"], json!([MODEL]));
     assert_eq!(state["engine"]["slots"][0]["running"], 0, "{state}");
     let ledger = daemon.wait_log("state: ledger");
     let row: Value = serde_json::from_str(field(&ledger, "row").as_str().unwrap()).unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::harness::{Daemon, Setup, field, sim};
+use crate::harness::{Daemon, MODEL, Setup, field, sim};
 use crate::signals::{read, stream};
 
 #[actix::test]
@@ -61,7 +61,7 @@ async fn a_bad_configuration_is_refused_and_the_old_one_stays() {
 #[actix::test]
 async fn a_model_that_cannot_be_loaded_leaves_the_old_one_serving() {
     let mut daemon = Daemon::start(Setup { config: &sim(0, ""), env: &[] });
-    daemon.rewrite_config(&sim(0, "").replace("sim:delay_ms=0", "/nonexistent/model.gguf"));
+    daemon.rewrite_config(&sim(0, "").replace("sim:end_in=0,step_us=0", "/nonexistent/model.gguf"));
     daemon.signal(libc::SIGHUP);
     let failed = daemon.wait_log("reload: model not loaded, what was there stays");
     assert!(field(&failed, "error").as_str().unwrap().contains("/nonexistent/model.gguf"), "{failed}");
@@ -71,11 +71,11 @@ async fn a_model_that_cannot_be_loaded_leaves_the_old_one_serving() {
 
 #[actix::test]
 async fn a_dead_engine_thread_fails_its_streams_cleanly_and_is_started_again() {
-    let mut daemon = Daemon::start(Setup { config: &sim(2, ",fail_at_step=40"), env: &[] });
+    let mut daemon = Daemon::start(Setup { config: &sim(2, ",fail_at=40"), env: &[] });
     let (chunks, ended_well) = read(stream(&daemon.base, 500).await).await;
     assert!(!ended_well && chunks > 1, "{chunks} chunks, ended well: {ended_well}");
     daemon.wait_log("engine thread died");
-    let body = json!({"model": "@cf/test/sim", "prompt": "again", "max_tokens": 3});
+    let body = json!({"model": MODEL, "prompt": "again", "max_tokens": 3});
     for attempt in 0.. {
         let call = reqwest::Client::new().post(format!("{}/v1/completions", daemon.base)).json(&body).send();
         if call.await.unwrap().status() == 200 {

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Answer, CLASSIC, Daemon};
+use crate::harness::{Answer, CHATTY, CLASSIC, Daemon, joined};
 
 async fn run(daemon: &Daemon, query: &str, model: Option<&str>, body: Value) -> Answer {
     let mut request = reqwest::Client::new().post(format!("http://{}/run{query}", daemon.binding)).json(&body);
@@ -65,4 +65,26 @@ async fn the_api_has_no_binding_and_a_binding_that_is_not_configured_is_not_ther
     let daemon = Daemon::start(|config| config.binding = None);
     assert_eq!(daemon.post("/run?version=3", json!({"inputs": {}})).await.status, 404);
     assert_eq!(run(&daemon, "", Some(CLASSIC), json!({"inputs": {"prompt": "a"}})).await.status, 404);
+}
+
+#[tokio::test]
+async fn results_are_bare_and_billed_to_the_configured_account() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    let inputs = json!({"prompt": "hi", "max_tokens": 8, "temperature": 0});
+    let answer = run(&daemon, "?version=3", Some(CLASSIC), json!({"inputs": inputs, "options": {}})).await;
+    let result = answer.json();
+    assert_eq!((result["response"].as_str().unwrap().len(), result.get("success")), (8, None));
+    assert!(!answer.header("cf-ai-neurons").is_empty() && !answer.header("cf-ai-req-id").is_empty());
+    let prefixed = run(&daemon, "?version=2", Some(&format!("mine:{CLASSIC}")), json!({"inputs": inputs})).await.json();
+    assert_eq!(prefixed["response"], result["response"]);
+    let chat = run(&daemon, "?version=3", Some(CHATTY), json!({"inputs": inputs})).await.json();
+    assert_eq!(chat["object"], "chat.completion");
+
+    let streamed = json!({"inputs": {"prompt": "hi", "max_tokens": 8, "temperature": 0, "stream": true}});
+    let chunks = run(&daemon, "?version=3", Some(CLASSIC), streamed).await.chunks();
+    assert_eq!(joined(&chunks, "/response"), result["response"].as_str().unwrap());
+
+    let rows = daemon.services.gateway.ledger.rows().await.unwrap();
+    assert!(rows.iter().all(|(_, account, _, _)| account.as_str() == "worker-account"), "{rows:?}");
+    assert_eq!(rows.iter().map(|(_, _, _, row)| row.requests).sum::<u64>(), 4);
 }

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::harness::{CLASSIC, Daemon};
+use crate::harness::{CHATTY, CLASSIC, Daemon, joined};
 
 const AI: &str = "/client/v4/accounts/0123456789abcdef0123456789abcdef/ai";
 
@@ -99,4 +99,109 @@ async fn the_compatible_routes_answer_errors_with_both_keys() {
     assert_eq!(answer.json()["error"]["code"], "model_not_found");
     let answer = daemon.post(&format!("{AI}/v1/v1/messages"), json!({})).await;
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (400, &json!("unsupported")));
+}
+
+#[tokio::test]
+async fn a_classic_model_answers_in_the_envelope_and_bills_in_the_header() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    for model in [CLASSIC.to_owned(), CLASSIC.replace('/', "%2F"), CLASSIC.replace('@', "%40")] {
+        let answer =
+            daemon.post(&format!("{AI}/run/{model}"), json!({"prompt": "hi", "raw": true, "temperature": 0})).await;
+        let json = answer.json();
+        assert_eq!((answer.status, &json["success"]), (200, &json!(true)), "{json}");
+        assert_eq!((&json["errors"], &json["messages"]), (&json!([]), &json!([])));
+        let result = &json["result"];
+        assert_eq!(result["response"].as_str().unwrap().len(), 256, "the default length");
+        assert_eq!(result["tool_calls"], json!([]));
+        assert_eq!(
+            (&result["usage"]["prompt_tokens"], &result["usage"]["completion_tokens"]),
+            (&json!(2), &json!(256))
+        );
+        // 2 tokens read at 2,457 and 256 made at 18,252 neurons a million.
+        assert_eq!(result["usage"]["neurons"], json!(4.677426));
+        assert_eq!(answer.header("cf-ai-neurons"), "4.68");
+    }
+    let unified = daemon
+        .post(&format!("{AI}/run"), json!({"model": CLASSIC, "input": {"prompt": "hi", "max_tokens": 3}}))
+        .await
+        .json();
+    assert_eq!(unified["result"]["usage"]["completion_tokens"], 3);
+}
+
+#[tokio::test]
+async fn a_classic_stream_has_padded_text_then_usage_then_done() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 30});
+    let whole = daemon.post(&format!("{AI}/run/{CLASSIC}"), body.clone()).await.json();
+    let mut body = body;
+    body["stream"] = json!(true);
+    let chunks = daemon.post(&format!("{AI}/run/{CLASSIC}"), body).await.chunks();
+    assert_eq!(joined(&chunks, "/response"), whole["result"]["response"].as_str().unwrap());
+    let (last, texts) = chunks.split_last().unwrap();
+    assert_eq!((&last["response"], &last["usage"]["completion_tokens"]), (&json!(""), &json!(30)));
+    assert_eq!(last["usage"]["neurons"], whole["result"]["usage"]["neurons"]);
+    assert_eq!(texts[0]["tool_calls"], json!([]));
+    assert!(texts[1..].iter().all(|text| text.get("tool_calls").is_none()));
+    let padding: std::collections::HashSet<usize> =
+        texts.iter().map(|text| text["p"].as_str().unwrap().len()).collect();
+    assert!(padding.len() > 3, "{padding:?}");
+}
+
+#[tokio::test]
+async fn a_chat_schema_model_answers_with_a_chat_completion() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    let body = json!({"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 10, "n": 2});
+    let whole = daemon.post(&format!("{AI}/run/{CHATTY}"), body.clone()).await.json();
+    assert_eq!((&whole["success"], &whole["result"]["object"]), (&json!(true), &json!("chat.completion")));
+    assert_eq!(whole["result"]["choices"].as_array().unwrap().len(), 2);
+    let mut body = body;
+    (body["stream"], body["n"]) = (json!(true), json!(1));
+    let chunks = daemon.post(&format!("{AI}/run/{CHATTY}"), body).await.chunks();
+    let (last, rest) = chunks.split_last().unwrap();
+    assert_eq!((&last["response"], &last["usage"]["completion_tokens"]), (&json!(""), &json!(10)));
+    assert!(rest.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk["p"].is_string()));
+    assert_eq!(
+        joined(rest, "/choices/0/delta/content"),
+        whole["result"]["choices"][0]["message"]["content"].as_str().unwrap()
+    );
+}
+
+#[tokio::test]
+async fn the_compatible_routes_answer_bare_openai_objects() {
+    let daemon = Daemon::serving("sim", |_| {});
+    let chat = json!({"model": CLASSIC, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5});
+    let answer = daemon.post(&format!("{AI}/v1/chat/completions"), chat).await.json();
+    assert_eq!(answer["object"], "chat.completion");
+    let answer = daemon
+        .post(&format!("{AI}/v1/completions"), json!({"model": CLASSIC, "prompt": "hi", "max_tokens": 5}))
+        .await
+        .json();
+    assert_eq!(answer["object"], "text_completion");
+    let answer = daemon
+        .post(&format!("{AI}/v1/responses"), json!({"model": CLASSIC, "input": "hi", "max_output_tokens": 5}))
+        .await
+        .json();
+    assert_eq!(answer["object"], "response");
+    let list = daemon.get(&format!("{AI}/v1/models")).await.json();
+    assert_eq!(list["data"].as_array().unwrap().len(), 2);
+    assert_eq!(daemon.get(&format!("{AI}/v1/models/{CHATTY}")).await.json()["id"], CHATTY);
+}
+
+#[tokio::test]
+async fn whoever_will_not_wait_is_told_at_once() {
+    let daemon = Daemon::serving("sim:end_in=0,step_us=20000", |config| config.engine.max_running = 1);
+    let slow = || {
+        let request = reqwest::Client::new().post(daemon.url(&format!("{AI}/run/{CLASSIC}")));
+        let request = request.json(&json!({"prompt": "hi", "max_tokens": 500, "stream": true}));
+        tokio::spawn(async move { request.send().await.unwrap() })
+    };
+    let first = slow().await.unwrap();
+    let second = slow();
+    let queue = &format!(r#"neurond_queue_depth{{device="0",model="{CLASSIC}"}}"#);
+    daemon.eventually("the second call waits", |daemon| daemon.metric(queue) == 1.0).await;
+    let refused =
+        daemon.post(&format!("{AI}/run/{CLASSIC}"), json!({"prompt": "hi", "options": {"rejectIfBusy": true}})).await;
+    assert_eq!((refused.status, &refused.json()["errors"][0]["code"]), (429, &json!(3040)));
+    second.abort();
+    drop(first);
 }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::dev::ServerHandle;
-use neurond::base::{AccountId, KeyId, ModelId, Phase};
-use neurond::config::{Binding, Config, Live, Token};
+use neurond::base::{AccountId, DeviceId, KeyId, ModelId, Phase};
+use neurond::config::{Binding, Config, KvType, Live, Model, Precision, Token};
 use neurond::gateway::Gateway;
 use neurond::http::{self, Listener, Services};
 use neurond::ledger::Ledger;
 use neurond::metrics::Metrics;
-use neurond::supervisor::FleetView;
+use neurond::net::sse::{Decoder, SseEvent};
+use neurond::supervisor::{FleetView, Outcome, Supervisor};
 use neurond::vault::Vault;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -19,8 +20,12 @@ use tokio::sync::watch;
 
 /// A model of the built-in catalog whose native results are classic.
 pub const CLASSIC: &str = "@cf/meta/llama-3.2-1b-instruct";
+/// One whose native results are OpenAI's chat completions.
+pub const CHATTY: &str = "@cf/ibm-granite/granite-4.0-h-micro";
+/// Longest sequence of the models that are served.
+pub const CONTEXT: u32 = 2048;
 
-/// The HTTP floor and what is below it, in this process.
+/// Every floor but the outermost, in this process; models are simulated.
 pub struct Daemon {
     /// Where the API listens.
     pub addr: SocketAddr,
@@ -34,7 +39,24 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts with the built-in configuration after `tune` has changed it.
+    /// Starts with both models on one simulated device: `sim` or `sim:key=value,…`.
+    pub fn serving(sim: &str, tune: impl FnOnce(&mut Config)) -> Self {
+        let model = |id: &str| Model {
+            id: ModelId::new(id),
+            path: sim.into(),
+            precision: Precision::default(),
+            kv: KvType::default(),
+            kv_bytes: 1 << 20,
+            context: Some(CONTEXT),
+            modified: None,
+        };
+        Self::start(|config| {
+            config.models = vec![model(CLASSIC), model(CHATTY)];
+            tune(config);
+        })
+    }
+
+    /// Starts with the built-in configuration after `tune` has changed it, which has no models.
     pub fn start(tune: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
         config.server.workers = 2;
@@ -54,6 +76,11 @@ impl Daemon {
                 let config = Live::new(config);
                 let fleet = FleetView::default();
                 let ledger = Ledger::start();
+                let device = Supervisor::start(DeviceId(0), 1, fleet.clone(), metrics.clone()).unwrap();
+                let wanted = config.get();
+                for (model, outcome) in device.reconcile(wanted.models.clone(), wanted.engine.clone()).await.unwrap() {
+                    assert!(!matches!(outcome, Outcome::Failed(_)), "{model}: {outcome:?}");
+                }
                 let gateway =
                     Gateway { config: config.clone(), fleet: fleet.clone(), ledger, metrics: metrics.clone() };
                 let services = Services { config, gateway, fleet, vault, metrics, phase: phases };
@@ -61,6 +88,7 @@ impl Daemon {
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
                 sender.send((services, vec![api.handle(), binding.handle()])).unwrap();
                 let _ = futures_util::future::join(api, binding).await;
+                device.drain(Instant::now()).await;
             });
         });
         let (services, handles) = receiver.recv().unwrap();
@@ -105,12 +133,11 @@ impl Daemon {
     }
 
     /// Waits until something is true, or fails after ten seconds.
-    #[track_caller]
-    pub fn eventually(&self, what: &str, mut is_true: impl FnMut(&Self) -> bool) {
+    pub async fn eventually(&self, what: &str, mut is_true: impl FnMut(&Self) -> bool) {
         let start = Instant::now();
         while !is_true(self) {
             assert!(start.elapsed() < Duration::from_secs(10), "{what}: not within 10 s");
-            std::thread::sleep(Duration::from_millis(5));
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 }
@@ -165,7 +192,27 @@ impl Answer {
     }
 }
 
-/// The id under which a model of the catalog is known.
-pub fn model(id: &str) -> ModelId {
-    ModelId::new(id)
+impl Answer {
+    /// The events of a stream that began well.
+    #[track_caller]
+    pub fn events(&self) -> Vec<SseEvent> {
+        assert_eq!((self.status, self.header("content-type")), (200, "text/event-stream"), "{self:?}");
+        let mut events = Vec::new();
+        Decoder::new(1 << 20).feed(self.text.as_bytes(), &mut events).unwrap();
+        events
+    }
+
+    /// The JSON of every event of a stream that must end with `[DONE]`.
+    #[track_caller]
+    pub fn chunks(&self) -> Vec<Value> {
+        let mut events = self.events();
+        let last = events.pop().expect("an event");
+        assert_eq!(last.data, "[DONE]", "{}", self.text);
+        events.iter().map(|event| serde_json::from_str(&event.data).unwrap()).collect()
+    }
+}
+
+/// The strings at a JSON pointer in each of the values, put together.
+pub fn joined(values: &[Value], pointer: &str) -> String {
+    values.iter().filter_map(|value| value.pointer(pointer)?.as_str()).collect()
 }

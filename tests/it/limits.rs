@@ -112,7 +112,7 @@ async fn a_client_of_one_byte_a_moment_is_told_to_hurry_and_cut_off() {
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let _ = socket.read_to_string(&mut answer);
     assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("timeout"), "the body: {answer}");
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(9), "{:?}", start.elapsed());
     still_serves(&daemon).await;
 }
 
@@ -122,7 +122,7 @@ async fn a_client_that_never_reads_is_cut_off_by_the_kernel() {
     let mut socket = TcpStream::connect(daemon.addr).unwrap();
     SockRef::from(&socket).set_recv_buffer_size(4096).unwrap();
     socket.set_nonblocking(true).unwrap();
-    daemon.eventually("the connection is counted", |daemon| daemon.metric("neurond_http_connections") == 1.0);
+    daemon.eventually("the connection is counted", |daemon| daemon.metric("neurond_http_connections") == 1.0).await;
     // Answers pile up in the server's socket until it is full; from then on nothing is taken.
     let start = Instant::now();
     let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(64);
@@ -134,7 +134,7 @@ async fn a_client_that_never_reads_is_cut_off_by_the_kernel() {
         }
     }
     assert!(start.elapsed() < Duration::from_secs(15), "cut off after {:?}", start.elapsed());
-    daemon.eventually("the connection is gone", |daemon| daemon.metric("neurond_http_connections") == 0.0);
+    daemon.eventually("the connection is gone", |daemon| daemon.metric("neurond_http_connections") == 0.0).await;
     still_serves(&daemon).await;
 }
 
@@ -152,7 +152,7 @@ async fn a_thousand_connections_at_once_are_all_answered() {
         let answer = call.await.unwrap();
         assert_eq!(answer.status, 404, "not loaded: {answer:?}");
     }
-    daemon.eventually("all connections are closed", |daemon| daemon.metric("neurond_http_connections") == 0.0);
+    daemon.eventually("all connections are closed", |daemon| daemon.metric("neurond_http_connections") == 0.0).await;
     assert_eq!(daemon.metric("neurond_http_in_flight"), 0.0);
     still_serves(&daemon).await;
 }

@@ -90,7 +90,7 @@ impl Tokenizer {
         }
     }
 
-    /// A tokenizer without a file: every byte of a text is the token of that number.
+    /// A tokenizer without a file: token `b` is byte `b`, whatever else the vocabulary holds.
     pub fn bytes(vocabulary: Arc<Vocabulary>) -> Self {
         Self { engine: Engine::Bytes, vocabulary, begin: None, control: HashMap::new(), names: Vec::new() }
     }

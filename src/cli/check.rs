@@ -1,0 +1,109 @@
+//! `neurond check-config`: what `serve` would do with a configuration, without doing it.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::serve::Over;
+use super::table::{Side, render};
+use crate::base::{Millis, Result};
+use crate::config::{self, Config};
+
+const EXAMPLES: &str = "\
+Examples:
+  neurond check-config                              the file `serve` would find
+  neurond check-config /etc/neurond/neurond.toml && systemctl reload neurond
+  neurond check-config configs/dev.toml --strict    warnings count as errors
+
+Exit codes: 0 usable, 1 usable but with warnings under --strict, 2 not usable.";
+
+/// Arguments of `neurond check-config`.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// The file [default: ./neurond.toml, then /etc/neurond/neurond.toml]
+    #[arg(value_name = "FILE", env = "NEUROND_CONFIG")]
+    config: Option<PathBuf>,
+    /// Fail on warnings
+    #[arg(long)]
+    strict: bool,
+    #[command(flatten)]
+    over: Over,
+}
+
+/// Prints what the configuration means, and what may not be meant.
+pub fn run(args: Args) -> Result<ExitCode> {
+    let config = config::load(args.config.as_deref(), &args.over.into())?;
+    super::print(&summary(&config))?;
+    for warning in &config.warnings {
+        eprintln!("warning: {warning}");
+    }
+    let fails = args.strict && !config.warnings.is_empty();
+    Ok(if fails { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn summary(config: &Config) -> String {
+    let mut text = String::new();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<10} {value}");
+    };
+    let origin =
+        config.origin.as_deref().map_or("built-in defaults (no file found)".into(), |path| path.display().to_string());
+    line("file", origin);
+    line("listen", format!("http://{}", config.server.listen));
+    if let Some(binding) = &config.binding {
+        line("binding", format!("http://{} for account {}, without credentials", binding.listen, binding.account));
+    }
+    let expired = config.auth.tokens.iter().filter(|token| token.expires.is_some_and(|at| at <= Millis::now())).count();
+    let tokens = match (config.auth.tokens.len(), expired) {
+        (count, 0) => format!("{count} tokens"),
+        (count, expired) => format!("{count} tokens, {expired} of them expired"),
+    };
+    let anonymous = match &config.auth.anonymous {
+        Some(account) => format!("callers without a token are account {account}"),
+        None => "callers without a token are refused".into(),
+    };
+    line("auth", format!("{tokens}; {anonymous}"));
+    let engine = &config.engine;
+    line(
+        "engine",
+        format!(
+            "{} threads, {} tokens a step, {} sequences at a time, {} waiting, prefix cache {}",
+            engine.threads,
+            engine.step_tokens,
+            engine.max_running,
+            engine.max_queue,
+            if engine.prefix_cache { "on" } else { "off" }
+        ),
+    );
+    line("catalog", format!("{} models by name", config.catalog.entries().len()));
+    if config.models.is_empty() {
+        line("models", "none loaded".into());
+        return text;
+    }
+    text.push('\n');
+    let rows: Vec<_> = config
+        .models
+        .iter()
+        .map(|model| {
+            let context =
+                model.context.or_else(|| config.catalog.resolve(model.id.as_str()).map(|entry| entry.context));
+            let size = super::models::weight_bytes(&model.path).map_or_else(|| "missing".into(), super::bytes);
+            vec![
+                model.id.to_string(),
+                size,
+                super::bytes(model.kv_bytes as u64),
+                context.map_or_else(|| "its own".into(), |tokens| tokens.to_string()),
+                model.path.display().to_string(),
+            ]
+        })
+        .collect();
+    let columns = [
+        ("model", Side::Left),
+        ("weights", Side::Right),
+        ("KV", Side::Right),
+        ("context", Side::Right),
+        ("path", Side::Left),
+    ];
+    text + &render(&columns, &rows)
+}
