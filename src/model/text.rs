@@ -322,6 +322,17 @@ mod tests {
     }
 
     #[test]
+    fn without_a_file_bytes_are_tokens() {
+        let vocabulary = Arc::new(Vocabulary::new((0..=255u8).map(|byte| vec![byte]).chain([vec![]]), vec![256]));
+        let model = TextModel::bytes(vocabulary, 64).unwrap();
+        assert_eq!(model.prompt_tokens(&raw("a{{é")).unwrap(), [97, 123, 123, 0xC3, 0xA9]);
+        let text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+        let tokens = model.prompt_tokens(&chat(&[(Role::User, "Hi")])).unwrap();
+        assert_eq!(tokens, text.bytes().map(u32::from).collect::<Vec<_>>());
+        assert!(model.prompt_tokens(&Prompt::Tokens(vec![256])).is_err());
+    }
+
+    #[test]
     fn the_demo_model_reads_a_conversation() {
         let Some(path) = demo_model() else { return };
         let model = TextModel::open(&path).unwrap();
