@@ -4,6 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use memmap2::MmapMut;
 
@@ -71,17 +72,6 @@ impl<T: Plain> Buffer<T> {
         Some(Self { data, len, memory: Memory::Heap(layout) })
     }
 
-    /// `len` zeros, on large pages where the system has them: for what is read from end to end in every step.
-    pub fn zeroed_huge(len: usize) -> Self {
-        let buffer = Self::zeroed(len);
-        #[cfg(target_os = "linux")]
-        if let Memory::Pages { _map: map } = &buffer.memory {
-            // A refusal costs speed only.
-            let _ = map.advise(memmap2::Advice::HugePage);
-        }
-        buffer
-    }
-
     /// A view that threads may write through, each its own part.
     pub fn share(&mut self) -> Shared<'_, T> {
         Shared { data: self.data.as_ptr(), len: self.len, of: PhantomData }
@@ -110,6 +100,63 @@ impl<T: Plain> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as above, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
+    }
+}
+
+/// Hands out memory for what is read from end to end in every step: back to back on large pages, where the system has
+/// them. A walk over small pages would cost an address translation every 4 KiB, in a virtual machine a dear one.
+#[derive(Default)]
+pub struct Arena {
+    chunk: Option<Arc<Buffer<u8>>>,
+    used: usize,
+}
+
+/// A range of an [`Arena`], which lives as long as any of its ranges.
+pub struct Slab {
+    chunk: Arc<Buffer<u8>>,
+    start: usize,
+    len: usize,
+}
+
+impl Arena {
+    const CHUNK: usize = 64 << 20;
+    const PAGE: usize = 2 << 20;
+
+    /// `len` bytes, aligned to a cache line, as `fill` leaves them; zeros to begin with.
+    pub fn fill(&mut self, len: usize, fill: impl FnOnce(Shared<'_, u8>)) -> Slab {
+        let fits = self.chunk.as_ref().is_some_and(|chunk| chunk.len - self.used >= len);
+        let chunk = match self.chunk.take() {
+            Some(chunk) if fits => chunk,
+            _ => {
+                let chunk = Buffer::<u8>::zeroed(len.max(Self::CHUNK) + Self::PAGE);
+                #[cfg(target_os = "linux")]
+                if let Memory::Pages { _map: map } = &chunk.memory {
+                    // A refusal costs speed only.
+                    let _ = map.advise(memmap2::Advice::HugePage);
+                }
+                self.used = chunk.data.as_ptr().align_offset(Self::PAGE).min(Self::PAGE);
+                Arc::new(chunk)
+            }
+        };
+        let start = self.used;
+        self.used = (start + len).next_multiple_of(64).min(chunk.len);
+        assert!(start + len <= chunk.len);
+        // SAFETY: inside the chunk, and no slab handed out before or after this one overlaps it. Chunks are only
+        // written here, through the pointer they were allocated with.
+        let shared = Shared { data: unsafe { chunk.data.as_ptr().add(start) }, len, of: PhantomData };
+        fill(shared);
+        self.chunk = Some(chunk.clone());
+        Slab { chunk, start, len }
+    }
+}
+
+impl Deref for Slab {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: inside the chunk, initialised, and no longer written. Not a slice of the whole chunk, of which other
+        // parts may be being written.
+        unsafe { std::slice::from_raw_parts(self.chunk.data.as_ptr().add(self.start), self.len) }
     }
 }
 

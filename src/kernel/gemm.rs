@@ -283,6 +283,9 @@ struct Int8 {
     blocks: usize,
 }
 
+/// Bytes that a single row's weights are asked for ahead of their use.
+const AHEAD: usize = 4096;
+
 const NIBBLE: u8 = 0;
 const BYTE: u8 = 1;
 const FULL: u8 = 2;
@@ -301,17 +304,23 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
     factor: f32,
     out: *mut f32,
 ) {
-    let block_bytes = if CODES == NIBBLE { 256 } else { 512 };
+    let code_bytes = if CODES == NIBBLE { 256 } else { 512 };
+    let block_bytes = code_bytes + GROUPS * LANES * 2 * if AFFINE { 2 } else { 1 };
     let width = x.blocks * BLOCK;
     // SAFETY: a panel of `blocks` blocks in the layout of panel.rs, R rows of as many blocks, R x 16 results.
     unsafe {
-        let scales = w.add(x.blocks * block_bytes).cast::<u16>();
-        let mins = scales.add(x.blocks * GROUPS * LANES);
         // What the dot product did not take off already.
         let zero = S::splat(if CODES == FULL { S::FULL_OFFSET - zero } else { -zero });
         let mut results = [S::splat(0.0); R];
         for block in 0..x.blocks {
             let codes = w.add(block * block_bytes);
+            let scales = codes.add(code_bytes).cast::<u16>();
+            if R == 1 {
+                // One row waits for memory alone; the machine's own prefetch stops at every small page.
+                for line in (0..block_bytes).step_by(64) {
+                    S::prefetch(codes.wrapping_add(AHEAD + line));
+                }
+            }
             for group in 0..GROUPS {
                 let mut acc = [S::zero_i(); R];
                 // Eight inputs a turn: two vectors of codes, which are one vector of nibbles.
@@ -329,8 +338,8 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
                         };
                     }
                 }
-                let scale = S::load_f16(scales.add((block * GROUPS + group) * LANES));
-                let min = if AFFINE { S::load_f16(mins.add((block * GROUPS + group) * LANES)) } else { scale };
+                let scale = S::load_f16(scales.add(group * LANES));
+                let min = if AFFINE { S::load_f16(scales.add((GROUPS + group) * LANES)) } else { scale };
                 for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
                     let sums = x.sums.add((r * x.blocks + block) * 2);
                     let sum = S::splat(if GROUPS == 1 { *sums + *sums.add(1) } else { *sums.add(group) });
@@ -367,9 +376,9 @@ unsafe fn silu_mul_body<S: Simd>(gate: *mut f32, up: *const f32, rows: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::Source;
     use crate::kernel::quant::{Dtype, dequantize_row};
     use crate::kernel::testing::{Dice, cpus};
+    use crate::kernel::{Arena, Source};
 
     struct Case {
         panels: Panels,
@@ -379,7 +388,8 @@ mod tests {
 
     fn case(cpu: &Cpu, dtype: Dtype, channels: usize, inputs: usize, seed: u64) -> Case {
         let bytes = Dice::new(seed).weights(dtype, channels, inputs);
-        let panels = Panels::pack(cpu, Source { dtype, bytes: &bytes, channels, inputs }, false, |c| c).unwrap();
+        let source = Source { dtype, bytes: &bytes, channels, inputs };
+        let panels = Panels::pack(cpu, &mut Arena::default(), source, false, |c| c).unwrap();
         let mut weights = vec![0.0; channels * inputs];
         let row = dtype.row_bytes(inputs).unwrap();
         for (row, out) in bytes.chunks_exact(row).zip(weights.chunks_exact_mut(inputs)) {
@@ -447,7 +457,10 @@ mod tests {
                         bytes.extend(std::iter::repeat_n(byte, dtype.block_bytes() - 2));
                     }
                     let source = Source { dtype, bytes: &bytes, channels: 16, inputs: 64 };
-                    let linear = Linear::new(vec![Panels::pack(&cpu, source, false, |c| c).unwrap()], None);
+                    let linear = Linear::new(
+                        vec![Panels::pack(&cpu, &mut Arena::default(), source, false, |c| c).unwrap()],
+                        None,
+                    );
                     let mut out = vec![0.0; 16];
                     linear.apply(&cpu, &inputs(&cpu, &[sign * 127.0; 64], 1), 1, Out::Set(&mut out));
                     assert!(out.iter().all(|&x| x == sign * 127.0 * weight * 64.0), "{} {out:?}", cpu.isa);

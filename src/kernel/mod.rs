@@ -19,7 +19,7 @@ mod simd;
 mod testing;
 
 pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
-pub use buffer::{Buffer, Plain, Shared};
+pub use buffer::{Arena, Buffer, Plain, Shared};
 pub use gemm::{Linear, Out, gated};
 pub use panel::{Panels, Source};
 pub use pool::Pool;

@@ -1,7 +1,7 @@
 //! Weights as kernels read them: panels of 16 output channels, made once at load out of a file's rows.
 //!
-//!     file     channel 0: k0 k1 k2 …        panel    k 0..4 of channels 0..16, k 4..8 of channels 0..16, …
-//!              channel 1: k0 k1 k2 …                 scales of channels 0..16 for k 0..32, …  (quantised kinds)
+//!     file     channel 0: k0 k1 k2 …        panel    block of 32 k: codes of k 0..4 of channels 0..16, k 4..8 of …,
+//!              channel 1: k0 k1 k2 …                 scales of channels 0..16, minima of channels 0..16; next block
 //!
 //! One vector then is 16 channels, a row of activations is read once for all of them, and no kernel ever adds across
 //! lanes. Codes stay as narrow as in the file: 4 bits, or 8 for the kinds of 5, 6 and 8. Scales and minima are f16, as
@@ -11,8 +11,9 @@
 use half::f16;
 
 use crate::base::{Error, Result};
+use crate::kernel::buffer::Slab;
 use crate::kernel::quant::{Dtype, dequantize_row, unpack_group};
-use crate::kernel::{Buffer, Cpu};
+use crate::kernel::{Arena, Cpu};
 
 /// Output channels of a panel.
 pub(super) const LANES: usize = 16;
@@ -21,7 +22,7 @@ pub(super) const BLOCK: usize = 32;
 
 /// A matrix in panels.
 pub struct Panels {
-    pub(super) data: Buffer<u8>,
+    pub(super) data: Slab,
     pub(super) kind: Kind,
     /// Bytes from panel to panel.
     pub(super) stride: usize,
@@ -70,11 +71,17 @@ pub struct Source<'a> {
 }
 
 impl Panels {
-    /// Packs `source` on all threads. Channel `c` is row `order(c)` of the source. With `plain`, everything becomes f32.
+    /// Packs `source` into `arena` on all threads. Channel `c` is row `order(c)` of the source. With `plain`, everything becomes f32.
     ///
     /// # Errors
     /// `Internal` when the bytes are not `channels` rows of `inputs` weights.
-    pub fn pack(cpu: &Cpu, source: Source<'_>, plain: bool, order: impl Fn(usize) -> usize + Sync) -> Result<Self> {
+    pub fn pack(
+        cpu: &Cpu,
+        arena: &mut Arena,
+        source: Source<'_>,
+        plain: bool,
+        order: impl Fn(usize) -> usize + Sync,
+    ) -> Result<Self> {
         let Source { dtype, bytes, channels, inputs } = source;
         let row_bytes = dtype.row_bytes(inputs).filter(|row| row.checked_mul(channels) == Some(bytes.len()));
         let Some(row_bytes) = row_bytes.filter(|_| channels > 0 && inputs > 0) else {
@@ -84,15 +91,15 @@ impl Panels {
         let kind = if plain { Kind::F32 } else { Kind::of(source, row_bytes) };
         let stride = kind.bytes(inputs).next_multiple_of(64);
         let count = channels.div_ceil(LANES);
-        let mut data = Buffer::zeroed_huge(count * stride);
-        let out = data.share();
-        cpu.pool.each(count, 1, |panel| {
-            // SAFETY: each panel is handed out once.
-            let out = unsafe { out.part(panel * stride, stride) };
-            for lane in 0..LANES.min(channels - panel * LANES) {
-                let row = order(panel * LANES + lane);
-                pack_channel(kind, dtype, &bytes[row * row_bytes..][..row_bytes], inputs, lane, out);
-            }
+        let data = arena.fill(count * stride, |out| {
+            cpu.pool.each(count, 1, |panel| {
+                // SAFETY: each panel is handed out once.
+                let out = unsafe { out.part(panel * stride, stride) };
+                for lane in 0..LANES.min(channels - panel * LANES) {
+                    let row = order(panel * LANES + lane);
+                    pack_channel(kind, dtype, &bytes[row * row_bytes..][..row_bytes], inputs, lane, out);
+                }
+            });
         });
         Ok(Self { data, kind, stride, channels, inputs })
     }
@@ -141,20 +148,18 @@ impl Panels {
                 }
             }
             Kind::Quant { codes, groups, affine, zero, factor } => {
-                let blocks = self.inputs / BLOCK;
-                let scales = blocks * codes.block_bytes();
-                let mins = scales + blocks * groups * LANES * 2;
+                let stride = self.kind.block_bytes();
                 for (k, out) in out.iter_mut().enumerate() {
-                    let group = (k * groups / BLOCK * LANES + lane) * 2;
-                    let at = k / BLOCK * codes.block_bytes();
-                    let k = k % BLOCK;
+                    let (block, k) = (k / BLOCK * stride, k % BLOCK);
                     let code = match codes {
-                        Codes::Nibble => panel[at + k / 8 * 64 + lane * 4 + k % 4] >> (k % 8 / 4 * 4) & 15,
-                        _ => panel[at + k / 4 * 64 + lane * 4 + k % 4],
+                        Codes::Nibble => panel[block + k / 8 * 64 + lane * 4 + k % 4] >> (k % 8 / 4 * 4) & 15,
+                        _ => panel[block + k / 4 * 64 + lane * 4 + k % 4],
                     };
+                    let scale = block + codes.block_bytes() + (k * groups / BLOCK * LANES + lane) * 2;
+                    let min = scale + groups * LANES * 2;
                     let value = match affine {
-                        true => half(scales + group) * f32::from(code) + half(mins + group),
-                        false => half(scales + group) * (f32::from(code) - zero),
+                        true => half(scale) * f32::from(code) + half(min),
+                        false => half(scale) * (f32::from(code) - zero),
                     };
                     *out = value * factor;
                 }
@@ -193,9 +198,17 @@ impl Kind {
         match self {
             Self::F32 => inputs * LANES * 4,
             Self::F16 | Self::Bf16 => inputs * LANES * 2,
+            Self::Quant { .. } => inputs / BLOCK * self.block_bytes(),
+        }
+    }
+
+    /// Bytes of a quantised panel for 32 inputs: codes, scales, minima.
+    fn block_bytes(self) -> usize {
+        match self {
             Self::Quant { codes, groups, affine, .. } => {
-                inputs / BLOCK * (codes.block_bytes() + groups * LANES * 2 * (1 + usize::from(affine)))
+                codes.block_bytes() + groups * LANES * 2 * (1 + usize::from(affine))
             }
+            _ => self.bytes(BLOCK),
         }
     }
 }
@@ -255,22 +268,18 @@ fn pack_channel(kind: Kind, dtype: Dtype, row: &[u8], inputs: usize, lane: usize
             }
         }
         Kind::Quant { codes, groups, affine, factor, .. } => {
-            let blocks = inputs / BLOCK;
-            let scales = blocks * codes.block_bytes();
-            let mins = scales + blocks * groups * LANES * 2;
             let length = BLOCK / groups;
             let mut unpacked = [0u8; BLOCK];
-            for block in 0..blocks {
+            for (block, out) in out.chunks_exact_mut(kind.block_bytes()).take(inputs / BLOCK).enumerate() {
                 for side in 0..groups {
-                    let index = block * groups + side;
-                    let group = unpack_group(dtype, row, index, &mut unpacked[side * length..]);
-                    let at = (index * LANES + lane) * 2;
-                    out[scales + at..][..2].copy_from_slice(&f16::from_f32(group.scale / factor).to_le_bytes());
+                    let group = unpack_group(dtype, row, block * groups + side, &mut unpacked[side * length..]);
+                    let scale = codes.block_bytes() + (side * LANES + lane) * 2;
+                    out[scale..][..2].copy_from_slice(&f16::from_f32(group.scale / factor).to_le_bytes());
                     if affine {
-                        out[mins + at..][..2].copy_from_slice(&f16::from_f32(group.min / factor).to_le_bytes());
+                        let min = scale + groups * LANES * 2;
+                        out[min..][..2].copy_from_slice(&f16::from_f32(group.min / factor).to_le_bytes());
                     }
                 }
-                let out = &mut out[block * codes.block_bytes()..][..codes.block_bytes()];
                 match codes {
                     Codes::Nibble => {
                         for (pair, eight) in unpacked.chunks_exact(8).enumerate() {
@@ -304,7 +313,7 @@ mod tests {
                 let bytes = Dice::new(channels as u64).weights(dtype, channels, inputs);
                 let source = Source { dtype, bytes: &bytes, channels, inputs };
                 for plain in [false, true] {
-                    let panels = Panels::pack(cpu, source, plain, |c| channels - 1 - c).unwrap();
+                    let panels = Panels::pack(cpu, &mut Arena::default(), source, plain, |c| channels - 1 - c).unwrap();
                     for channel in 0..channels {
                         let row = dtype.row_bytes(inputs).unwrap();
                         let (mut expected, mut got) = (vec![0.0; inputs], vec![0.0; inputs]);
@@ -327,7 +336,7 @@ mod tests {
         let cpu = &cpus()[0];
         for (bytes, channels, inputs) in [(17, 1, 32), (18, 2, 32), (18, 1, 33), (0, 0, 32), (18, usize::MAX, 32)] {
             let source = Source { dtype: Dtype::Q4_0, bytes: &vec![0; bytes], channels, inputs };
-            assert!(Panels::pack(cpu, source, false, |c| c).is_err());
+            assert!(Panels::pack(cpu, &mut Arena::default(), source, false, |c| c).is_err());
         }
     }
 }

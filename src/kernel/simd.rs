@@ -136,6 +136,8 @@ pub(super) trait Simd: Copy {
     /// Rounds 16 values in -127..=127 to i8 and stores them; returns their sum.
     unsafe fn store_i8(p: *mut i8, x: Self::F) -> i32;
 
+    /// A hint that the cache line at `p` will be read; any address will do.
+    unsafe fn prefetch(p: *const u8);
     unsafe fn codes(p: *const u8) -> Self::C;
     /// Low and high nibbles.
     unsafe fn nibbles(p: *const u8) -> (Self::C, Self::C);
@@ -282,6 +284,8 @@ impl Simd for Portable {
             codes.into_iter().map(i32::from).sum()
         }
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
     #[inline(always)]
     unsafe fn codes(p: *const u8) -> Self::C {
         // SAFETY: see load.
@@ -433,6 +437,10 @@ pub(super) mod x86 {
             _mm512_reduce_add_epi32(x)
         }
         #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        }
+        #[inline(always)]
         unsafe fn codes(p: *const u8) -> __m512i {
             _mm512_loadu_si512(p.cast())
         }
@@ -576,6 +584,10 @@ pub(super) mod x86 {
             let quads = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
             let twice = _mm_add_epi32(quads, _mm_shuffle_epi32::<0b01_00_11_10>(quads));
             _mm_cvtsi128_si32(_mm_add_epi32(twice, _mm_shuffle_epi32::<0b10_11_00_01>(twice)))
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            _mm_prefetch::<_MM_HINT_T0>(p.cast());
         }
         #[inline(always)]
         unsafe fn codes(p: *const u8) -> Self::C {

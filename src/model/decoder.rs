@@ -11,8 +11,8 @@ use std::sync::Arc;
 use crate::base::{Error, Result};
 use crate::config::{KvType, Precision};
 use crate::kernel::{
-    Activations, Attention, Buffer, Cpu, Isa, KvLayout, KvSpan, Linear, MAX_DIM, MAX_GROUP, Out, Panels, Pool, Query,
-    Rope, each_row, gated, rotate,
+    Activations, Arena, Attention, Buffer, Cpu, Isa, KvLayout, KvSpan, Linear, MAX_DIM, MAX_GROUP, Out, Panels, Pool,
+    Query, Rope, each_row, gated, rotate,
 };
 use crate::model::Batch;
 use crate::model::kv::KvPool;
@@ -113,7 +113,7 @@ impl Decoder {
         let plain = options.precision == Precision::Plain;
         let kv = KvPool::new(options.kv_layout(&spec), spec.layers, options.kv_bytes)?;
         let cpu = Cpu { pool: options.pool.clone(), isa: options.isa };
-        let mut packer = Packer { cpu: &cpu, weights, spec: &spec, plain, progress, done: 0 };
+        let mut packer = Packer { cpu: &cpu, arena: Arena::default(), weights, spec: &spec, plain, progress, done: 0 };
         let embedding = packer.matrix("token_embd.weight", None)?;
         let layers: Vec<Layer> = (0..spec.layers).map(|layer| packer.layer(layer)).collect::<Result<_>>()?;
         let norm = packer.vector("output_norm.weight")?;

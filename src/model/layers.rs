@@ -6,7 +6,7 @@
 //! Whatever order a file has the numbers of a head in, packed heads are halves: number `i` turns with `i + dim / 2`.
 
 use crate::base::Result;
-use crate::kernel::{Cpu, Linear, Panels, Source};
+use crate::kernel::{Arena, Cpu, Linear, Panels, Source};
 use crate::model::spec::{DecoderSpec, RopeStyle};
 use crate::model::weights::Weights;
 
@@ -25,6 +25,8 @@ pub(super) struct Layer {
 /// Packs tensors and says how far it is.
 pub(super) struct Packer<'a> {
     pub(super) cpu: &'a Cpu,
+    /// Where panels go, in the order a step reads them.
+    pub(super) arena: Arena,
     pub(super) weights: &'a Weights,
     pub(super) spec: &'a DecoderSpec,
     /// Everything in f32.
@@ -68,7 +70,7 @@ impl Packer<'_> {
     pub(super) fn matrix(&mut self, name: &str, heads: Option<usize>) -> Result<Panels> {
         let tensor = self.weights.tensor(name)?;
         let source = Source { dtype: tensor.dtype, bytes: tensor.data, channels: tensor.rows, inputs: tensor.cols };
-        let panels = Panels::pack(self.cpu, source, self.plain, |channel| halves(heads, channel))
+        let panels = Panels::pack(self.cpu, &mut self.arena, source, self.plain, |channel| halves(heads, channel))
             .map_err(|error| error.context(name))?;
         self.done += tensor.data.len() as u64;
         self.weights.release(name);
