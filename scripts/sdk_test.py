@@ -164,8 +164,9 @@ def stop_strings_end_an_answer_and_are_not_said(server: Server) -> None:
 def logit_bias_and_penalties_change_the_answer(server: Server) -> None:
     plain = server.chat(messages=TALK, max_tokens=16).choices[0].message.content
     assert server.chat(messages=TALK, max_tokens=16, frequency_penalty=2.0, presence_penalty=2.0).choices
-    banned = {str(token): -100 for token in range(300)}
-    assert server.chat(messages=TALK, max_tokens=16, logit_bias=banned).choices[0].message.content != plain
+    # A token wanted above all others is said again and again.
+    wanted = server.chat(messages=TALK, max_tokens=16, logit_bias={"260": 100}).choices[0].message.content
+    assert wanted != plain and wanted[: len(wanted) // 2] * 2 == wanted, wanted
 
 
 def completions_continue_a_text(server: Server) -> None:
@@ -212,7 +213,8 @@ def the_cache_is_seen_in_the_usage(server: Server) -> None:
 def unicode_survives(server: Server) -> None:
     ask = [{"role": "user", "content": "Repeat: «naïve café» 你好 🚀"}]
     text = text_of(server.chat(messages=ask, max_tokens=40, stream=True))
-    assert text and "\ufffd" not in text, text
+    # The token limit may cut an answer inside a character, and there alone it may end in a replacement character.
+    assert text and "\ufffd" not in text[:-1], text
 
 
 def tools_are_refused_clearly(server: Server) -> None:
