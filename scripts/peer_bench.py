@@ -31,6 +31,7 @@ import http.client
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -66,6 +67,8 @@ def main() -> int:
         if not path.is_file():
             print(f"{path} is missing: {how}")
             return 2
+    # So that a TERM, from `timeout` for one, runs the clean-up that an exception would.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     streams = [1, 4, 16] if args.quick else [int(n) for n in args.streams.split(",")]
     rounds = 1 if args.quick else args.rounds
 
