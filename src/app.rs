@@ -2,12 +2,14 @@
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::dev::ServerHandle;
 use actix_web::rt;
+use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
@@ -27,6 +29,9 @@ use crate::vault::Vault;
 const PULSE: Duration = Duration::from_secs(1);
 /// A device whose thread has not come round its loop for this long is taken for hung: the watchdog is not fed any more.
 const HUNG: Duration = Duration::from_secs(120);
+
+/// How long the streams that a hurried drain has cut off may take to say so.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What the command line adds to the configuration file.
 #[derive(Debug, Default)]
@@ -255,17 +260,20 @@ impl App {
         info!(limit_s = limit.as_secs(), "draining: no new calls, open ones may finish");
         self.phase.send_replace(Phase::Draining);
         self.notifier.stopping();
-        let stop_all = futures_util::future::join_all(self.servers.iter().map(|server| server.stop(true)));
+        let mut closed = pin!(join_all(self.servers.iter().map(|server| server.stop(true))));
         let hurried = tokio::select! {
-            _ = stop_all => false,
+            _ = &mut closed => false,
             () = tokio::time::sleep_until(deadline.into()) => true,
             () = hurry(signals) => true,
         };
         if hurried {
+            // Failing the sequences ends their streams with an error event; the servers are then left behind.
             warn!("cutting off what is still open");
-            futures_util::future::join_all(self.servers.iter().map(|server| server.stop(false))).await;
+            self.device.drain(Instant::now()).await;
+            let _ = tokio::time::timeout(LAST_WORDS, closed).await;
+        } else {
+            self.device.drain(deadline).await;
         }
-        self.device.drain(if hurried { Instant::now() } else { deadline }).await;
         info!("drained");
     }
 }

@@ -298,6 +298,10 @@ impl Handler<Drain> for SupervisorActor {
             if !thread.is_finished() {
                 // Out of time: what is left is failed rather than finished.
                 let _ = engine.tell(Command::Stop { drain: false });
+                let grace = Instant::now() + Duration::from_secs(1);
+                while !thread.is_finished() && Instant::now() < grace {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
             }
         })
     }

@@ -61,12 +61,23 @@ async fn a_bad_configuration_is_refused_and_the_old_one_stays() {
 #[actix::test]
 async fn a_model_that_cannot_be_loaded_leaves_the_old_one_serving() {
     let mut daemon = Daemon::start(Setup { config: &sim(0, ""), env: &[] });
-    daemon.rewrite_config(&sim(0, "").replace("sim:end_in=0,step_us=0", "/nonexistent/model.gguf"));
+    std::fs::write(daemon.dir.path().join("broken.gguf"), "GGUF, but not really").unwrap();
+    daemon.rewrite_config(&sim(0, "").replace("sim:end_in=0,step_us=0", "broken.gguf"));
     daemon.signal(libc::SIGHUP);
     let failed = daemon.wait_log("reload: model not loaded, what was there stays");
-    assert!(field(&failed, "error").as_str().unwrap().contains("/nonexistent/model.gguf"), "{failed}");
+    assert!(field(&failed, "error").as_str().unwrap().contains("broken.gguf"), "{failed}");
     assert!(read(stream(&daemon.base, 3).await).await.1);
     assert_eq!(daemon.metric(r#"neurond_swaps_total{outcome="failed"}"#).await, 1.0);
+}
+
+#[actix::test]
+async fn a_model_file_that_vanished_refuses_the_reload_by_name() {
+    let mut daemon = Daemon::start(Setup { config: &sim(0, ""), env: &[] });
+    daemon.rewrite_config(&sim(0, "").replace("sim:end_in=0,step_us=0", "/nonexistent/model.gguf"));
+    daemon.signal(libc::SIGHUP);
+    let refused = daemon.wait_log("reload refused; the configuration in force stays");
+    assert!(field(&refused, "error").as_str().unwrap().contains("/nonexistent/model.gguf"), "{refused}");
+    assert!(read(stream(&daemon.base, 3).await).await.1);
 }
 
 #[actix::test]
