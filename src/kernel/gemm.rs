@@ -8,6 +8,8 @@
 //!
 //! int8 (quantised weights): per block of 32 `acc = sum code * x` in i32, then `y += dx * (dw * acc + min * sum x)`.
 
+use std::mem::MaybeUninit;
+
 use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
 use crate::kernel::rows::{Activations, View};
 use crate::kernel::simd::{Simd, by_isa, exp};
@@ -18,7 +20,10 @@ const ROWS: usize = 128;
 /// Rows of the largest tile.
 const TILE: usize = 8;
 
-type Tile = [f32; TILE * LANES];
+type Tile = [MaybeUninit<f32>; TILE * LANES];
+
+/// Not yet written: a tile is as long as a kernel takes for a few rows of few inputs, so zeros would show.
+const EMPTY: Tile = [MaybeUninit::uninit(); TILE * LANES];
 
 /// One matrix, or several of the same inputs side by side (q, k and v), each of its own kind.
 pub struct Linear {
@@ -87,9 +92,10 @@ impl Linear {
             let valid = LANES.min(part.channels() - panel * LANES);
             let bias = self.bias.as_ref().map(|bias| &bias[channel..channel + valid]);
             each_tile(first, last, |row, count| {
-                let mut tile: Tile = [0.0; TILE * LANES];
-                part.tile(cpu.isa, panel, view, row, count, &mut tile);
-                for (i, values) in tile.chunks_exact_mut(LANES).take(count).enumerate() {
+                let mut tile = EMPTY;
+                for (i, values) in
+                    part.tile(cpu.isa, panel, view, row, count, &mut tile).chunks_exact_mut(LANES).enumerate()
+                {
                     // SAFETY: each pair of panel and rows is handed out once, and panels are different channels.
                     let out = unsafe { out.part((row + i) * width + channel, valid) };
                     if let Some(bias) = bias {
@@ -133,12 +139,12 @@ pub fn gated(cpu: &Cpu, gate: &Panels, up: &Panels, x: &Activations, rows: usize
     each_task(cpu, gate.count(), rows, |panel, first, last| {
         let valid = LANES.min(width - panel * LANES);
         each_tile(first, last, |row, count| {
-            let (mut a, mut b): (Tile, Tile) = ([0.0; TILE * LANES], [0.0; TILE * LANES]);
-            gate.tile(cpu.isa, panel, view, row, count, &mut a);
-            up.tile(cpu.isa, panel, view, row, count, &mut b);
-            // SAFETY: whole tiles.
+            let (mut a, mut b) = (EMPTY, EMPTY);
+            let a = gate.tile(cpu.isa, panel, view, row, count, &mut a);
+            let b = up.tile(cpu.isa, panel, view, row, count, &mut b);
+            // SAFETY: `count` rows of 16 each.
             unsafe { silu_mul(cpu.isa, a.as_mut_ptr(), b.as_ptr(), count) };
-            for (i, values) in a.chunks_exact(LANES).take(count).enumerate() {
+            for (i, values) in a.chunks_exact(LANES).enumerate() {
                 // SAFETY: each pair of panel and rows is handed out once.
                 let out = unsafe { out.part((row + i) * width + panel * LANES, valid) };
                 out.copy_from_slice(&values[..valid]);
@@ -180,13 +186,21 @@ impl Panels {
         self.channels().div_ceil(LANES)
     }
 
-    /// `count` (1, 2, 4 or 8) rows of `x` from `row` on, times one panel.
+    /// `count` (1, 2, 4 or 8) rows of `x` from `row` on, times one panel: `[count, 16]`.
     #[inline]
-    fn tile(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: &mut Tile) {
+    fn tile<'a>(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: &'a mut Tile) -> &'a mut [f32] {
+        let out = out.as_mut_ptr().cast::<f32>();
+        self.multiply(isa, panel, x, row, count, out);
+        // SAFETY: `multiply` has written that many numbers into the tile, which is borrowed for as long.
+        unsafe { std::slice::from_raw_parts_mut(out, count * LANES) }
+    }
+
+    /// [`Panels::tile`], into `count * 16` numbers at `out`.
+    #[inline]
+    fn multiply(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: *mut f32) {
         debug_assert!(panel < self.count() && matches!(count, 1 | 2 | 4 | 8));
         let inputs = self.inputs();
         let weights = self.data[panel * self.stride..][..self.stride].as_ptr();
-        let out = out.as_mut_ptr();
         let (codes, groups, affine, zero, factor) = match self.kind {
             Kind::Quant { codes, groups, affine, zero, factor } => (codes, groups, affine, zero, factor),
             // SAFETY: `view` was made for at least `row + count` rows of this width; a panel holds `inputs` vectors.
@@ -215,6 +229,7 @@ impl Panels {
                 codes: x.codes.add(row * inputs),
                 scales: x.scales.add(row * blocks),
                 sums: x.sums.add(row * blocks * 2),
+                totals: x.totals.add(row * blocks),
                 blocks,
             }
         };
@@ -280,6 +295,7 @@ struct Int8 {
     codes: *const i8,
     scales: *const f32,
     sums: *const f32,
+    totals: *const f32,
     blocks: usize,
 }
 
@@ -341,14 +357,14 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
                 let scale = S::load_f16(scales.add(group * LANES));
                 let min = if AFFINE { S::load_f16(scales.add((GROUPS + group) * LANES)) } else { scale };
                 for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
-                    let sums = x.sums.add((r * x.blocks + block) * 2);
-                    let sum = S::splat(if GROUPS == 1 { *sums + *sums.add(1) } else { *sums.add(group) });
+                    let at = r * x.blocks + block;
+                    let sum = S::splat(if GROUPS == 1 { *x.totals.add(at) } else { *x.sums.add(at * 2 + group) });
                     let value = if AFFINE {
                         S::fma(min, sum, S::mul(S::to_f(acc), scale))
                     } else {
                         S::mul(S::fma(zero, sum, S::to_f(acc)), scale)
                     };
-                    *result = S::fma(value, S::splat(*x.scales.add(r * x.blocks + block)), *result);
+                    *result = S::fma(value, S::splat(*x.scales.add(at)), *result);
                 }
             }
         }

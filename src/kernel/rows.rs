@@ -17,6 +17,8 @@ pub struct Activations {
     scales: Buffer<f32>,
     /// Per row and 16 inputs: sum of the codes. A whole number, as f32.
     sums: Buffer<f32>,
+    /// Per row and block: sum of the codes.
+    totals: Buffer<f32>,
     width: usize,
 }
 
@@ -27,6 +29,7 @@ pub(super) struct View {
     pub(super) codes: *const i8,
     pub(super) scales: *const f32,
     pub(super) sums: *const f32,
+    pub(super) totals: *const f32,
 }
 
 // SAFETY: read-only pointers into the `Activations` that the view was made of; see `Activations::view`.
@@ -41,6 +44,7 @@ impl Activations {
             codes: Buffer::zeroed(blocks * BLOCK),
             scales: Buffer::zeroed(blocks),
             sums: Buffer::zeroed(blocks * 2),
+            totals: Buffer::zeroed(blocks),
             width,
         }
     }
@@ -77,7 +81,12 @@ impl Activations {
         let width = weight.len();
         self.width = width;
         assert!(rows <= self.capacity());
-        let (codes, scales, sums) = (self.codes.share(), self.scales.share(), self.sums.share());
+        let int8_rows = Int8Rows {
+            codes: self.codes.share(),
+            scales: self.scales.share(),
+            sums: self.sums.share(),
+            totals: self.totals.share(),
+        };
         let floats = self.floats.share();
         each_row(cpu, rows, width, |row| {
             let from = pick(row);
@@ -87,7 +96,7 @@ impl Activations {
                 let out = floats.part(row * width, width);
                 norm_row(cpu.isa, x, weight, eps, out);
                 if int8 {
-                    quantize_into(cpu.isa, out, row, codes, scales, sums);
+                    quantize_into(cpu.isa, out, row, int8_rows);
                 }
             }
         });
@@ -97,11 +106,16 @@ impl Activations {
     pub fn quantize(&mut self, cpu: &Cpu, rows: usize) {
         let width = self.width;
         assert!(rows <= self.capacity());
-        let (codes, scales, sums) = (self.codes.share(), self.scales.share(), self.sums.share());
+        let int8_rows = Int8Rows {
+            codes: self.codes.share(),
+            scales: self.scales.share(),
+            sums: self.sums.share(),
+            totals: self.totals.share(),
+        };
         let floats = &*self.floats;
         each_row(cpu, rows, width, |row| {
             // SAFETY: each row is handed out once.
-            unsafe { quantize_into(cpu.isa, &floats[row * width..(row + 1) * width], row, codes, scales, sums) };
+            unsafe { quantize_into(cpu.isa, &floats[row * width..(row + 1) * width], row, int8_rows) };
         });
     }
 
@@ -114,6 +128,7 @@ impl Activations {
             codes: self.codes.as_ptr(),
             scales: self.scales.as_ptr(),
             sums: self.sums.as_ptr(),
+            totals: self.totals.as_ptr(),
         }
     }
 }
@@ -161,32 +176,46 @@ unsafe fn norm_body<S: Simd>(x: *const f32, weight: *const f32, eps: f32, len: u
     }
 }
 
+/// The int8 form of all rows, to be written row by row.
+#[derive(Clone, Copy)]
+struct Int8Rows<'a> {
+    codes: Shared<'a, i8>,
+    scales: Shared<'a, f32>,
+    sums: Shared<'a, f32>,
+    totals: Shared<'a, f32>,
+}
+
 /// # Safety
 /// No other thread may touch row `row` of the outputs.
-unsafe fn quantize_into(
-    isa: Isa,
-    x: &[f32],
-    row: usize,
-    codes: Shared<'_, i8>,
-    scales: Shared<'_, f32>,
-    sums: Shared<'_, f32>,
-) {
+unsafe fn quantize_into(isa: Isa, x: &[f32], row: usize, to: Int8Rows<'_>) {
     let (width, blocks) = (x.len(), x.len() / BLOCK);
     assert_eq!(blocks * BLOCK, width);
     // SAFETY: alone by contract; the parts are as long as `width` says.
     unsafe {
-        let codes = codes.part(row * width, width);
-        let scales = scales.part(row * blocks, blocks);
-        let sums = sums.part(row * blocks * 2, blocks * 2);
-        quantize(isa, x.as_ptr(), blocks, codes.as_mut_ptr(), scales.as_mut_ptr(), sums.as_mut_ptr());
+        let codes = to.codes.part(row * width, width).as_mut_ptr();
+        let scales = to.scales.part(row * blocks, blocks).as_mut_ptr();
+        let sums = to.sums.part(row * blocks * 2, blocks * 2).as_mut_ptr();
+        let totals = to.totals.part(row * blocks, blocks).as_mut_ptr();
+        quantize(isa, x.as_ptr(), blocks, codes, scales, sums, totals);
     }
 }
 
-by_isa! { fn quantize(x: *const f32, blocks: usize, codes: *mut i8, scales: *mut f32, sums: *mut f32) = quantize_body }
+by_isa! {
+    fn quantize(
+        x: *const f32, blocks: usize, codes: *mut i8, scales: *mut f32, sums: *mut f32, totals: *mut f32,
+    ) = quantize_body
+}
 
 #[inline(always)]
-unsafe fn quantize_body<S: Simd>(x: *const f32, blocks: usize, codes: *mut i8, scales: *mut f32, sums: *mut f32) {
-    // SAFETY: `blocks` blocks of 32 inputs, 32 codes, 1 scale and 2 sums.
+unsafe fn quantize_body<S: Simd>(
+    x: *const f32,
+    blocks: usize,
+    codes: *mut i8,
+    scales: *mut f32,
+    sums: *mut f32,
+    totals: *mut f32,
+) {
+    // SAFETY: `blocks` blocks of 32 inputs, 32 codes, 1 scale, 2 sums and their total.
     unsafe {
         for block in 0..blocks {
             let (low, high) = (S::load(x.add(block * BLOCK)), S::load(x.add(block * BLOCK + 16)));
@@ -195,8 +224,11 @@ unsafe fn quantize_body<S: Simd>(x: *const f32, blocks: usize, codes: *mut i8, s
             let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
             let codes = codes.add(block * BLOCK);
             *scales.add(block) = largest / 127.0;
-            *sums.add(block * 2) = S::store_i8(codes, S::mul(low, S::splat(inverse))) as f32;
-            *sums.add(block * 2 + 1) = S::store_i8(codes.add(16), S::mul(high, S::splat(inverse))) as f32;
+            let low = S::store_i8(codes, S::mul(low, S::splat(inverse)));
+            let high = S::store_i8(codes.add(16), S::mul(high, S::splat(inverse)));
+            *sums.add(block * 2) = low as f32;
+            *sums.add(block * 2 + 1) = high as f32;
+            *totals.add(block) = (low + high) as f32;
         }
     }
 }
@@ -320,6 +352,7 @@ mod tests {
                         let sum: i32 = codes[side * 16..][..16].iter().map(|&code| i32::from(code)).sum();
                         assert_eq!(out.sums[block * 2 + side], sum as f32);
                     }
+                    assert_eq!(out.totals[block], out.sums[block * 2] + out.sums[block * 2 + 1]);
                 }
             }
         }
