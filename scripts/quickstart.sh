@@ -33,12 +33,13 @@ while [[ $# -gt 0 ]]; do
 done
 [[ $port =~ ^[0-9]+$ && $port -ge 1 && $port -le 65535 ]] || die "--port needs a number from 1 to 65535"
 url=http://127.0.0.1:$port
+neurond=${CARGO_TARGET_DIR:-target}/release/neurond
 
 # The pid of the daemon that --detach started, if it still runs. A pid that was given to another program does not count.
 running() {
     local pid
     pid=$(cat "$pid_file" 2>/dev/null) && [[ -n $pid ]] || return 1
-    [[ $(ps -o comm= -p "$pid" 2>/dev/null) == *neurond* ]] || return 1
+    [[ $(cat "/proc/$pid/comm" 2>/dev/null || ps -o comm= -p "$pid" 2>/dev/null) == *neurond* ]] || return 1
     echo "$pid"
 }
 
@@ -89,8 +90,8 @@ neurond is ready at $url
   curl $url/client/v4/accounts/local/ai/run/$model -d '{"prompt": "Name three moons of Jupiter."}'
 
   # in the terminal, and how fast it is
-  target/release/neurond chat --url $url
-  target/release/neurond bench --url $url --concurrency 1,4
+  $neurond chat --url $url
+  $neurond bench --url $url --concurrency 1,4
 
   # what it counts
   curl $url/metrics
@@ -115,7 +116,6 @@ fi
 
 say "building (some minutes the first time)"
 cargo build --release --locked
-neurond=${CARGO_TARGET_DIR:-target}/release/neurond
 
 say "fetching the demo model"
 scripts/fetch_demo_model.sh models

@@ -39,7 +39,7 @@ stage_sdk() {
         >"$log" 2>&1 </dev/null &
     daemon=$!
     # This is a shell of its own: whatever ends it, ends the daemon.
-    trap 'kill -TERM "$daemon" 2>/dev/null; rm -f "$log"' EXIT
+    trap 'kill -TERM "$daemon" 2>/dev/null || true; rm -f "$log"' EXIT
     .venv/bin/python scripts/sdk_test.py "http://127.0.0.1:$port/v1" || { tail -n 30 "$log"; return 1; }
     kill -TERM "$daemon"
     wait "$daemon" || { echo "the daemon ended with status $?:"; tail -n 30 "$log"; return 1; }
