@@ -8,6 +8,8 @@
 //! say "skipped: no weights". The tiny models are committed and always run. Builds without optimisation leave out the long
 //! prompts and say so: `cargo test --release --test model` (or `NEUROND_TEST_MODELS_ALL=1`) takes all.
 
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -79,9 +79,7 @@ impl Delivery {
         if let Some(event) = self.held.pop_front() {
             return Some(self.seen(event));
         }
-        if self.close.reservation.is_none() {
-            return None;
-        }
+        self.close.reservation.as_ref()?;
         let event = match timeout_at(self.patience, self.events.recv_async()).await {
             Ok(Ok(event)) => event,
             Ok(Err(_)) => Event::Failed(engine_lost()),
