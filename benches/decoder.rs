@@ -59,7 +59,7 @@ fn main() -> Result<()> {
         batch.clear();
         batch.push(&tokens, 0, &table[..rows.div_ceil(BLOCK)], [rows as u32 - 1]);
         let begin = Instant::now();
-        decoder.forward(&batch)?;
+        decoder.forward(batch)?;
         Ok(begin.elapsed())
     };
     prompt(&mut decoder, &mut batch, PREFILL)?;

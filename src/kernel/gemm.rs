@@ -22,7 +22,7 @@ const TILE: usize = 8;
 
 type Tile = [MaybeUninit<f32>; TILE * LANES];
 
-/// Not yet written: a tile is as long as a kernel takes for a few rows of few inputs, so zeros would show.
+/// Not yet written. Zeroing it would take as long as a kernel does for a row of few inputs.
 const EMPTY: Tile = [MaybeUninit::uninit(); TILE * LANES];
 
 /// One matrix, or several of the same inputs side by side (q, k and v), each of its own kind.
@@ -190,14 +190,19 @@ impl Panels {
     #[inline]
     fn tile<'a>(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: &'a mut Tile) -> &'a mut [f32] {
         let out = out.as_mut_ptr().cast::<f32>();
-        self.multiply(isa, panel, x, row, count, out);
-        // SAFETY: `multiply` has written that many numbers into the tile, which is borrowed for as long.
-        unsafe { std::slice::from_raw_parts_mut(out, count * LANES) }
+        // SAFETY: a tile has room for 8 rows; `multiply` writes as many numbers as the slice then has.
+        unsafe {
+            self.multiply(isa, panel, x, row, count, out);
+            std::slice::from_raw_parts_mut(out, count * LANES)
+        }
     }
 
     /// [`Panels::tile`], into `count * 16` numbers at `out`.
+    ///
+    /// # Safety
+    /// `out` has that much room, `x` holds `row + count` rows of this matrix's inputs.
     #[inline]
-    fn multiply(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: *mut f32) {
+    unsafe fn multiply(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: *mut f32) {
         debug_assert!(panel < self.count() && matches!(count, 1 | 2 | 4 | 8));
         let inputs = self.inputs();
         let weights = self.data[panel * self.stride..][..self.stride].as_ptr();

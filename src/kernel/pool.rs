@@ -4,14 +4,15 @@
 //!     worker 1 ──work(1)──┘ spin ─────────────│──work(1)──┘ spin, then yield, then sleep
 //!
 //! A step of a model is some hundred short parallel parts with next to nothing between them, so a worker that has
-//! finished spins for the next part, then gives its core to others between looks, and only then sleeps. One part at a
-//! time: a second caller waits for the first. Not a scheduler: parts may not start parts.
+//! finished spins for the next part, then gives its core to others between looks, and only then sleeps. A worker that
+//! comes late, because others have its core, finds a part of [`Pool::each`] closed and goes on: nobody waits for threads
+//! that hold no work. One part at a time: a second caller waits for the first. Not a scheduler: parts may not start parts.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
@@ -32,9 +33,9 @@ pub struct Pool {
 struct Shared {
     /// Rises with every job; a worker runs when it sees a new value.
     epoch: Line<AtomicUsize>,
-    /// Workers that have not finished the current job.
-    running: Line<AtomicUsize>,
-    /// Valid from the rise of `epoch` until `running` is 0.
+    /// Who may still enter the current job and who is inside: see [`enter`].
+    door: Line<AtomicU64>,
+    /// Valid while the door is open, and until the last one inside has left.
     job: UnsafeCell<Option<&'static (dyn Fn(usize) + Sync)>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     stop: AtomicBool,
@@ -43,7 +44,7 @@ struct Shared {
     wake: Condvar,
 }
 
-// SAFETY: `job` is written by the caller while every worker waits for the epoch, and only read after it has risen.
+// SAFETY: `job` is written by the caller while the door is closed and nobody is inside, and only read by those inside.
 unsafe impl Sync for Shared {}
 // SAFETY: nothing in it belongs to a thread.
 unsafe impl Send for Shared {}
@@ -57,7 +58,7 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             epoch: Line(AtomicUsize::new(0)),
-            running: Line(AtomicUsize::new(0)),
+            door: Line(AtomicU64::new(CLOSED)),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
             stop: AtomicBool::new(false),
@@ -65,7 +66,7 @@ impl Pool {
             bed: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let workers = (1..threads.max(1))
+        let workers = (1..threads.clamp(1, COUNT as usize))
             .map_while(|thread| {
                 let shared = shared.clone();
                 std::thread::Builder::new().name(format!("kernel-{thread}")).spawn(move || shared.serve(thread)).ok()
@@ -84,23 +85,34 @@ impl Pool {
     /// # Panics
     /// With the first panic of any thread, once all are done. `work` must not call `run` of the same pool.
     pub fn run(&self, work: impl Fn(usize) + Sync) {
+        self.start(&work, true);
+    }
+
+    /// With `all`, every thread runs `job`; else the caller, and those that come before it is done.
+    fn start(&self, job: &(dyn Fn(usize) + Sync), all: bool) {
         if self.workers.is_empty() {
-            return work(0);
+            return job(0);
         }
         let turn = self.turn.lock();
         let shared = &*self.shared;
-        let job: &(dyn Fn(usize) + Sync) = &work;
-        // SAFETY: the reference is only used by workers until `running` is 0, for which this function waits even when
-        // `work` panics; so it does not outlive `work`. Nobody reads `job` before the epoch rises.
+        // SAFETY: the reference is only used by workers inside the door, for whom this function waits even when the job
+        // panics; so it does not outlive the job. Nobody is inside now: the last job was waited for.
         unsafe { *shared.job.get() = Some(std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static _>(job)) };
-        shared.running.0.store(self.workers.len(), Ordering::Relaxed);
-        shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        let door = &shared.door.0;
+        let epoch = shared.epoch.0.load(Ordering::Relaxed).wrapping_add(1);
+        door.store((epoch as u64) << JOB, Ordering::Release);
+        shared.epoch.0.store(epoch, Ordering::SeqCst);
         if shared.sleeping.load(Ordering::SeqCst) > 0 {
             let _bed = shared.bed.lock();
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| work(0)));
-        wait(|| shared.running.0.load(Ordering::Acquire) == 0, usize::MAX);
+        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
+        if all {
+            let everyone = self.workers.len() as u64;
+            wait(|| door.load(Ordering::Acquire) >> ENTERED & COUNT == everyone, usize::MAX);
+        }
+        door.fetch_or(CLOSED, Ordering::AcqRel);
+        wait(|| door.load(Ordering::Acquire) & COUNT == 0, usize::MAX);
         let theirs = shared.panic.lock().take();
         drop(turn);
         if let Some(panic) = own.err().or(theirs) {
@@ -116,7 +128,7 @@ impl Pool {
             return (0..count).for_each(work);
         }
         let next = AtomicUsize::new(0);
-        self.run(|_| {
+        let take = |_| {
             loop {
                 let first = next.fetch_add(grain, Ordering::Relaxed);
                 if first >= count {
@@ -124,7 +136,8 @@ impl Pool {
                 }
                 (first..(first + grain).min(count)).for_each(&work);
             }
-        });
+        };
+        self.start(&take, false);
     }
 }
 
@@ -153,14 +166,17 @@ impl Shared {
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            // SAFETY: the epoch has risen, so the caller has written `job` and leaves it until `running` is 0.
+            if !enter(&self.door.0, seen) {
+                continue;
+            }
+            // SAFETY: inside the door.
             let job = unsafe { *self.job.get() };
             if let Some(job) = job
                 && let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(thread)))
             {
                 self.panic.lock().get_or_insert(panic);
             }
-            self.running.0.fetch_sub(1, Ordering::Release);
+            self.door.0.fetch_sub(1, Ordering::Release);
         }
     }
 
@@ -175,6 +191,22 @@ impl Shared {
         }
         self.sleeping.fetch_sub(1, Ordering::SeqCst);
     }
+}
+
+/// A door's number: how many are inside in the low bits, whether it is closed, how many have ever entered, and which job
+/// it leads to, so that a late worker does not enter the next job as the last one, and then again as itself.
+const COUNT: u64 = (1 << 16) - 1;
+const CLOSED: u64 = 1 << 16;
+const ENTERED: u32 = 17;
+const JOB: u32 = 34;
+
+/// Goes in, unless the door is closed or leads to another job.
+fn enter(door: &AtomicU64, epoch: usize) -> bool {
+    let step_in = |now: u64| {
+        let open = now & CLOSED == 0 && now >> JOB == (epoch as u64) << JOB >> JOB;
+        open.then_some(now + 1 + (1 << ENTERED))
+    };
+    door.fetch_update(Ordering::AcqRel, Ordering::Acquire, step_in).is_ok()
 }
 
 /// Waits for `done` without sleeping; false after having yielded `yields` times in vain.
