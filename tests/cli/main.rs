@@ -1,5 +1,7 @@
 //! The command line as a user meets it: the real program, run against servers that live in this test.
 
+#![allow(clippy::expect_used)]
+
 mod bench;
 mod chat;
 mod check;
