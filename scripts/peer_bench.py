@@ -72,6 +72,10 @@ def main() -> int:
     streams = [1, 4, 16] if args.quick else [int(n) for n in args.streams.split(",")]
     rounds = 1 if args.quick else args.rounds
 
+    if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
+        note(f"warning: the load is {os.getloadavg()[0]:.1f} already, and a busy machine hurts the two unequally: threads of")
+        note("the peer spin while they wait for one that has lost its core. Figures taken now mean nothing.")
+
     found: dict[str, list[dict]] = {"neurond": [], "llama-server": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
