@@ -153,7 +153,8 @@ impl Answer {
         }
         let complete = ends || stop.is_some() || last;
         if complete && stop.is_none() {
-            of.writer.finish();
+            // Cut by a limit, the beginning of a character is left out; a model that stops inside one gets its mark.
+            of.writer.finish(ends);
         }
         let (text, logprobs) = of.writer.release();
         if !text.is_empty() || !logprobs.is_empty() {
@@ -295,9 +296,13 @@ impl Writer {
         None
     }
 
-    /// The answer ends here: nothing held back can become anything else.
-    fn finish(&mut self) {
-        self.detokenizer.finish(&mut self.text);
+    /// The answer ends here: nothing held back can become anything else. `marked`: an unfinished character shows as U+FFFD.
+    fn finish(&mut self, marked: bool) {
+        if marked {
+            self.detokenizer.finish(&mut self.text);
+        }
+        // Tokens whose text is left out have their log-probabilities all the same.
+        self.logprobs.iter_mut().for_each(|(_, shows, _)| *shows = false);
         self.certain = self.text.len();
     }
 
@@ -340,7 +345,7 @@ mod tests {
             }
         }
         if stopped.is_none() {
-            writer.finish();
+            writer.finish(true);
             show(&mut writer);
         }
         let end = stopped.map_or("end".into(), |at| format!("stop {}", stops[at]));
@@ -447,5 +452,18 @@ mod tests {
         for cuts in 0..4096 {
             assert_eq!(whole(cuts * 61), ("aabaab".to_owned(), Some(0)));
         }
+    }
+
+    #[test]
+    fn an_answer_cut_inside_a_character_ends_before_it_and_keeps_the_log_probabilities() {
+        let vocabulary = Arc::new(Vocabulary::new([b"ab".as_slice(), b"\xe2\x82"], vec![]));
+        let mut writer = Writer::new(vocabulary, Arc::new(Stops::new(&[])));
+        let logprob = |token| TokenLogprob { token, bytes: vec![1], logprob: 0.0, top: vec![] };
+        for token in 0..2 {
+            writer.push(token, Some(logprob(token)));
+        }
+        writer.finish(false);
+        let (text, logprobs) = writer.release();
+        assert_eq!((text.as_str(), logprobs.len()), ("ab", 2));
     }
 }
