@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::Price;
-use super::file::Written;
+use super::value::Written;
 use crate::base::{Millis, ModelId};
 use crate::task::Task;
 

@@ -15,9 +15,10 @@ use std::time::Duration;
 use crate::base::{AccountId, Error, KeyId, Millis, ModelId, Result};
 
 pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
-pub use file::{ByteSize, File, LogFormat};
+pub use file::{File, LogFormat};
 pub use price::{Price, PriceLine};
 pub use reload::{Change, Effect, diff};
+pub use value::ByteSize;
 
 mod catalog;
 mod file;
@@ -25,6 +26,7 @@ mod machine;
 mod price;
 mod reload;
 mod resolve;
+mod value;
 
 /// Where a configuration is looked for when nobody names one, in this order.
 pub const SEARCH: [&str; 2] = ["./neurond.toml", "/etc/neurond/neurond.toml"];

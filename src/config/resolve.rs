@@ -12,9 +12,10 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
-use super::file::{ByteSize, EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection, Written};
+use super::file::{EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection};
 use super::machine::Surroundings;
 use super::simulated;
+use super::value::{ByteSize, Written};
 use super::{Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 

@@ -11,11 +11,12 @@ use crate::gateway::Answer;
 use crate::http::answer::UsageJson;
 use crate::http::ask::Ask;
 use crate::http::fields::Fields;
+use crate::http::native::{Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
 
-use crate::http::{Services, answer, error, run};
+use crate::http::{Services, answer, error};
 use crate::net::sse::Encoder;
 use crate::task::{FinishReason, Prompt, TextInput, TokenLogprob, Usage};
 
@@ -214,7 +215,7 @@ pub(super) struct ChatStream {
     surface: Surface,
     choices: u32,
     include_usage: bool,
-    padding: Option<run::Padding>,
+    padding: Option<Padding>,
     request: Option<RequestId>,
 }
 
@@ -257,7 +258,7 @@ impl ChatStream {
 
     /// The form that native chat-schema models stream in.
     pub(super) fn native(shape: Shape, surface: Surface, choices: u32, request: RequestId) -> Self {
-        let padding = Some(run::Padding::new(request));
+        let padding = Some(Padding::new(request));
         Self { shape, surface, choices, include_usage: false, padding, request: Some(request) }
     }
 
@@ -269,7 +270,7 @@ impl ChatStream {
             model: &self.shape.model,
             choices,
             usage: self.include_usage.then_some(usage),
-            p: self.padding.as_mut().map(run::Padding::next),
+            p: self.padding.as_mut().map(Padding::next),
         };
         out.json(None, &chunk);
     }
@@ -305,7 +306,7 @@ impl Render for ChatStream {
     fn done(&mut self, usage: &Usage, neurons: Neurons, out: &mut Encoder) {
         let usage = UsageJson::new(usage, neurons);
         if self.padding.is_some() {
-            out.json(None, &run::UsageEvent::new(usage));
+            out.json(None, &UsageEvent::new(usage));
         } else if self.include_usage {
             self.chunk(&[], Some(usage), out);
         }

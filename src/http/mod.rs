@@ -17,6 +17,7 @@ mod error;
 mod fields;
 mod health;
 mod models;
+mod native;
 mod observe;
 mod responses;
 mod route;

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::base::{Error, Neurons, Result};
 use crate::config::{CatalogEntry, Price};
 use crate::http::ask::{Ask, no_such_model};
+use crate::http::native::Envelope;
 use crate::http::route::Surface;
 use crate::http::{Services, answer, run};
 use crate::task::Task;
@@ -74,7 +75,7 @@ pub(super) fn search(services: &Services, ask: &Ask) -> Result<HttpResponse> {
 pub(super) fn schema(services: &Services, ask: &Ask) -> Result<HttpResponse> {
     let Some(name) = ask.query.get("model") else { return Err(Error::bad_field("model", "'model' is required")) };
     let entry = ask.text_model(services, name)?;
-    answer::json(StatusCode::OK, &run::Envelope::new(&run::schema(&entry)))
+    answer::json(StatusCode::OK, &Envelope::new(&run::schema(&entry)))
 }
 
 /// `tasks/search`: what models can do.

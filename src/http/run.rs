@@ -12,6 +12,7 @@ use crate::http::answer::{self, UsageJson};
 use crate::http::ask::Ask;
 use crate::http::chat::{self, ChatStream};
 use crate::http::fields::Fields;
+use crate::http::native::{Envelope, Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
@@ -171,21 +172,6 @@ fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<H
     }
 }
 
-/// `{"result", "success", "errors", "messages"}` around a success.
-#[derive(Serialize)]
-pub(super) struct Envelope<'a, T> {
-    result: &'a T,
-    success: bool,
-    errors: [(); 0],
-    messages: [(); 0],
-}
-
-impl<'a, T: Serialize> Envelope<'a, T> {
-    pub(super) fn new(result: &'a T) -> Self {
-        Self { result, success: true, errors: [], messages: [] }
-    }
-}
-
 #[derive(Serialize)]
 struct ClassicResult<'a> {
     response: &'a str,
@@ -197,26 +183,6 @@ impl<'a> ClassicResult<'a> {
     fn new(answer: &'a Answer) -> Self {
         let response = answer.choices.first().map_or("", |choice| choice.text.as_str());
         Self { response, tool_calls: [], usage: UsageJson::new(&answer.usage, answer.neurons) }
-    }
-}
-
-/// Padding of varying length, so that the size of a packet does not tell the length of a token.
-pub(super) struct Padding(u64);
-
-impl Padding {
-    /// Drawn from the request's random id.
-    pub(super) fn new(id: RequestId) -> Self {
-        Self(id.low_bits() ^ 0x9e37_79b9_7f4a_7c15)
-    }
-
-    /// The next piece: 1 to 36 characters.
-    pub(super) fn next(&mut self) -> &'static str {
-        const ALPHABET: &str = "abcdefghijklmnopqrstuvwxyz0123456789";
-        // SplitMix64: one step, mixed; the low bits of a plain counter would show.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        &ALPHABET[..1 + ((mixed ^ (mixed >> 31)) % ALPHABET.len() as u64) as usize]
     }
 }
 
@@ -241,19 +207,6 @@ struct TextEvent<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<[(); 0]>,
     p: &'static str,
-}
-
-/// The last event before `[DONE]` on the native surface.
-#[derive(Serialize)]
-pub(super) struct UsageEvent {
-    response: &'static str,
-    usage: UsageJson,
-}
-
-impl UsageEvent {
-    pub(super) fn new(usage: UsageJson) -> Self {
-        Self { response: "", usage }
-    }
 }
 
 impl Render for NativeStream {

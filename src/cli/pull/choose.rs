@@ -1,22 +1,9 @@
 //! Which files of a repository are worth their bytes. Pure: names in, names out.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 
-use super::hub::RemoteFile;
+use super::hub::{RemoteFile, Repo};
 use crate::base::{Error, Result};
-
-/// A repository at a revision.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Repo {
-    /// Who published it.
-    pub org: String,
-    /// The model.
-    pub name: String,
-    /// Branch, tag or commit.
-    pub revision: String,
-}
 
 /// What to do about a repository.
 #[derive(Debug, PartialEq)]
@@ -172,33 +159,6 @@ fn matches(pattern: &str, text: &str) -> bool {
     pattern[p..].iter().all(|&c| c == '*')
 }
 
-impl FromStr for Repo {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (path, revision) = text.split_once('@').unwrap_or((text, "main"));
-        let good = |part: &str| {
-            !part.is_empty()
-                && !part.starts_with('.')
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-        };
-        let revision_is_good = !revision.is_empty() && revision.split('/').all(good);
-        match path.split_once('/') {
-            Some((org, name)) if good(org) && good(name) && revision_is_good => {
-                Ok(Self { org: org.into(), name: name.into(), revision: revision.into() })
-            }
-            _ => Err("expected ORG/MODEL or ORG/MODEL@REVISION, such as HuggingFaceTB/SmolLM2-135M-Instruct".into()),
-        }
-    }
-}
-
-impl fmt::Display for Repo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.org, self.name)?;
-        if self.revision == "main" { Ok(()) } else { write!(f, "@{}", self.revision) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -274,17 +234,6 @@ mod tests {
             ("**x", "x", true),
         ] {
             assert_eq!(matches(pattern, text), fits, "{pattern} {text}");
-        }
-    }
-
-    #[test]
-    fn repositories_are_named_as_on_the_hub_and_never_lead_out_of_the_folder() {
-        let repo: Repo = "HuggingFaceTB/SmolLM2-135M-Instruct@v1.0".parse().expect("good");
-        assert_eq!((repo.org.as_str(), repo.revision.as_str()), ("HuggingFaceTB", "v1.0"));
-        assert_eq!("o/m".parse::<Repo>().expect("good").revision, "main");
-        assert_eq!("o/m@refs/pr/1".parse::<Repo>().expect("good").revision, "refs/pr/1");
-        for bad in ["model", "o/", "/m", "../m", "o/..", "o/m/x", "o/m@", "o m/x", "o/m@../x"] {
-            assert!(bad.parse::<Repo>().is_err(), "{bad}");
         }
     }
 }

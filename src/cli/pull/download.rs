@@ -16,8 +16,7 @@ use reqwest::StatusCode;
 use reqwest::header::CONTENT_RANGE;
 use sha2::{Digest, Sha256};
 
-use super::choose::Repo;
-use super::hub::{Hub, Refusal, RemoteFile, backoff};
+use super::hub::{Hub, Refusal, RemoteFile, Repo, backoff};
 use crate::base::{Error, Kind, Result};
 use crate::cli::client::root_cause;
 use crate::cli::{bytes, failed};

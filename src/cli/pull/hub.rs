@@ -6,6 +6,8 @@
 //!
 //! Here a refusal becomes a sentence with a remedy, and it is decided whether trying again can help.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -13,13 +15,23 @@ use reqwest::header::{ETAG, HeaderMap, RANGE};
 use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 
-use super::choose::Repo;
 use crate::base::{Error, Kind, Result, Secret};
 use crate::cli::client::root_cause;
 use crate::cli::failed;
 
 /// Silence longer than this means the connection is dead.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A repository at a revision.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Repo {
+    /// Who published it.
+    pub org: String,
+    /// The model.
+    pub name: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+}
 
 /// A file of a repository, as far as the hub describes it.
 #[derive(Debug, Clone, PartialEq)]
@@ -281,6 +293,33 @@ fn encode(text: &str, set: &'static AsciiSet) -> String {
     utf8_percent_encode(text, set).to_string()
 }
 
+impl FromStr for Repo {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let good = |part: &str| {
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        };
+        let revision_is_good = !revision.is_empty() && revision.split('/').all(good);
+        match path.split_once('/') {
+            Some((org, name)) if good(org) && good(name) && revision_is_good => {
+                Ok(Self { org: org.into(), name: name.into(), revision: revision.into() })
+            }
+            _ => Err("expected ORG/MODEL or ORG/MODEL@REVISION, such as HuggingFaceTB/SmolLM2-135M-Instruct".into()),
+        }
+    }
+}
+
+impl fmt::Display for Repo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.org, self.name)?;
+        if self.revision == "main" { Ok(()) } else { write!(f, "@{}", self.revision) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -322,5 +361,16 @@ mod tests {
     fn odd_names_are_encoded_in_urls() {
         assert_eq!(encode("refs/pr/1", SEGMENT), "refs%2Fpr%2F1");
         assert_eq!(encode("a b/c#d?.gguf", PATH), "a%20b/c%23d%3F.gguf");
+    }
+
+    #[test]
+    fn repositories_are_named_as_on_the_hub_and_never_lead_out_of_the_folder() {
+        let repo: Repo = "HuggingFaceTB/SmolLM2-135M-Instruct@v1.0".parse().expect("good");
+        assert_eq!((repo.org.as_str(), repo.revision.as_str()), ("HuggingFaceTB", "v1.0"));
+        assert_eq!("o/m".parse::<Repo>().expect("good").revision, "main");
+        assert_eq!("o/m@refs/pr/1".parse::<Repo>().expect("good").revision, "refs/pr/1");
+        for bad in ["model", "o/", "/m", "../m", "o/..", "o/m/x", "o/m@", "o m/x", "o/m@../x"] {
+            assert!(bad.parse::<Repo>().is_err(), "{bad}");
+        }
     }
 }

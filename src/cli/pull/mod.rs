@@ -15,9 +15,9 @@ use futures_util::StreamExt;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::base::{Error, Kind, Result, Secret};
-use choose::{Choice, Repo};
+use choose::Choice;
 use download::{Job, Outcome, Source};
-use hub::{Hub, RemoteFile};
+use hub::{Hub, RemoteFile, Repo};
 
 mod choose;
 mod download;
