@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Uses a running daemon through the official `openai` SDK, as its users do, and says what does not hold.
+"""Uses a running daemon through the official `openai` and `cloudflare` SDKs, as its users do, and says what does not hold.
 
     scripts/sdk_test.py http://127.0.0.1:8080/v1
     scripts/sdk_test.py http://127.0.0.1:8080/v1 --model ID --token TOKEN --only chat,stream
 
-Starts nothing: `scripts/test.sh sdk` starts a daemon and runs this. Needs the `openai` package. Each check is a function
+Starts nothing: `scripts/test.sh sdk` starts a daemon and runs this. Needs the packages `openai` and `cloudflare`. Each check is a function
 whose name is what it proves; the first model of the server is asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -18,11 +19,16 @@ import traceback
 import urllib.error
 import urllib.request
 
+import cloudflare
 import openai
 
 ASK = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 # Long enough to be interrupted.
 TALK = [{"role": "user", "content": "Write a very long story about a lighthouse keeper and the sea."}]
+
+
+# Account of callers without a token, as in configs/dev.toml.
+ACCOUNT = "local"
 
 
 class Server:
@@ -32,6 +38,9 @@ class Server:
         self.url = url.rstrip("/")
         self.root = re.sub(r"/v1$", "", self.url)
         self.client = openai.OpenAI(base_url=self.url, api_key=token, max_retries=0, timeout=300)
+        self.cloudflare = cloudflare.Cloudflare(
+            base_url=f"{self.root}/client/v4", api_token=token, max_retries=0, timeout=300
+        )
         self.wait_until_ready(wait)
         self.model = model or self.client.models.list().data[0].id
 
@@ -267,6 +276,45 @@ def nothing_runs(server: Server) -> None:
     assert server.metric("neurond_kv_blocks_used") == 0
 
 
+def cloudflare_runs_a_model_by_prompt_and_by_messages(server: Server) -> None:
+    for ask in ({"prompt": ASK[0]["content"]}, {"messages": ASK}):
+        result = server.cloudflare.ai.run(
+            server.model, account_id=ACCOUNT, max_tokens=24, extra_body={"temperature": 0}, **ask
+        )
+        assert "Paris" in result["response"], result
+        usage = result["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"], usage
+        assert usage["neurons"] > 0, usage
+
+
+def cloudflare_streams_native_events(server: Server) -> None:
+    call = server.cloudflare.ai.with_streaming_response.run(
+        server.model, account_id=ACCOUNT, messages=ASK, max_tokens=24, extra_body={"stream": True, "temperature": 0}
+    )
+    with call as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]", lines[-1]
+    events = [json.loads(line) for line in lines[:-1]]
+    assert "Paris" in "".join(event["response"] for event in events), events
+    assert len(events) > 5 and events[-1]["usage"]["completion_tokens"] > 0, events[-1]
+
+
+def cloudflare_finds_models_and_their_schema(server: Server) -> None:
+    models = server.cloudflare.ai.models.list(account_id=ACCOUNT, search=server.model)
+    assert [model["name"] for model in models] == [server.model]
+    schema = server.cloudflare.ai.models.schema.get(account_id=ACCOUNT, model=server.model)
+    assert schema.input and schema.output
+
+
+def cloudflare_errors_carry_their_codes(server: Server) -> None:
+    def run(model: str, **fields):
+        server.cloudflare.ai.run(model, account_id=ACCOUNT, **fields)
+
+    refused(lambda: run("@cf/no/such", prompt="x"), cloudflare.BadRequestError, "5007")
+    refused(lambda: run(server.model, prompt="x", max_tokens=100_000), cloudflare.BadRequestError, "5021", "context")
+    refused(lambda: run(server.model, prompt="x", temperature=9), cloudflare.BadRequestError, "5006", "temperature")
+
+
 CHECKS = [
     models_are_listed,
     chat_answers_with_usage,
@@ -288,6 +336,10 @@ CHECKS = [
     mistakes_name_the_field,
     a_client_that_leaves_frees_its_place,
     a_client_that_gives_up_frees_its_place,
+    cloudflare_runs_a_model_by_prompt_and_by_messages,
+    cloudflare_streams_native_events,
+    cloudflare_finds_models_and_their_schema,
+    cloudflare_errors_carry_their_codes,
 ]
 
 
@@ -313,7 +365,8 @@ def main() -> int:
             word = "FAILED"
             traceback.print_exc()
         print(f"{word} {time.monotonic() - started:6.2f} s  {check.__name__}", flush=True)
-    print(f"{len(checks) - failed} of {len(checks)} checks hold with openai {openai.__version__} and {server.model}")
+    print(f"{len(checks) - failed} of {len(checks)} checks hold with openai {openai.__version__}, "
+          f"cloudflare {cloudflare.__version__} and {server.model}")
     return 1 if failed or not checks else 0
 
 

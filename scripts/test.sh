@@ -4,7 +4,7 @@
 #   scripts/test.sh                all of it: about 15 minutes on two cores the first time, a few after that
 #   scripts/test.sh fmt clippy     only these stages
 #
-# Needs Rust, a C compiler, Python 3 with pip, and git; the demo model and the OpenAI SDK are fetched (target/, .venv/).
+# Needs Rust, a C compiler, Python 3 with pip, and git; the demo model and the official SDKs are fetched (target/, .venv/).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +27,7 @@ stage_clippy() { cargo clippy --locked --all-targets -- -D warnings; }
 stage_test() { cargo test --locked; }
 stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 
-# The official SDK against a daemon with the demo model, on a free port. The debug build is there already.
+# The official SDKs against a daemon with the demo model, on a free port. The debug build is there already.
 stage_sdk() {
     stage_model
     cargo build --locked
@@ -45,13 +45,13 @@ stage_sdk() {
     wait "$daemon" || { echo "the daemon ended with status $?:"; tail -n 30 "$log"; return 1; }
 }
 
-# The SDK lives in .venv, made once.
+# The SDKs live in .venv, made once.
 install_sdk() {
-    .venv/bin/python -c 'import openai' 2>/dev/null && return
-    echo "installing the openai package into .venv"
+    .venv/bin/python -c 'import openai, cloudflare' 2>/dev/null && return
+    echo "installing the packages openai and cloudflare into .venv"
     rm -rf .venv
     python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check openai
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check openai cloudflare
 }
 
 report=()
