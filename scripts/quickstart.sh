@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 port=8080
 detach=
 stop=
-state=state
+state=${NEUROND_STATE:-state}
 pid_file=$state/neurond.pid
 log=$state/neurond.log
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change goes in, in order, with the time each stage took.
 #
-#   scripts/test.sh                all of it: about 15 minutes on two cores the first time, a few after that
+#   scripts/test.sh                all of it: about 25 minutes on two cores the first time, a few after that
 #   scripts/test.sh fmt clippy     only these stages
 #
 # Needs Rust, a C compiler, Python 3 with pip, and git; the demo model and the official SDKs are fetched (target/, .venv/).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all=(fmt model clippy test doc sdk)
+all=(fmt model clippy test doc release sdk)
 case ${1:-} in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; echo "Stages: ${all[*]}"; exit ;; esac
 stages=("${@:-${all[@]}}")
 [[ $# -gt 0 ]] || stages=("${all[@]}")
@@ -27,22 +27,24 @@ stage_clippy() { cargo clippy --locked --all-targets -- -D warnings; }
 stage_test() { cargo test --locked; }
 stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 
-# The official SDKs against a daemon with the demo model, on a free port. The debug build is there already.
-stage_sdk() {
+# What users run: the optimised build, a real model against its goldens.
+stage_release() {
     stage_model
-    cargo build --locked
+    cargo test --release --locked --test model -- --nocapture
+    cargo build --release --locked
+}
+
+# The README's first command, and the official SDKs against the daemon that it starts, on a free port.
+stage_sdk() {
     install_sdk
+    export NEUROND_STATE=$target/quickstart
     port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    log=$(mktemp)
-    "$target/debug/neurond" serve --config configs/dev.toml --listen "127.0.0.1:$port" \
-        --model "@cf/huggingfacetb/smollm2-135m-instruct=$NEUROND_TEST_MODELS/SmolLM2-135M-Instruct.Q4_1.gguf" \
-        >"$log" 2>&1 </dev/null &
-    daemon=$!
+    scripts/quickstart.sh --stop
+    scripts/quickstart.sh --detach --port "$port"
     # This is a shell of its own: whatever ends it, ends the daemon.
-    trap 'kill -TERM "$daemon" 2>/dev/null || true; rm -f "$log"' EXIT
-    .venv/bin/python scripts/sdk_test.py "http://127.0.0.1:$port/v1" || { tail -n 30 "$log"; return 1; }
-    kill -TERM "$daemon"
-    wait "$daemon" || { echo "the daemon ended with status $?:"; tail -n 30 "$log"; return 1; }
+    trap 'scripts/quickstart.sh --stop' EXIT
+    .venv/bin/python scripts/sdk_test.py "http://127.0.0.1:$port/v1" ||
+        { tail -n 30 "$NEUROND_STATE/neurond.log"; return 1; }
 }
 
 # The SDKs live in .venv, made once.
