@@ -85,7 +85,11 @@ def main() -> int:
             figures: dict[str, dict] = {side.name: {} for side in sides}
             for n in streams:
                 for side in sides:
-                    measure(side, n, number, args, figures[side.name])
+                    try:
+                        measure(side, n, number, args, figures[side.name])
+                    except RuntimeError as error:  # one broken level must not cost the others
+                        note(f"round {number + 1}/{rounds}  {side.name:12}  {n:2} streams  failed: {error}")
+                        continue
                     speed = figures[side.name][f"served {n}"]
                     note(f"round {number + 1}/{rounds}  {side.name:12}  {n:2} streams  {speed:.0f} tok/s")
             for name, figure in figures.items():
@@ -305,8 +309,8 @@ def table(found: dict[str, list[dict]], streams: list[int]) -> str:
     ]
     lines = ["| figure | neurond | llama-server | ratio |", "|---|---|---|---|"]
     for title, key, form in rows:
-        ours = [figures[key] for figures in found["neurond"]]
-        theirs = [figures[key] for figures in found["llama-server"]]
+        ours = [figures.get(key, float("nan")) for figures in found["neurond"]]
+        theirs = [figures.get(key, float("nan")) for figures in found["llama-server"]]
         ratio = statistics.median(a / b if b else float("nan") for a, b in zip(ours, theirs))
         both = [form.format(statistics.median(values)) for values in (ours, theirs)]
         lines.append(f"| {title} | {both[0]} | {both[1]} | {ratio:.2f} |")

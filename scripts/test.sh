@@ -43,17 +43,17 @@ stage_sdk() {
     scripts/quickstart.sh --detach --port "$port"
     # This is a shell of its own: whatever ends it, ends the daemon.
     trap 'scripts/quickstart.sh --stop' EXIT
-    .venv/bin/python scripts/sdk_test.py "http://127.0.0.1:$port/v1" ||
+    python3 scripts/sdk_test.py "http://127.0.0.1:$port/v1" ||
         { tail -n 30 "$NEUROND_STATE/neurond.log"; return 1; }
 }
 
-# The SDKs live in .venv, made once.
+# The SDKs live in a folder of their own, fetched once: no virtual environment, which some systems package separately.
 install_sdk() {
-    .venv/bin/python -c 'import openai, cloudflare' 2>/dev/null && return
-    echo "installing the packages openai and cloudflare into .venv"
-    rm -rf .venv
-    python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check openai cloudflare
+    export PYTHONPATH=$PWD/.venv/sdk
+    python3 -c 'import openai, cloudflare' 2>/dev/null && return
+    echo "installing the packages openai and cloudflare into .venv/sdk"
+    rm -rf .venv/sdk
+    python3 -m pip install --quiet --disable-pip-version-check --target .venv/sdk openai cloudflare
 }
 
 report=()

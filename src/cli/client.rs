@@ -114,8 +114,9 @@ impl Api {
             .connect_timeout(Duration::from_secs(10))
             .read_timeout(patience)
             .tcp_nodelay(true)
-            // Some servers close idle connections after a few seconds; a request must not meet one that is closing.
-            .pool_idle_timeout(Duration::from_secs(2));
+            // Some servers close kept connections whenever they like, and a request must not meet one that is closing. A new
+            // connection costs nothing beside an answer.
+            .pool_max_idle_per_host(0);
         if is_loopback(&base) {
             // A proxy cannot reach this machine's loopback.
             http = http.no_proxy();
