@@ -5,13 +5,14 @@
 //! Up to the first event everything that goes wrong is an ordinary error; afterwards the answer has begun and the
 //! [`Delivery`] carries on alone.
 
+pub mod route;
+
 mod call;
 mod delivery;
 
 pub use call::Call;
 pub use delivery::{Answer, Choice, Delivery};
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use tokio::time::timeout_at;
 use crate::base::{Error, Kind, Result};
 use crate::config::Live;
 use crate::engine::Submit;
+use crate::gateway::route::Candidate;
 use crate::ledger::{Claim, Ledger};
 use crate::metrics::Metrics;
 use crate::supervisor::{FleetView, Replica};
@@ -27,8 +29,6 @@ use crate::task::{Event, Prompt, Usage};
 
 /// Prompts longer than this are tokenised on a blocking thread, so that a book does not hold up a worker.
 const INLINE_PROMPT_BYTES: usize = 4 * 1024;
-/// Times a call that has not sent a byte is handed to another replica: once for a swap under its feet, once for a death.
-const ATTEMPTS: usize = 3;
 /// How long past its deadline a call waits for the engine to say so itself.
 const DEADLINE_GRACE: Duration = Duration::from_secs(2);
 
@@ -53,30 +53,23 @@ impl Gateway {
     pub async fn serve(&self, call: Call) -> Result<Delivery> {
         let deadline = call.received + self.config.get().server.request_timeout;
         let mut lost = None;
-        for _ in 0..ATTEMPTS {
+        for _ in 0..route::ATTEMPTS {
             let replica = self.replica(&call)?;
             match self.attempt(&call, &replica, deadline).await {
-                // The slot was retired or its device died between our look at the fleet and the submission.
-                Err(error) if matches!(error.kind(), Kind::ModelUnavailable | Kind::EngineLost) => lost = Some(error),
+                Err(error) if route::is_worth_another(error.kind()) => lost = Some(error),
                 outcome => return outcome,
             }
         }
         Err(lost.unwrap_or_else(|| Error::internal("The call was not tried.")))
     }
 
-    /// The replica that answers: the one its affinity names, else the least loaded.
+    /// The replica that answers.
     fn replica(&self, call: &Call) -> Result<Replica> {
         let fleet = self.fleet.get();
         let replicas = fleet.models.get(&call.entry.id).map(Vec::as_slice).unwrap_or_default();
-        let chosen = match &call.affinity {
-            Some(affinity) if !replicas.is_empty() => {
-                let mut hasher = DefaultHasher::new();
-                (affinity, &call.account).hash(&mut hasher);
-                replicas.get((hasher.finish() % replicas.len() as u64) as usize)
-            }
-            _ => replicas.iter().min_by_key(|replica| replica.metrics.queue.get() + replica.metrics.running.get()),
-        };
-        if let Some(replica) = chosen {
+        let affinity = call.affinity.as_ref().map(|session| route::affinity(session, &call.account));
+        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), affinity);
+        if let Some(replica) = chosen.and_then(|at| replicas.get(at)) {
             return Ok(replica.clone());
         }
         let configured = self.config.get().models.iter().any(|model| model.id == call.entry.id);
@@ -124,7 +117,7 @@ impl Gateway {
             stop: call.input.stop.clone(),
             logprobs: call.input.logprobs,
             priority: 0,
-            cache_salt: salt(call),
+            cache_salt: route::cache_salt(&call.account),
             deadline,
             received: call.received,
             events: sender,
@@ -138,6 +131,12 @@ impl Gateway {
             Err(_) => Err(delivery::too_late()),
         }
     }
+}
+
+fn candidate(replica: &Replica) -> Candidate {
+    let count = |gauge: i64| u64::try_from(gauge).unwrap_or(0);
+    let metrics = &replica.metrics;
+    Candidate { device: replica.device, waiting: count(metrics.queue.get()), running: count(metrics.running.get()) }
 }
 
 async fn tokenize(call: &Call, replica: &Replica) -> Result<Vec<u32>> {
@@ -182,12 +181,4 @@ fn budget(call: &Call, replica: &Replica, prompt: usize) -> Result<u32> {
 fn echo(replica: &Replica, prompt: &[u32]) -> String {
     let bytes: Vec<u8> = prompt.iter().flat_map(|&token| replica.text.vocabulary().piece(token)).copied().collect();
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// Requests share prefix KV within an account only: timing would tell one account what another has asked.
-fn salt(call: &Call) -> u64 {
-    let digest = blake3::hash(call.account.as_str().as_bytes());
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&digest.as_bytes()[..8]);
-    u64::from_le_bytes(bytes)
 }
