@@ -40,7 +40,7 @@ fn plan(c: &mut Criterion) {
         arrivals += 1;
         let prompt = (0..PROMPT as u32).map(|at| at + arrivals).collect();
         let account = &accounts[arrivals as usize % accounts.len()];
-        let ask = Ask { account, prompt, choices: 1, max_tokens, priority: 0, salt: 0 };
+        let ask = Ask { account, prompt, choices: 1, max_tokens, priority: 0, salt: 0, adapter: None };
         assert!(scheduler.submit(ask, now).is_ok());
     };
     // Ages are spread, so that a step has its share of ends and beginnings.
@@ -98,6 +98,7 @@ fn lane(c: &mut Criterion) {
             logprobs: None,
             priority: 0,
             cache_salt: 0,
+            adapter: None,
             deadline: Instant::now() + Duration::from_secs(3600),
             received: Instant::now(),
             events,

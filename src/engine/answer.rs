@@ -369,6 +369,7 @@ mod tests {
             logprobs: None,
             priority: 0,
             cache_salt: 0,
+            adapter: None,
             deadline: now,
             received: now,
             events,

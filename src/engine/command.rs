@@ -10,6 +10,7 @@ use crate::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, Result, 
 use crate::engine::Runner;
 use crate::metrics::EngineMetrics;
 use crate::model::Vocabulary;
+use crate::model::lora::Adapter;
 use crate::task::{Event, Sampling};
 
 /// A message to the engine thread.
@@ -60,6 +61,8 @@ pub struct Submit {
     pub priority: i8,
     /// Separates prefix caches: requests share KV only if their salts are equal.
     pub cache_salt: u64,
+    /// The adapter to compute with, opened for this slot's model. Its requests share KV among themselves only.
+    pub adapter: Option<Arc<Adapter>>,
     /// When the answer is worth nothing any more.
     pub deadline: Instant,
     /// When the call came in, for queue time and TTFT.

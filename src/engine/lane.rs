@@ -106,6 +106,9 @@ impl Lane {
                 "The prompt holds token {token}, but the vocabulary ends at {most}."
             )));
         }
+        if submit.adapter.as_ref().is_some_and(|adapter| !self.slot.runner.takes(adapter)) {
+            return Err(Error::internal("an adapter that was opened for another model"));
+        }
         let answer = Answer::new(&submit, vocabulary.clone());
         let ask = Ask {
             account: &submit.account,
@@ -114,6 +117,7 @@ impl Lane {
             max_tokens: submit.max_tokens,
             priority: submit.priority,
             salt: submit.cache_salt,
+            adapter: submit.adapter,
         };
         let key = self.scheduler.submit(ask, now).map_err(|error| match error.kind() {
             Kind::Busy => error.with_retry_after(self.expected_wait()),
@@ -160,6 +164,7 @@ impl Lane {
             return false;
         }
         metrics.prompt_tokens.inc_by(self.plan.prompt_rows as u64);
+        metrics.adapted_tokens.inc_by(self.plan.adapted_rows as u64);
         metrics.step_rows.observe(rows as f64);
         metrics.step_sequences.observe(self.plan.parts.len() as f64);
         true
@@ -221,6 +226,8 @@ impl Lane {
                 answer.done(now, metrics);
             }
         }
+        // An idle lane must not keep an adapter that nobody else has any more.
+        self.plan.batch.adapters.clear();
         self.let_go();
         self.show();
     }
@@ -356,6 +363,7 @@ mod tests {
             logprobs: None,
             priority: 0,
             cache_salt: 0,
+            adapter: None,
             deadline: now + Duration::from_secs(9),
             received: now,
             events,

@@ -238,6 +238,7 @@ mod tests {
             logprobs: None,
             priority: 0,
             cache_salt: 0,
+            adapter: None,
             deadline: Instant::now() + Duration::from_secs(60),
             received: Instant::now(),
             events,

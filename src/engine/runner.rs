@@ -2,6 +2,7 @@
 
 use crate::base::Result;
 use crate::kernel::Pool;
+use crate::model::lora::Adapter;
 use crate::model::{Batch, Decoder};
 
 /// Computes packed steps over its own paged KV pool.
@@ -11,6 +12,11 @@ pub trait Runner: Send {
 
     /// Tokens in a block.
     fn block_tokens(&self) -> usize;
+
+    /// Whether it can compute with this adapter.
+    fn takes(&self, _: &Adapter) -> bool {
+        false
+    }
 
     /// Writes K and V of all rows into their blocks, and computes logits of `batch.sample_rows`.
     ///
@@ -37,6 +43,10 @@ impl Runner for Decoder {
 
     fn block_tokens(&self) -> usize {
         Decoder::block_tokens(self)
+    }
+
+    fn takes(&self, adapter: &Adapter) -> bool {
+        adapter.fits(self.spec())
     }
 
     fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {

@@ -14,6 +14,7 @@
 //! The choices of a request share the prompt: choice 0 computes it alone, the others join when its full blocks can be
 //! found. Pure: knows nothing of devices, clocks or channels. `lane.rs` feeds it, a `Runner` executes the [`Plan`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::base::{AccountId, Error, Kind, Result};
@@ -22,6 +23,7 @@ use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
 use crate::model::Batch;
+use crate::model::lora::Adapter;
 
 /// Share of a running sequence's remaining tokens that admission keeps blocks free for: at the start, and at the least.
 const GROWTH_START: f32 = 0.5;
@@ -62,8 +64,10 @@ pub struct Ask<'a> {
     pub max_tokens: u32,
     /// Higher is served first.
     pub priority: i8,
-    /// Requests share prefixes only under equal salts.
+    /// Requests share prefixes only under equal salts, and only under the same adapter.
     pub salt: u64,
+    /// What is computed with on top of the base.
+    pub adapter: Option<Arc<Adapter>>,
 }
 
 struct Request {
@@ -71,6 +75,7 @@ struct Request {
     priority: i8,
     arrival: u64,
     root: BlockHash,
+    adapter: Option<Arc<Adapter>>,
     most: usize,
     choices: u32,
     /// Choices that wait for choice 0 to compute the prompt.
@@ -102,6 +107,8 @@ pub struct Plan {
     pub begun: Vec<(RequestKey, usize)>,
     /// Tokens computed that belong to prompts.
     pub prompt_rows: usize,
+    /// Tokens computed with an adapter.
+    pub adapted_rows: usize,
     /// Sequences that lost their blocks.
     pub preempted: usize,
 }
@@ -113,6 +120,7 @@ impl Plan {
         self.sampled.clear();
         self.begun.clear();
         self.prompt_rows = 0;
+        self.adapted_rows = 0;
         self.preempted = 0;
     }
 }
@@ -194,10 +202,12 @@ impl Scheduler {
             account: self.queue.enter(ask.account),
             priority: ask.priority,
             arrival: self.arrivals,
-            root: match self.limits.prefix_cache {
-                true => BlockHash::root(0, ask.salt),
-                false => BlockHash::root(1, self.arrivals),
+            root: match (self.limits.prefix_cache, &ask.adapter) {
+                (false, _) => BlockHash::root(1, self.arrivals),
+                (true, None) => BlockHash::root(0, ask.salt),
+                (true, Some(adapter)) => BlockHash::root(2, ask.salt).then(adapter.digest()),
             },
+            adapter: ask.adapter,
             most: ask.prompt.len().saturating_add(ask.max_tokens as usize).min(self.limits.context),
             choices: ask.choices,
             held: ask.choices - 1,
@@ -362,6 +372,10 @@ impl Scheduler {
         let samples = end == sequence.tokens.len();
         let table = &sequence.table[..self.blocks.needed(end)];
         plan.batch.push(&sequence.tokens[start..end], start as u32, table, samples.then_some(rows as u32 - 1));
+        if let Some(adapter) = &self.requests[sequence.request].adapter {
+            plan.batch.adapt(adapter);
+            plan.adapted_rows += rows;
+        }
         let part = Planned { sequence: key, request: sequence.request, choice: sequence.choice };
         plan.parts.push(part);
         plan.sampled.extend(samples.then_some(part));
@@ -558,7 +572,7 @@ mod tests {
                     let account = AccountId::new(&request.name[..1]);
                     let prompt = vec![u32::from(request.name.as_bytes()[0]); request.prompt];
                     let (choices, max_tokens, priority) = (request.choices, request.most, request.priority);
-                    let ask = Ask { account: &account, prompt, choices, max_tokens, priority, salt: 0 };
+                    let ask = Ask { account: &account, prompt, choices, max_tokens, priority, salt: 0, adapter: None };
                     match scheduler.submit(ask, now) {
                         Ok(new) => *key = Some(new),
                         Err(error) => trace.push(format!("{} {:?}", request.name, error.kind())),

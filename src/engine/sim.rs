@@ -1,7 +1,7 @@
 //! A simulated device: no network, but a paged KV pool that remembers what was written where.
 //!
 //! ```text
-//! cell of the pool:  { token, position, chain = hash of every token up to here }
+//! cell of the pool:  { token, position, chain = hash of the adapter and every token up to here }
 //! ```
 //!
 //! The next token is drawn from the chain that the block table leads to, and by default every forward walks all the
@@ -16,7 +16,8 @@ use std::time::Duration;
 use crate::base::{Error, Result};
 use crate::engine::{Logits, Runner};
 use crate::kernel::Pool;
-use crate::model::{Batch, Vocabulary};
+use crate::model::lora::Adapter;
+use crate::model::{Batch, Span, Vocabulary};
 
 /// Tokens: 256 bytes and one end token.
 pub const VOCABULARY: usize = 257;
@@ -139,9 +140,9 @@ impl SimRunner {
         Ok((block * size + position % size) as usize)
     }
 
-    /// The chain of everything before `position`, which must lie in the pool.
-    fn chain_before(&self, table: &[u32], position: u32) -> Result<u64> {
-        let Some(before) = position.checked_sub(1) else { return Ok(0) };
+    /// The chain of everything before `position`, which must lie in the pool; `root` is that of no tokens.
+    fn chain_before(&self, root: u64, table: &[u32], position: u32) -> Result<u64> {
+        let Some(before) = position.checked_sub(1) else { return Ok(root) };
         let cell = self.cells[self.cell(table, before)?];
         if cell.place != position {
             return Err(Error::internal(format!(
@@ -152,8 +153,8 @@ impl SimRunner {
         Ok(cell.chain)
     }
 
-    fn verify(&self, table: &[u32], end: u32) -> Result<()> {
-        let mut chain = 0;
+    fn verify(&self, root: u64, table: &[u32], end: u32) -> Result<()> {
+        let mut chain = root;
         for position in 0..end {
             let cell = self.cells[self.cell(table, position)?];
             chain = link(chain, cell.token);
@@ -163,6 +164,11 @@ impl SimRunner {
         }
         Ok(())
     }
+}
+
+/// Where the chain of a span begins: KV of one adapter is wrong under any other.
+fn root(batch: &Batch, span: &Span) -> u64 {
+    batch.adapter(span).map_or(0, |adapter| adapter.digest().iter().fold(1, |chain, &word| link(chain, word)))
 }
 
 fn link(chain: u64, token: u32) -> u64 {
@@ -194,6 +200,10 @@ impl Runner for SimRunner {
         self.spec.block_tokens
     }
 
+    fn takes(&self, _: &Adapter) -> bool {
+        true
+    }
+
     fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
         self.steps += 1;
         if self.steps == self.spec.fail_at {
@@ -208,7 +218,7 @@ impl Runner for SimRunner {
         // All rows are written before any is read for verification: spans of one step must not disturb each other.
         for span in &batch.spans {
             let table = batch.table(span);
-            let mut chain = self.chain_before(table, span.start)?;
+            let mut chain = self.chain_before(root(batch, span), table, span.start)?;
             for row in span.row..span.row + span.rows {
                 let (token, position) = (batch.tokens[row as usize], batch.positions[row as usize]);
                 if position != span.start + (row - span.row) {
@@ -229,7 +239,7 @@ impl Runner for SimRunner {
         }
         if self.spec.verify {
             for span in &batch.spans {
-                self.verify(batch.table(span), span.start + span.rows)?;
+                self.verify(root(batch, span), batch.table(span), span.start + span.rows)?;
             }
         }
         let busy = self.spec.step_us + self.spec.row_us * batch.rows() as u64;

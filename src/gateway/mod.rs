@@ -118,6 +118,7 @@ impl Gateway {
             logprobs: call.input.logprobs,
             priority: 0,
             cache_salt: route::cache_salt(&call.account),
+            adapter: None,
             deadline,
             received: call.received,
             events: sender,

@@ -122,6 +122,11 @@ impl Arena {
     const CHUNK: usize = 64 << 20;
     const PAGE: usize = 2 << 20;
 
+    /// An arena that begins with exactly `bytes`, on ordinary pages: for what is small or comes and goes.
+    pub fn of(bytes: usize) -> Self {
+        Self { chunk: Some(Arc::new(Buffer::zeroed(bytes))), used: 0 }
+    }
+
     /// `len` bytes, aligned to a cache line, as `fill` leaves them; zeros to begin with.
     pub fn fill(&mut self, len: usize, fill: impl FnOnce(Shared<'_, u8>)) -> Slab {
         let fits = self.chunk.as_ref().is_some_and(|chunk| chunk.len - self.used >= len);

@@ -10,6 +10,7 @@
 
 use std::mem::MaybeUninit;
 
+use crate::kernel::lowrank::Delta;
 use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
 use crate::kernel::rows::{Activations, View};
 use crate::kernel::simd::{Simd, by_isa, exp};
@@ -70,7 +71,7 @@ impl Linear {
     pub fn channel(&self, channel: usize, out: &mut [f32]) {
         let (part, panel, _) = self.locate(channel / LANES);
         debug_assert_eq!(self.parts.len(), 1);
-        part.channel(panel * LANES + channel % LANES, out);
+        self.parts[part].channel(panel * LANES + channel % LANES, out);
     }
 
     /// Bytes of weights.
@@ -80,6 +81,11 @@ impl Linear {
 
     /// Multiplies the first `rows` rows of `x`, which must hold the int8 form if `takes_int8`.
     pub fn apply(&self, cpu: &Cpu, x: &Activations, rows: usize, out: Out<'_>) {
+        self.apply_adapted(cpu, x, rows, out, None);
+    }
+
+    /// [`Linear::apply`], and what adapters add to rows that have one.
+    pub fn apply_adapted(&self, cpu: &Cpu, x: &Activations, rows: usize, out: Out<'_>, delta: Option<Delta<'_>>) {
         let width = self.channels();
         let (out, add) = match out {
             Out::Set(out) => (Shared::new(out), false),
@@ -88,14 +94,17 @@ impl Linear {
         let view = self.view(x, rows);
         let panels: usize = self.parts.iter().map(Panels::count).sum();
         each_task(cpu, panels, rows, |panel, first, last| {
-            let (part, panel, channel) = self.locate(panel);
+            let (index, panel, channel) = self.locate(panel);
+            let part = &self.parts[index];
             let valid = LANES.min(part.channels() - panel * LANES);
             let bias = self.bias.as_ref().map(|bias| &bias[channel..channel + valid]);
             each_tile(first, last, |row, count| {
                 let mut tile = EMPTY;
-                for (i, values) in
-                    part.tile(cpu.isa, panel, view, row, count, &mut tile).chunks_exact_mut(LANES).enumerate()
-                {
+                let tile = part.tile(cpu.isa, panel, view, row, count, &mut tile);
+                if let Some(delta) = &delta {
+                    delta.add(cpu.isa, index, panel, row, tile);
+                }
+                for (i, values) in tile.chunks_exact_mut(LANES).enumerate() {
                     // SAFETY: each pair of panel and rows is handed out once, and panels are different channels.
                     let out = unsafe { out.part((row + i) * width + channel, valid) };
                     if let Some(bias) = bias {
@@ -111,12 +120,12 @@ impl Linear {
         });
     }
 
-    /// The part that panel number `panel` of all belongs to, its number there, and its first channel of all.
-    fn locate(&self, mut panel: usize) -> (&Panels, usize, usize) {
+    /// Which part panel number `panel` of all belongs to, its number there, and its first channel of all.
+    fn locate(&self, mut panel: usize) -> (usize, usize, usize) {
         let mut channel = 0;
-        for part in &self.parts {
+        for (index, part) in self.parts.iter().enumerate() {
             if panel < part.count() {
-                return (part, panel, channel + panel * LANES);
+                return (index, panel, channel + panel * LANES);
             }
             panel -= part.count();
             channel += part.channels();
@@ -130,8 +139,17 @@ impl Linear {
     }
 }
 
-/// `out = silu(gate(x)) * up(x)`, `[rows, channels]`: the first half of a feed-forward layer in one pass.
-pub fn gated(cpu: &Cpu, gate: &Panels, up: &Panels, x: &Activations, rows: usize, out: &mut [f32]) {
+/// `out = silu(gate(x)) * up(x)`, `[rows, channels]`: the first half of a feed-forward layer in one pass. Adapters know
+/// the gate as part 0 and the other as part 1.
+pub fn gated(
+    cpu: &Cpu,
+    gate: &Panels,
+    up: &Panels,
+    x: &Activations,
+    rows: usize,
+    out: &mut [f32],
+    delta: Option<Delta<'_>>,
+) {
     let width = gate.channels();
     assert!(up.channels() == width && gate.inputs() == x.width() && up.inputs() == x.width());
     let view = x.view(rows, gate.takes_int8() || up.takes_int8());
@@ -142,6 +160,10 @@ pub fn gated(cpu: &Cpu, gate: &Panels, up: &Panels, x: &Activations, rows: usize
             let (mut a, mut b) = (EMPTY, EMPTY);
             let a = gate.tile(cpu.isa, panel, view, row, count, &mut a);
             let b = up.tile(cpu.isa, panel, view, row, count, &mut b);
+            if let Some(delta) = &delta {
+                delta.add(cpu.isa, 0, panel, row, a);
+                delta.add(cpu.isa, 1, panel, row, b);
+            }
             // SAFETY: `count` rows of 16 each.
             unsafe { silu_mul(cpu.isa, a.as_mut_ptr(), b.as_ptr(), count) };
             for (i, values) in a.chunks_exact(LANES).enumerate() {
@@ -166,7 +188,7 @@ fn each_task(cpu: &Cpu, panels: usize, rows: usize, work: impl Fn(usize, usize, 
 
 /// Cuts rows into tiles of 8, 4, 2 and 1: `work(row, count)`.
 #[inline]
-fn each_tile(first: usize, last: usize, mut work: impl FnMut(usize, usize)) {
+pub(super) fn each_tile(first: usize, last: usize, mut work: impl FnMut(usize, usize)) {
     let mut row = first;
     while row < last {
         let count = match last - row {
@@ -538,7 +560,7 @@ mod tests {
                     (case(&cpu, Dtype::F32, channels, width, 1), case(&cpu, Dtype::F32, channels, width, 2));
                 let x = Dice::new(3).values(rows * width);
                 let mut out = vec![0.0; rows * channels];
-                gated(&cpu, &gate.panels, &up.panels, &inputs(&cpu, &x, rows), rows, &mut out);
+                gated(&cpu, &gate.panels, &up.panels, &inputs(&cpu, &x, rows), rows, &mut out, None);
                 let (a, b) = (product(&x, &gate.weights, width), product(&x, &up.weights, width));
                 let expected: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a / (1.0 + (-a).exp()) * b).collect();
                 close(&out, &expected, 1e-5, "gated");

@@ -3,6 +3,7 @@
 //!
 //!     quant    block formats of files          panel   weights repacked for the kernels
 //!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
+//!     lowrank  what adapters add to a product
 //!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
 
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 mod attention;
 mod buffer;
 mod gemm;
+mod lowrank;
 mod panel;
 mod pool;
 pub mod quant;
@@ -21,6 +23,7 @@ mod testing;
 pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
 pub use buffer::{Arena, Buffer, Plain, Shared};
 pub use gemm::{Linear, Out, gated};
+pub use lowrank::{Adapters, Delta, Find, LowRank, MAX_RANK};
 pub use panel::{Panels, Source};
 pub use pool::Pool;
 pub use quant::Dtype;

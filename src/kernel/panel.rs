@@ -104,6 +104,11 @@ impl Panels {
         Ok(Self { data, kind, stride, channels, inputs })
     }
 
+    /// Bytes that [`Panels::pack`] takes of an arena for a matrix of floats.
+    pub fn size(dtype: Dtype, channels: usize, inputs: usize) -> usize {
+        channels.div_ceil(LANES) * (inputs * LANES * dtype.block_bytes()).next_multiple_of(64)
+    }
+
     /// Output channels.
     pub fn channels(&self) -> usize {
         self.channels

@@ -65,6 +65,7 @@ struct EngineVecs {
     prefix_hits: IntCounterVec,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
+    adapted_tokens: IntCounterVec,
     preemptions: IntCounterVec,
     requests: IntCounterVec,
     finished: IntCounterVec,
@@ -100,6 +101,8 @@ pub struct EngineMetrics {
     pub prompt_tokens: IntCounter,
     /// Tokens produced.
     pub generation_tokens: IntCounter,
+    /// Tokens computed with an adapter.
+    pub adapted_tokens: IntCounter,
     /// Sequences thrown out of the batch for want of KV, to be recomputed.
     pub preemptions: IntCounter,
     /// Requests taken in.
@@ -195,6 +198,11 @@ impl Metrics {
                 ),
                 prompt_tokens: r.counters("neurond_prompt_tokens_total", "Prompt tokens computed.", by_engine),
                 generation_tokens: r.counters("neurond_generation_tokens_total", "Tokens produced.", by_engine),
+                adapted_tokens: r.counters(
+                    "neurond_adapted_tokens_total",
+                    "Tokens computed with a LoRA adapter, of prompts and of answers.",
+                    by_engine,
+                ),
                 preemptions: r.counters(
                     "neurond_preemptions_total",
                     "Sequences thrown out of the batch for want of KV, to be recomputed.",
@@ -262,6 +270,7 @@ impl Metrics {
             prefix_hits: v.prefix_hits.with_label_values(l),
             prompt_tokens: v.prompt_tokens.with_label_values(l),
             generation_tokens: v.generation_tokens.with_label_values(l),
+            adapted_tokens: v.adapted_tokens.with_label_values(l),
             preemptions: v.preemptions.with_label_values(l),
             requests: v.requests.with_label_values(l),
             finished_stop: v.finished.with_label_values(&[l[0], l[1], "stop"]),

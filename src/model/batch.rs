@@ -5,6 +5,10 @@
 //!     spans      (0,3,pos 0) (3,1,pos 7) (4,1,pos 3)
 //!     sample            2    3    4        rows whose logits are wanted
 
+use std::sync::Arc;
+
+use crate::model::lora::Adapter;
+
 /// What the runner computes in one step. Reused from step to step, so that a step allocates nothing.
 #[derive(Clone, Default, Debug)]
 pub struct Batch {
@@ -18,6 +22,8 @@ pub struct Batch {
     pub tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub sample_rows: Vec<u32>,
+    /// Adapters of the spans that have one, each once.
+    pub adapters: Vec<Arc<Adapter>>,
 }
 
 /// The rows of one sequence in a [`Batch`].
@@ -33,6 +39,8 @@ pub struct Span {
     pub table: u32,
     /// Entries in [`Batch::tables`]; enough blocks for `start + rows` tokens.
     pub blocks: u32,
+    /// Its place in [`Batch::adapters`] plus one; 0: the base alone.
+    pub adapter: u32,
 }
 
 impl Batch {
@@ -43,6 +51,7 @@ impl Batch {
         self.spans.clear();
         self.tables.clear();
         self.sample_rows.clear();
+        self.adapters.clear();
     }
 
     /// Appends one sequence: `tokens` at positions `start..`, its whole block table, and which of its rows (counted
@@ -56,11 +65,29 @@ impl Batch {
             start,
             table: self.tables.len() as u32,
             blocks: table.len() as u32,
+            adapter: 0,
         });
         self.tokens.extend_from_slice(tokens);
         self.positions.extend(start..start + tokens.len() as u32);
         self.tables.extend_from_slice(table);
         self.sample_rows.extend(sample.into_iter().map(|i| row + i));
+    }
+
+    /// The sequence appended last is computed with this adapter.
+    pub fn adapt(&mut self, adapter: &Arc<Adapter>) {
+        let known = self.adapters.iter().position(|other| Arc::ptr_eq(other, adapter));
+        let at = known.unwrap_or(self.adapters.len());
+        if known.is_none() {
+            self.adapters.push(adapter.clone());
+        }
+        if let Some(span) = self.spans.last_mut() {
+            span.adapter = at as u32 + 1;
+        }
+    }
+
+    /// The adapter of a span.
+    pub fn adapter(&self, span: &Span) -> Option<&Arc<Adapter>> {
+        self.adapters.get((span.adapter as usize).checked_sub(1)?)
     }
 
     /// Number of rows.

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use crate::base::{Error, Result};
 use crate::config::{KvType, Precision};
 use crate::kernel::{
-    Activations, Arena, Attention, Buffer, Cpu, Isa, KvLayout, KvSpan, Linear, MAX_DIM, MAX_GROUP, Out, Panels, Pool,
-    Query, Rope, each_row, gated, rotate,
+    Activations, Adapters, Arena, Attention, Buffer, Cpu, Isa, KvLayout, KvSpan, Linear, MAX_DIM, MAX_GROUP, Out,
+    Panels, Pool, Query, Rope, each_row, gated, rotate,
 };
 use crate::model::Batch;
 use crate::model::kv::KvPool;
@@ -69,6 +69,7 @@ pub struct Decoder {
     kv: KvPool,
     rope: Rope,
     attention: Attention,
+    adapters: Adapters,
     work: Work,
     max_rows: usize,
     max_sample_rows: usize,
@@ -139,6 +140,7 @@ impl Decoder {
         Ok(Self {
             rope: Rope::new(spec.rope.frequencies(spec.head_dim), rows),
             attention: Attention::new(rows),
+            adapters: Adapters::new(rows),
             max_rows: rows,
             max_sample_rows: sample_rows,
             spec,
@@ -184,7 +186,6 @@ impl Decoder {
     /// `Internal` when the batch is larger than this decoder was opened for, or names what does not exist.
     pub fn forward(&mut self, batch: &Batch) -> Result<(&mut [f32], &Pool)> {
         self.check(batch)?;
-        let rows = batch.rows();
         self.embed(batch);
         self.rope.set(&self.cpu, &batch.positions);
         let spans = batch.spans.iter().map(|span| KvSpan {
@@ -194,9 +195,11 @@ impl Decoder {
             table: span.table as usize,
         });
         self.attention.plan(spans, self.spec.heads / self.spec.kv_heads);
+        let adapted = batch.spans.iter().map(|span| (span.rows as usize, span.adapter as usize));
+        self.adapters.plan(batch.adapters.len(), adapted);
         for layer in 0..self.layers.len() {
             self.attend(layer, batch);
-            self.feed_forward(layer, rows);
+            self.feed_forward(layer, batch);
         }
         let (cpu, work) = (&self.cpu, &mut self.work);
         let sampled = batch.sample_rows.len();
@@ -235,7 +238,13 @@ impl Decoder {
             if (span.blocks as usize).saturating_mul(self.block_tokens()) < tokens {
                 return wrong(format!("{} blocks for {tokens} tokens", span.blocks));
             }
+            if span.adapter as usize > batch.adapters.len() {
+                return wrong(format!("adapter {} of {}", span.adapter, batch.adapters.len()));
+            }
             row += span.rows as usize;
+        }
+        if let Some(adapter) = batch.adapters.iter().find(|adapter| !adapter.fits(&self.spec)) {
+            return wrong(format!("{adapter:?} is for another model"));
         }
         match batch.tables.iter().find(|&&block| block as usize >= self.kv.blocks()) {
             Some(block) => wrong(format!("block {block} of {}", self.kv.blocks())),
@@ -267,7 +276,9 @@ impl Decoder {
 
         let int8 = layer.qkv.takes_int8();
         work.inputs.norm(cpu, &work.x, &layer.attention_norm, spec.norm_eps, rows, |row| row, int8);
-        layer.qkv.apply(cpu, &work.inputs, rows, Out::Set(&mut work.qkv[..rows * stride]));
+        let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].qkv);
+        let delta = self.adapters.project(cpu, &work.inputs, 3, &find);
+        layer.qkv.apply_adapted(cpu, &work.inputs, rows, Out::Set(&mut work.qkv[..rows * stride]), delta);
 
         let (qkv, blocks, rope) = (work.qkv.share(), self.kv.share(index), &self.rope);
         each_row(cpu, rows, stride, |row| {
@@ -297,20 +308,27 @@ impl Decoder {
         if layer.output.takes_int8() {
             work.inputs.quantize(cpu, rows);
         }
-        layer.output.apply(cpu, &work.inputs, rows, Out::Add(&mut work.x[..rows * spec.hidden]));
+        let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].output);
+        let delta = self.adapters.project(cpu, &work.inputs, 1, &find);
+        layer.output.apply_adapted(cpu, &work.inputs, rows, Out::Add(&mut work.x[..rows * spec.hidden]), delta);
     }
 
     /// x += down(silu(gate(norm(x))) * up(norm(x)))
-    fn feed_forward(&mut self, index: usize, rows: usize) {
+    fn feed_forward(&mut self, index: usize, batch: &Batch) {
         let (spec, cpu, work, layer) = (&self.spec, &self.cpu, &mut self.work, &self.layers[index]);
+        let rows = batch.rows();
         let int8 = layer.gate.takes_int8() || layer.up.takes_int8();
         work.inputs.norm(cpu, &work.x, &layer.ffn_norm, spec.norm_eps, rows, |row| row, int8);
         let middle = &mut work.middle.floats(spec.ffn)[..rows * spec.ffn];
-        gated(cpu, &layer.gate, &layer.up, &work.inputs, rows, middle);
+        let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].ffn);
+        let delta = self.adapters.project(cpu, &work.inputs, 2, &find);
+        gated(cpu, &layer.gate, &layer.up, &work.inputs, rows, middle, delta);
         if layer.down.takes_int8() {
             work.middle.quantize(cpu, rows);
         }
-        layer.down.apply(cpu, &work.middle, rows, Out::Add(&mut work.x[..rows * spec.hidden]));
+        let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].down);
+        let delta = self.adapters.project(cpu, &work.middle, 1, &find);
+        layer.down.apply_adapted(cpu, &work.middle, rows, Out::Add(&mut work.x[..rows * spec.hidden]), delta);
     }
 }
 

@@ -127,6 +127,7 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
             request.seed + u64::from(choice),
             request.kind,
             request.stop.clone(),
+            request.adapter,
         );
         let expected = alone.entry(key).or_insert_with(|| world.alone(request, choice));
         let (text, whole) = (answer.text(choice), expected.text(0));
@@ -153,6 +154,7 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
                 request.seed + u64::from(choice),
                 request.kind,
                 request.stop.clone(),
+                request.adapter,
             );
             alone[&key].done.map_or(0, |usage| usage.completion_tokens)
         })
@@ -167,7 +169,7 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
 }
 
 /// Whatever an answer depends on.
-type Alone = (Vec<u32>, u32, u64, u8, Vec<String>);
+type Alone = (Vec<u32>, u32, u64, u8, Vec<String>, Option<u64>);
 
 fn roomy() -> WorldSpec {
     WorldSpec {
@@ -197,6 +199,7 @@ fn request(account: u8, priority: i8, step: usize) -> Request {
         stop: vec![],
         salt: 0,
         logprobs: None,
+        adapter: None,
         leaves: None,
         deadline: None,
     }

@@ -1,5 +1,6 @@
 //! A simulated world: one lane over a simulated device, callers that come and go by step, and a clock that counts steps.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use neurond::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, SlotId};
@@ -7,6 +8,7 @@ use neurond::engine::lane::Lane;
 use neurond::engine::sim::{SimRunner, SimSpec};
 use neurond::engine::{ModelSlot, Submit};
 use neurond::metrics::{EngineMetrics, Metrics};
+use neurond::model::lora::Adapter;
 use neurond::task::{Event, FinishReason, Sampling, Usage};
 
 /// Simulated time of a step.
@@ -115,6 +117,8 @@ pub struct Request {
     pub stop: Vec<String>,
     pub salt: u64,
     pub logprobs: Option<u32>,
+    /// Which adapter it is computed with.
+    pub adapter: Option<u64>,
     /// Steps after which its caller goes away.
     pub leaves: Option<usize>,
     /// From arrival.
@@ -141,6 +145,7 @@ impl Request {
             stop: (0..rng.pick(&[0u8, 0, 1, 3])).map(|_| rng.pick(&letters).to_owned()).collect(),
             salt: rng.within(0, 1),
             logprobs: rng.pick(&[None, None, Some(0), Some(3)]),
+            adapter: rng.pick(&[None, None, Some(0), Some(1)]),
             leaves: rng.one_in(5).then(|| rng.within(0, 60) as usize),
             deadline: rng.one_in(8).then(|| STEP * rng.within(0, 100) as u32),
         }
@@ -177,6 +182,7 @@ impl Request {
             logprobs: self.logprobs,
             priority: self.priority,
             cache_salt: self.salt,
+            adapter: self.adapter.map(|name| Arc::new(Adapter::hollow(name))),
             deadline: now + self.deadline.unwrap_or(Duration::from_secs(1_000_000)),
             received: now,
             events,
