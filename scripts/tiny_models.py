@@ -1,6 +1,7 @@
 """Tiny Llama models with random weights in the real file formats, and what the reference says about them.
 
     tests/goldens/tiny-llama/         safetensors, bf16, two shards + index, config.json as Llama 3.1 writes it
+    tests/goldens/tiny-llama-lora/    adapters of tiny-llama as PEFT saves them; their goldens are those of the merged weights
     tests/goldens/tiny-gguf/legacy    GGUF: F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1, untied head, rope_freqs of Llama 3.1
     tests/goldens/tiny-gguf/k         GGUF: Q4_K Q5_K Q6_K (+ Q8_0), tied head, head size named by key_length
 
@@ -16,6 +17,7 @@ import json
 import struct
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,12 @@ def build(folder: Path, golden_of) -> dict[Path, bytes]:
             "tiny-gguf/legacy.json": reference.from_gguf(Path(scratch) / "tiny-gguf/legacy.gguf"),
             "tiny-gguf/k.json": reference.from_gguf(Path(scratch) / "tiny-gguf/k.gguf"),
         }
+        for name, (files, deltas) in adapters().items():
+            made |= {f"tiny-llama-lora/{name}/{file}": data for file, data in files.items()}
+            nets[f"tiny-llama-lora/{name}/golden.json"] = merged_network(nets["tiny-llama/golden.json"], deltas)
+            if name == "all":  # the other checkpoint of this shape, whose heads lie in another order
+                legacy = nets["tiny-gguf/legacy.json"]
+                nets[f"tiny-llama-lora/{name}/legacy.json"] = merged_network(legacy, [interleaved(d) for d in deltas])
         for name, net in nets.items():
             prompts = [prompt_of(tokenizer, *prompt) for prompt in PROMPTS]
             ends = [vocabulary["<|end_of_text|>"], vocabulary["<|eot_id|>"]]
@@ -239,18 +247,93 @@ def safetensors_checkpoint(vocabulary: dict[str, int], merges) -> dict[str, byte
     return {f"tiny-llama/{name}": data for name, data in files.items()}
 
 
-def write_safetensors(tensors: dict[str, np.ndarray]) -> bytes:
-    """bf16; every value must be exact in it."""
+def write_safetensors(tensors: dict[str, np.ndarray], dtype: str = "BF16") -> bytes:
+    """Every value must be exact in the type."""
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, tensor in tensors.items():
-        bits = np.ascontiguousarray(tensor, np.float32).view(np.uint32)
-        assert not (bits & 0xFFFF).any(), f"{name} is not exact in bf16"
-        data = (bits >> 16).astype(np.uint16).tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(data)]}
+        data = narrow(np.ascontiguousarray(tensor, np.float32), dtype)
+        assert (reference.widen(data, dtype) == tensor.ravel()).all(), f"{name} is not exact in {dtype}"
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(data)]}
         body += data
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
+
+
+def narrow(values: np.ndarray, dtype: str) -> bytes:
+    """What is too fine for bf16 is cut off."""
+    if dtype == "BF16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype({"F32": np.float32, "F16": np.float16}[dtype]).tobytes()
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+
+ADAPTED = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+ADAPTED |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+def adapters() -> dict[str, tuple[dict[str, bytes], list[dict[str, np.ndarray]]]]:
+    """Adapters of tiny-llama: name -> (its files, what it adds to each layer's matrices)."""
+    return {
+        "all": adapter(41, "F32", list(ADAPTED), [0, 1], r=8, lora_alpha=16, target_modules="all-linear"),
+        "wide": adapter(42, "BF16", ["q", "v"], [0, 1], r=32, lora_alpha=8, use_rslora=True),
+        "late": adapter(43, "F16", ["o", "up", "down"], [1], r=3, lora_alpha=6, layers_to_transform=[1]),
+    }
+
+
+def adapter(seed: int, dtype: str, parts: list[str], layers: list[int], **settings):
+    hidden, ffn, q, kv = 64, 96, 64, 32
+    outputs = {"q": q, "k": kv, "v": kv, "o": hidden, "gate": ffn, "up": ffn, "down": hidden}
+    inputs = {"q": hidden, "k": hidden, "v": hidden, "o": q, "gate": hidden, "up": hidden, "down": ffn}
+    draw, rank = np.random.default_rng(seed), settings["r"]
+
+    def matrix(rows: int, columns: int, size: float) -> np.ndarray:
+        values = draw.normal(0, size, (rows, columns)).astype(np.float32)
+        return reference.widen(narrow(values, dtype), dtype).reshape(rows, columns)
+
+    scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    tensors, deltas = {}, [{}, {}]
+    for layer in layers:
+        for part in parts:
+            a, b = matrix(rank, inputs[part], 0.2), matrix(outputs[part], rank, 0.2 / rank**0.5 / scale)
+            name = f"base_model.model.model.layers.{layer}.{ADAPTED[part]}.lora_"
+            tensors |= {name + "A.weight": a, name + "B.weight": b}
+            deltas[layer][part] = scale * (b.astype(reference.REAL) @ a.astype(reference.REAL))
+    config = {
+        "base_model_name_or_path": "tiny-llama",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "layers_to_transform": None,
+        "lora_dropout": 0.0,
+        "model_type": "llama",
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "target_modules": [ADAPTED[part].split(".")[1] for part in parts],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    } | settings
+    files = {
+        "adapter_config.json": (json.dumps(config, indent=1) + "\n").encode(),
+        "adapter_model.safetensors": write_safetensors(tensors, dtype),
+    }
+    return files, deltas
+
+
+def interleaved(deltas: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """For rows of q and k as GGUF stores them: number i of a head beside number i + 8."""
+    turn = lambda delta: delta.reshape(-1, 2, 8, delta.shape[1]).swapaxes(1, 2).reshape(delta.shape)  # noqa: E731
+    return {part: turn(delta) if part in "qk" else delta for part, delta in deltas.items()}
+
+
+def merged_network(net: reference.Network, deltas: list[dict[str, np.ndarray]]) -> reference.Network:
+    layers = [
+        replace(layer, **{part: getattr(layer, part) + delta for part, delta in added.items()})
+        for layer, added in zip(net.layers, deltas)
+    ]
+    return replace(net, layers=layers)
 
 
 # ------------------------------------------------------------------------------------------------------------ GGUF
