@@ -112,7 +112,9 @@ impl Adapters {
     /// Takes in a step: `count` adapters, and spans of rows as `(rows, adapter)` from row 0 on, adapter 0 being none.
     pub fn plan(&mut self, count: usize, spans: impl Iterator<Item = (usize, usize)> + Clone) {
         let Self { of, rows, gathers, .. } = self;
-        (of.clear(), rows.clear(), gathers.clear());
+        of.clear();
+        rows.clear();
+        gathers.clear();
         if count == 0 {
             return;
         }
@@ -153,7 +155,7 @@ impl Adapters {
         let grain = if rows.len() * parts * LOW_PANELS * inputs < ALONE { tasks } else { 1 };
         cpu.pool.each(tasks, grain, |task| {
             // All of it: its pointers alone may not go to other threads.
-            let view = view;
+            let x = view;
             let gather = gathers[task / (parts * LOW_PANELS)];
             let (part, panel) = (task / LOW_PANELS % parts, task % LOW_PANELS);
             let found = find(usize::from(gather.adapter) - 1).and_then(|adapter| adapter.parts[part].as_ref());
@@ -164,7 +166,7 @@ impl Adapters {
             for (i, &row) in rows.iter().enumerate() {
                 let row = row as usize;
                 // SAFETY: the view holds as many rows as the step has.
-                from[i] = unsafe { view.floats.add(row * inputs) };
+                from[i] = unsafe { x.floats.add(row * inputs) };
                 to[i] = low.at(row * LOW + part * MAX_RANK + panel * LANES);
             }
             // SAFETY: rows of `inputs` numbers; 16 numbers of each are written here and nowhere else.
