@@ -36,6 +36,8 @@ pub struct File {
     pub auth: AuthSection,
     /// How the device computes, for all models.
     pub engine: EngineSection,
+    /// One block an account that is not like all others.
+    pub account: Vec<AccountSection>,
     /// One block a model to be loaded, in this order.
     pub model: Vec<ModelSection>,
     /// What can be asked for by name.
@@ -181,6 +183,10 @@ pub struct EngineSection {
     pub block_tokens: usize,
     /// Keep the KV of finished prompts while there is room, and share it between requests of one account that begin alike.
     pub prefix_cache: bool,
+    /// How many times longer a step may take because of a prompt while other answers are being written: 2 allows twice the
+    /// time of a step without prompts. Smaller keeps the time between two tokens even, larger reads prompts sooner. When
+    /// many prompts come at once beside few answers, up to four times as much is added. 0: no bound but `step_tokens`.
+    pub prefill_stretch: f64,
 }
 
 impl Default for EngineSection {
@@ -193,7 +199,31 @@ impl Default for EngineSection {
             max_queue: 256,
             block_tokens: 16,
             prefix_cache: true,
+            prefill_stretch: 1.7,
         }
+    }
+}
+
+/// `[[account]]`: an account that is not like all others. Accounts need not be written to be served.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AccountSection {
+    /// Which: 32 hex digits, or a short name, as in its tokens.
+    /// Example: `"023e105f4ecef8ad9ca31a8372d0c353"`
+    pub id: String,
+    /// Its share of a busy device: twice the weight is served twice as much when both want more than there is. An account
+    /// that is not written has 1. From 1 to 1000.
+    #[serde(default = "AccountSection::weight")]
+    pub weight: u32,
+    /// The highest priority its requests may ask for (`service_tier`, `priority`), from -100 to 100; what asks for more gets
+    /// this. 0, the priority of requests that ask for none, lets them only step back.
+    #[serde(default)]
+    pub priority: i8,
+}
+
+impl AccountSection {
+    fn weight() -> u32 {
+        1
     }
 }
 

@@ -42,6 +42,8 @@ pub struct Config {
     pub auth: Auth,
     /// How devices compute.
     pub engine: Engine,
+    /// Accounts of which something is said.
+    pub accounts: Vec<Account>,
     /// Which models are loaded, in the order written.
     pub models: Vec<Model>,
     /// Everything that can be asked for by name, loaded or not.
@@ -177,6 +179,19 @@ pub struct Engine {
     pub block_tokens: usize,
     /// Share finished prompts' KV between requests of one account.
     pub prefix_cache: bool,
+    /// How many times longer a step may take because of a prompt while others decode; 0: as long as it takes.
+    pub prefill_stretch: f64,
+}
+
+/// What is special about an account.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Account {
+    /// Which.
+    pub id: AccountId,
+    /// Its share of a busy device beside accounts that are not written, which have 1.
+    pub weight: u32,
+    /// The highest priority its requests may ask for; 0 is normal.
+    pub priority: i8,
 }
 
 /// A model to be loaded.

@@ -3,7 +3,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use super::{Auth, Config, Engine, Log, Model, Server};
+use crate::base::AccountId;
+
+use super::{Account, Auth, Config, Engine, Log, Model, Server};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +54,7 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.note("binding", binding(old), binding(new), Effect::Restart);
     changes.auth(&old.auth, &new.auth);
     changes.engine(&old.engine, &new.engine);
+    changes.accounts(&old.accounts, &new.accounts);
     changes.models(&old.models, &new.models);
     changes.catalog(old, new);
     changes.log(&old.log, &new.log);
@@ -116,7 +119,16 @@ impl Changes {
     }
 
     fn engine(&mut self, old: &Engine, new: &Engine) {
-        let Engine { threads, step_tokens, prefill_chunk, max_running, max_queue, block_tokens, prefix_cache } = new;
+        let Engine {
+            threads,
+            step_tokens,
+            prefill_chunk,
+            max_running,
+            max_queue,
+            block_tokens,
+            prefix_cache,
+            prefill_stretch,
+        } = new;
         self.note("engine.threads", old.threads, *threads, Effect::Restart);
         self.note("engine.step_tokens", old.step_tokens, *step_tokens, Effect::Swap);
         self.note("engine.prefill_chunk", old.prefill_chunk, *prefill_chunk, Effect::Swap);
@@ -124,6 +136,21 @@ impl Changes {
         self.note("engine.max_queue", old.max_queue, *max_queue, Effect::Swap);
         self.note("engine.block_tokens", old.block_tokens, *block_tokens, Effect::Swap);
         self.note("engine.prefix_cache", old.prefix_cache, *prefix_cache, Effect::Swap);
+        self.note("engine.prefill_stretch", old.prefill_stretch, *prefill_stretch, Effect::Swap);
+    }
+
+    fn accounts(&mut self, old: &[Account], new: &[Account]) {
+        let find = |list: &[Account], id: &AccountId| list.iter().find(|account| account.id == *id).cloned();
+        let mut ids: Vec<_> = old.iter().chain(new).map(|account| &account.id).collect();
+        ids.sort();
+        ids.dedup();
+        for id in ids {
+            let (old, new) = (find(old, id), find(new, id));
+            let shown = |account: Option<&Account>| {
+                account.map(|Account { id: _, weight, priority }| format!("weight {weight}, priority {priority}"))
+            };
+            self.note(format!("account {id}"), shown(old.as_ref()), shown(new.as_ref()), Effect::Live);
+        }
     }
 
     fn models(&mut self, old: &[Model], new: &[Model]) {
@@ -197,7 +224,7 @@ trait Shown {
 macro_rules! shown {
     ($($kind:ty)*) => { $(impl Shown for $kind { fn shown(&self) -> String { self.to_string() } })* };
 }
-shown!(usize u32 u128 bool str String std::net::SocketAddr crate::base::AccountId);
+shown!(usize u32 u128 f64 bool str String std::net::SocketAddr crate::base::AccountId);
 
 impl Shown for PathBuf {
     fn shown(&self) -> String {

@@ -12,11 +12,11 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
-use super::file::{EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection};
+use super::file::{AccountSection, EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection};
 use super::machine::Surroundings;
 use super::simulated;
 use super::value::{ByteSize, Written};
-use super::{Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Token};
+use super::{Account, Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 
 /// Bounds of the KV pool that is chosen for a model.
@@ -43,6 +43,7 @@ pub(super) fn resolve(
     });
     let auth = auth(&mut check, &file, folder, machine);
     let engine = engine(&mut check, &file.engine, machine);
+    let accounts = accounts(&mut check, &file.account);
     let models = models(&mut check, &file.model, &catalog, folder, machine);
     let log = log(&mut check, &file.log);
 
@@ -80,7 +81,7 @@ pub(super) fn resolve(
         }
     }
     let origin = origin.map(Path::to_path_buf);
-    Ok(Config { server, binding, auth, engine, models, catalog, log, origin, warnings })
+    Ok(Config { server, binding, auth, engine, accounts, models, catalog, log, origin, warnings })
 }
 
 /// The command line wins; its models follow in [`catalog`], once aliases are known.
@@ -157,6 +158,11 @@ fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) ->
             "is not a power of two from 4 to 256; 16 is the default",
         );
     }
+    let stretch = section.prefill_stretch;
+    if stretch != 0.0 && !(1.0..=1000.0).contains(&stretch) {
+        let remedy = "is neither 0 nor from 1 to 1000; 1.7 is the default, 0 sets no bound";
+        check.wrong("engine.prefill_stretch", stretch, remedy);
+    }
     Engine {
         threads,
         step_tokens: section.step_tokens,
@@ -165,7 +171,27 @@ fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) ->
         max_queue: section.max_queue,
         block_tokens: section.block_tokens,
         prefix_cache: section.prefix_cache,
+        prefill_stretch: stretch,
     }
+}
+
+fn accounts(check: &mut Check, sections: &[AccountSection]) -> Vec<Account> {
+    let mut accounts: Vec<Account> = Vec::new();
+    for (index, section) in sections.iter().enumerate() {
+        let key = format!("account[{index}]");
+        let id = check.account(&format!("{key}.id"), &section.id);
+        if accounts.iter().any(|other| other.id == id) {
+            check.wrong(&format!("{key}.id"), format_args!("{:?}", section.id), "is written twice; keep one of them");
+        }
+        if !(1..=1000).contains(&section.weight) {
+            check.wrong(&format!("{key}.weight"), section.weight, "is not from 1 to 1000; 1 is the default");
+        }
+        if !(-100..=100).contains(&section.priority) {
+            check.wrong(&format!("{key}.priority"), section.priority, "is not from -100 to 100; 0 is the default");
+        }
+        accounts.push(Account { id, weight: section.weight, priority: section.priority });
+    }
+    accounts
 }
 
 fn log(check: &mut Check, section: &LogSection) -> Log {

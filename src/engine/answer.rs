@@ -359,6 +359,7 @@ mod tests {
         let submit = Submit {
             request: RequestId::random(),
             account: crate::base::AccountId::new("a"),
+            weight: 1,
             slot: crate::base::SlotId::next(),
             prompt: vec![1, 2],
             choices: 2,

@@ -59,7 +59,7 @@ impl BlockHash {
 
 /// The name is already uniform: its low half is the map's hash.
 #[derive(Default)]
-struct Uniform(u64);
+pub struct Uniform(u64);
 
 impl Hasher for Uniform {
     fn finish(&self) -> u64 {

@@ -41,6 +41,8 @@ pub struct Submit {
     pub request: RequestId,
     /// Who is served; the scheduler is fair between accounts.
     pub account: AccountId,
+    /// The account's share beside others', at least 1.
+    pub weight: u32,
     /// Which loaded model.
     pub slot: SlotId,
     /// The prompt, at least one token.
@@ -102,6 +104,8 @@ pub struct ModelSlot {
     pub max_queue: usize,
     /// Share KV of equal prefixes.
     pub prefix_cache: bool,
+    /// How many times longer a step may take because of a prompt while others decode; 0: as long as it takes.
+    pub prefill_stretch: f64,
     /// Where to count.
     pub metrics: EngineMetrics,
 }

@@ -49,6 +49,7 @@ impl Lane {
             max_running: slot.max_running,
             max_queue: slot.max_queue,
             prefix_cache: slot.prefix_cache,
+            prefill_stretch: slot.prefill_stretch,
         };
         let scheduler = Scheduler::new(limits, slot.runner.blocks(), slot.runner.block_tokens());
         slot.metrics.kv_total.set(scheduler.blocks().total() as i64);
@@ -112,6 +113,7 @@ impl Lane {
         let answer = Answer::new(&submit, vocabulary.clone());
         let ask = Ask {
             account: &submit.account,
+            weight: submit.weight,
             prompt: submit.prompt,
             choices: submit.choices,
             max_tokens: submit.max_tokens,
@@ -153,6 +155,8 @@ impl Lane {
         self.scheduler.plan(now, &mut self.plan);
         let metrics = &self.slot.metrics;
         metrics.preemptions.inc_by(self.plan.preempted as u64);
+        metrics.made_way.inc_by(self.plan.made_way as u64);
+        metrics.followed.inc_by(self.plan.followed as u64);
         for &(key, cached) in &self.plan.begun {
             if let Some(answer) = &mut self.answers[key as usize] {
                 answer.begin(cached, now, metrics);
@@ -233,7 +237,8 @@ impl Lane {
     }
 
     /// Counts a step's time, from plan to delivery.
-    pub fn step_took(&self, time: Duration) {
+    pub fn step_took(&mut self, time: Duration) {
+        self.scheduler.took(&self.plan, time);
         self.slot.metrics.step_time.observe(time.as_secs_f64());
     }
 
@@ -344,6 +349,7 @@ mod tests {
             max_running: 2,
             max_queue: 2,
             prefix_cache: true,
+            prefill_stretch: 0.0,
             metrics: Metrics::new().engine(&ModelId::new("scripted"), DeviceId(0)),
         })
     }
@@ -353,6 +359,7 @@ mod tests {
         let submit = Submit {
             request: RequestId::random(),
             account: AccountId::new("a"),
+            weight: 1,
             slot: lane.id(),
             prompt: vec![token],
             choices: 1,

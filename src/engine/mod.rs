@@ -4,7 +4,8 @@
 //! callers --Submit--> inbox (bounded) --> scheduler + blocks + runner, one set a model slot --Event--> callers
 //! ```
 //!
-//! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`sequence`] is one answer's state,
+//! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
+//! [`pace`] how much a step may hold, [`sequence`] is one answer's state,
 //! [`scheduler`] decides a step, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for
 //! one model, and the loop around the lanes is in `run.rs`. [`sim`] is a device without weights.
 //!
@@ -12,7 +13,9 @@
 
 pub mod answer;
 pub mod blocks;
+pub mod coming;
 pub mod lane;
+pub mod pace;
 pub mod queue;
 pub mod sampler;
 pub mod scheduler;

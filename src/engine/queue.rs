@@ -5,6 +5,8 @@
 //! level   0   resumed: t   lines:  acme [t]           carol [t t]
 //! ```
 //!
+//! An account of weight 2 is served twice as much as one of weight 1 when both want more than there is.
+//!
 //! Higher levels go first, but a level that was passed over gains one level a second until it has had a turn: the lowest
 //! priority is slow, never starved. Within a level, sequences that were thrown out of the batch come back first; then
 //! the account that was served the fewest tokens goes next, so a thousand requests of one account delay another's
@@ -19,6 +21,8 @@ use crate::base::AccountId;
 
 /// A level that is passed over this long counts as one level higher.
 const AGING: Duration = Duration::from_secs(1);
+/// What is counted of a token that an account of weight 1 is served.
+const TOKEN: u64 = 1 << 10;
 /// Accounts without requests that are remembered, because they were served more than others, before all are forgotten.
 const MOST_IDLE: usize = 1024;
 
@@ -42,7 +46,11 @@ struct Account {
     id: AccountId,
     /// Requests here and in the batch.
     requests: usize,
-    /// Tokens served; joining after a pause lifts it to the floor, so that idling saves nothing up.
+    /// Sequences here.
+    waiting: usize,
+    /// Its share beside others', at least 1.
+    weight: u32,
+    /// Tokens served, by weight; joining after a pause lifts it to the floor, so that idling saves nothing up.
     served: u64,
 }
 
@@ -67,6 +75,8 @@ pub struct Queue {
     by_id: HashMap<AccountId, AccountKey>,
     vacant: Vec<AccountKey>,
     idle: usize,
+    /// Of all accounts with requests.
+    weights: u64,
     /// What the account of the last turn had been served: where newcomers start.
     floor: u64,
     length: usize,
@@ -83,12 +93,21 @@ impl Queue {
         self.length == 0
     }
 
-    /// An account has one more request. Every `enter` is followed by one [`Queue::leave`].
-    pub fn enter(&mut self, id: &AccountId) -> AccountKey {
+    /// Whether an account may have `more` sequences here: within its part of `most` among all accounts with requests.
+    pub fn has_share(&self, id: &AccountId, weight: u32, more: usize, most: usize) -> bool {
+        let known = self.by_id.get(id).and_then(|&key| self.accounts[key as usize].as_ref());
+        let waiting = known.map_or(0, |account| account.waiting);
+        let own = known.map_or(0, |account| if account.requests > 0 { account.weight.into() } else { 0 });
+        let weight = u64::from(weight.max(1));
+        (waiting + more) as u64 * (self.weights - own + weight) <= most as u64 * weight
+    }
+
+    /// An account has one more request. Every `enter` is followed by one [`Queue::leave`]. The newest weight counts.
+    pub fn enter(&mut self, id: &AccountId, weight: u32) -> AccountKey {
         let key = match self.by_id.get(id) {
             Some(&key) => key,
             None => {
-                let account = Account { id: id.clone(), requests: 0, served: 0 };
+                let account = Account { id: id.clone(), requests: 0, waiting: 0, weight: 1, served: 0 };
                 let key = self.vacant.pop().unwrap_or_else(|| {
                     self.accounts.push(None);
                     self.accounts.len() as AccountKey - 1
@@ -104,7 +123,11 @@ impl Queue {
             if account.requests == 0 {
                 account.served = account.served.max(floor);
                 self.idle -= 1;
+            } else {
+                self.weights -= u64::from(account.weight);
             }
+            account.weight = weight.max(1);
+            self.weights += u64::from(account.weight);
             account.requests += 1;
         }
         key
@@ -117,6 +140,7 @@ impl Queue {
         if account.requests > 0 {
             return;
         }
+        self.weights -= u64::from(account.weight);
         self.idle += 1;
         if account.served <= self.floor {
             self.forget(key);
@@ -141,30 +165,43 @@ impl Queue {
     /// The account was served `tokens` more.
     pub fn charge(&mut self, key: AccountKey, tokens: usize) {
         if let Some(account) = &mut self.accounts[key as usize] {
-            account.served += tokens as u64;
+            account.served += tokens as u64 * TOKEN / u64::from(account.weight);
         }
     }
 
-    fn served(&self, key: AccountKey) -> u64 {
+    /// What the account was served, by its weight: comparable between accounts.
+    pub fn served(&self, key: AccountKey) -> u64 {
         self.accounts[key as usize].as_ref().map_or(0, |account| account.served)
+    }
+
+    /// The account's share beside others'.
+    pub fn weight(&self, key: AccountKey) -> u32 {
+        self.accounts[key as usize].as_ref().map_or(1, |account| account.weight)
+    }
+
+    fn count(&mut self, key: AccountKey) {
+        self.length += 1;
+        if let Some(account) = &mut self.accounts[key as usize] {
+            account.waiting += 1;
+        }
     }
 
     /// Waits behind everything of its account and level.
     pub fn join(&mut self, ticket: Ticket, now: Instant) {
         self.line(ticket, now).push_back(ticket);
-        self.length += 1;
+        self.count(ticket.account);
     }
 
-    /// Waits before everything else of its account and level: another choice of a request whose turn has been.
+    /// Waits before everything else of its account and level: its turn has been, but it could not or need not run yet.
     pub fn join_front(&mut self, ticket: Ticket, now: Instant) {
         self.line(ticket, now).push_front(ticket);
-        self.length += 1;
+        self.count(ticket.account);
     }
 
     /// Waits before everything else of its level: it was in the batch already.
     pub fn rejoin(&mut self, ticket: Ticket, now: Instant) {
         self.level(ticket.priority, now).resumed.push_front(ticket);
-        self.length += 1;
+        self.count(ticket.account);
     }
 
     fn level(&mut self, priority: i8, now: Instant) -> &mut Level {
@@ -219,6 +256,9 @@ impl Queue {
             return;
         }
         self.length -= 1;
+        if let Some(account) = &mut self.accounts[ticket.account as usize] {
+            account.waiting -= 1;
+        }
         if level.resumed.is_empty() && level.lines.is_empty() {
             self.levels.swap_remove(at);
         }
@@ -280,7 +320,7 @@ mod tests {
                 continue;
             }
             let (name, again) = word.strip_prefix('!').map_or((word, false), |rest| (rest, true));
-            let account = queue.enter(&AccountId::new(&name[..1]));
+            let account = queue.enter(&AccountId::new(&name[..1]), if name.starts_with('W') { 2 } else { 1 });
             names.insert(account, name.chars().next().unwrap());
             arrival += 1;
             let ticket = Ticket { sequence: arrival as u32, account, priority: name[1..].parse().unwrap(), arrival };
@@ -305,6 +345,11 @@ mod tests {
     }
 
     #[test]
+    fn an_account_of_twice_the_weight_has_twice_as_many_turns() {
+        check("W0 W0 W0 W0 a0 a0 a0 . . . . . . .", "W0 a0 W0 W0 a0 W0 a0");
+    }
+
+    #[test]
     fn a_newcomer_starts_where_the_others_are_and_not_at_zero() {
         check("a0 a0 a0 a0 a0 a0 . . . . b0 b0 b0 . . . .", "a0 a0 a0 a0 b0 a0 b0 a0");
     }
@@ -326,7 +371,7 @@ mod tests {
         let mut queue = Queue::default();
         let now = Instant::now();
         for round in 0..5_000u64 {
-            let account = queue.enter(&AccountId::new(format!("account-{round}")));
+            let account = queue.enter(&AccountId::new(format!("account-{round}")), 1);
             let ticket = Ticket { sequence: 1, account, priority: 0, arrival: round };
             queue.join(ticket, now);
             queue.charge(account, 1);

@@ -209,6 +209,7 @@ mod tests {
             max_running: 8,
             max_queue: 16,
             prefix_cache: true,
+            prefill_stretch: 0.0,
             metrics: metrics(),
         }
     }
@@ -228,6 +229,7 @@ mod tests {
         let submit = Submit {
             request: RequestId::random(),
             account: AccountId::new("a"),
+            weight: 1,
             slot,
             prompt: prompt.bytes().map(u32::from).collect(),
             choices: 1,

@@ -6,10 +6,14 @@
 //!               +──── preempt ─────+      blocks go back, tokens stay
 //! ```
 //!
-//! Each step has one budget of tokens. Running sequences come first: one token each for those that decode, then chunks
-//! of prompts in order of admission. What is left admits from the [`Queue`], as far as free blocks go. A sequence that
-//! runs owns a block for every token it knows, so only decodes can need another; when there is none, the last admitted
-//! of the lowest priority loses its blocks and waits again.
+//! Each step has one budget of tokens. Running sequences come first: one token each for those that decode, then prompts,
+//! as many rows as [`Pace`] finds tolerable for those that decode. The [`Queue`] is let in as long as there are rows for
+//! newcomers, as far as free blocks go. A sequence that runs owns a block for every token it knows, so only decodes can
+//! need another; when there is none, the last admitted of the lowest priority loses its blocks and waits again.
+//!
+//! Rows of prompts go out in order of admission, but a prompt of more than a chunk leaves half of them to shorter ones
+//! behind it. A prompt that begins like one that is being computed follows it ([`Coming`]) and finds its blocks. An
+//! account that has less of the batch than another takes places and blocks from it: see [`Scheduler::make_way`].
 //!
 //! The choices of a request share the prompt: choice 0 computes it alone, the others join when its full blocks can be
 //! found. Pure: knows nothing of devices, clocks or channels. `lane.rs` feeds it, a `Runner` executes the [`Plan`].
@@ -19,6 +23,8 @@ use std::time::{Duration, Instant};
 
 use crate::base::{AccountId, Error, Kind, Result};
 use crate::engine::blocks::{BlockHash, Blocks};
+use crate::engine::coming::{Coming, Follower};
+use crate::engine::pace::Pace;
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
@@ -34,6 +40,12 @@ const GROWTH_DECAY: f32 = (GROWTH_START - GROWTH_LEAST) / 600.0;
 const GROWTH_LESSON: f32 = 0.2;
 /// Remaining tokens beyond this are not believed: `max_tokens` is often far above what is produced.
 const GROWTH_HORIZON: usize = 4096;
+/// A sequence follows another when that spares it at least one of so many of its rows.
+const WORTH_FOLLOWING: usize = 4;
+/// Prompts of more than a chunk in the batch at a time: more would hold blocks that nobody fills.
+const MOST_LONG: usize = 4;
+/// Sequences that make way in a step, at most.
+const MOST_MAKE_WAY: usize = 4;
 
 /// What one model allows.
 #[derive(Clone, Debug)]
@@ -50,12 +62,16 @@ pub struct Limits {
     pub max_queue: usize,
     /// Requests of equal salt share the KV of equal prefixes.
     pub prefix_cache: bool,
+    /// How many times longer a step may take because of a prompt while others decode; 0: as long as it takes.
+    pub prefill_stretch: f64,
 }
 
 /// A request as the scheduler sees it.
 pub struct Ask<'a> {
     /// Who is served.
     pub account: &'a AccountId,
+    /// Its share beside others', at least 1.
+    pub weight: u32,
     /// At least one token.
     pub prompt: Vec<u32>,
     /// Independent answers, at least 1.
@@ -109,8 +125,12 @@ pub struct Plan {
     pub prompt_rows: usize,
     /// Tokens computed with an adapter.
     pub adapted_rows: usize,
-    /// Sequences that lost their blocks.
+    /// Sequences that lost their blocks for want of blocks.
     pub preempted: usize,
+    /// Sequences that lost their place to an account that had less.
+    pub made_way: usize,
+    /// Sequences that began to follow another instead of computing the same blocks.
+    pub followed: usize,
 }
 
 impl Plan {
@@ -122,7 +142,29 @@ impl Plan {
         self.prompt_rows = 0;
         self.adapted_rows = 0;
         self.preempted = 0;
+        self.made_way = 0;
+        self.followed = 0;
     }
+}
+
+/// What became of the sequence whose turn it was.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Admission {
+    /// It runs.
+    Runs,
+    /// It waits for blocks that another computes.
+    Follows,
+    /// Not enough blocks are free.
+    LacksBlocks,
+}
+
+/// What there may be too little of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Good {
+    /// Sequences in the batch.
+    Place,
+    /// KV.
+    Blocks,
 }
 
 /// What [`Scheduler::push`] did with a token.
@@ -146,6 +188,10 @@ pub struct Scheduler {
     /// Choices not in the queue yet, over all requests.
     held: usize,
     growth: f32,
+    pace: Pace,
+    coming: Coming,
+    /// Counts plans.
+    step: u64,
     arrivals: u64,
     admissions: u64,
 }
@@ -169,6 +215,9 @@ impl Scheduler {
             running: Vec::with_capacity(limits.max_running),
             held: 0,
             growth: GROWTH_START,
+            pace: Pace::default(),
+            coming: Coming::default(),
+            step: 0,
             arrivals: 0,
             admissions: 0,
             limits,
@@ -192,14 +241,18 @@ impl Scheduler {
             );
             return Err(Error::new(Kind::ContextLength, message));
         }
-        // An idle queue takes any request, however many choices it has: refusing it could never help.
-        if self.waiting() > 0 && self.waiting() + ask.choices as usize > self.limits.max_queue {
+        // An idle queue takes any request, however many choices it has: refusing it could never help. A full one takes
+        // more from those who have not filled it.
+        let (wanted, most) = (self.waiting() + ask.choices as usize, self.limits.max_queue);
+        let has_share =
+            || wanted <= 2 * most && self.queue.has_share(ask.account, ask.weight, ask.choices as usize, most);
+        if self.waiting() > 0 && wanted > most && !has_share() {
             return Err(Error::new(Kind::Busy, "Too many requests are waiting for this model; try again in a moment.")
                 .with_retry_after(Duration::from_secs(1)));
         }
         self.arrivals += 1;
         let request = self.requests.insert(Request {
-            account: self.queue.enter(ask.account),
+            account: self.queue.enter(ask.account, ask.weight),
             priority: ask.priority,
             arrival: self.arrivals,
             root: match (self.limits.prefix_cache, &ask.adapter) {
@@ -238,6 +291,7 @@ impl Scheduler {
             published: 0,
             hashes: Vec::new(),
             admitted: 0,
+            fed: 0,
             preemptions: 0,
             root: request.root,
         });
@@ -250,27 +304,103 @@ impl Scheduler {
     /// Decides the next step. An empty batch means that there is nothing to compute.
     pub fn plan(&mut self, now: Instant, plan: &mut Plan) {
         plan.clear();
+        self.step += 1;
         self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
+        self.release_followers(now);
         self.grow(now, plan);
+        let decode = self.running.iter().filter(|&&key| self.sequences[key].left() == 1).count();
         let mut budget = self.limits.step_tokens;
+        let rows = self.prompt_rows(decode).min(budget - decode);
+        // Before anything is placed: what was placed must keep its blocks.
+        self.let_in(rows, now, plan);
         for at in 0..self.running.len() {
             if self.sequences[self.running[at]].left() == 1 {
                 budget -= self.place(self.running[at], budget, plan);
             }
         }
-        for at in 0..self.running.len() {
-            if self.sequences[self.running[at]].left() > 0 {
-                budget -= self.place(self.running[at], budget, plan);
+        self.read(rows.min(budget), plan);
+    }
+
+    /// Rows that prompts may have beside `decode` others.
+    fn prompt_rows(&self, decode: usize) -> usize {
+        if decode == 0 || self.limits.prefill_stretch == 0.0 {
+            return usize::MAX;
+        }
+        let reading = self.running.iter().filter(|&&key| self.sequences[key].left() > 1).count();
+        let coming = self.queue.len().min(self.limits.max_running.saturating_sub(self.running.len()));
+        self.pace.prompt_rows(decode, reading + coming, self.limits.prefill_stretch)
+    }
+
+    /// Whether this much is read in several steps.
+    fn is_long(&self, left: usize) -> bool {
+        left > self.limits.prefill_chunk
+    }
+
+    /// Admits from the queue as long as `rows` are not spoken for.
+    fn let_in(&mut self, rows: usize, now: Instant, plan: &mut Plan) {
+        let (mut claimed, mut long) = (0, 0);
+        let mut claim = |scheduler: &Self, key: SequenceKey| {
+            let left = scheduler.sequences[key].left();
+            if left == 1 {
+                return (claimed, long);
             }
+            claimed += match scheduler.is_long(left) {
+                true if long > 0 => 0,
+                true => rows / 2,
+                false => left,
+            };
+            long += usize::from(scheduler.is_long(left));
+            (claimed, long)
+        };
+        let mut spoken_for = (0, 0);
+        for &key in &self.running {
+            spoken_for = claim(self, key);
         }
         // Who has just thrown somebody out must not invite the next one in.
-        while plan.preempted == 0 && budget > 0 && self.running.len() < self.limits.max_running {
+        while plan.preempted == 0 && spoken_for.0 < rows && spoken_for.1 < MOST_LONG {
             let Some(ticket) = self.queue.next(now) else { break };
-            // Not passed by anyone smaller: its turn comes as soon as enough blocks are free.
-            if !self.admit(ticket, now, plan) {
+            if self.running.len() >= self.limits.max_running && !self.make_way(ticket, Good::Place, now, plan) {
                 break;
             }
-            budget -= self.place(ticket.sequence, budget, plan);
+            let mut outcome = self.admit(ticket, now, plan);
+            while outcome == Admission::LacksBlocks && self.make_way(ticket, Good::Blocks, now, plan) {
+                outcome = self.admit(ticket, now, plan);
+            }
+            match outcome {
+                Admission::Runs => spoken_for = claim(self, ticket.sequence),
+                Admission::Follows => {}
+                // Not passed by anyone smaller: its turn comes as soon as enough blocks are free.
+                Admission::LacksBlocks => break,
+            }
+        }
+    }
+
+    /// Hands `rows` out to sequences with more than a token to compute.
+    fn read(&mut self, mut rows: usize, plan: &mut Plan) {
+        let left = |scheduler: &Self, at: usize| scheduler.sequences[scheduler.running[at]].left();
+        let all = 0..self.running.len();
+        let mut short: usize = all.clone().map(|at| left(self, at)).filter(|&left| !self.is_long(left)).sum();
+        // Of the long ones that of the account which was served least.
+        let standing = |&at: &usize| {
+            let sequence = &self.sequences[self.running[at]];
+            (self.queue.served(sequence.ticket.account), sequence.admitted)
+        };
+        let first = all.clone().filter(|&at| self.is_long(left(self, at))).min_by_key(standing);
+        for at in all.clone() {
+            let most = match left(self, at) {
+                left if !self.is_long(left) => {
+                    short -= left;
+                    rows
+                }
+                _ if Some(at) == first => rows.div_ceil(2).max(rows.saturating_sub(short)),
+                _ => 0,
+            };
+            rows -= self.place(self.running[at], most, plan);
+        }
+        for at in all {
+            if rows > 0 && Some(at) != first {
+                rows -= self.place(self.running[at], rows, plan);
+            }
         }
     }
 
@@ -290,23 +420,75 @@ impl Scheduler {
         }
     }
 
-    /// Throws the weakest sequence out of the batch; its tokens stay. Returns its place in the running list.
+    /// Throws the weakest sequence out of the batch. Returns its place in the running list.
     fn preempt(&mut self, now: Instant, plan: &mut Plan) -> Option<usize> {
         let at = (0..self.running.len()).min_by_key(|&at| self.sequences[self.running[at]].standing())?;
-        let sequence = &mut self.sequences[self.running.remove(at)];
-        self.blocks.release(&mut sequence.table);
-        sequence.computed = 0;
-        sequence.published = 0;
-        sequence.admitted = 0;
-        sequence.preemptions += 1;
-        self.queue.rejoin(sequence.ticket, now);
+        let ticket = self.throw_out(at);
+        self.queue.rejoin(ticket, now);
         self.growth = (self.growth + GROWTH_LESSON).min(1.0);
         plan.preempted += 1;
         Some(at)
     }
 
-    /// Gives a waiting sequence blocks for all its tokens, found ones first. Returns whether it runs now.
-    fn admit(&mut self, ticket: Ticket, now: Instant, plan: &mut Plan) -> bool {
+    /// Takes a sequence out of the batch; its tokens stay.
+    fn throw_out(&mut self, at: usize) -> Ticket {
+        let key = self.running.remove(at);
+        let sequence = &mut self.sequences[key];
+        self.coming.settle(key, &sequence.hashes);
+        self.blocks.release(&mut sequence.table);
+        sequence.computed = 0;
+        sequence.published = 0;
+        sequence.admitted = 0;
+        sequence.preemptions += 1;
+        sequence.ticket
+    }
+
+    /// Takes a place, or blocks, from an account for one that has less of them: as long as the one who gives still has as
+    /// much as the one who gets, by their weights. So a flood of long answers cannot keep others out, and what was taken
+    /// is never taken back. Who makes way is first of its line again; its blocks stay cached.
+    fn make_way(&mut self, ticket: Ticket, good: Good, now: Instant, plan: &mut Plan) -> bool {
+        if plan.made_way == MOST_MAKE_WAY {
+            return false;
+        }
+        let held = |sequence: &Sequence| if good == Good::Place { 1 } else { sequence.table.len() };
+        let of = |account: AccountKey| {
+            let running = self.running.iter().map(|&key| &self.sequences[key]);
+            running.filter(|sequence| sequence.ticket.account == account).map(held).sum::<usize>()
+        };
+        let weight = |account: AccountKey| self.queue.weight(account) as usize;
+        let wanted = match good {
+            Good::Place => 1,
+            Good::Blocks => self.blocks.needed(self.sequences[ticket.sequence].tokens.len()),
+        };
+        let mine = of(ticket.account) + wanted;
+        let gives = |sequence: &Sequence| {
+            let other = sequence.ticket.account;
+            other != ticket.account
+                && sequence.ticket.priority <= ticket.priority
+                && mine * weight(other) <= (of(other) - held(sequence)) * weight(ticket.account)
+        };
+        let candidates = (0..self.running.len()).filter(|&at| gives(&self.sequences[self.running[at]]));
+        let Some(at) = candidates.min_by_key(|&at| self.sequences[self.running[at]].standing()) else { return false };
+        let other = self.throw_out(at);
+        self.queue.join_front(other, now);
+        plan.made_way += 1;
+        true
+    }
+
+    /// Sequences whose common prefix is there, or will not come, are first in their lines again.
+    fn release_followers(&mut self, now: Instant) {
+        if self.coming.followers().is_empty() {
+            return;
+        }
+        let (sequences, step) = (&self.sequences, self.step);
+        let released = self.coming.released(|leader| is_stuck(&sequences[leader], step));
+        for ticket in released.rev() {
+            self.queue.join_front(ticket, now);
+        }
+    }
+
+    /// Gives a waiting sequence blocks for all its tokens, found ones first, so that it runs from now on.
+    fn admit(&mut self, ticket: Ticket, now: Instant, plan: &mut Plan) -> Admission {
         let block_tokens = self.blocks.block_tokens();
         let sequence = &mut self.sequences[ticket.sequence];
         let known = sequence.tokens.len();
@@ -320,11 +502,17 @@ impl Scheduler {
             hits += 1;
             free_hits += usize::from(self.blocks.is_free(block));
         }
+        if let Some(follower) = self.leader(ticket, hits, most_hits) {
+            self.queue.remove(ticket);
+            self.coming.follow(follower);
+            plan.followed += 1;
+            return Admission::Follows;
+        }
         let need = self.blocks.needed(known) - hits;
         // With nobody else running there is nobody to keep blocks for.
         let reserve = if self.running.is_empty() { 0 } else { self.reserve(ticket.sequence) };
         if self.blocks.free() - free_hits < need + reserve {
-            return false;
+            return Admission::LacksBlocks;
         }
         let sequence = &mut self.sequences[ticket.sequence];
         for &hash in &sequence.hashes[..hits] {
@@ -337,8 +525,10 @@ impl Scheduler {
         sequence.published = sequence.table.len();
         let taken = self.blocks.take(need, &mut sequence.table);
         debug_assert!(taken, "free blocks were counted");
+        self.coming.announce(ticket.sequence, &sequence.hashes[hits..most_hits]);
         self.admissions += 1;
         sequence.admitted = self.admissions;
+        sequence.fed = self.step;
         if sequence.choice == 0 && sequence.preemptions == 0 {
             plan.begun.push((sequence.request, sequence.computed));
         }
@@ -347,7 +537,27 @@ impl Scheduler {
         self.running.push(ticket.sequence);
         self.queue.take(ticket, now);
         self.queue.charge(ticket.account, charge);
-        true
+        Admission::Runs
+    }
+
+    /// Whom a sequence had better follow, which has found `hits` of `most` blocks.
+    fn leader(&self, ticket: Ticket, hits: usize, most: usize) -> Option<Follower> {
+        let sequence = &self.sequences[ticket.sequence];
+        if sequence.preemptions > 0 {
+            return None;
+        }
+        let mut found = None;
+        let mut shared = 0;
+        for &block in &sequence.hashes[hits..most] {
+            let Some(leader) = self.coming.leader(block) else { break };
+            if is_stuck(&self.sequences[leader], self.step) {
+                break;
+            }
+            shared += 1;
+            found = Some(Follower { ticket, block, leader });
+        }
+        let left = sequence.tokens.len() - hits * self.blocks.block_tokens();
+        found.filter(|_| shared * self.blocks.block_tokens() * WORTH_FOLLOWING >= left)
     }
 
     /// Blocks to keep free for what the running sequences and this one will probably produce.
@@ -381,14 +591,22 @@ impl Scheduler {
         plan.sampled.extend(samples.then_some(part));
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
         sequence.computed = end;
+        sequence.fed = self.step;
         rows
+    }
+
+    /// A step took this long.
+    pub fn took(&mut self, plan: &Plan, time: Duration) {
+        self.pace.learn(plan.batch.rows() - plan.prompt_rows, plan.prompt_rows, time);
     }
 
     /// The plan was computed: what it filled can be found by others, and choices that waited for a prompt join.
     pub fn computed(&mut self, plan: &Plan, now: Instant) {
         for part in &plan.parts {
             let sequence = &mut self.sequences[part.sequence];
+            let before = sequence.published;
             sequence.publish(&mut self.blocks);
+            self.coming.settle(part.sequence, &sequence.hashes[before..sequence.published]);
             if part.choice == 0 && sequence.computed >= sequence.prompt && self.requests[part.request].held > 0 {
                 self.unhold(part.request, part.sequence, now);
             }
@@ -444,15 +662,17 @@ impl Scheduler {
         let mut sequence = self.sequences.remove(key)?;
         match self.running.iter().position(|&other| other == key) {
             Some(at) => drop(self.running.remove(at)),
+            None if self.coming.leave(key) => {}
             None => self.queue.remove(sequence.ticket),
         }
+        self.coming.settle(key, &sequence.hashes);
         self.blocks.release(&mut sequence.table);
         Some(sequence.request)
     }
 
-    /// Sequences waiting, choices that wait for their prompt included.
+    /// Sequences waiting, those included that wait for a prompt or a prefix to be computed.
     pub fn waiting(&self) -> usize {
-        self.queue.len() + self.held
+        self.queue.len() + self.held + self.coming.followers().len()
     }
 
     /// Sequences in the batch.
@@ -509,14 +729,29 @@ impl Scheduler {
                 return Err(format!("request {key} has no sequence and is not gone"));
             }
         }
-        if waiting != self.queue.len() || held != self.held {
+        let followers = self.coming.followers();
+        if waiting != self.queue.len() + followers.len() || held != self.held {
             return Err(format!("{waiting} wait and {held} are held, not {} and {}", self.queue.len(), self.held));
+        }
+        let waits = |follower: &&Follower| self.coming.leader(follower.block) == Some(follower.leader);
+        let mut waiting = followers.iter().filter(waits);
+        if let Some(lost) = waiting.find(|follower| !self.running.contains(&follower.leader)) {
+            return Err(format!("sequence {} follows one that does not run", lost.ticket.sequence));
+        }
+        let mut running = self.running.iter().map(|&key| &self.sequences[key]);
+        if !self.coming.is_empty() && !running.any(|sequence| sequence.published < sequence.hashes.len()) {
+            return Err(format!("{} blocks are announced, but nobody computes any", self.coming.len()));
         }
         if self.running.len() > self.limits.max_running {
             return Err(format!("{} sequences run", self.running.len()));
         }
         Ok(())
     }
+}
+
+/// Whether a sequence that runs had no rows in the last step: whoever follows it would wait for its turn as well.
+fn is_stuck(leader: &Sequence, step: u64) -> bool {
+    leader.fed + 1 < step
 }
 
 #[cfg(test)]
@@ -556,7 +791,15 @@ mod tests {
     }
 
     fn limits() -> Limits {
-        Limits { context: 1000, step_tokens: 64, prefill_chunk: 64, max_running: 8, max_queue: 8, prefix_cache: true }
+        Limits {
+            context: 1000,
+            step_tokens: 64,
+            prefill_chunk: 64,
+            max_running: 8,
+            max_queue: 8,
+            prefix_cache: true,
+            prefill_stretch: 0.0,
+        }
     }
 
     /// Runs requests to their end over `blocks` blocks of 16 and compares the steps. In a step: `-b` lost its blocks,
@@ -572,7 +815,7 @@ mod tests {
                     let account = AccountId::new(&request.name[..1]);
                     let prompt = vec![u32::from(request.name.as_bytes()[0]); request.prompt];
                     let (choices, max_tokens, priority) = (request.choices, request.most, request.priority);
-                    let ask = Ask { account: &account, prompt, choices, max_tokens, priority, salt: 0, adapter: None };
+                    let ask = Ask { account: &account, weight: 1, prompt, choices, max_tokens, priority, salt: 0, adapter: None };
                     match scheduler.submit(ask, now) {
                         Ok(new) => *key = Some(new),
                         Err(error) => trace.push(format!("{} {:?}", request.name, error.kind())),
@@ -602,7 +845,7 @@ mod tests {
                 .filter(|&&key| !scheduler.running.contains(&key))
                 .map(|&key| format!("-{}", name(key, &scheduler, &keys)))
                 .collect();
-            assert_eq!(line.len(), plan.preempted);
+            assert_eq!(line.len(), plan.preempted + plan.made_way);
             for (part, span) in plan.parts.iter().zip(&plan.batch.spans) {
                 let rows =
                     if span.rows > 1 { format!("[{}..{}]", span.start, span.start + span.rows) } else { "".into() };
@@ -639,6 +882,63 @@ mod tests {
             [seq("a", 4, 4), seq("b", 60, 1).at(1), seq("c", 5, 1).at(1)],
             "a[0..4] | a b[0..24] c[0..5] c. | a b[24..48] | a b[48..60] a. b.",
         );
+    }
+
+    #[test]
+    fn a_short_prompt_is_not_stuck_behind_long_ones() {
+        let limits = Limits { step_tokens: 16, prefill_chunk: 8, ..limits() };
+        check(
+            64,
+            limits.clone(),
+            [seq("a", 40, 1), seq("b", 40, 1), seq("c", 6, 1).at(1)],
+            "a[0..8] b[0..8] | a[8..16] c[0..6] b[8..10] c. | a[16..24] b[10..18] | a[24..32] b[18..26] | \
+             a[32..40] b[26..34] a. | b[34..40] b.",
+        );
+        // Short ones keep coming: the long one has half of every step.
+        let rush = [1, 2, 3].map(|at| seq(["b", "c", "d"][at - 1], 8, 1).at(at));
+        let [b, c, d] = rush;
+        check(
+            64,
+            limits,
+            [seq("a", 40, 1), b, c, d],
+            "a[0..8] | a[8..16] b[0..8] b. | a[16..24] c[0..8] c. | a[24..32] d[0..8] d. | a[32..40] a.",
+        );
+    }
+
+    #[test]
+    fn prompts_add_to_a_step_only_what_those_who_decode_can_bear() {
+        let limits = Limits { step_tokens: 512, prefill_chunk: 256, prefill_stretch: 2.0, ..limits() };
+        let mut scheduler = Scheduler::new(limits, 256, 16);
+        let (now, mut plan) = (Instant::now(), Plan::default());
+        let submit = |scheduler: &mut Scheduler, token: u32, length: usize| {
+            let account = AccountId::new("a");
+            let prompt = vec![token; length];
+            let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens: 900, priority: 0, salt: 0, adapter: None };
+            scheduler.submit(ask, now).unwrap();
+        };
+        // 4 ms a step and half a millisecond a row, whatever the row.
+        let step = |scheduler: &mut Scheduler, plan: &mut Plan| {
+            scheduler.plan(now, plan);
+            scheduler.computed(plan, now);
+            for part in &plan.sampled {
+                scheduler.push(part.sequence, 9);
+            }
+            let rows = plan.batch.rows();
+            scheduler.took(plan, Duration::from_micros(4_000 + 500 * rows as u64));
+            (rows, plan.prompt_rows)
+        };
+        (1..=6).for_each(|token| submit(&mut scheduler, token, 10));
+        assert_eq!(step(&mut scheduler, &mut plan), (60, 60), "nobody waits for these rows");
+        (0..50).for_each(|_| assert_eq!(step(&mut scheduler, &mut plan), (6, 0)));
+        submit(&mut scheduler, 7, 900);
+        let mut steps = 0;
+        while scheduler.running() < 7 || plan.prompt_rows > 0 || steps == 0 {
+            let (rows, prompt) = step(&mut scheduler, &mut plan);
+            // 7 rows take 7.5 ms, so 15 are allowed: 22 rows in all, 16 in whole tiles.
+            assert!(rows <= 24 && (prompt == 0 || prompt >= 8), "{rows} rows, {prompt} of prompts");
+            steps += 1;
+        }
+        assert!((45..120).contains(&steps), "{steps}");
     }
 
     #[test]
@@ -683,6 +983,83 @@ mod tests {
     fn a_prefix_is_shared_but_one_token_is_always_recomputed() {
         check(8, limits(), [seq("a", 48, 1), seq("a", 48, 1).at(1)], "a[0..48] a. | a[32..48] a.");
         check(8, limits(), [seq("a", 49, 1), seq("a", 49, 1).at(1)], "a[0..49] a. | a a.");
+    }
+
+    #[test]
+    fn a_prefix_that_is_being_computed_is_waited_for_and_not_computed_again() {
+        let limits = Limits { step_tokens: 32, prefill_chunk: 32, ..limits() };
+        check(
+            16,
+            limits.clone(),
+            [seq("a", 60, 1), seq("a", 60, 1), seq("b", 6, 1)],
+            "a[0..26] b[0..6] b. | a[26..58] | a[58..60] a[48..60] a. a.",
+        );
+        // Whoever is followed leaves: the next one computes, the others follow that one.
+        check(
+            16,
+            limits.clone(),
+            [seq("a", 60, 1).leaves(1), seq("a", 60, 1), seq("a", 60, 1)],
+            "a[0..32] | a[32..60] a. | a[48..60] a.",
+        );
+        // A follower that leaves disturbs nobody.
+        check(
+            16,
+            limits,
+            [seq("a", 60, 1), seq("a", 60, 1).leaves(1), seq("a", 60, 1)],
+            "a[0..32] | a[32..60] a. | a[48..60] a.",
+        );
+    }
+
+    #[test]
+    fn a_prefix_too_short_to_matter_is_not_waited_for() {
+        // One block of 16 in common is worth waiting for beside 40 tokens, not beside 100.
+        let of = |own: usize| {
+            let mut scheduler = Scheduler::new(limits(), 64, 16);
+            let (now, mut plan) = (Instant::now(), Plan::default());
+            for other in [1, 2] {
+                let prompt = [vec![0; 16], vec![other; own]].concat();
+                let account = AccountId::new("a");
+                let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens: 1, priority: 0, salt: 0, adapter: None };
+                scheduler.submit(ask, now).unwrap();
+            }
+            scheduler.plan(now, &mut plan);
+            (plan.followed, scheduler.running())
+        };
+        assert_eq!(of(24), (1, 1));
+        assert_eq!(of(100).0, 0);
+    }
+
+    #[test]
+    fn nobody_follows_a_sequence_that_makes_no_progress() {
+        // b is as long as a and waits for rows behind it; its followers do not wait with it for ever.
+        let limits = Limits { step_tokens: 16, prefill_chunk: 8, ..limits() };
+        let mut scheduler = Scheduler::new(limits, 64, 16);
+        let (now, mut plan) = (Instant::now(), Plan::default());
+        let ask = |scheduler: &mut Scheduler, token: u32, length: usize| {
+            let account = AccountId::new("a");
+            let prompt = vec![token; length];
+            let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens: 1, priority: 0, salt: 0, adapter: None };
+            scheduler.submit(ask, now).unwrap()
+        };
+        for token in 0..3 {
+            ask(&mut scheduler, token, 200);
+        }
+        let follower = ask(&mut scheduler, 2, 200);
+        let mut waited = 0;
+        loop {
+            scheduler.plan(now, &mut plan);
+            scheduler.check().unwrap();
+            if plan.parts.iter().any(|part| part.request == follower) {
+                break;
+            }
+            scheduler.computed(&plan, now);
+            for part in plan.sampled.clone() {
+                scheduler.push(part.sequence, 0);
+                scheduler.finish(part.sequence);
+            }
+            waited += 1;
+        }
+        assert!(waited < 60, "{waited}");
     }
 
     #[test]
@@ -736,6 +1113,46 @@ mod tests {
             [seq("a", 2, 1).choices(4), seq("b", 2, 1)],
             "b Busy | a0[0..2] a0. | a1[0..2] a1. | a2[0..2] a2. | a3[0..2] a3.",
         );
+    }
+
+    #[test]
+    fn an_account_with_less_of_the_batch_gets_a_place_from_one_with_more() {
+        let limits = Limits { max_running: 2, ..limits() };
+        let accounts = [seq("a", 4, 9), seq("a", 4, 9), seq("b", 4, 2).at(2), seq("b", 4, 2).at(2)];
+        check(
+            64,
+            limits,
+            accounts,
+            "a[0..4] a[0..4] | a a | -a a b[0..4] | a b b. | a b[0..4] | a b b. | a a[0..6] | a a | a a a. | a | a | a | \
+             a a.",
+        );
+    }
+
+    #[test]
+    fn an_account_with_less_of_the_pool_gets_blocks_from_one_with_more() {
+        check(
+            6,
+            limits(),
+            [seq("a", 40, 6), seq("a", 40, 6), seq("b", 40, 2).at(2)],
+            "a[0..40] | a a[32..40] | -a a b[0..40] | a b b. | a a[32..41] | a a a. | a | a | a a.",
+        );
+    }
+
+    #[test]
+    fn a_queue_that_one_account_has_filled_takes_others_in() {
+        let limits = Limits { max_running: 1, max_queue: 4, ..limits() };
+        let mut scheduler = Scheduler::new(limits, 64, 16);
+        let mut outcome = |account: &str, weight: u32| {
+            let (account, prompt) = (AccountId::new(account), vec![1; 4]);
+            let ask = Ask { account: &account, weight, prompt, choices: 1, max_tokens: 9, priority: 0, salt: 0, adapter: None };
+            scheduler.submit(ask, Instant::now()).map_or_else(|error| format!("{:?}", error.kind()), |_| "in".into())
+        };
+        let flood: Vec<_> = (0..5).map(|_| outcome("flood", 1)).collect();
+        assert_eq!(flood, ["in", "in", "in", "in", "Busy"]);
+        let light: Vec<_> = (0..3).map(|_| outcome("light", 1)).collect();
+        assert_eq!(light, ["in", "in", "Busy"], "half of four places");
+        let heavy: Vec<_> = (0..3).map(|_| outcome("heavy", 2)).collect();
+        assert_eq!(heavy, ["in", "in", "Busy"], "twice as many as there are places is the end");
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub struct Sequence {
     pub hashes: Vec<BlockHash>,
     /// Counts up with each admission; 0 while waiting.
     pub admitted: u64,
+    /// The plan that last gave it rows, or admitted it.
+    pub fed: u64,
     /// How often it lost its blocks.
     pub preemptions: u32,
     /// The parent of its first block.

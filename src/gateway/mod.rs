@@ -108,6 +108,7 @@ impl Gateway {
         replica.engine.submit(Submit {
             request: call.id,
             account: call.account.clone(),
+            weight: 1,
             slot: replica.slot,
             prompt,
             choices: call.input.choices,

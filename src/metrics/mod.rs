@@ -67,6 +67,8 @@ struct EngineVecs {
     generation_tokens: IntCounterVec,
     adapted_tokens: IntCounterVec,
     preemptions: IntCounterVec,
+    made_way: IntCounterVec,
+    followed: IntCounterVec,
     requests: IntCounterVec,
     finished: IntCounterVec,
     cancelled: IntCounterVec,
@@ -105,6 +107,10 @@ pub struct EngineMetrics {
     pub adapted_tokens: IntCounter,
     /// Sequences thrown out of the batch for want of KV, to be recomputed.
     pub preemptions: IntCounter,
+    /// Sequences that made way for an account that had less of the batch, to be recomputed.
+    pub made_way: IntCounter,
+    /// Requests that waited for a running one to compute their common prefix.
+    pub followed: IntCounter,
     /// Requests taken in.
     pub requests: IntCounter,
     /// Choices ended by the model or a stop string.
@@ -208,6 +214,16 @@ impl Metrics {
                     "Sequences thrown out of the batch for want of KV, to be recomputed.",
                     by_engine,
                 ),
+                made_way: r.counters(
+                    "neurond_made_way_total",
+                    "Sequences that made way for an account with less of the batch, to be recomputed.",
+                    by_engine,
+                ),
+                followed: r.counters(
+                    "neurond_prefix_followed_total",
+                    "Requests that waited for a running one to compute their common prefix.",
+                    by_engine,
+                ),
                 requests: r.counters("neurond_engine_requests_total", "Requests taken in by the engine.", by_engine),
                 finished: r.counters(
                     "neurond_finished_total",
@@ -272,6 +288,8 @@ impl Metrics {
             generation_tokens: v.generation_tokens.with_label_values(l),
             adapted_tokens: v.adapted_tokens.with_label_values(l),
             preemptions: v.preemptions.with_label_values(l),
+            made_way: v.made_way.with_label_values(l),
+            followed: v.followed.with_label_values(l),
             requests: v.requests.with_label_values(l),
             finished_stop: v.finished.with_label_values(&[l[0], l[1], "stop"]),
             finished_length: v.finished.with_label_values(&[l[0], l[1], "length"]),

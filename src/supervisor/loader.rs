@@ -60,6 +60,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         max_running: engine.max_running,
         max_queue: engine.max_queue,
         prefix_cache: engine.prefix_cache,
+        prefill_stretch: engine.prefill_stretch,
         metrics: metrics.clone(),
     };
     Ok(Ready { slot, text: Arc::new(text), metrics })

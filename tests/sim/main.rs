@@ -90,6 +90,8 @@ impl Tally {
             ("done", count(&|answer| answer.done.is_some())),
             ("cached", count(&|answer| answer.done.is_some_and(|usage| usage.cached_tokens > 0))),
             ("preempted", world.metrics.preemptions.get()),
+            ("made way", world.metrics.made_way.get()),
+            ("followed", world.metrics.followed.get()),
             ("cancelled", world.metrics.cancelled.get()),
             ("busy", failed(Kind::Busy)),
             ("too long", failed(Kind::ContextLength)),
@@ -181,6 +183,7 @@ fn roomy() -> WorldSpec {
         max_running: 4,
         max_queue: 1_000,
         prefix_cache: true,
+        prefill_stretch: 0.0,
         end_in: 0,
         fail_at: 0,
     }
@@ -218,6 +221,38 @@ fn a_flood_of_one_account_does_not_starve_another() {
     for (answer, asked) in answers[300..].iter().zip(light) {
         // One of four places comes free about every two steps, and an answer takes eight.
         assert!(answer.ended - asked <= 30, "asked at {asked}, answered at {}", answer.ended);
+    }
+}
+
+#[test]
+fn a_flood_of_long_answers_does_not_keep_others_out_of_the_batch() {
+    // Every place is taken, and for a long time; whoever asks for little is let in at once all the same.
+    let mut requests: Vec<Request> =
+        (0..40).map(|at| Request { max_tokens: 150, seed: at, ..request(0, 0, 0) }).collect();
+    let light: Vec<usize> = (0..10).map(|round| 20 + 20 * round).collect();
+    requests.extend(light.iter().map(|&step| request(1, 0, step)));
+    let mut world = World::new(roomy());
+    let answers = world.play(&requests, 10_000, false).unwrap();
+    let flood_took = answers[..40].iter().map(|answer| answer.ended).max().unwrap();
+    assert!(flood_took > 1_000 && answers.iter().all(|answer| answer.done.is_some()), "{flood_took} steps");
+    for (answer, asked) in answers[40..].iter().zip(light) {
+        // An answer takes eight steps.
+        assert!(answer.ended - asked <= 12, "asked at {asked}, answered at {}", answer.ended);
+    }
+}
+
+#[test]
+fn a_flood_that_fills_the_pool_does_not_keep_others_out_of_it() {
+    let prompt = |at: u32| (0..40).map(|token| at * 7 + token).collect();
+    let flood = |at| Request { max_tokens: 150, prompt: prompt(at), ..request(0, 0, 0) };
+    let mut requests: Vec<Request> = (0..20).map(flood).collect();
+    let light: Vec<usize> = (0..5).map(|round| 40 + 40 * round).collect();
+    requests.extend(light.iter().map(|&step| Request { prompt: (100..130).collect(), ..request(1, 0, step) }));
+    let mut world = World::new(WorldSpec { max_running: 16, ..roomy() });
+    let answers = world.play(&requests, 10_000, false).unwrap();
+    assert!(answers.iter().all(|answer| answer.done.is_some()));
+    for (answer, asked) in answers[20..].iter().zip(light) {
+        assert!(answer.ended - asked <= 20, "asked at {asked}, answered at {}", answer.ended);
     }
 }
 

@@ -54,6 +54,7 @@ pub struct WorldSpec {
     pub max_running: usize,
     pub max_queue: usize,
     pub prefix_cache: bool,
+    pub prefill_stretch: f64,
     pub end_in: u32,
     pub fail_at: u64,
 }
@@ -71,6 +72,7 @@ impl WorldSpec {
             max_running: rng.within(1, 12) as usize,
             max_queue: rng.within(1, 40) as usize,
             prefix_cache: !rng.one_in(4),
+            prefill_stretch: rng.pick(&[0.0, 1.0, 1.5, 3.0]),
             end_in: rng.pick(&[0, 12, 80]),
             fail_at: if rng.one_in(8) { rng.within(1, 60) } else { 0 },
         }
@@ -96,6 +98,7 @@ impl WorldSpec {
             max_running: self.max_running,
             max_queue: self.max_queue,
             prefix_cache: self.prefix_cache,
+            prefill_stretch: self.prefill_stretch,
             metrics,
         }
     }
@@ -172,6 +175,7 @@ impl Request {
         let submit = Submit {
             request: RequestId::random(),
             account: AccountId::new(format!("account-{}", self.account)),
+            weight: 1,
             slot,
             prompt: self.prompt.clone(),
             choices: self.choices,
@@ -359,6 +363,8 @@ impl World {
         }
         self.lane.compute()?;
         self.lane.deliver(self.now);
+        let rows = self.lane.planned().batch.rows() as u32;
+        self.lane.step_took(STEP / 4 + STEP * rows / 32);
         Ok(())
     }
 
@@ -373,6 +379,7 @@ impl World {
             max_running: 1,
             max_queue: 1,
             prefix_cache: false,
+            prefill_stretch: 0.0,
             end_in: self.spec.end_in,
             fail_at: 0,
         };
