@@ -32,6 +32,7 @@ fn plan(c: &mut Criterion) {
         max_running: RUNNING,
         max_queue: 1024,
         prefix_cache: true,
+        prefill_stretch: 1.7,
     };
     let mut scheduler = Scheduler::new(limits, BLOCKS, 16);
     let accounts: Vec<AccountId> = (0..16).map(|at| AccountId::new(format!("account-{at}"))).collect();
@@ -40,7 +41,7 @@ fn plan(c: &mut Criterion) {
         arrivals += 1;
         let prompt = (0..PROMPT as u32).map(|at| at + arrivals).collect();
         let account = &accounts[arrivals as usize % accounts.len()];
-        let ask = Ask { account, prompt, choices: 1, max_tokens, priority: 0, salt: 0, adapter: None };
+        let ask = Ask { account, weight: 1, prompt, choices: 1, max_tokens, priority: 0, salt: 0, adapter: None };
         assert!(scheduler.submit(ask, now).is_ok());
     };
     // Ages are spread, so that a step has its share of ends and beginnings.
@@ -79,6 +80,7 @@ fn lane(c: &mut Criterion) {
         max_running: RUNNING,
         max_queue: 1024,
         prefix_cache: true,
+        prefill_stretch: 1.7,
         metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
     });
     let mut receivers = Vec::new();
@@ -88,6 +90,7 @@ fn lane(c: &mut Criterion) {
         let submit = Submit {
             request: RequestId::random(),
             account: AccountId::new("account"),
+            weight: 1,
             slot: lane.id(),
             prompt: (0..PROMPT as u32).map(|at| (at * 7 + receivers.len() as u32) % 256).collect(),
             choices: 1,

@@ -19,12 +19,13 @@ const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 9] = [
+const SECTIONS: [(&str, &str, bool, bool); 10] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
     ("auth.token", "TokenSection", true, false),
     ("engine", "EngineSection", false, true),
+    ("account", "AccountSection", true, false),
     ("model", "ModelSection", true, false),
     ("catalog", "CatalogSection", false, true),
     ("log", "LogSection", false, true),
@@ -60,7 +61,7 @@ fn the_example_configuration_reads_with_every_key_uncommented() {
     let all: String =
         lines.filter(|line| !line.starts_with("# ") && *line != "#").fold(String::new(), |all, line| all + line + "\n");
     let file: toml::Table = toml::from_str(&all).unwrap_or_else(|error| panic!("{all}\n{error}"));
-    for (section, name, list, _) in &SECTIONS[..8] {
+    for (section, name, list, _) in &SECTIONS[..9] {
         let mut table = toml::Value::Table(file.clone());
         for key in section.split('.') {
             table = table.get(key).cloned().unwrap_or_else(|| panic!("no [{section}]\n{all}"));
@@ -264,10 +265,11 @@ fn the_manual_says_of_each_key_when_a_reload_counts() {
     new.engine.max_queue += 1;
     new.engine.block_tokens += 1;
     new.engine.prefix_cache ^= true;
+    new.engine.prefill_stretch += 1.0;
     new.log.filter += "x";
     new.log.format = neurond::config::LogFormat::Json;
     let changes = diff(&old, &new);
-    assert_eq!(changes.len(), 18);
+    assert_eq!(changes.len(), 19);
     for change in changes {
         let (section, key) = change.key.split_once('.').unwrap();
         let said = when(section, key);
@@ -287,7 +289,7 @@ fn example() -> String {
          # A file needs only what differs. Lines that begin with a bare # are keys that are left out by default.\n\
          # neurond check-config tells whether a file is right. The manual is docs/CONFIG.md.\n",
     );
-    for (section, name, list, present) in &SECTIONS[..8] {
+    for (section, name, list, present) in &SECTIONS[..9] {
         out.push('\n');
         prose(&mut out, &about(FILE, name));
         let mark = if *present { "" } else { "#" };

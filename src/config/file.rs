@@ -211,20 +211,16 @@ pub struct AccountSection {
     /// Which: 32 hex digits, or a short name, as in its tokens.
     /// Example: `"023e105f4ecef8ad9ca31a8372d0c353"`
     pub id: String,
-    /// Its share of a busy device: twice the weight is served twice as much when both want more than there is. An account
-    /// that is not written has 1. From 1 to 1000.
-    #[serde(default = "AccountSection::weight")]
-    pub weight: u32,
-    /// The highest priority its requests may ask for (`service_tier`, `priority`), from -100 to 100; what asks for more gets
-    /// this. 0, the priority of requests that ask for none, lets them only step back.
-    #[serde(default)]
-    pub priority: i8,
-}
-
-impl AccountSection {
-    fn weight() -> u32 {
-        1
-    }
+    /// Its share of a busy device: twice the weight is served twice as much when both want more than there is. From 1 to
+    /// 1000. Left out: 1, which accounts have that are not written.
+    /// Example: `2`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+    /// The highest priority its requests may ask for, from -100 to 100: what asks for more gets this. `service_tier` asks
+    /// for 10 (`priority`), 0 or -10 (`flex`), `priority` for minus its value. Left out: 0, so that requests can only step back.
+    /// Example: `10`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<i8>,
 }
 
 /// `[[model]]`: a model to be loaded.

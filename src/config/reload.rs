@@ -340,6 +340,12 @@ mod tests {
     }
 
     #[test]
+    fn an_account_is_changed_by_name_and_at_once() {
+        let account = |id: &str, weight| Account { id: AccountId::new(id), weight, priority: 0 };
+        check(|new| new.accounts = vec![account("a", 2)], &["account a: weight 2, priority 0 added"]);
+    }
+
+    #[test]
     fn a_new_price_is_shown_in_full() {
         let mut builder = super::super::catalog::Builder::builtin();
         let block = "[[model]]\nid = '@cf/meta/llama-3.2-1b-instruct'\nprice = { input = 1, output = 2 }\n";

@@ -183,13 +183,14 @@ fn accounts(check: &mut Check, sections: &[AccountSection]) -> Vec<Account> {
         if accounts.iter().any(|other| other.id == id) {
             check.wrong(&format!("{key}.id"), format_args!("{:?}", section.id), "is written twice; keep one of them");
         }
-        if !(1..=1000).contains(&section.weight) {
-            check.wrong(&format!("{key}.weight"), section.weight, "is not from 1 to 1000; 1 is the default");
+        let (weight, priority) = (section.weight.unwrap_or(1), section.priority.unwrap_or(0));
+        if !(1..=1000).contains(&weight) {
+            check.wrong(&format!("{key}.weight"), weight, "is not from 1 to 1000; 1 is the default");
         }
-        if !(-100..=100).contains(&section.priority) {
-            check.wrong(&format!("{key}.priority"), section.priority, "is not from -100 to 100; 0 is the default");
+        if !(-100..=100).contains(&priority) {
+            check.wrong(&format!("{key}.priority"), priority, "is not from -100 to 100; 0 is the default");
         }
-        accounts.push(Account { id, weight: section.weight, priority: section.priority });
+        accounts.push(Account { id, weight, priority });
     }
     accounts
 }

@@ -227,6 +227,17 @@ fn each_mistake_names_file_key_value_and_remedy() {
             "engine.prefill_chunk = 513: is more than engine.step_tokens = 512; lower it",
         ),
         (
+            "[engine]\nprefill_stretch = 0.5",
+            "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.7 is the default",
+        ),
+        ("[[account]]\nid = \"a\"\nweight = 0", "account[0].weight = 0: is not from 1 to 1000"),
+        ("[[account]]\nid = \"a\"\npriority = 101", "account[0].priority = 101: is not from -100 to 100"),
+        ("[[account]]\nid = \"a b\"", "account[0].id = \"a b\": is not an account"),
+        (
+            "[[account]]\nid = \"a\"\n[[account]]\nid = \"a\"",
+            "account[1].id = \"a\": is written twice; keep one of them",
+        ),
+        (
             "[engine]\nmax_running = 513",
             "engine.max_running = 513: is more than engine.step_tokens = 512; raise that, or",
         ),

@@ -82,6 +82,14 @@ impl Gateway {
         Err(error)
     }
 
+    /// The account's share of a busy device, and how urgent the call may be.
+    fn standing(&self, call: &Call) -> (u32, i8) {
+        let config = self.config.get();
+        let account = config.accounts.iter().find(|account| account.id == call.account);
+        let (weight, most) = account.map_or((1, 0), |account| (account.weight, account.priority));
+        (weight, call.input.priority.min(most))
+    }
+
     async fn attempt(&self, call: &Call, replica: &Replica, deadline: Instant) -> Result<Delivery> {
         if call.reject_if_busy && replica.metrics.queue.get() > 0 {
             return Err(Error::new(Kind::Busy, "Capacity temporarily exceeded, please try again.")
@@ -103,12 +111,13 @@ impl Gateway {
         };
         let reservation = self.ledger.reserve(claim).await?;
 
+        let (weight, priority) = self.standing(call);
         let echo = call.input.echo.then(|| echo(replica, &prompt));
         let (sender, events) = flume::bounded(Submit::event_capacity(call.input.choices, max_tokens));
         replica.engine.submit(Submit {
             request: call.id,
             account: call.account.clone(),
-            weight: 1,
+            weight,
             slot: replica.slot,
             prompt,
             choices: call.input.choices,
@@ -117,7 +126,7 @@ impl Gateway {
             seed: call.input.sampling.seed.unwrap_or_else(|| call.id.low_bits()),
             stop: call.input.stop.clone(),
             logprobs: call.input.logprobs,
-            priority: 0,
+            priority,
             cache_salt: route::cache_salt(&call.account),
             adapter: None,
             deadline,

@@ -10,6 +10,10 @@ use crate::base::{AccountId, DeviceId, Kind};
 /// Times a call that has not sent a byte is handed to a replica: once for a swap under its feet, once for a death.
 pub const ATTEMPTS: usize = 3;
 
+/// Sequences that a session's own device may have more than twice those of another before it turns to that one: reading
+/// its prefix again is dear, but cheaper than a long queue.
+const PATIENCE: u64 = 16;
+
 /// A replica as the choice sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Candidate {
@@ -21,6 +25,12 @@ pub struct Candidate {
     pub running: u64,
 }
 
+impl Candidate {
+    fn load(&self) -> u64 {
+        self.waiting + self.running
+    }
+}
+
 /// What requests of one session of an account have in common, so that they meet their prefix again.
 pub fn affinity(session: &str, account: &AccountId) -> u64 {
     let mut hasher = DefaultHasher::new();
@@ -28,13 +38,24 @@ pub fn affinity(session: &str, account: &AccountId) -> u64 {
     hasher.finish()
 }
 
-/// The candidate that answers: the one its affinity names, else the least loaded. `None` if there are none.
+/// The candidate that answers: the least loaded, or the one its affinity names as long as that is not overloaded. `None`
+/// if there are none.
+///
+/// Every session has its own order of devices, so that a device that comes or goes moves only the sessions that it gets
+/// or had, and a session that finds its device overloaded always finds the same other one.
 pub fn choose(candidates: &[Candidate], affinity: Option<u64>) -> Option<usize> {
-    match affinity {
-        Some(_) if candidates.is_empty() => None,
-        Some(affinity) => Some((affinity % candidates.len() as u64) as usize),
-        None => (0..candidates.len()).min_by_key(|&at| candidates[at].waiting + candidates[at].running),
-    }
+    let least = (0..candidates.len()).min_by_key(|&at| candidates[at].load())?;
+    let Some(affinity) = affinity else { return Some(least) };
+    let bearable = 2 * candidates[least].load() + PATIENCE;
+    let calm = |&at: &usize| candidates[at].waiting == 0 || candidates[at].load() <= bearable;
+    (0..candidates.len()).filter(calm).max_by_key(|&at| preference(affinity, candidates[at].device))
+}
+
+/// How much a session likes a device.
+fn preference(affinity: u64, device: DeviceId) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (affinity, device).hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Whether a call that has not sent a byte may be handed to another replica: its slot was retired or its device died
@@ -71,15 +92,48 @@ mod tests {
         check(&[(5, 0), (0, 4), (3, 2)], None, Some(1));
     }
 
-    #[test]
-    fn a_session_stays_where_it_is_whatever_the_load() {
-        check(&[], Some(7), None);
-        let at = choose(&[(0, 0), (9, 9), (0, 1)].map(candidate), Some(4));
-        assert_eq!(at, choose(&[(9, 9), (0, 0), (7, 1)].map(candidate), Some(4)));
+    /// Where each of 1,000 sessions goes among these devices, all of them idle.
+    fn homes(devices: &[u16]) -> Vec<DeviceId> {
+        let candidates: Vec<_> = devices.iter().map(|&device| idle(device)).collect();
+        (0..1_000).map(|session| candidates[choose(&candidates, Some(session * 7_919)).unwrap()].device).collect()
     }
 
-    fn candidate((waiting, running): (u64, u64)) -> Candidate {
-        Candidate { device: DeviceId(0), waiting, running }
+    fn idle(device: u16) -> Candidate {
+        Candidate { device: DeviceId(device), waiting: 0, running: 0 }
+    }
+
+    #[test]
+    fn sessions_are_spread_over_all_devices() {
+        let homes = homes(&[0, 1, 2, 3]);
+        for device in 0..4 {
+            let count = homes.iter().filter(|home| home.0 == device).count();
+            assert!((200..=300).contains(&count), "device {device} has {count} of 1000");
+        }
+    }
+
+    #[test]
+    fn a_device_that_comes_or_goes_moves_only_its_own_sessions() {
+        let (three, four) = (homes(&[0, 1, 2]), homes(&[3, 1, 0, 2]));
+        let moved = three.iter().zip(&four).filter(|(before, after)| before != after).count();
+        assert!(three.iter().zip(&four).all(|(before, after)| before == after || after.0 == 3));
+        assert!((200..=300).contains(&moved), "{moved} of 1000 moved to the new device");
+    }
+
+    #[test]
+    fn a_session_leaves_its_device_only_when_that_is_overloaded() {
+        check(&[], Some(7), None);
+        let home = choose(&[0, 1, 2].map(idle), Some(7)).unwrap();
+        let with = |waiting, running, others: u64| {
+            let mut candidates = [0, 1, 2].map(|device| Candidate { running: others, ..idle(device) });
+            candidates[home] = Candidate { waiting, running, ..candidates[home] };
+            choose(&candidates, Some(7)).unwrap()
+        };
+        assert_eq!(with(0, 64, 0), home, "a full batch without a queue");
+        assert_eq!(with(9, 64, 64), home, "all are busy");
+        assert_eq!(with(8, 8, 0), home, "a short queue");
+        let other = with(40, 64, 8);
+        assert_ne!(other, home, "a long queue, and others are idle");
+        assert_eq!(with(90, 64, 9), other, "always the same other one");
     }
 
     #[test]

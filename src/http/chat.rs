@@ -63,6 +63,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ChatRequest
         stop: text::stop(fields)?,
         logprobs: logprobs(fields)?,
         echo: false,
+        priority: text::priority(fields)?,
     };
     Ok(ChatRequest {
         input,

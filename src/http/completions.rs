@@ -87,6 +87,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<CompletionR
         stop: text::stop(fields)?,
         logprobs,
         echo,
+        priority: text::priority(fields)?,
     };
     let inputs = prompts.into_iter().map(|prompt| TextInput { prompt, ..common.clone() }).collect();
     Ok(CompletionRequest {

@@ -83,6 +83,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         stop: text::stop(fields)?,
         logprobs: None,
         echo: false,
+        priority: text::priority(fields)?,
     };
     Ok(ResponsesRequest {
         input,

@@ -94,6 +94,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         stop: text::stop(fields)?,
         logprobs: chat::logprobs(fields)?,
         echo: false,
+        priority: text::priority(fields)?,
     };
     if entry.shape == ResultShape::Classic {
         // The classic result has one `response` and no place for either.

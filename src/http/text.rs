@@ -18,6 +18,10 @@ const MAX_STOP_BYTES: usize = 1024;
 const MAX_BIAS: usize = 1024;
 /// Most rivals reported for a token.
 pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
+/// Priorities from minus this to this.
+const MOST_PRIORITY: i64 = 100;
+/// How far the tiers `flex` and `priority` are from the default. A level that is passed over gains one a second.
+const TIER: i8 = 10;
 /// More tokens than any context has.
 pub(super) const MAX_TOKENS: i64 = 1 << 24;
 
@@ -104,6 +108,19 @@ pub(super) fn stop(fields: &Fields) -> Result<Vec<String>> {
             other => Err(mismatch(&fields.path("stop"), "a string or an array of strings", other)),
         })
         .collect()
+}
+
+/// `priority`, lower served first as open-model servers have it; or OpenAI's `service_tier`.
+pub(super) fn priority(fields: &Fields) -> Result<i8> {
+    if let Some(late) = fields.integer("priority", i64::MIN..=i64::MAX)? {
+        return Ok(late.saturating_neg().clamp(-MOST_PRIORITY, MOST_PRIORITY) as i8);
+    }
+    match fields.text("service_tier")? {
+        None | Some("auto" | "default" | "standard_only") => Ok(0),
+        Some("flex") => Ok(-TIER),
+        Some("priority") => Ok(TIER),
+        Some(_) => Err(fields.wrong("service_tier", "must be one of auto, default, flex, priority")),
+    }
 }
 
 /// How many answers.

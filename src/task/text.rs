@@ -21,6 +21,8 @@ pub struct TextInput {
     pub logprobs: Option<u32>,
     /// Give the prompt back in front of the answer (completions only).
     pub echo: bool,
+    /// Higher is served first, -100 to 100; 0 is normal. The account may not be allowed as much.
+    pub priority: i8,
 }
 
 /// What the model reads, in the form the caller chose.

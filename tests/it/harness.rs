@@ -41,6 +41,11 @@ pub struct Daemon {
 impl Daemon {
     /// Starts with both models on one simulated device: `sim` or `sim:key=value,…`.
     pub fn serving(sim: &str, tune: impl FnOnce(&mut Config)) -> Self {
+        Self::serving_on(1, sim, tune)
+    }
+
+    /// The same on several such devices.
+    pub fn serving_on(devices: u16, sim: &str, tune: impl FnOnce(&mut Config)) -> Self {
         let model = |id: &str| Model {
             id: ModelId::new(id),
             path: sim.into(),
@@ -50,7 +55,7 @@ impl Daemon {
             context: CONTEXT,
             modified: None,
         };
-        Self::start(|config| {
+        Self::start_on(devices, |config| {
             config.models = vec![model(CLASSIC), model(CHATTY)];
             tune(config);
         })
@@ -58,6 +63,10 @@ impl Daemon {
 
     /// Starts with the built-in configuration after `tune` has changed it, which has no models.
     pub fn start(tune: impl FnOnce(&mut Config)) -> Self {
+        Self::start_on(1, tune)
+    }
+
+    fn start_on(devices: u16, tune: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
         config.server.workers = 2;
         config.server.drain_timeout = Duration::from_secs(5);
@@ -76,10 +85,14 @@ impl Daemon {
                 let config = Live::new(config);
                 let fleet = FleetView::default();
                 let ledger = Ledger::start();
-                let device = Supervisor::start(DeviceId(0), 1, fleet.clone(), metrics.clone()).unwrap();
                 let wanted = config.get();
-                for (model, outcome) in device.reconcile(wanted.models.clone(), wanted.engine.clone()).await.unwrap() {
-                    assert!(!matches!(outcome, Outcome::Failed(_)), "{model}: {outcome:?}");
+                let start = |id| Supervisor::start(DeviceId(id), 1, fleet.clone(), metrics.clone()).unwrap();
+                let devices: Vec<_> = (0..devices).map(start).collect();
+                for device in &devices {
+                    let report = device.reconcile(wanted.models.clone(), wanted.engine.clone()).await.unwrap();
+                    for (model, outcome) in report {
+                        assert!(!matches!(outcome, Outcome::Failed(_)), "{model}: {outcome:?}");
+                    }
                 }
                 let gateway =
                     Gateway { config: config.clone(), fleet: fleet.clone(), ledger, metrics: metrics.clone() };
@@ -88,7 +101,9 @@ impl Daemon {
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
                 sender.send((services, vec![api.handle(), binding.handle()])).unwrap();
                 let _ = futures_util::future::join(api, binding).await;
-                device.drain(Instant::now()).await;
+                for device in devices {
+                    device.drain(Instant::now()).await;
+                }
             });
         });
         let (services, handles) = receiver.recv().unwrap();

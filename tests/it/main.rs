@@ -8,3 +8,4 @@ mod cloudflare;
 mod harness;
 mod limits;
 mod openai;
+mod scheduling;
