@@ -815,7 +815,16 @@ mod tests {
                     let account = AccountId::new(&request.name[..1]);
                     let prompt = vec![u32::from(request.name.as_bytes()[0]); request.prompt];
                     let (choices, max_tokens, priority) = (request.choices, request.most, request.priority);
-                    let ask = Ask { account: &account, weight: 1, prompt, choices, max_tokens, priority, salt: 0, adapter: None };
+                    let ask = Ask {
+                        account: &account,
+                        weight: 1,
+                        prompt,
+                        choices,
+                        max_tokens,
+                        priority,
+                        salt: 0,
+                        adapter: None,
+                    };
                     match scheduler.submit(ask, now) {
                         Ok(new) => *key = Some(new),
                         Err(error) => trace.push(format!("{} {:?}", request.name, error.kind())),
@@ -913,7 +922,16 @@ mod tests {
         let submit = |scheduler: &mut Scheduler, token: u32, length: usize| {
             let account = AccountId::new("a");
             let prompt = vec![token; length];
-            let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens: 900, priority: 0, salt: 0, adapter: None };
+            let ask = Ask {
+                account: &account,
+                weight: 1,
+                prompt,
+                choices: 1,
+                max_tokens: 900,
+                priority: 0,
+                salt: 0,
+                adapter: None,
+            };
             scheduler.submit(ask, now).unwrap();
         };
         // 4 ms a step and half a millisecond a row, whatever the row.
@@ -1019,7 +1037,16 @@ mod tests {
             for other in [1, 2] {
                 let prompt = [vec![0; 16], vec![other; own]].concat();
                 let account = AccountId::new("a");
-                let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens: 1, priority: 0, salt: 0, adapter: None };
+                let ask = Ask {
+                    account: &account,
+                    weight: 1,
+                    prompt,
+                    choices: 1,
+                    max_tokens: 1,
+                    priority: 0,
+                    salt: 0,
+                    adapter: None,
+                };
                 scheduler.submit(ask, now).unwrap();
             }
             scheduler.plan(now, &mut plan);
@@ -1038,7 +1065,16 @@ mod tests {
         let ask = |scheduler: &mut Scheduler, token: u32, length: usize| {
             let account = AccountId::new("a");
             let prompt = vec![token; length];
-            let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens: 1, priority: 0, salt: 0, adapter: None };
+            let ask = Ask {
+                account: &account,
+                weight: 1,
+                prompt,
+                choices: 1,
+                max_tokens: 1,
+                priority: 0,
+                salt: 0,
+                adapter: None,
+            };
             scheduler.submit(ask, now).unwrap()
         };
         for token in 0..3 {
@@ -1144,7 +1180,16 @@ mod tests {
         let mut scheduler = Scheduler::new(limits, 64, 16);
         let mut outcome = |account: &str, weight: u32| {
             let (account, prompt) = (AccountId::new(account), vec![1; 4]);
-            let ask = Ask { account: &account, weight, prompt, choices: 1, max_tokens: 9, priority: 0, salt: 0, adapter: None };
+            let ask = Ask {
+                account: &account,
+                weight,
+                prompt,
+                choices: 1,
+                max_tokens: 9,
+                priority: 0,
+                salt: 0,
+                adapter: None,
+            };
             scheduler.submit(ask, Instant::now()).map_or_else(|error| format!("{:?}", error.kind()), |_| "in".into())
         };
         let flood: Vec<_> = (0..5).map(|_| outcome("flood", 1)).collect();
