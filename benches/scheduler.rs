@@ -1,20 +1,17 @@
-//! What a step costs beside the model: deciding it, delivering it, and drawing its tokens.
+//! What a step costs beside the model: deciding it and delivering it. Drawing its tokens: `benches/sampler.rs`.
 //!
 //! ```text
 //! cargo bench --bench scheduler
 //! ```
 
-use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use neurond::base::{AccountId, DeviceId, ModelId, RequestId, SlotId};
 use neurond::engine::lane::Lane;
-use neurond::engine::sampler::{Draw, Sampler};
 use neurond::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
 use neurond::engine::sim::{SimRunner, SimSpec};
-use neurond::engine::{Logits, ModelSlot, Submit};
-use neurond::kernel::Pool;
+use neurond::engine::{ModelSlot, Submit};
 use neurond::metrics::Metrics;
 use neurond::task::{Event, Sampling};
 
@@ -129,44 +126,5 @@ fn lane(c: &mut Criterion) {
     group.finish();
 }
 
-/// One row's draw. Logits fall off like a language model's: a few likely tokens, a long tail.
-fn sample(c: &mut Criterion) {
-    let mut group = c.benchmark_group("sample a row");
-    let pool = Pool::new(1);
-    let mut sampler = Sampler::default();
-    for vocab in [49_152usize, 128_256] {
-        let tail = |id: usize| {
-            let noise = (id as u32).wrapping_mul(2_654_435_769) >> 8;
-            12.0 - 1.8 * (1.0 + noise as f32 / 16_777_216.0 * vocab as f32).ln()
-        };
-        let logits: Vec<f32> = (0..vocab).map(tail).collect();
-        let plain = Sampling::default();
-        group.throughput(Throughput::Elements(vocab as u64));
-        for (name, sampling, logprobs) in [
-            ("greedy", Sampling { temperature: 0.0, ..plain.clone() }, None),
-            ("temperature", plain.clone(), None),
-            ("top-k 40", Sampling { top_k: 40, ..plain.clone() }, None),
-            ("top-p 0.9", Sampling { top_p: 0.9, ..plain.clone() }, None),
-            ("top-p 0.9 hot", Sampling { top_p: 0.9, temperature: 2.0, ..plain.clone() }, None),
-            ("greedy, 5 logprobs", Sampling { temperature: 0.0, ..plain.clone() }, Some(5)),
-        ] {
-            let mut position = 0;
-            group.bench_function(format!("{name}, {vocab}"), |b| {
-                b.iter_batched_ref(
-                    || logits.clone(),
-                    |data| {
-                        position += 1;
-                        let draw = || Draw { sampling: &sampling, seed: 1, position, seen: None, logprobs };
-                        sampler.pick(Logits { data, vocab, pool: &pool }, |_| Some(draw()));
-                        black_box(sampler.drawn()[0].token)
-                    },
-                    criterion::BatchSize::SmallInput,
-                )
-            });
-        }
-    }
-    group.finish();
-}
-
-criterion_group!(benches, plan, lane, sample);
+criterion_group!(benches, plan, lane);
 criterion_main!(benches);

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use crate::base::{Error, RequestId};
 use crate::engine::Submit;
-use crate::engine::sampler::{Draw, Drawn, Seen};
+use crate::engine::sampler::{Draw, Drawn};
+use crate::engine::seen::Seen;
 use crate::metrics::EngineMetrics;
 use crate::model::{Detokenizer, Vocabulary};
 use crate::task::{Event, FinishReason, Sampling, TokenLogprob, Usage};
@@ -40,7 +41,7 @@ pub struct Answer {
 /// One of the answers.
 struct Choice {
     writer: Writer,
-    /// Kept only where a penalty is in force.
+    /// Kept only where draws look back.
     seen: Option<Seen>,
     produced: u32,
     /// When its newest token was drawn.
@@ -51,7 +52,7 @@ impl Answer {
     /// Keeps what delivery needs of a submission; the scheduler gets the rest.
     pub fn new(submit: &Submit, vocabulary: Arc<Vocabulary>) -> Self {
         let stops = Arc::new(Stops::new(&submit.stop));
-        let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling));
+        let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling, &vocabulary));
         let choice = || Choice {
             writer: Writer::new(vocabulary.clone(), stops.clone()),
             seen: seen.clone(),

@@ -5,9 +5,9 @@
 //! ```
 //!
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
-//! [`pace`] how much a step may hold, [`sequence`] is one answer's state,
-//! [`scheduler`] decides a step, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for
-//! one model, and the loop around the lanes is in `run.rs`. [`sim`] is a device without weights.
+//! [`pace`] how much a step may hold, [`sequence`] is one answer's state, [`scheduler`] decides a step, [`seen`] is what
+//! draws look back at, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for one
+//! model, and the loop around the lanes is in `run.rs`. [`sim`] is a device without weights.
 //!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
 
@@ -19,6 +19,7 @@ pub mod pace;
 pub mod queue;
 pub mod sampler;
 pub mod scheduler;
+pub mod seen;
 pub mod sequence;
 pub mod sim;
 

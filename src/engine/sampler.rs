@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! raw logits ─ bias ─ penalties ─┬─ temperature 0: the best, lowest id first
-//!     |                          └─ temperature ─ top-k ─ top-p ─ min-p ─ draw
+//!     |                          └─ temperature ─ top-k ─ typical ─ top-p ─ min-p ─ draw
 //!     └─ log-probabilities, if asked for
 //! ```
 //!
@@ -10,14 +10,15 @@
 //! of the two, not a state, so neither batch company nor a preemption can change an answer.
 //!
 //! The vocabulary is never sorted. Top-k finds a bar that at least k values reach from the maxima of small chunks and
-//! selects among the few above it; top-p drops what is too unlikely to matter by one comparison a token and finds its
-//! bar by halving among the rest. The passes over a whole row are plain loops over fixed lanes that the compiler vectorises.
+//! selects among the few above it; top-p and typical drop what is too unlikely to matter by one comparison a token and
+//! find their bar by halving among the rest. The passes over a whole row are plain loops over fixed lanes that the compiler vectorises.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::engine::Logits;
+use crate::engine::seen::{Counted, Seen};
 use crate::task::Sampling;
 
 /// Values whose maximum is taken together in the search for the best k.
@@ -34,7 +35,7 @@ pub struct Draw<'a> {
     pub seed: u64,
     /// Tokens that the answer has already.
     pub position: u64,
-    /// Tokens that penalties look at; needed only where one is in force.
+    /// What it looks back at; needed only where [`Seen::needed`] says so.
     pub seen: Option<&'a Seen>,
     /// `Some(k)`: report log-probabilities and `k` rivals.
     pub logprobs: Option<u32>,
@@ -49,43 +50,6 @@ pub struct Drawn {
     pub logprob: f32,
     /// The best tokens under the raw logits, best first, if asked for.
     pub top: Vec<(u32, f32)>,
-}
-
-/// The distinct tokens of a prompt and an answer, for the penalties.
-#[derive(Clone, Debug, Default)]
-pub struct Seen {
-    /// Token, and how often it occurs in the answer.
-    tokens: Vec<(u32, u32)>,
-    at: std::collections::HashMap<u32, u32>,
-}
-
-impl Seen {
-    /// Whether these parameters look at past tokens at all.
-    pub fn needed(sampling: &Sampling) -> bool {
-        sampling.repetition_penalty != 1.0 || sampling.frequency_penalty != 0.0 || sampling.presence_penalty != 0.0
-    }
-
-    /// The tokens of a prompt, which only the repetition penalty looks at.
-    pub fn new(prompt: &[u32], sampling: &Sampling) -> Self {
-        let mut seen = Self::default();
-        if sampling.repetition_penalty != 1.0 {
-            prompt.iter().for_each(|&token| seen.add(token, 0));
-        }
-        seen
-    }
-
-    /// One more token of the answer.
-    pub fn push(&mut self, token: u32) {
-        self.add(token, 1);
-    }
-
-    fn add(&mut self, token: u32, times: u32) {
-        let at = *self.at.entry(token).or_insert_with(|| {
-            self.tokens.push((token, 0));
-            self.tokens.len() as u32 - 1
-        });
-        self.tokens[at as usize].1 += times;
-    }
 }
 
 /// Tokens taken out of a row, always in order of id, so that nothing depends on how they were selected.
@@ -217,15 +181,24 @@ fn shape(row: &mut [f32], draw: &Draw<'_>) {
             *logit += bias;
         }
     }
-    for &(token, times) in draw.seen.map_or(&[][..], |seen| &seen.tokens) {
+    let Some(seen) = draw.seen else { return };
+    for &Counted { token, answered, .. } in seen.counted() {
         let Some(logit) = row.get_mut(token as usize) else { continue };
         if *logit > 0.0 {
             *logit /= sampling.repetition_penalty;
         } else {
             *logit *= sampling.repetition_penalty;
         }
-        if times > 0 {
-            *logit -= sampling.frequency_penalty * times as f32 + sampling.presence_penalty;
+        if answered > 0 {
+            *logit -= sampling.frequency_penalty * answered as f32 + sampling.presence_penalty;
+        }
+    }
+    let Some(dry) = &sampling.dry else { return };
+    for &(token, length) in seen.repeats() {
+        if let Some(logit) = row.get_mut(token as usize) {
+            let exponent = length.saturating_sub(dry.allowed_length) as f32;
+            // Never infinite: something must be left to draw even if everything would repeat something.
+            *logit -= (dry.multiplier * dry.base.powf(exponent)).min(f32::MAX);
         }
     }
 }
@@ -245,7 +218,20 @@ fn choose(row: &mut [f32], draw: &Draw<'_>, scratch: &mut Scratch) -> Option<u32
     let limit = sampling.top_k as usize;
     let total = if limit > 0 && limit < row.len() {
         find_best(row, limit, scratch);
-        weigh(&mut scratch.found.values, best, heat, 0.0)
+        if sampling.typical_p < 1.0 {
+            let (total, mean) = spread(&scratch.found.values, best, heat);
+            typical(scratch, best, heat, mean, f64::from(sampling.typical_p) * total)
+        } else {
+            weigh(&mut scratch.found.values, best, heat, 0.0)
+        }
+    } else if sampling.typical_p < 1.0 {
+        let (total, mean) = spread(row, best, heat);
+        let goal = f64::from(sampling.typical_p) * total;
+        // All tokens whose weight is below `floor` together weigh less than the rest of the goal, so those above are
+        // enough. Nothing is kept that is further from the mean than the further end of these: the best, or the floor.
+        let floor = ((total - goal) / row.len() as f64).max(1e-38).ln().min(2.0 * f64::from(mean)) as f32;
+        gather(row, (best + (floor - 1e-3) / heat).max(f32::MIN), &mut scratch.found);
+        typical(scratch, best, heat, mean, goal)
     } else if sampling.top_p < 1.0 {
         let total = weigh(row, best, heat, 0.0);
         // All tokens below this bar together weigh less than `1 - top_p` of the total, so none of them is kept.
@@ -261,7 +247,9 @@ fn choose(row: &mut [f32], draw: &Draw<'_>, scratch: &mut Scratch) -> Option<u32
         nucleus(found, f64::from(sampling.top_p) * total);
     }
     if sampling.min_p > 0.0 {
-        found.keep(sampling.min_p, usize::MAX);
+        // The best token may be too likely to be typical.
+        let most = if sampling.typical_p < 1.0 { max(&found.values) } else { 1.0 };
+        found.keep(sampling.min_p * most, usize::MAX);
     }
     let total = sum_from(&found.values, 0.0);
     draw_from(&found.values, random * total).map(|at| found.ids[at])
@@ -311,6 +299,40 @@ fn nucleus(found: &mut Found, goal: f64) {
     let above = sum_from(&found.values, f32::from_bits(high));
     let ties = ((goal - above) / f64::from(bar)).ceil().max(if above > 0.0 { 0.0 } else { 1.0 });
     found.keep(bar, ties as usize);
+}
+
+/// Turns the candidates' logits into weights and keeps the smallest set of those nearest to `mean` that weighs at least
+/// `goal`, at least one: the tokens whose surprise differs least from the entropy. The bar is found by halving, as in
+/// [`nucleus`]. Returns the weight of what is left.
+fn typical(scratch: &mut Scratch, best: f32, heat: f32, mean: f32, goal: f64) -> f64 {
+    let Scratch { order: far, found, .. } = scratch;
+    far.clear();
+    far.extend(found.values.iter().map(|&logit| ((logit - best) * heat - mean).abs()));
+    weigh(&mut found.values, best, heat, 0.0);
+    let (mut low, mut high) = (0, f32::INFINITY.to_bits());
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let weight = sum_within(&found.values, far, f32::from_bits(middle));
+        if weight >= goal && weight > 0.0 {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    let bar = f32::from_bits(high);
+    // The first of those that are equally far, as many as it takes.
+    let below = if high == 0 { 0.0 } else { sum_within(&found.values, far, f32::from_bits(high - 1)) };
+    let mut missing = goal - below;
+    let mut kept = 0;
+    for at in 0..found.values.len() {
+        let tie = far[at] == bar && (missing > 0.0 || kept == 0 && below == 0.0);
+        missing -= if tie { f64::from(found.values[at]) } else { 0.0 };
+        (found.ids[kept], found.values[kept]) = (found.ids[at], found.values[at]);
+        kept += usize::from(far[at] < bar || tie);
+    }
+    found.ids.truncate(kept);
+    found.values.truncate(kept);
+    sum_from(&found.values, 0.0)
 }
 
 /// The first place at which the weights add up to more than `goal`.
@@ -423,6 +445,56 @@ wide! {
 }
 
 wide! {
+    /// The sum of the weights `exp(l)` with `l = (logit - best) * heat`, and the mean of `l` under them: the negative
+    /// entropy, but for a constant that all `l` share.
+    fn spread(row: &[f32], best: f32, heat: f32) -> (f64, f32) {
+        let (mut total, mut moment) = (0.0f64, 0.0f64);
+        for stride in row.chunks(STRIDE) {
+            let (mut weights, mut products) = ([0.0f32; LANES], [0.0f32; LANES]);
+            let (chunks, rest) = stride.as_chunks::<LANES>();
+            for chunk in chunks {
+                for ((weight, product), &value) in weights.iter_mut().zip(&mut products).zip(chunk) {
+                    let l = (value - best) * heat;
+                    let w = exp(l);
+                    *weight += w;
+                    // Where nothing is weighed, `l` may be infinite or no number.
+                    *product += if w > 0.0 { w * l } else { 0.0 };
+                }
+            }
+            for &value in rest {
+                let l = (value - best) * heat;
+                let w = exp(l);
+                weights[0] += w;
+                products[0] += if w > 0.0 { w * l } else { 0.0 };
+            }
+            total += weights.iter().map(|&lane| f64::from(lane)).sum::<f64>();
+            moment += products.iter().map(|&lane| f64::from(lane)).sum::<f64>();
+        }
+        (total, (moment / total) as f32)
+    }
+}
+
+wide! {
+    /// The sum of the weights whose distance is at most `bar`.
+    fn sum_within(weights: &[f32], far: &[f32], bar: f32) -> f64 {
+        let mut total = 0.0;
+        for (weights, far) in weights.chunks(STRIDE).zip(far.chunks(STRIDE)) {
+            let mut lanes = [0.0f32; LANES];
+            let ((weights, rest), (far, far_rest)) = (weights.as_chunks::<LANES>(), far.as_chunks::<LANES>());
+            for (weights, far) in weights.iter().zip(far) {
+                for ((lane, &weight), &far) in lanes.iter_mut().zip(weights).zip(far) {
+                    *lane += if far <= bar { weight } else { 0.0 };
+                }
+            }
+            total += lanes.iter().map(|&lane| f64::from(lane)).sum::<f64>();
+            let near = rest.iter().zip(far_rest).filter(|&(_, &far)| far <= bar);
+            total += near.map(|(&weight, _)| f64::from(weight)).sum::<f64>();
+        }
+        total
+    }
+}
+
+wide! {
     /// Turns logits into weights `exp((logit - best) * heat)`, those below `least` into 0. Returns their sum.
     fn weigh(row: &mut [f32], best: f32, heat: f32, least: f32) -> f64 {
         let mut total = 0.0;
@@ -493,12 +565,16 @@ fn exp(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::kernel::Pool;
+    use crate::model::Vocabulary;
+    use crate::task::Dry;
 
     fn pick(logits: &[f32], sampling: &Sampling, seed: u64, seen: &[u32], logprobs: Option<u32>) -> Drawn {
         let mut data = logits.to_vec();
-        let mut past = Seen::default();
+        let mut past = Seen::new(&[], sampling, &Arc::new(Vocabulary::new(["a", "b", "c", "d", "\n"], vec![])));
         seen.iter().for_each(|&token| past.push(token));
         let pool = Pool::new(1);
         let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
@@ -525,6 +601,22 @@ mod tests {
         if sampling.top_k > 0 {
             order.truncate(sampling.top_k as usize);
         }
+        if sampling.typical_p < 1.0 {
+            let total: f64 = order.iter().map(|&id| weight(id)).sum();
+            let chance = |id: usize| weight(id) / total;
+            let entropy: f64 = -order.iter().map(|&id| chance(id) * chance(id).ln()).sum::<f64>();
+            let surprise = |id: usize| ((-chance(id).ln() - entropy).abs() * 1e5).round() as i64;
+            order.sort_by_key(|&id| (surprise(id), id));
+            let mut sum = 0.0;
+            let enough = |&id: &usize| {
+                let before = sum;
+                sum += weight(id);
+                before == 0.0 || before < f64::from(sampling.typical_p) * total
+            };
+            order = order.iter().copied().take_while(enough).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        }
+        let most = weight(order[0]);
         let total: f64 = order.iter().map(|&id| weight(id)).sum();
         let mut sum = 0.0;
         let within = |&id: &usize| {
@@ -532,29 +624,37 @@ mod tests {
             sum += weight(id);
             before == 0.0 || before < f64::from(sampling.top_p) * total
         };
-        let kept: Vec<usize> =
-            order.iter().copied().take_while(within).filter(|&id| weight(id) >= f64::from(sampling.min_p)).collect();
+        let kept: Vec<usize> = order
+            .iter()
+            .copied()
+            .take_while(within)
+            .filter(|&id| weight(id) >= f64::from(sampling.min_p) * most)
+            .collect();
         let total: f64 = kept.iter().map(|&id| weight(id)).sum();
         let mut chances = vec![0.0; logits.len()];
         kept.iter().for_each(|&id| chances[id] = weight(id) / total);
         chances
     }
 
-    /// Draws many times and compares with the slow way: nothing outside the kept set, chi-square inside it.
+    /// Draws many times and compares with the slow way.
     fn check(logits: &[f32], sampling: Sampling) {
+        draws(logits, &sampling, None, &expected(logits, &sampling));
+    }
+
+    /// Nothing outside the kept set, chi-square inside it.
+    fn draws(logits: &[f32], sampling: &Sampling, seen: Option<&Seen>, chances: &[f64]) {
         const DRAWS: usize = 10_000;
-        let chances = expected(logits, &sampling);
         let mut counts = vec![0usize; logits.len()];
         let (pool, mut sampler) = (Pool::new(1), Sampler::default());
         for seed in 0..DRAWS as u64 {
             let mut data = logits.to_vec();
             let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
-            let draw = Draw { sampling: &sampling, seed: seed / 7, position: seed % 7, seen: None, logprobs: None };
+            let draw = Draw { sampling, seed: seed / 7, position: seed % 7, seen, logprobs: None };
             sampler.pick(rows, |_| Some(Draw { ..draw }));
             counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
         }
         let (mut square, mut cells, mut rare, mut rare_chance) = (0.0, 0, 0, 0.0);
-        for (&count, &chance) in counts.iter().zip(&chances) {
+        for (&count, &chance) in counts.iter().zip(chances) {
             assert!(chance > 0.0 || count == 0, "drew a token that {sampling:?} leaves out");
             let mean = chance * DRAWS as f64;
             if mean < 8.0 {
@@ -590,6 +690,16 @@ mod tests {
             check(&logits, Sampling { top_p: 0.0, ..plain.clone() });
             check(&logits, Sampling { top_k: 1, ..plain.clone() });
             check(&logits, Sampling { top_k: 1_000_000, top_p: 0.8, ..plain.clone() });
+            check(&logits, Sampling { typical_p: 0.9, ..plain.clone() });
+            check(&logits, Sampling { typical_p: 0.3, ..plain.clone() });
+            check(&logits, Sampling { typical_p: 0.0, ..plain.clone() });
+            check(&logits, Sampling { typical_p: 0.95, temperature: 0.4, ..plain.clone() });
+            check(&logits, Sampling { typical_p: 0.5, top_k: 12, ..plain.clone() });
+            check(&logits, Sampling { typical_p: 0.7, top_p: 0.8, min_p: 0.3, ..plain.clone() });
+            check(
+                &logits,
+                Sampling { typical_p: 0.6, top_k: 30, top_p: 0.9, min_p: 0.1, temperature: 1.5, ..plain.clone() },
+            );
         }
     }
 
@@ -624,11 +734,72 @@ mod tests {
     }
 
     #[test]
-    fn only_the_repetition_penalty_looks_at_the_prompt() {
-        let both = Sampling { repetition_penalty: 1.5, presence_penalty: 9.0, ..greedy() };
-        assert_eq!(Seen::new(&[4, 4, 5], &both).tokens, [(4, 0), (5, 0)]);
-        assert!(Seen::new(&[4], &Sampling { presence_penalty: 9.0, ..greedy() }).tokens.is_empty());
-        assert!(Seen::needed(&both) && !Seen::needed(&greedy()));
+    fn penalties_look_at_the_newest_tokens_only_if_asked_to() {
+        let choose = |penalty_last_n, seen: &[u32]| {
+            let sampling = Sampling { presence_penalty: 0.2, penalty_last_n, ..greedy() };
+            pick(&[2.0, 1.9, -1.0], &sampling, 0, seen, None).token.unwrap()
+        };
+        assert_eq!(choose(None, &[0, 2, 2]), 1);
+        assert_eq!(choose(Some(3), &[0, 2, 2]), 1);
+        assert_eq!(choose(Some(2), &[0, 2, 2]), 0);
+        assert_eq!(choose(Some(0), &[0, 2, 2]), 0);
+    }
+
+    #[test]
+    fn a_repeat_costs_more_the_longer_it_is() {
+        let dry = |multiplier, base| {
+            let breakers = vec!["\n".to_owned()];
+            let dry = Dry { multiplier, base, allowed_length: 2, last_n: None, breakers };
+            Sampling { dry: Some(dry), ..greedy() }
+        };
+        // After 0 1 2 … 0 1: 2 carries on a repeat of two, which costs the multiplier; of three, times the base.
+        let choose =
+            |sampling: &Sampling, seen: &[u32]| pick(&[0.0, 0.0, 1.0, 2.5, 0.0], sampling, 0, seen, None).token;
+        assert_eq!(choose(&dry(1.4, 2.0), &[0, 1, 3, 2, 0, 1]), Some(3));
+        assert_eq!(choose(&dry(1.6, 2.0), &[0, 1, 3, 2, 0, 1]), Some(2));
+        assert_eq!(choose(&dry(0.7, 2.0), &[2, 0, 1, 3, 2, 0, 1]), Some(3));
+        assert_eq!(choose(&dry(0.8, 2.0), &[2, 0, 1, 3, 2, 0, 1]), Some(2));
+        assert_eq!(choose(&dry(9.0, 2.0), &[0, 1, 3, 2, 0, 4, 1]), Some(3), "a line feed lies between");
+        let everything: Vec<u32> = [[0, 1]; 200].concat();
+        assert_eq!(pick(&[1.0, 0.0], &dry(1.0, 16.0), 0, &everything, None).token, Some(1), "16^398 is no number");
+    }
+
+    /// What the logits become, in f64 and with every token counted at every step.
+    #[test]
+    fn the_distribution_under_all_penalties_is_that_of_a_plain_count() {
+        let sampling = Sampling {
+            repetition_penalty: 1.3,
+            frequency_penalty: 0.3,
+            presence_penalty: 0.4,
+            penalty_last_n: Some(6),
+            logit_bias: vec![(3, 1.5), (1, -0.5)],
+            dry: Some(Dry { multiplier: 0.5, base: 1.5, allowed_length: 1, last_n: None, breakers: vec![] }),
+            temperature: 0.8,
+            ..Sampling::default()
+        };
+        let (logits, prompt, answer) = (noise(12, 2.0, 8), [1, 2, 3, 4, 5, 3], [7, 1, 2, 7, 2]);
+        let mut shaped = logits.clone();
+        shaped[3] += 1.5;
+        shaped[1] -= 0.5;
+        // The newest six: 3 | 7 1 2 7 2; and 2 was followed by 3 and by 7 after a repeat of one.
+        for token in [3, 7, 1, 2] {
+            shaped[token] *= if shaped[token] > 0.0 { 1.0 / 1.3 } else { 1.3 };
+        }
+        for (token, times) in [(7, 2.0), (1, 1.0), (2, 2.0)] {
+            shaped[token] -= 0.3 * times + 0.4;
+        }
+        shaped[3] -= 0.5;
+        shaped[7] -= 0.5;
+        let vocabulary = Arc::new(Vocabulary::new((0..12).map(|_| "x"), vec![]));
+        let mut seen = Seen::new(&prompt, &sampling, &vocabulary);
+        answer.into_iter().for_each(|token| seen.push(token));
+        let mut row = logits.clone();
+        let draw = Draw { sampling: &sampling, seed: 0, position: 0, seen: Some(&seen), logprobs: None };
+        shape(&mut row, &draw);
+        for (ours, theirs) in row.iter().zip(&shaped) {
+            assert!((ours - theirs).abs() < 1e-5, "{row:?} is not {shaped:?}");
+        }
+        draws(&logits, &sampling, Some(&seen), &expected(&shaped, &sampling));
     }
 
     #[test]

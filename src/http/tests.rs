@@ -192,6 +192,45 @@ fn every_parameter_arrives() {
 }
 
 #[test]
+fn sampling_parameters_go_by_the_names_of_other_servers_too() {
+    let sampling = |more: Value| read(Wire::Chat, &with(hello(), more)).unwrap().remove(0).sampling;
+    let dry = sampling(json!({"dry_multiplier": 0.8})).dry.unwrap();
+    assert_eq!((dry.multiplier, dry.base, dry.allowed_length, dry.last_n), (0.8, 1.75, 2, None));
+    assert_eq!(dry.breakers, ["\n", ":", "\"", "*"]);
+    let dry = sampling(
+        json!({"dry_multiplier": 1, "dry_base": 2, "dry_allowed_length": 4, "dry_penalty_last_n": 64, "dry_sequence_breakers": ["."]}),
+    );
+    let dry = dry.dry.unwrap();
+    assert_eq!((dry.base, dry.allowed_length, dry.last_n, dry.breakers), (2.0, 4, Some(64), vec![".".to_owned()]));
+    assert!(sampling(json!({"dry_multiplier": 0, "dry_base": 2})).dry.is_none());
+    assert!(sampling(json!({"dry_multiplier": 1, "dry_penalty_last_n": 0})).dry.is_none());
+    assert_eq!(sampling(json!({})).typical_p, 1.0);
+    assert_eq!(sampling(json!({"typical_p": 0.3})).typical_p, 0.3);
+    assert_eq!(sampling(json!({"repeat_penalty": 1.2})).repetition_penalty, 1.2);
+    for (more, expected) in [
+        (json!({}), None),
+        (json!({"repeat_last_n": 64}), Some(64)),
+        (json!({"penalty_last_n": 9, "repeat_last_n": 64}), Some(9)),
+        (json!({"penalty_last_n": -1, "repeat_last_n": 64}), None),
+        (json!({"penalty_last_n": 0}), Some(0)),
+    ] {
+        assert_eq!(sampling(more.clone()).penalty_last_n, expected, "{more}");
+    }
+    let bad = |more: Value, param: &str| refuses(Wire::Chat, with(hello(), more), Kind::BadInput, param);
+    bad(json!({"typical_p": 1.1}), "typical_p");
+    bad(json!({"repeat_penalty": 3}), "repeat_penalty");
+    bad(json!({"repeat_last_n": -2}), "repeat_last_n");
+    bad(json!({"penalty_last_n": 1.5}), "penalty_last_n");
+    bad(json!({"dry_multiplier": -1}), "dry_multiplier");
+    bad(json!({"dry_base": 0.5}), "dry_base");
+    bad(json!({"dry_allowed_length": 0}), "dry_allowed_length");
+    bad(json!({"dry_penalty_last_n": "all"}), "dry_penalty_last_n");
+    bad(json!({"dry_sequence_breakers": [""]}), "dry_sequence_breakers");
+    bad(json!({"dry_sequence_breakers": "none"}), "dry_sequence_breakers");
+    bad(json!({"dry_sequence_breakers": vec!["x"; 33]}), "dry_sequence_breakers");
+}
+
+#[test]
 fn completions_take_prompts_in_all_four_forms() {
     reads(Wire::Completions, json!({"prompt": "a"}), &["raw: a"]);
     reads(Wire::Completions, json!({"prompt": ["a", "b"]}), &["raw: a", "raw: b"]);
@@ -319,6 +358,14 @@ const NAMES: &[&str] = &[
     "chat_template_kwargs",
     "reasoning_effort",
     "modalities",
+    "typical_p",
+    "penalty_last_n",
+    "repeat_last_n",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
 ];
 
 proptest! {
@@ -347,6 +394,7 @@ proptest! {
                         prop_assert!((0.0..=5.0).contains(&input.sampling.temperature));
                         prop_assert!((0.0..=1.0).contains(&input.sampling.top_p));
                         prop_assert!(input.sampling.repetition_penalty > 0.0);
+                        prop_assert!(input.sampling.dry.is_none_or(|dry| dry.base >= 1.0 && dry.allowed_length >= 1));
                         if let Prompt::Chat { messages, .. } = &input.prompt {
                             prop_assert!(!messages.is_empty());
                         }

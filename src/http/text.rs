@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::config::CatalogEntry;
 use crate::http::fields::{Fields, integer, mismatch, number};
-use crate::task::{Message, Role, Sampling};
+use crate::task::{Dry, Message, Role, Sampling};
 
 /// Most answers to one prompt.
 pub(super) const MAX_CHOICES: i64 = 16;
@@ -14,6 +14,11 @@ pub(super) const MAX_CHOICES: i64 = 16;
 const MAX_STOP: usize = 16;
 /// Longest stop string in bytes: it is looked for at every token.
 const MAX_STOP_BYTES: usize = 1024;
+/// Most texts that end a repeat, and the longest of them in bytes: they are looked for at every token.
+const MAX_BREAKERS: usize = 32;
+const MAX_BREAKER_BYTES: usize = 64;
+/// Where a repeat ends if nothing is said: line feed, colon, quote, star.
+const BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
 /// Most biased tokens.
 const MAX_BIAS: usize = 1024;
 /// Most rivals reported for a token.
@@ -48,16 +53,58 @@ pub(super) fn sampling(fields: &Fields, entry: &CatalogEntry, bounds: Bounds) ->
         // -1 is how some clients say "off".
         top_k: fields.integer("top_k", top_k)?.map_or(defaults.top_k, |k| k.max(0) as u32),
         min_p: float("min_p", 0.0, 1.0)?.unwrap_or(defaults.min_p),
+        typical_p: float("typical_p", 0.0, 1.0)?.unwrap_or(defaults.typical_p),
         seed: fields.integer("seed", seed)?.map(|seed| seed as u64),
         // The schema allows 0, by which nothing can be divided: off, like 1.
         repetition_penalty: float("repetition_penalty", 0.0, 2.0)?
+            .or(float("repeat_penalty", 0.0, 2.0)?)
             .filter(|penalty| *penalty > 0.0)
             .unwrap_or(defaults.repetition_penalty),
         frequency_penalty: float("frequency_penalty", -2.0, 2.0)?.unwrap_or(defaults.frequency_penalty),
         presence_penalty: float("presence_penalty", -2.0, 2.0)?.unwrap_or(defaults.presence_penalty),
+        penalty_last_n: match last_n(fields, "penalty_last_n")? {
+            None => last_n(fields, "repeat_last_n")?.flatten(),
+            Some(last_n) => last_n,
+        },
+        dry: dry(fields)?,
         logit_bias: logit_bias(fields)?,
         ignore_eos: fields.bool("ignore_eos")?.unwrap_or(defaults.ignore_eos),
     })
+}
+
+/// How many of the newest tokens count. Outer `None`: nothing was said; inner: -1, all of them.
+fn last_n(fields: &Fields, name: &str) -> Result<Option<Option<u32>>> {
+    Ok(fields.integer(name, -1..=MAX_TOKENS)?.map(|n| u32::try_from(n).ok()))
+}
+
+/// `dry_multiplier` and what goes with it, by the names of llama.cpp's server; off at 0, but checked all the same.
+fn dry(fields: &Fields) -> Result<Option<Dry>> {
+    let multiplier = fields.number("dry_multiplier", 0.0..=100.0)?.unwrap_or(0.0) as f32;
+    let last_n = last_n(fields, "dry_penalty_last_n")?.flatten();
+    let name = "dry_sequence_breakers";
+    let breakers = match fields.array(name)? {
+        None => BREAKERS.map(str::to_owned).to_vec(),
+        Some(values) if values.len() > MAX_BREAKERS => {
+            return Err(fields.wrong(name, &format!("may have at most {MAX_BREAKERS} strings, not {}", values.len())));
+        }
+        Some(values) => values.iter().map(|value| breaker(fields, name, value)).collect::<Result<_>>()?,
+    };
+    let dry = Dry {
+        multiplier,
+        base: fields.number("dry_base", 1.0..=16.0)?.unwrap_or(1.75) as f32,
+        allowed_length: fields.integer("dry_allowed_length", 1..=MAX_TOKENS)?.unwrap_or(2) as u32,
+        last_n,
+        breakers,
+    };
+    Ok((dry.multiplier > 0.0 && dry.last_n != Some(0)).then_some(dry))
+}
+
+fn breaker(fields: &Fields, name: &str, value: &Value) -> Result<String> {
+    match value {
+        Value::String(text) if (1..=MAX_BREAKER_BYTES).contains(&text.len()) => Ok(text.clone()),
+        Value::String(_) => Err(fields.wrong(name, &format!("must hold strings of 1 to {MAX_BREAKER_BYTES} bytes"))),
+        other => Err(mismatch(&fields.path(name), "an array of strings", other)),
+    }
 }
 
 /// `{"token id": bias}` with biases from -100 to 100.

@@ -4,7 +4,7 @@ mod event;
 mod text;
 
 pub use event::{Event, FinishReason, TokenLogprob, Usage};
-pub use text::{Message, Prompt, Role, Sampling, TextInput};
+pub use text::{Dry, Message, Prompt, Role, Sampling, TextInput};
 
 use serde::{Deserialize, Serialize};
 

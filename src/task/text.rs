@@ -80,7 +80,8 @@ impl Message {
     }
 }
 
-/// How the next token is drawn from the logits. Order of application: bias, penalties, temperature, top-k, top-p, min-p.
+/// How the next token is drawn from the logits. Order of application: bias, penalties, DRY, temperature, top-k, typical,
+/// top-p, min-p.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 is greedy; 0 to 5.
@@ -91,6 +92,9 @@ pub struct Sampling {
     pub top_k: u32,
     /// Keep tokens at least this fraction as likely as the best; 0 is off.
     pub min_p: f32,
+    /// Keep the smallest set of tokens that reaches this probability and whose surprise is nearest to what is expected;
+    /// 1 is off. Meister et al., "Locally Typical Sampling", TACL 2023.
+    pub typical_p: f32,
     /// Same seed, same prompt, same answer, whatever else the batch holds. `None`: drawn per request.
     pub seed: Option<u64>,
     /// Divides positive and multiplies negative logits of tokens seen in prompt or answer; 1 is off.
@@ -99,10 +103,30 @@ pub struct Sampling {
     pub frequency_penalty: f32,
     /// Subtracted once if the token occurred in the answer; 0 is off.
     pub presence_penalty: f32,
+    /// How many of the newest tokens, prompt and answer, the three penalties look at; `None`: all.
+    pub penalty_last_n: Option<u32>,
+    /// Makes repeats of longer pieces less likely; `None` is off.
+    pub dry: Option<Dry>,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
     /// Do not end at the model's own end-of-text tokens (load tests).
     pub ignore_eos: bool,
+}
+
+/// "Don't repeat yourself": a token that would carry on a repeat of `n` tokens, for `n` of at least `allowed_length`, loses
+/// `multiplier * base^(n - allowed_length)` of its logit.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dry {
+    /// Above 0.
+    pub multiplier: f32,
+    /// At least 1.
+    pub base: f32,
+    /// Longest repeat that costs nothing yet, plus one; at least 1.
+    pub allowed_length: u32,
+    /// How many of the newest tokens, prompt and answer, are searched for the repeated piece; `None`: all.
+    pub last_n: Option<u32>,
+    /// No repeat is followed back across one of these texts, none of them empty.
+    pub breakers: Vec<String>,
 }
 
 impl Default for Sampling {
@@ -113,10 +137,13 @@ impl Default for Sampling {
             top_p: 1.0,
             top_k: 0,
             min_p: 0.0,
+            typical_p: 1.0,
             seed: None,
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            penalty_last_n: None,
+            dry: None,
             logit_bias: Vec::new(),
             ignore_eos: false,
         }

@@ -418,3 +418,31 @@ async fn one_id_sent_twice_at_once_is_billed_twice() {
     let rows = daemon.services.gateway.ledger.rows().await.unwrap();
     assert_eq!(rows.iter().map(|(_, _, _, row)| row.requests).sum::<u64>(), 2);
 }
+
+#[tokio::test]
+async fn a_text_stops_repeating_itself_when_told_to() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    let text = async |more: Value| {
+        let body = completion(with(json!({"max_tokens": 60}), more));
+        daemon.post("/v1/completions", body).await.json()["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let longest_run = |text: &str| {
+        let same = text.as_bytes().chunk_by(|a, b| a == b).map(<[u8]>::len);
+        same.max().unwrap_or(0)
+    };
+    // A bias that lets nothing but `a` and `b` through; `a` is the better one.
+    let bias = json!({"97": 100, "98": 90});
+    assert_eq!(text(json!({"logit_bias": bias})).await, "a".repeat(60));
+    // Each `a` that would carry on a run of two or more costs more than the one before.
+    let dry = text(json!({"logit_bias": bias, "dry_multiplier": 4, "dry_base": 2})).await;
+    assert!(longest_run(&dry) < 12 && dry.contains('b'), "{dry}");
+    let penalty = json!({"logit_bias": bias, "frequency_penalty": 2, "repeat_last_n": 8});
+    let windowed = text(penalty).await;
+    // The penalty is worth ten of the bias at most when five of the window are `a`: from then on they keep a balance.
+    let late = windowed[40..].matches('a').count();
+    assert!((8..=18).contains(&late), "{windowed}");
+    let unwindowed = text(json!({"logit_bias": bias, "frequency_penalty": 2})).await;
+    assert!((9..=12).contains(&unwindowed[40..].matches('a').count()), "{unwindowed}");
+    let typical = json!({"temperature": 1, "seed": 3, "typical_p": 0.2});
+    assert_eq!(text(typical.clone()).await, text(typical).await);
+}

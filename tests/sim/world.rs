@@ -9,7 +9,7 @@ use neurond::engine::sim::{SimRunner, SimSpec};
 use neurond::engine::{ModelSlot, Submit};
 use neurond::metrics::{EngineMetrics, Metrics};
 use neurond::model::lora::Adapter;
-use neurond::task::{Event, FinishReason, Sampling, Usage};
+use neurond::task::{Dry, Event, FinishReason, Sampling, Usage};
 
 /// Simulated time of a step.
 pub const STEP: Duration = Duration::from_millis(10);
@@ -144,7 +144,7 @@ impl Request {
             choices: rng.pick(&[1, 1, 1, 2, 4]),
             max_tokens: rng.within(1, spec.context.into()) as u32,
             seed: rng.within(0, 3) * 100,
-            kind: rng.within(0, 3) as u8,
+            kind: rng.within(0, 4) as u8,
             stop: (0..rng.pick(&[0u8, 0, 1, 3])).map(|_| rng.pick(&letters).to_owned()).collect(),
             salt: rng.within(0, 1),
             logprobs: rng.pick(&[None, None, Some(0), Some(3)]),
@@ -160,6 +160,20 @@ impl Request {
             0 => Sampling { temperature: 0.0, ..plain },
             1 => plain,
             2 => Sampling { temperature: 0.8, top_p: 0.9, top_k: 12, ..plain },
+            3 => Sampling {
+                repetition_penalty: 1.1,
+                frequency_penalty: 0.3,
+                penalty_last_n: Some(7),
+                typical_p: 0.8,
+                dry: Some(Dry {
+                    multiplier: 1.5,
+                    base: 1.5,
+                    allowed_length: 1,
+                    last_n: Some(40),
+                    breakers: vec![" ".into()],
+                }),
+                ..plain
+            },
             _ => Sampling {
                 repetition_penalty: 1.3,
                 presence_penalty: 0.5,
