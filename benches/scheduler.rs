@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Criterion, criterion_group, criterion_main};
 use neurond::base::{AccountId, DeviceId, ModelId, RequestId, SlotId};
 use neurond::engine::lane::Lane;
 use neurond::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};

@@ -1,13 +1,13 @@
 //! What a choice has read and said, for draws that look back: penalties over a window of tokens, and DRY.
 //!
 //! ```text
-//! history   [ prompt ........... | answer .......... ]   push and pop at the end
+//! history   [ prompt ........... | answer .......... ]   push at the end
 //! window               [ the newest n .............. ]   counted, token by token
 //! repeats        a b c d … a b e … x a b ?               "a b" again: neither d nor e now
 //! ```
 //!
 //! Both move along with the text, so a draw finds them ready: one entry for each token that loses something, never a
-//! pass over the vocabulary. `pop` takes tokens back that turned out not to be said (rejected drafts).
+//! pass over the vocabulary.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -67,22 +67,11 @@ impl Seen {
         }
     }
 
-    /// The newest `count` tokens of the answer were not said after all.
-    pub fn pop(&mut self, count: usize) {
-        debug_assert!(count <= self.history.len() - self.prompt, "only tokens of the answer are taken back");
-        for _ in 0..count {
-            if let Some(window) = &mut self.window {
-                window.pop(&self.history, self.prompt);
-            }
-            if let Some(repeats) = &mut self.repeats {
-                repeats.unchain(&self.history);
-            }
-            self.history.pop();
-        }
-        if let Some(repeats) = &mut self.repeats {
-            repeats.measure(&self.history);
-            repeats.find(&self.history);
-        }
+    /// As it will be behind these tokens, if they come true: for rows that stand on drafts.
+    pub fn after(&self, ahead: &[u32]) -> Self {
+        let mut after = self.clone();
+        ahead.iter().for_each(|&token| after.push(token));
+        after
     }
 
     /// The tokens that penalties look at, each once, in no particular order.
@@ -132,13 +121,6 @@ impl Window {
             self.leave(history[place], place >= prompt);
         }
         self.enter(history[history.len() - 1], true);
-    }
-
-    fn pop(&mut self, history: &[u32], prompt: usize) {
-        self.leave(history[history.len() - 1], true);
-        if let Some(place) = self.left_out(history, prompt) {
-            self.enter(history[place], place >= prompt);
-        }
     }
 
     /// The token that the newest one pushes out of the window.
@@ -250,19 +232,6 @@ impl Repeats {
         }
     }
 
-    /// Forgets the last token; the lengths are wrong until they are measured again.
-    fn unchain(&mut self, history: &[u32]) {
-        let place = history.len() - 1;
-        match self.before.pop() {
-            None | Some(NONE) => self.newest.remove(&history[place]),
-            Some(before) => self.newest.insert(history[place], before),
-        };
-        self.lengths.pop();
-        if self.breaks.last() == Some(&(place as u32)) {
-            self.breaks.pop();
-        }
-    }
-
     /// All lengths from nothing, in one pass (the Z algorithm, from the end).
     fn measure(&mut self, history: &[u32]) {
         self.lengths.fill(0);
@@ -370,14 +339,9 @@ mod tests {
         Sampling { dry: Some(dry), ..Sampling::default() }
     }
 
-    /// What would be repeated after `prompt` and `answer`, as `token length`, and the same again after detours.
+    /// What would be repeated after `prompt` and `answer`, as `token length`.
     fn check(sampling: &Sampling, prompt: &str, answer: &str, expected: &str) {
-        let mut seen = Seen::new(&tokens(prompt), sampling, &vocabulary());
-        for &token in &tokens(answer) {
-            tokens("abab").into_iter().for_each(|token| seen.push(token));
-            seen.pop(4);
-            seen.push(token);
-        }
+        let seen = Seen::new(&tokens(prompt), sampling, &vocabulary()).after(&tokens(answer));
         let found = seen.repeats().iter().map(|&(token, length)| format!("{} {length}", (b'a' + token as u8) as char));
         assert_eq!(found.collect::<Vec<_>>().join(", "), expected, "{prompt:?} {answer:?}");
     }
@@ -415,8 +379,7 @@ mod tests {
         let counted = |penalty_last_n, repetition_penalty, prompt: &str, answer: &str| {
             let sampling =
                 Sampling { penalty_last_n, repetition_penalty, presence_penalty: 1.0, ..Sampling::default() };
-            let mut seen = Seen::new(&tokens(prompt), &sampling, &vocabulary());
-            tokens(answer).into_iter().for_each(|token| seen.push(token));
+            let seen = Seen::new(&tokens(prompt), &sampling, &vocabulary()).after(&tokens(answer));
             let mut counted = seen.counted().to_vec();
             counted.sort();
             let show = |of: &Counted| format!("{}{}{}", (b'a' + of.token as u8) as char, of.times, of.answered);
@@ -478,7 +441,7 @@ mod tests {
         #[test]
         fn state_carried_along_is_what_a_count_from_nothing_gives(
             prompt in prop::collection::vec(prop_oneof![0u32..3, Just(26)], 0..30),
-            steps in prop::collection::vec((prop_oneof![6 => 0u32..3, 1 => Just(26)], 0usize..4), 0..40),
+            answer in prop::collection::vec(prop_oneof![6 => 0u32..3, 1 => Just(26)], 0..40),
             last_n in prop_oneof![Just(None), (1u32..20).prop_map(Some)],
             allowed in 1u32..4,
         ) {
@@ -489,14 +452,9 @@ mod tests {
             };
             let mut seen = Seen::new(&prompt, &sampling, &vocabulary());
             let mut history = prompt.clone();
-            for (token, back) in steps {
+            for token in answer {
                 seen.push(token);
                 history.push(token);
-                let back = back.saturating_sub(1).min(history.len() - prompt.len());
-                if back > 0 {
-                    seen.pop(back);
-                    history.truncate(history.len() - back);
-                }
                 let mut counted = seen.counted().to_vec();
                 counted.sort();
                 prop_assert_eq!((counted, seen.repeats().to_vec()), slowly(&history, prompt.len(), &sampling));
