@@ -324,11 +324,11 @@ fn typical(scratch: &mut Scratch, best: f32, heat: f32, mean: f32, goal: f64) ->
     let below = if high == 0 { 0.0 } else { sum_within(&found.values, far, f32::from_bits(high - 1)) };
     let mut missing = goal - below;
     let mut kept = 0;
-    for at in 0..found.values.len() {
-        let tie = far[at] == bar && (missing > 0.0 || kept == 0 && below == 0.0);
+    for (at, &far) in far.iter().enumerate() {
+        let tie = far == bar && (missing > 0.0 || kept == 0 && below == 0.0);
         missing -= if tie { f64::from(found.values[at]) } else { 0.0 };
         (found.ids[kept], found.values[kept]) = (found.ids[at], found.values[at]);
-        kept += usize::from(far[at] < bar || tie);
+        kept += usize::from(far < bar || tie);
     }
     found.ids.truncate(kept);
     found.values.truncate(kept);
