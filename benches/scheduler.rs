@@ -101,6 +101,7 @@ fn lane(c: &mut Criterion) {
             adapter: None,
             deadline: Instant::now() + Duration::from_secs(3600),
             received: Instant::now(),
+            vocabulary: None,
             events,
         };
         lane.submit(submit, Instant::now());

@@ -233,6 +233,85 @@ TEMPLATES = {
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """,
+    # Tools described in a system turn of their own, calls in tags, results of functions in tags of their own role.
+    "hermes-2-pro": """\
+{{- bos_token }}
+{{- '<|im_start|>system\\n' }}
+{{- "You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags. Here are the available tools: <tools> " }}
+{%- for tool in tools or [] %}
+    {%- set function = tool.function if tool.function is defined else tool %}
+    {{- '{"type": "function", "function": {"name": "' + function.name + '", "description": "' + function.description + '", "parameters": ' + function.parameters|tojson + '}}' }}
+    {%- if not loop.last %}
+        {{- "\\n" }}
+    {%- endif %}
+{%- endfor %}
+{{- ' </tools>For each function call return a json object with function name and arguments within <tool_call></tool_call> XML tags.<|im_end|>\\n' }}
+{%- for message in messages %}
+    {%- if message.role == "user" or message.role == "system" or (message.role == "assistant" and message.tool_calls is not defined) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- for tool_call in message.tool_calls %}
+            {{- '\\n<tool_call>\\n' }}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments|tojson }}
+            {{- '}' }}
+            {{- '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.previtem and loop.previtem.role != "tool" %}
+            {{- '<|im_start|>tool\\n' }}
+        {%- endif %}
+        {{- '<tool_response>\\n' }}
+        {{- message.content }}
+        {%- if not loop.last %}
+            {{- '\\n</tool_response>\\n' }}
+        {%- else %}
+            {{- '\\n</tool_response>' }}
+        {%- endif %}
+        {%- if not loop.last and loop.nextitem.role != "tool" %}
+            {{- '<|im_end|>' }}
+        {%- elif loop.last %}
+            {{- '<|im_end|>' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+""",
+    # Calls as names with arguments behind a marker each, tools in front of everything.
+    "mistral-new": """\
+{{- bos_token }}
+{%- if messages[0].role == "system" %}
+    {{- "[SYSTEM_PROMPT]" + messages[0].content + "[/SYSTEM_PROMPT]" }}
+    {%- set turns = messages[1:] %}
+{%- else %}
+    {%- set turns = messages %}
+{%- endif %}
+{%- if tools %}
+    {{- "[AVAILABLE_TOOLS]" + (tools | tojson) + "[/AVAILABLE_TOOLS]" }}
+{%- endif %}
+{%- for message in turns %}
+    {%- if message.role == "user" %}
+        {{- "[INST]" + message.content + "[/INST]" }}
+    {%- elif message.role == "assistant" %}
+        {{- message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- "[TOOL_CALLS]" + call.function.name + "[ARGS]" + (call.function.arguments | tojson) }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- elif message.role == "tool" %}
+        {{- "[TOOL_RESULTS]" + message.content + "[/TOOL_RESULTS]" }}
+    {%- endif %}
+{%- endfor %}
+""",
     # Thoughts of earlier turns are cut out; the list is walked backwards; a switch in the arguments.
     "thinking": """\
 {%- set ns = namespace(multi_step=true, last=messages|length - 1) %}
@@ -340,6 +419,15 @@ CONVERSATIONS = {
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         {"role": "tool", "content": "{\"celsius\": 21.5}", "tool_call_id": "abcdef123", "name": "get_weather"},
     ],
+    "two calls": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in Zürich and Oslo?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL | {"id": "xyz456789"}]},
+        {"role": "tool", "content": "21.5", "tool_call_id": "abcdef123", "name": "get_weather"},
+        {"role": "tool", "content": "-3", "tool_call_id": "xyz456789", "name": "get_weather"},
+        {"role": "assistant", "content": "Warm and cold."},
+        {"role": "user", "content": "Thanks"},
+    ],
     "control": [
         {"role": "user", "content": "keep"},
         {"role": "assistant", "content": "skip"},
@@ -354,6 +442,11 @@ KWARGS = {
     ("llama-3", "single"): {"date_string": "01 Jan 2026"},
     ("mistral", "tool"): {"tools": [TOOL, TOOL]},
     ("qwen-2.5", "tool"): {"tools": [TOOL]},
+    ("qwen-2.5", "two calls"): {"tools": [TOOL, TOOL]},
+    ("hermes-2-pro", "tool"): {"tools": [TOOL]},
+    ("hermes-2-pro", "two calls"): {"tools": [TOOL, TOOL]},
+    ("mistral-new", "tool"): {"tools": [TOOL]},
+    ("mistral-new", "two calls"): {"tools": [TOOL, TOOL]},
     ("thinking", "system"): {"enable_thinking": False},
     ("thinking", "turns"): {"add_generation_prompt": False},
     ("features", "single"): {"custom": [1, "two", {"three": 3}]},

@@ -52,6 +52,7 @@ impl Answer {
     /// Keeps what delivery needs of a submission; the scheduler gets the rest.
     pub fn new(submit: &Submit, vocabulary: Arc<Vocabulary>) -> Self {
         let stops = Arc::new(Stops::new(&submit.stop));
+        let vocabulary = submit.vocabulary.clone().unwrap_or(vocabulary);
         let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling, &vocabulary));
         let choice = || Choice {
             writer: Writer::new(vocabulary.clone(), stops.clone()),
@@ -166,7 +167,7 @@ impl Answer {
         }
         let reason = if ends || stop.is_some() { FinishReason::Stop } else { FinishReason::Length };
         match reason {
-            FinishReason::Stop => metrics.finished_stop.inc(),
+            FinishReason::Stop | FinishReason::ToolCalls => metrics.finished_stop.inc(),
             FinishReason::Length => metrics.finished_length.inc(),
         }
         let stop = stop.map(|at| self.stops.0[at].text.clone());
@@ -374,6 +375,7 @@ mod tests {
             adapter: None,
             deadline: now,
             received: now,
+            vocabulary: None,
             events,
         };
         let metrics = crate::metrics::Metrics::new();

@@ -69,6 +69,8 @@ pub struct Submit {
     pub deadline: Instant,
     /// When the call came in, for queue time and TTFT.
     pub received: Instant,
+    /// What tokens print in this answer, if it is not what the slot's vocabulary says: the same tokens, others shown.
+    pub vocabulary: Option<Arc<Vocabulary>>,
     /// Where the events go. Capacity: [`Submit::event_capacity`], so that the engine never waits for a client. Dropping
     /// the receiver cancels the request.
     pub events: flume::Sender<Event>,

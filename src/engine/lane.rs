@@ -373,6 +373,7 @@ mod tests {
             adapter: None,
             deadline: now + Duration::from_secs(9),
             received: now,
+            vocabulary: None,
             events,
         };
         lane.submit(submit, now);

@@ -243,6 +243,7 @@ mod tests {
             adapter: None,
             deadline: Instant::now() + Duration::from_secs(60),
             received: Instant::now(),
+            vocabulary: None,
             events,
         };
         (submit, receiver)
@@ -257,6 +258,7 @@ mod tests {
                 Ok(Event::Finish { reason, .. }) => line += &format!(" {}", reason.as_str()),
                 Ok(Event::Done(usage)) => line += &format!(" done {}+{}", usage.prompt_tokens, usage.completion_tokens),
                 Ok(Event::Failed(error)) => line += &format!(" {:?}", error.kind()),
+                Ok(event @ Event::Tool { .. }) => panic!("an engine knows no tools: {event:?}"),
                 Err(flume::RecvTimeoutError::Disconnected) => {
                     return if line.contains("done ") || line.contains(char::is_uppercase) {
                         line
@@ -458,6 +460,7 @@ mod tests {
                     Event::Finish { reason, stop, .. } => finish = Some((reason, stop)),
                     Event::Done(done) => usage = done,
                     Event::Failed(error) => panic!("{error}"),
+                    Event::Tool { .. } => panic!("an engine knows no tools"),
                 }
             }
             (text, tokens, finish.unwrap(), usage)

@@ -13,6 +13,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use percent_encoding::percent_decode_str;
+
 use crate::base::{Error, Result};
 use crate::engine::{Logits, Runner};
 use crate::kernel::Pool;
@@ -47,6 +49,8 @@ pub struct SimSpec {
     pub most_rows: usize,
     /// Walk every cell that attention would read. Costs time in proportion to context.
     pub verify: bool,
+    /// What it answers, percent-encoded in the text form; empty: letters.
+    pub say: String,
 }
 
 impl Default for SimSpec {
@@ -61,6 +65,7 @@ impl Default for SimSpec {
             panic_at: 0,
             most_rows: 0,
             verify: true,
+            say: String::new(),
         }
     }
 }
@@ -72,7 +77,8 @@ impl FromStr for SimSpec {
         let wrong = |part: &str| {
             Error::bad_input(format!(
                 "{part:?} is no setting of a simulated device: write sim or sim:blocks=1024,block_tokens=16,step_us=0,\
-                 row_us=0,end_in=64,fail_at=0,panic_at=0,most_rows=0,verify=1, any of them left out"
+                 row_us=0,end_in=64,fail_at=0,panic_at=0,most_rows=0,verify=1,say=percent-encoded%20text, any of them \
+                 left out"
             ))
         };
         let mut spec = Self::default();
@@ -83,6 +89,10 @@ impl FromStr for SimSpec {
         };
         for part in settings.split(',') {
             let (key, value) = part.split_once('=').ok_or_else(|| wrong(part))?;
+            if key == "say" {
+                spec.say = percent_decode_str(value).decode_utf8().map_err(|_| wrong(part))?.into_owned();
+                continue;
+            }
             let value: u32 = value.parse().map_err(|_| wrong(part))?;
             match key {
                 "blocks" if value > 0 => spec.blocks = value as usize,
@@ -107,6 +117,8 @@ struct Cell {
     /// Position plus one; 0: never written.
     place: u32,
     chain: u64,
+    /// How much of what it is to say stands here at the end.
+    said: u32,
 }
 
 /// The simulated device.
@@ -140,9 +152,10 @@ impl SimRunner {
         Ok((block * size + position % size) as usize)
     }
 
-    /// The chain of everything before `position`, which must lie in the pool; `root` is that of no tokens.
-    fn chain_before(&self, root: u64, table: &[u32], position: u32) -> Result<u64> {
-        let Some(before) = position.checked_sub(1) else { return Ok(root) };
+    /// The cell before `position`, which must lie in the pool: its chain is that of everything up to there, `root` that of
+    /// no tokens.
+    fn cell_before(&self, root: u64, table: &[u32], position: u32) -> Result<Cell> {
+        let Some(before) = position.checked_sub(1) else { return Ok(Cell { chain: root, ..Cell::default() }) };
         let cell = self.cells[self.cell(table, before)?];
         if cell.place != position {
             return Err(Error::internal(format!(
@@ -150,7 +163,13 @@ impl SimRunner {
                 cell.place
             )));
         }
-        Ok(cell.chain)
+        Ok(cell)
+    }
+
+    /// How much of `say` stands at the end after `token`, if it was `said` before. A text that goes wrong begins again.
+    fn said(&self, said: u32, token: u32) -> u32 {
+        let at = |said: u32| self.spec.say.as_bytes().get(said as usize).copied().map(u32::from);
+        if at(said) == Some(token) { said + 1 } else { u32::from(at(0) == Some(token)) }
     }
 
     fn verify(&self, root: u64, table: &[u32], end: u32) -> Result<()> {
@@ -218,18 +237,25 @@ impl Runner for SimRunner {
         // All rows are written before any is read for verification: spans of one step must not disturb each other.
         for span in &batch.spans {
             let table = batch.table(span);
-            let mut chain = self.chain_before(root(batch, span), table, span.start)?;
+            let Cell { mut chain, mut said, .. } = self.cell_before(root(batch, span), table, span.start)?;
             for row in span.row..span.row + span.rows {
                 let (token, position) = (batch.tokens[row as usize], batch.positions[row as usize]);
                 if position != span.start + (row - span.row) {
                     return Err(Error::internal(format!("sim: row {row} says position {position}")));
                 }
                 chain = link(chain, token);
+                said = self.said(said, token);
                 let at = self.cell(table, position)?;
-                self.cells[at] = Cell { token, place: position + 1, chain };
+                self.cells[at] = Cell { token, place: position + 1, chain, said };
                 if batch.sample_rows.get(sampled) == Some(&row) {
                     let row = &mut self.logits[sampled * VOCABULARY..][..VOCABULARY];
                     logits(chain, self.spec.end_in, row);
+                    if !self.spec.say.is_empty() {
+                        // Above every letter: said at any temperature that tests use, unless a grammar forbids it.
+                        let next = self.spec.say.as_bytes().get(said as usize);
+                        row[END as usize] = -30.0;
+                        row[next.map_or(END as usize, |&byte| usize::from(byte))] = 60.0;
+                    }
                     sampled += 1;
                 }
             }
@@ -296,11 +322,32 @@ mod tests {
     }
 
     #[test]
+    fn a_device_says_what_it_is_told_to_after_whatever_prompt() {
+        let spec = SimSpec { say: "aab".into(), ..spec() };
+        for (prompt, expected) in [(&b"xy"[..], "aab"), (b"aab", ""), (b"aa", "b"), (b"aabx", "aab")] {
+            let mut runner = SimRunner::new(spec.clone());
+            let (mut tokens, mut start, mut said) = (prompt.to_vec(), 0, String::new());
+            loop {
+                let ids: Vec<u32> = tokens.iter().copied().map(u32::from).collect();
+                let mut batch = Batch::default();
+                batch.push(&ids, start, &[4, 5, 6, 7], [ids.len() as u32 - 1]);
+                let logits = runner.forward(&batch).unwrap();
+                let best = (0..VOCABULARY).max_by(|&a, &b| logits.data[a].total_cmp(&logits.data[b])).unwrap();
+                let Ok(best) = u8::try_from(best) else { break };
+                said.push(char::from(best));
+                (start, tokens) = (start + ids.len() as u32, vec![best]);
+            }
+            assert_eq!(said, expected, "after {prompt:?}");
+        }
+    }
+
+    #[test]
     fn a_spec_is_read_from_text() {
         assert_eq!("sim".parse::<SimSpec>().unwrap(), SimSpec::default());
         let spec = "sim:blocks=7,step_us=9,verify=0".parse::<SimSpec>().unwrap();
         assert_eq!(spec, SimSpec { blocks: 7, step_us: 9, verify: false, ..SimSpec::default() });
-        for wrong in ["", "simx", "sim:", "sim:blocks", "sim:blocks=0", "sim:blocks=x", "sim:color=1"] {
+        assert_eq!("sim:say=a%2C%C3%BC".parse::<SimSpec>().unwrap().say, "a,ü");
+        for wrong in ["", "simx", "sim:", "sim:blocks", "sim:blocks=0", "sim:blocks=x", "sim:color=1", "sim:say=%ff"] {
             assert!(wrong.parse::<SimSpec>().is_err(), "{wrong}");
         }
     }

@@ -3,6 +3,7 @@
 //! A call closes exactly once, by `Done`, by `Failed` or because its `Delivery` was dropped: the reservation is settled by
 //! what was produced, the metrics count it, the log has its line. Dropping the event channel with it is what cancels the work.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,18 +12,33 @@ use tracing::info;
 
 use crate::base::{AccountId, Error, KeyId, Kind, Neurons, RequestId, Result};
 use crate::config::CatalogEntry;
+use crate::gateway::calls::Calls;
 use crate::gateway::{Call, Gateway};
 use crate::ledger::Reservation;
 use crate::metrics::Metrics;
-use crate::task::{Event, FinishReason, TokenLogprob, Usage};
+use crate::task::{Event, FinishReason, TokenLogprob, ToolCall, ToolDelta, Usage};
 
 /// The events of a call that has begun to answer.
 pub struct Delivery {
     events: flume::Receiver<Event>,
-    /// The event that [`Gateway::serve`] waited for, and the echoed prompt in front of it.
-    held: std::collections::VecDeque<Event>,
+    /// What has arrived and is not handed on yet.
+    held: VecDeque<Event>,
+    /// Finds calls of tools, where there may be some.
+    calls: Option<Calls>,
     patience: tokio::time::Instant,
     close: Close,
+}
+
+/// What an attempt brought.
+pub(super) struct Begun {
+    /// What follows.
+    pub(super) events: flume::Receiver<Event>,
+    /// The event that [`Gateway::serve`] waited for.
+    pub(super) first: Event,
+    /// The prompt, to be given back in front of the answer.
+    pub(super) echo: Option<String>,
+    /// Finds calls of tools, where there may be some.
+    pub(super) calls: Option<Calls>,
 }
 
 /// What the end of a call needs to know. `outcome` is set once.
@@ -43,13 +59,12 @@ impl Delivery {
     pub(super) fn new(
         gateway: &Gateway,
         call: &Call,
-        events: flume::Receiver<Event>,
-        first: Event,
-        echo: Option<String>,
+        begun: Begun,
         reservation: Reservation,
         patience: tokio::time::Instant,
     ) -> Self {
-        let mut held = std::collections::VecDeque::new();
+        let Begun { events, first, echo, calls } = begun;
+        let mut held = VecDeque::new();
         if let Some(text) = echo {
             held.extend((0..call.input.choices).map(|choice| Event::Text {
                 choice,
@@ -58,7 +73,6 @@ impl Delivery {
                 usage: Usage::default(),
             }));
         }
-        held.push_back(first);
         let close = Close {
             request: call.id,
             account: call.account.clone(),
@@ -71,31 +85,33 @@ impl Delivery {
             reservation: Some(reservation),
             metrics: gateway.metrics.clone(),
         };
-        Self { events, held, patience, close }
+        let mut delivery = Self { events, held, calls, patience, close };
+        delivery.take(first);
+        delivery
     }
 
     /// The next event; `None` after `Done` or `Failed`.
     pub async fn next(&mut self) -> Option<Event> {
-        if let Some(event) = self.held.pop_front() {
-            return Some(self.seen(event));
+        while self.held.is_empty() {
+            self.close.reservation.as_ref()?;
+            let event = match timeout_at(self.patience, self.events.recv_async()).await {
+                Ok(Ok(event)) => event,
+                Ok(Err(_)) => Event::Failed(engine_lost()),
+                Err(_) => Event::Failed(too_late()),
+            };
+            self.take(event);
         }
-        self.close.reservation.as_ref()?;
-        let event = match timeout_at(self.patience, self.events.recv_async()).await {
-            Ok(Ok(event)) => event,
-            Ok(Err(_)) => Event::Failed(engine_lost()),
-            Err(_) => Event::Failed(too_late()),
-        };
-        Some(self.seen(event))
+        self.held.pop_front()
     }
 
     /// The next event if it is there already, for packing several into one write.
     pub fn next_ready(&mut self) -> Option<Event> {
-        if let Some(event) = self.held.pop_front() {
-            return Some(self.seen(event));
+        while self.held.is_empty() {
+            self.close.reservation.as_ref()?;
+            let event = self.events.try_recv().ok()?;
+            self.take(event);
         }
-        self.close.reservation.as_ref()?;
-        let event = self.events.try_recv().ok()?;
-        Some(self.seen(event))
+        self.held.pop_front()
     }
 
     /// What the call used so far; final once `Done` has been seen.
@@ -128,6 +144,10 @@ impl Delivery {
                     choices[index].text.push_str(&text);
                     choices[index].logprobs.extend(logprobs);
                 }
+                Event::Tool { choice, delta, .. } => {
+                    let index = at(&mut choices, choice);
+                    choices[index].take(delta);
+                }
                 Event::Finish { choice, reason, stop } => {
                     let index = at(&mut choices, choice);
                     (choices[index].finish, choices[index].stop) = (reason, stop);
@@ -139,10 +159,10 @@ impl Delivery {
         Ok(Answer { choices, usage: self.usage(), neurons: self.neurons() })
     }
 
-    fn seen(&mut self, event: Event) -> Event {
+    /// Counts an event and puts what it says behind what is held.
+    fn take(&mut self, event: Event) {
         match &event {
-            // An echoed prompt carries no usage and must not take back what is known.
-            Event::Text { usage, .. } if usage.prompt_tokens > 0 => self.close.usage = *usage,
+            Event::Text { usage, .. } => self.close.usage = *usage,
             Event::Done(usage) => {
                 self.close.usage = *usage;
                 self.close.settle("done");
@@ -152,9 +172,12 @@ impl Delivery {
                 self.close.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
                 self.close.settle("failed");
             }
-            Event::Text { .. } | Event::Finish { .. } => {}
+            Event::Tool { .. } | Event::Finish { .. } => {}
         }
-        event
+        match &mut self.calls {
+            Some(calls) => calls.read(event, &mut self.held),
+            None => self.held.push_back(event),
+        }
     }
 }
 
@@ -219,6 +242,8 @@ pub struct Answer {
 pub struct Choice {
     /// The text.
     pub text: String,
+    /// Calls of tools, in the order made.
+    pub calls: Vec<ToolCall>,
     /// Why it ended.
     pub finish: FinishReason,
     /// The stop string that ended it, if one did.
@@ -227,8 +252,19 @@ pub struct Choice {
     pub logprobs: Vec<TokenLogprob>,
 }
 
+impl Choice {
+    /// Takes in what is new of a call.
+    fn take(&mut self, delta: ToolDelta) {
+        match (delta, self.calls.last_mut()) {
+            (ToolDelta::Begin { id, name }, _) => self.calls.push(ToolCall { id, name, arguments: String::new() }),
+            (ToolDelta::Arguments(more), Some(call)) => call.arguments.push_str(&more),
+            (ToolDelta::Arguments(_), None) => debug_assert!(false, "arguments of no call"),
+        }
+    }
+}
+
 impl Default for Choice {
     fn default() -> Self {
-        Self { text: String::new(), finish: FinishReason::Stop, stop: None, logprobs: Vec::new() }
+        Self { text: String::new(), calls: Vec::new(), finish: FinishReason::Stop, stop: None, logprobs: Vec::new() }
     }
 }

@@ -8,6 +8,7 @@
 pub mod route;
 
 mod call;
+mod calls;
 mod delivery;
 
 pub use call::Call;
@@ -21,6 +22,8 @@ use tokio::time::timeout_at;
 use crate::base::{Error, Kind, Result};
 use crate::config::Live;
 use crate::engine::Submit;
+use crate::gateway::calls::Calls;
+use crate::gateway::delivery::Begun;
 use crate::gateway::route::Candidate;
 use crate::ledger::{Claim, Ledger};
 use crate::metrics::Metrics;
@@ -113,6 +116,8 @@ impl Gateway {
 
         let (weight, priority) = self.standing(call);
         let echo = call.input.echo.then(|| echo(replica, &prompt));
+        let calls = call.input.shown_tools().zip(replica.text.tool_format());
+        let calls = calls.map(|(tools, format)| Calls::new(format, tools, call.input.choices, call.id.low_bits()));
         let (sender, events) = flume::bounded(Submit::event_capacity(call.input.choices, max_tokens));
         replica.engine.submit(Submit {
             request: call.id,
@@ -131,13 +136,14 @@ impl Gateway {
             adapter: None,
             deadline,
             received: call.received,
+            vocabulary: calls.as_ref().and_then(|_| replica.text.vocabulary_with_markers().cloned()),
             events: sender,
         })?;
 
         let patience = tokio::time::Instant::from_std(deadline + DEADLINE_GRACE);
         match timeout_at(patience, events.recv_async()).await {
             Ok(Ok(Event::Failed(error))) => Err(error),
-            Ok(Ok(first)) => Ok(Delivery::new(self, call, events, first, echo, reservation, patience)),
+            Ok(Ok(first)) => Ok(Delivery::new(self, call, Begun { events, first, echo, calls }, reservation, patience)),
             Ok(Err(_)) => Err(delivery::engine_lost()),
             Err(_) => Err(delivery::too_late()),
         }
@@ -152,15 +158,19 @@ fn candidate(replica: &Replica) -> Candidate {
 
 async fn tokenize(call: &Call, replica: &Replica) -> Result<Vec<u32>> {
     let bytes = match &call.input.prompt {
-        Prompt::Chat { messages, .. } => messages.iter().map(|message| message.content.len()).sum(),
+        Prompt::Chat { messages, .. } => {
+            // A tool's description and schema are some hundred bytes, and work for the template besides.
+            let tools = call.input.shown_tools().map_or(0, |tools| tools.list.len() * 1024);
+            tools + messages.iter().map(|message| message.content.len()).sum::<usize>()
+        }
         Prompt::Raw(text) => text.len(),
         Prompt::Tokens(_) => 0,
     };
     let tokens = if bytes <= INLINE_PROMPT_BYTES {
-        replica.text.prompt_tokens(&call.input.prompt)?
+        replica.text.input_tokens(&call.input)?
     } else {
-        let (text, prompt) = (replica.text.clone(), call.input.prompt.clone());
-        tokio::task::spawn_blocking(move || text.prompt_tokens(&prompt))
+        let (text, input) = (replica.text.clone(), call.input.clone());
+        tokio::task::spawn_blocking(move || text.input_tokens(&input))
             .await
             .map_err(|error| Error::internal("The prompt could not be tokenised.").with_source(error))??
     };

@@ -15,10 +15,9 @@ use crate::http::native::{Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
-
-use crate::http::{Services, answer, error};
+use crate::http::{Services, answer, error, tools};
 use crate::net::sse::Encoder;
-use crate::task::{FinishReason, Prompt, TextInput, TokenLogprob, Usage};
+use crate::task::{FinishReason, Prompt, TextInput, TokenLogprob, ToolDelta, Usage};
 
 /// A chat request as it was meant.
 #[derive(Debug)]
@@ -64,6 +63,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ChatRequest
         logprobs: logprobs(fields)?,
         echo: false,
         priority: text::priority(fields)?,
+        tools: tools::offered(fields)?,
     };
     Ok(ChatRequest {
         input,
@@ -110,10 +110,11 @@ impl Shape {
             index,
             message: AssistantMessage {
                 role: "assistant",
-                content: &choice.text,
+                // Whoever only calls tools has nothing to say: OpenAI's word for that is `null`.
+                content: Some(choice.text.as_str()).filter(|text| !text.is_empty() || choice.calls.is_empty()),
                 refusal: None,
                 reasoning_content: None,
-                tool_calls: [],
+                tool_calls: choice.calls.iter().map(tools::function_call).collect(),
             },
             logprobs: ChatLogprobs::new(&choice.logprobs),
             finish_reason: choice.finish.as_str(),
@@ -154,10 +155,10 @@ struct CompletionChoice<'a> {
 #[derive(Serialize)]
 struct AssistantMessage<'a> {
     role: &'static str,
-    content: &'a str,
+    content: Option<&'a str>,
     refusal: Option<()>,
     reasoning_content: Option<()>,
-    tool_calls: [(); 0],
+    tool_calls: Vec<Value>,
 }
 
 /// `logprobs` of a choice in chat form.
@@ -250,6 +251,40 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_calls: Option<[CallDelta<'a>; 1]>,
+}
+
+/// New of a call: its id and name at first, then only more of its arguments.
+#[derive(Serialize)]
+pub(super) struct CallDelta<'a> {
+    index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionDelta<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    arguments: Option<&'a str>,
+}
+
+impl<'a> CallDelta<'a> {
+    /// `begin`: what stands in the place of arguments when a call begins.
+    pub(super) fn new(call: u32, delta: &'a ToolDelta, begin: Option<&'a str>) -> Self {
+        let (id, kind, function) = match delta {
+            ToolDelta::Begin { id, name } => {
+                (Some(id.as_str()), Some("function"), FunctionDelta { name: Some(name), arguments: begin })
+            }
+            ToolDelta::Arguments(more) => (None, None, FunctionDelta { name: None, arguments: Some(more) }),
+        };
+        Self { index: call, id, kind, function }
+    }
 }
 
 impl ChatStream {
@@ -280,16 +315,22 @@ impl ChatStream {
 impl Render for ChatStream {
     fn begin(&mut self, out: &mut Encoder) {
         for index in 0..self.choices {
-            let delta = Delta { role: Some("assistant"), content: Some("") };
+            let delta = Delta { role: Some("assistant"), content: Some(""), tool_calls: None };
             let choice = ChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None };
             self.chunk(&[choice], None, out);
         }
     }
 
     fn text(&mut self, choice: u32, text: &str, logprobs: &[TokenLogprob], out: &mut Encoder) {
-        let delta = Delta { role: None, content: Some(text) };
+        let delta = Delta { content: Some(text), ..Delta::default() };
         let logprobs = ChatLogprobs::new(logprobs);
         let choice = ChunkChoice { index: choice, delta, logprobs, finish_reason: None, stop_reason: None };
+        self.chunk(&[choice], None, out);
+    }
+
+    fn tool(&mut self, choice: u32, call: u32, delta: &ToolDelta, out: &mut Encoder) {
+        let delta = Delta { tool_calls: Some([CallDelta::new(call, delta, Some(""))]), ..Delta::default() };
+        let choice = ChunkChoice { index: choice, delta, logprobs: None, finish_reason: None, stop_reason: None };
         self.chunk(&[choice], None, out);
     }
 

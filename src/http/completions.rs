@@ -15,7 +15,7 @@ use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
 use crate::http::{Services, error};
 use crate::net::sse::Encoder;
-use crate::task::{FinishReason, Prompt, TextInput, TokenLogprob, Usage};
+use crate::task::{FinishReason, Prompt, TextInput, TokenLogprob, ToolDelta, Usage};
 
 /// Most prompts in a request.
 const MAX_PROMPTS: usize = 64;
@@ -61,6 +61,7 @@ pub(super) async fn complete(services: &Services, ask: &Ask) -> Result<HttpRespo
 /// Reads a completion request; the model is known already.
 pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<CompletionRequest> {
     text::refuse_what_is_not_built(fields)?;
+    fields.refuse("tools", "Completions call no tools: use /v1/chat/completions.")?;
     fields.refuse("suffix", "Inserting text before a `suffix` is not available: leave it out.")?;
     let prompts = prompts(fields)?;
     let choices = text::choices(fields)?;
@@ -88,6 +89,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<CompletionR
         logprobs,
         echo,
         priority: text::priority(fields)?,
+        tools: None,
     };
     let inputs = prompts.into_iter().map(|prompt| TextInput { prompt, ..common.clone() }).collect();
     Ok(CompletionRequest {
@@ -234,6 +236,10 @@ impl Render for CompletionStream {
         let index = choice as usize;
         let logprobs = self.offsets.get_mut(index).and_then(|offset| Logprobs::new(logprobs, offset));
         self.chunk(&[Choice { index, text, logprobs, finish_reason: None, stop_reason: None }], None, out);
+    }
+
+    fn tool(&mut self, _: u32, _: u32, _: &ToolDelta, _: &mut Encoder) {
+        // Requests of this surface offer none.
     }
 
     fn finish(&mut self, choice: u32, reason: FinishReason, stop: Option<&str>, out: &mut Encoder) {

@@ -25,6 +25,7 @@ mod run;
 mod server;
 mod stream;
 mod text;
+mod tools;
 
 #[cfg(test)]
 mod tests;

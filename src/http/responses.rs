@@ -1,4 +1,5 @@
-//! OpenAI's responses: `POST /v1/responses`, one text message out. Nothing is stored, so nothing can be continued by id.
+//! OpenAI's responses: `POST /v1/responses`, messages and calls of functions out. Nothing is stored, so nothing can be
+//! continued by id.
 
 use actix_web::HttpResponse;
 use serde_json::{Map, Value, json};
@@ -9,9 +10,9 @@ use crate::http::ask::Ask;
 use crate::http::fields::{Fields, mismatch};
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
-use crate::http::{Services, answer, error};
+use crate::http::{Services, answer, error, tools};
 use crate::net::sse::Encoder;
-use crate::task::{FinishReason, Message, Prompt, Role, TextInput, TokenLogprob, Usage};
+use crate::task::{FinishReason, Message, Prompt, Role, TextInput, TokenLogprob, ToolCall, ToolDelta, Usage};
 
 /// Most metadata pairs, as OpenAI has it.
 const MAX_METADATA: usize = 16;
@@ -34,14 +35,16 @@ pub(super) async fn respond(services: &Services, ask: &Ask) -> Result<HttpRespon
     let delivery = ask.serve(services, &entry, request.input, request.reject_if_busy).await?;
     let object = ResponseObject::new(ask.id, &entry, request.echoed);
     if request.stream {
-        return Ok(stream::response(vec![delivery], 1, ResponseStream::new(object)));
+        return Ok(stream::response(vec![delivery], 1, ResponseStream::new(object, ask.id)));
     }
     let answer = delivery.collect().await?;
-    let (text, finish) = match answer.choices.first() {
-        Some(choice) => (choice.text.as_str(), choice.finish),
-        None => ("", FinishReason::Stop),
-    };
-    answer::metered(&object.ended(text, finish, &answer.usage, answer.neurons), answer.neurons)
+    let choice = answer.choices.into_iter().next().unwrap_or_default();
+    let mut output = Output::new(ask.id);
+    if !choice.text.is_empty() || choice.calls.is_empty() {
+        output.items.push(Item::Message { text: choice.text });
+    }
+    output.items.extend(choice.calls.into_iter().map(Item::Call));
+    answer::metered(&object.ended(&output, choice.finish, &answer.usage, answer.neurons), answer.neurons)
 }
 
 /// Reads a responses request; the model is known already.
@@ -71,7 +74,10 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         ("instructions".to_owned(), json!(fields.text("instructions")?)),
         ("max_output_tokens".to_owned(), json!(max_tokens)),
         ("metadata".to_owned(), metadata(fields)?),
+        ("parallel_tool_calls".to_owned(), json!(fields.bool("parallel_tool_calls")?.unwrap_or(true))),
         ("temperature".to_owned(), as_written(sampling.temperature)),
+        ("tool_choice".to_owned(), fields.get("tool_choice").cloned().unwrap_or_else(|| json!("auto"))),
+        ("tools".to_owned(), fields.get("tools").cloned().unwrap_or_else(|| json!([]))),
         ("top_p".to_owned(), as_written(sampling.top_p)),
         ("user".to_owned(), json!(fields.text("user")?)),
     ]);
@@ -84,6 +90,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         logprobs: None,
         echo: false,
         priority: text::priority(fields)?,
+        tools: tools::offered(fields)?,
     };
     Ok(ResponsesRequest {
         input,
@@ -128,8 +135,9 @@ fn conversation(fields: &Fields) -> Result<Vec<Message>> {
         }
         Some(Value::Array(items)) => {
             for (i, item) in items.iter().enumerate() {
-                messages.extend(message(&Fields::at(item, format!("{path}.{i}"))?)?);
+                add(&Fields::at(item, format!("{path}.{i}"))?, &mut messages)?;
             }
+            tools::link(&mut messages);
         }
         Some(other) => return Err(mismatch(&path, "a string or an array of items", other)),
     }
@@ -139,30 +147,102 @@ fn conversation(fields: &Fields) -> Result<Vec<Message>> {
     Ok(messages)
 }
 
-/// One item: a turn, or the reasoning of an earlier answer, which templates leave out as well.
-fn message(item: &Fields) -> Result<Option<Message>> {
+/// One item: a turn; a call, which belongs to the turn that stands before it; the result of one; or the reasoning of an
+/// earlier answer, which templates leave out as well.
+fn add(item: &Fields, messages: &mut Vec<Message>) -> Result<()> {
     match item.text("type")? {
         None | Some("message") => {
             let Some(content) = item.get("content") else { return Err(item.missing("content")) };
             let role = text::role(item)?;
-            Ok(Some(Message::new(role, text::content(&item.path("content"), content)?)))
+            messages.push(Message::new(role, text::content(&item.path("content"), content)?));
         }
-        Some("reasoning") => Ok(None),
+        Some("function_call") => {
+            let call =
+                tools::call(item.required_text("call_id")?, item.required_text("name")?, tools::arguments(item)?);
+            if messages.last().is_none_or(|last| last.role != Role::Assistant) {
+                messages.push(Message::new(Role::Assistant, ""));
+            }
+            let calls = messages.last_mut().map(|last| last.tool_calls.get_or_insert_with(|| json!([])));
+            if let Some(Value::Array(calls)) = calls {
+                calls.push(call);
+            }
+        }
+        Some("function_call_output") => {
+            let Some(output) = item.get("output") else { return Err(item.missing("output")) };
+            let content = text::content(&item.path("output"), output)?;
+            let tool_call_id = Some(item.required_text("call_id")?.to_owned());
+            messages.push(Message { tool_call_id, ..Message::new(Role::Tool, content) });
+        }
+        Some("reasoning") => {}
         Some("item_reference") => {
-            Err(Error::unsupported("Responses are not stored here: send the item itself.")
-                .with_param(item.path("type")))
+            return Err(Error::unsupported("Responses are not stored here: send the item itself.")
+                .with_param(item.path("type")));
         }
-        Some("function_call" | "function_call_output" | "custom_tool_call" | "custom_tool_call_output") => {
-            Err(Error::unsupported("Tool calling is not available in this build.").with_param(item.path("type")))
+        Some("custom_tool_call" | "custom_tool_call_output") => {
+            return Err(
+                Error::unsupported("Custom tools are not available: offer functions.").with_param(item.path("type"))
+            );
         }
-        Some(_) => Err(item.wrong("type", "must be `message`: other items are not known")),
+        Some(_) => {
+            let known =
+                "must be `message`, `function_call`, `function_call_output` or `reasoning`: others are not known";
+            return Err(item.wrong("type", known));
+        }
     }
+    Ok(())
+}
+
+/// What the model has put out so far.
+struct Output {
+    request: String,
+    items: Vec<Item>,
+}
+
+enum Item {
+    Message { text: String },
+    Call(ToolCall),
+}
+
+impl Output {
+    fn new(request: RequestId) -> Self {
+        Self { request: request.simple(), items: Vec::new() }
+    }
+
+    /// The id of an item by its place.
+    fn id(&self, at: usize) -> String {
+        match self.items.get(at) {
+            Some(Item::Call(_)) => format!("fc_{}{at:02x}", self.request),
+            // The one message that most answers are has the request's own.
+            _ if at == 0 => format!("msg_{}", self.request),
+            _ => format!("msg_{}{at:02x}", self.request),
+        }
+    }
+
+    /// An item by its place, as it stands.
+    fn item(&self, at: usize, status: &str) -> Value {
+        let id = self.id(at);
+        match self.items.get(at) {
+            Some(Item::Call(call)) => json!({
+                "id": id,
+                "type": "function_call",
+                "status": status,
+                "call_id": call.id,
+                "name": call.name,
+                "arguments": call.arguments,
+            }),
+            Some(Item::Message { text }) if status != "in_progress" => message(id, status, json!([part(text)])),
+            _ => message(id, status, json!([])),
+        }
+    }
+}
+
+fn message(id: String, status: &str, content: Value) -> Value {
+    json!({ "id": id, "type": "message", "status": status, "role": "assistant", "content": content })
 }
 
 /// The response object through its life.
 struct ResponseObject {
     id: String,
-    item: String,
     created_at: u64,
     model: String,
     echoed: Map<String, Value>,
@@ -172,7 +252,6 @@ impl ResponseObject {
     fn new(id: RequestId, entry: &CatalogEntry, echoed: Map<String, Value>) -> Self {
         Self {
             id: format!("resp_{}", id.simple()),
-            item: format!("msg_{}", id.simple()),
             created_at: Millis::now().seconds(),
             model: entry.id.to_string(),
             echoed,
@@ -190,13 +269,10 @@ impl ResponseObject {
             "incomplete_details": null,
             "model": self.model,
             "output": output,
-            "parallel_tool_calls": true,
             "previous_response_id": null,
             "reasoning": { "effort": null, "summary": null },
             "store": false,
             "text": { "format": { "type": "text" } },
-            "tool_choice": "auto",
-            "tools": [],
             "truncation": "disabled",
             "usage": usage,
         });
@@ -211,7 +287,7 @@ impl ResponseObject {
     }
 
     /// The whole response. One cut off by `max_output_tokens` or the context window is `incomplete`.
-    fn ended(&self, text: &str, finish: FinishReason, usage: &Usage, neurons: Neurons) -> Value {
+    fn ended(&self, output: &Output, finish: FinishReason, usage: &Usage, neurons: Neurons) -> Value {
         let usage = json!({
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": { "cached_tokens": usage.cached_tokens },
@@ -220,16 +296,15 @@ impl ResponseObject {
             "total_tokens": usage.total_tokens(),
             "neurons": neurons.as_f64(),
         });
-        let status = status(finish);
-        let mut object = self.with(status, json!([self.message(status, json!([part(text)]))]), usage);
+        let last = output.items.len().saturating_sub(1);
+        // Whatever was cut off was cut off in the last item.
+        let items = (0..output.items.len())
+            .map(|at| output.item(at, if at == last { status(finish) } else { status(FinishReason::Stop) }));
+        let mut object = self.with(status(finish), items.collect(), usage);
         if finish == FinishReason::Length {
             object["incomplete_details"] = json!({ "reason": "max_output_tokens" });
         }
         object
-    }
-
-    fn message(&self, status: &str, content: Value) -> Value {
-        json!({ "id": self.item, "type": "message", "status": status, "role": "assistant", "content": content })
     }
 }
 
@@ -239,7 +314,7 @@ fn part(text: &str) -> Value {
 
 const fn status(finish: FinishReason) -> &'static str {
     match finish {
-        FinishReason::Stop => "completed",
+        FinishReason::Stop | FinishReason::ToolCalls => "completed",
         FinishReason::Length => "incomplete",
     }
 }
@@ -248,13 +323,13 @@ const fn status(finish: FinishReason) -> &'static str {
 struct ResponseStream {
     object: ResponseObject,
     sequence: u64,
-    text: String,
+    output: Output,
     finish: FinishReason,
 }
 
 impl ResponseStream {
-    fn new(object: ResponseObject) -> Self {
-        Self { object, sequence: 0, text: String::new(), finish: FinishReason::Stop }
+    fn new(object: ResponseObject, request: RequestId) -> Self {
+        Self { object, sequence: 0, output: Output::new(request), finish: FinishReason::Stop }
     }
 
     /// Sends one event; `fields` is an object.
@@ -264,6 +339,48 @@ impl ResponseStream {
         self.sequence += 1;
         out.json(Some(name), &fields);
     }
+
+    /// Sends one event about the newest item.
+    fn item_event(&mut self, name: &'static str, more: Value, out: &mut Encoder) {
+        let at = self.output.items.len().saturating_sub(1);
+        let mut fields = json!({ "item_id": self.output.id(at), "output_index": at });
+        for (key, value) in more.as_object().into_iter().flatten() {
+            fields[key] = value.clone();
+        }
+        self.event(name, fields, out);
+    }
+
+    /// Closes the newest item, if there is one, and begins another.
+    fn open(&mut self, item: Item, out: &mut Encoder) {
+        self.close("completed", out);
+        self.output.items.push(item);
+        let at = self.output.items.len() - 1;
+        let fields = json!({ "output_index": at, "item": self.output.item(at, "in_progress") });
+        self.event("response.output_item.added", fields, out);
+        if let Some(Item::Message { .. }) = self.output.items.last() {
+            self.item_event("response.content_part.added", json!({ "content_index": 0, "part": part("") }), out);
+        }
+    }
+
+    /// Says that the newest item is complete.
+    fn close(&mut self, status: &str, out: &mut Encoder) {
+        match self.output.items.last() {
+            None => return,
+            Some(Item::Message { text }) => {
+                let done = json!({ "content_index": 0, "text": text, "logprobs": [] });
+                let part = json!({ "content_index": 0, "part": part(text) });
+                self.item_event("response.output_text.done", done, out);
+                self.item_event("response.content_part.done", part, out);
+            }
+            Some(Item::Call(call)) => {
+                let done = json!({ "name": call.name, "arguments": call.arguments });
+                self.item_event("response.function_call_arguments.done", done, out);
+            }
+        }
+        let at = self.output.items.len() - 1;
+        let fields = json!({ "output_index": at, "item": self.output.item(at, status) });
+        self.event("response.output_item.done", fields, out);
+    }
 }
 
 impl Render for ResponseStream {
@@ -271,40 +388,49 @@ impl Render for ResponseStream {
         let response = self.object.in_progress();
         self.event("response.created", json!({ "response": response }), out);
         self.event("response.in_progress", json!({ "response": response }), out);
-        let item = self.object.message("in_progress", json!([]));
-        self.event("response.output_item.added", json!({ "output_index": 0, "item": item }), out);
-        let fields = json!({ "item_id": self.object.item, "output_index": 0, "content_index": 0, "part": part("") });
-        self.event("response.content_part.added", fields, out);
     }
 
     fn text(&mut self, _: u32, text: &str, _: &[TokenLogprob], out: &mut Encoder) {
         if text.is_empty() {
             return;
         }
-        self.text.push_str(text);
-        let item = &self.object.item;
-        let fields = json!({ "item_id": item, "output_index": 0, "content_index": 0, "delta": text, "logprobs": [] });
-        self.event("response.output_text.delta", fields, out);
+        if !matches!(self.output.items.last(), Some(Item::Message { .. })) {
+            self.open(Item::Message { text: String::new() }, out);
+        }
+        if let Some(Item::Message { text: whole }) = self.output.items.last_mut() {
+            whole.push_str(text);
+        }
+        let more = json!({ "content_index": 0, "delta": text, "logprobs": [] });
+        self.item_event("response.output_text.delta", more, out);
+    }
+
+    fn tool(&mut self, _: u32, _: u32, delta: &ToolDelta, out: &mut Encoder) {
+        match delta {
+            ToolDelta::Begin { id, name } => {
+                let call = ToolCall { id: id.clone(), name: name.clone(), arguments: String::new() };
+                self.open(Item::Call(call), out);
+            }
+            ToolDelta::Arguments(more) => {
+                if let Some(Item::Call(call)) = self.output.items.last_mut() {
+                    call.arguments.push_str(more);
+                }
+                self.item_event("response.function_call_arguments.delta", json!({ "delta": more }), out);
+            }
+        }
     }
 
     fn finish(&mut self, _: u32, reason: FinishReason, _: Option<&str>, out: &mut Encoder) {
         self.finish = reason;
-        let at = json!({ "item_id": self.object.item, "output_index": 0, "content_index": 0 });
-        let mut fields = at.clone();
-        fields["text"] = Value::from(self.text.as_str());
-        fields["logprobs"] = json!([]);
-        self.event("response.output_text.done", fields, out);
-        let mut fields = at;
-        fields["part"] = part(&self.text);
-        self.event("response.content_part.done", fields, out);
-        let item = self.object.message(status(reason), json!([part(&self.text)]));
-        self.event("response.output_item.done", json!({ "output_index": 0, "item": item }), out);
+        if self.output.items.is_empty() {
+            self.open(Item::Message { text: String::new() }, out);
+        }
+        self.close(status(reason), out);
     }
 
     fn done(&mut self, usage: &Usage, neurons: Neurons, out: &mut Encoder) {
-        let response = self.object.ended(&self.text, self.finish, usage, neurons);
+        let response = self.object.ended(&self.output, self.finish, usage, neurons);
         let name = match self.finish {
-            FinishReason::Stop => "response.completed",
+            FinishReason::Stop | FinishReason::ToolCalls => "response.completed",
             FinishReason::Length => "response.incomplete",
         };
         self.event(name, json!({ "response": response }), out);

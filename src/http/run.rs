@@ -10,19 +10,23 @@ use crate::config::{CatalogEntry, ResultShape};
 use crate::gateway::Answer;
 use crate::http::answer::{self, UsageJson};
 use crate::http::ask::Ask;
-use crate::http::chat::{self, ChatStream};
+use crate::http::chat::{self, CallDelta, ChatStream};
 use crate::http::fields::Fields;
 use crate::http::native::{Envelope, Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
-use crate::http::{Services, error};
+use crate::http::{Services, error, tools};
 use crate::net::sse::Encoder;
-use crate::task::{FinishReason, Message, Prompt, Role, TextInput, TokenLogprob, Usage};
+use crate::task::{FinishReason, Message, Prompt, Role, TextInput, TokenLogprob, ToolCall, ToolDelta, Usage};
 
 /// Most cost-attribution tags, and their longest.
 const MAX_TAGS: usize = 5;
 const MAX_TAG: usize = 50;
+
+/// Classic models whose results hold calls of tools in OpenAI's form, as Cloudflare's do.
+const OPENAI_CALLS: [&str; 2] =
+    ["@cf/meta/llama-4-scout-17b-16e-instruct", "@cf/mistralai/mistral-small-3.1-24b-instruct"];
 
 /// Runs the model named in the path.
 pub(super) async fn run(services: &Services, ask: &Ask, model: &str) -> Result<HttpResponse> {
@@ -68,7 +72,7 @@ pub(super) async fn infer(
     }
     let answer = delivery.collect().await?;
     match entry.shape {
-        ResultShape::Classic => wrap(ask.surface, &ClassicResult::new(&answer), answer.neurons),
+        ResultShape::Classic => wrap(ask.surface, &ClassicResult::new(&answer, &entry), answer.neurons),
         ResultShape::Chat => {
             let shape = chat::Shape::new(ask.id, &entry);
             wrap(ask.surface, &shape.completion(&answer), answer.neurons)
@@ -95,7 +99,11 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         logprobs: chat::logprobs(fields)?,
         echo: false,
         priority: text::priority(fields)?,
+        tools: tools::offered(fields)?,
     };
+    if input.tools.is_some() && !matches!(input.prompt, Prompt::Chat { .. }) {
+        return Err(fields.wrong("tools", "need the model's template: leave out `raw`"));
+    }
     if entry.shape == ResultShape::Classic {
         // The classic result has one `response` and no place for either.
         let elsewhere = |name| {
@@ -175,16 +183,32 @@ fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<H
 
 #[derive(Serialize)]
 struct ClassicResult<'a> {
-    response: &'a str,
-    tool_calls: [(); 0],
+    response: Option<&'a str>,
+    tool_calls: Vec<Value>,
     usage: UsageJson,
 }
 
 impl<'a> ClassicResult<'a> {
-    fn new(answer: &'a Answer) -> Self {
-        let response = answer.choices.first().map_or("", |choice| choice.text.as_str());
-        Self { response, tool_calls: [], usage: UsageJson::new(&answer.usage, answer.neurons) }
+    fn new(answer: &'a Answer, entry: &CatalogEntry) -> Self {
+        let (text, calls) = match answer.choices.first() {
+            Some(choice) => (choice.text.as_str(), choice.calls.as_slice()),
+            None => ("", &[][..]),
+        };
+        let tool_calls: Vec<_> = match OPENAI_CALLS.contains(&entry.id.as_str()) {
+            true => calls.iter().map(tools::function_call).collect(),
+            false => calls.iter().filter_map(classic_call).collect(),
+        };
+        Self {
+            response: Some(text).filter(|text| !text.is_empty() || tool_calls.is_empty()),
+            tool_calls,
+            usage: UsageJson::new(&answer.usage, answer.neurons),
+        }
     }
+}
+
+/// A call with its arguments as an object. One that was cut off has none that a caller could use, and is left out.
+fn classic_call(call: &ToolCall) -> Option<Value> {
+    Some(json!({ "name": call.name, "arguments": tools::object(call)? }))
 }
 
 /// Classic models' events: `{"response", "p"}`, then usage, then `[DONE]`.
@@ -193,11 +217,13 @@ struct NativeStream {
     padding: Padding,
     /// `tool_calls` rides on the first event only.
     first: bool,
+    /// The newest call.
+    call: Option<u32>,
 }
 
 impl NativeStream {
     fn new(id: RequestId) -> Self {
-        Self { id, padding: Padding::new(id), first: true }
+        Self { id, padding: Padding::new(id), first: true, call: None }
     }
 }
 
@@ -221,7 +247,24 @@ impl Render for NativeStream {
         out.json(None, &TextEvent { response: text, tool_calls, p: self.padding.next() });
     }
 
-    fn finish(&mut self, _: u32, _: FinishReason, _: Option<&str>, _: &mut Encoder) {}
+    fn tool(&mut self, _: u32, call: u32, delta: &ToolDelta, out: &mut Encoder) {
+        self.first = false;
+        self.call = Some(call);
+        let mut event = json!({});
+        if matches!(delta, ToolDelta::Begin { .. }) {
+            event["response"] = Value::Null;
+        }
+        event["tool_calls"] = json!([CallDelta::new(call, delta, None)]);
+        out.json(None, &event);
+    }
+
+    fn finish(&mut self, _: u32, reason: FinishReason, _: Option<&str>, out: &mut Encoder) {
+        // Streams of text end without a word on why.
+        let Some(index) = self.call else { return };
+        let function = json!({ "name": null, "arguments": "" });
+        let call = json!({ "id": null, "type": null, "index": index, "function": function });
+        out.json(None, &json!({ "tool_calls": [call], "finish_reason": reason.as_str() }));
+    }
 
     fn done(&mut self, usage: &Usage, neurons: Neurons, out: &mut Encoder) {
         out.json(None, &UsageEvent::new(UsageJson::new(usage, neurons)));
@@ -256,6 +299,8 @@ pub(super) fn schema(entry: &CatalogEntry) -> Value {
         "frequency_penalty": number(-2.0, 2.0, None),
         "presence_penalty": number(-2.0, 2.0, None),
         "stop": { "oneOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }] },
+        "tools": { "type": "array", "items": { "type": "object" } },
+        "tool_choice": { "oneOf": [{ "type": "string", "enum": ["auto", "none", "required"] }, { "type": "object" }] },
     });
     let with = |extra: Value| {
         let mut properties = Map::new();
@@ -279,7 +324,7 @@ pub(super) fn schema(entry: &CatalogEntry) -> Value {
     }));
     let output = match entry.shape {
         ResultShape::Classic => json!({ "type": "object", "properties": {
-            "response": { "type": "string" },
+            "response": { "type": ["string", "null"] },
             "tool_calls": { "type": "array" },
             "usage": { "type": "object" },
         }, "required": ["response"] }),

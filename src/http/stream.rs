@@ -21,7 +21,7 @@ use crate::base::{Error, Neurons};
 use crate::gateway::Delivery;
 use crate::http::answer;
 use crate::net::sse::Encoder;
-use crate::task::{Event, FinishReason, TokenLogprob, Usage};
+use crate::task::{Event, FinishReason, TokenLogprob, ToolDelta, Usage};
 
 /// A sign of life goes out when there has been nothing to say for this long.
 const PING: Duration = Duration::from_secs(15);
@@ -34,6 +34,8 @@ pub(super) trait Render: 'static {
     fn begin(&mut self, out: &mut Encoder);
     /// New text of a choice.
     fn text(&mut self, choice: u32, text: &str, logprobs: &[TokenLogprob], out: &mut Encoder);
+    /// New of a call of a tool: the newest call of a choice, counted from 0.
+    fn tool(&mut self, choice: u32, call: u32, delta: &ToolDelta, out: &mut Encoder);
     /// A choice is complete.
     fn finish(&mut self, choice: u32, reason: FinishReason, stop: Option<&str>, out: &mut Encoder);
     /// Everything is complete.
@@ -109,6 +111,9 @@ impl<R: Render> Body<R> {
             match event {
                 Event::Text { choice, text, logprobs, .. } => {
                     self.render.text(first_choice + choice, &text, &logprobs, &mut self.out);
+                }
+                Event::Tool { choice, call, delta } => {
+                    self.render.tool(first_choice + choice, call, &delta, &mut self.out);
                 }
                 Event::Finish { choice, reason, stop } => {
                     self.render.finish(first_choice + choice, reason, stop.as_deref(), &mut self.out);

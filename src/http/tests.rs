@@ -101,10 +101,11 @@ fn chat_messages_are_read_in_every_form_clients_send() {
         "user: ab",
     );
     check(
-        json!([{"role": "assistant", "content": null, "tool_calls": [{"id": "x"}]}, {"role": "tool", "content": "1", "tool_call_id": "x"}]),
+        json!([{"role": "assistant", "content": null, "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "content": "1", "tool_call_id": "x"}]),
         "assistant:  | tool: 1",
     );
-    check(json!([{"role": "assistant", "tool_calls": [{"id": "x"}]}]), "assistant: ");
+    check(json!([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}]), "assistant: ");
     check(json!([{"role": "user", "content": "hi", "unknown": {"x": 1}}]), "user: hi");
 }
 
@@ -120,6 +121,14 @@ fn what_is_wrong_with_a_chat_is_said_by_field() {
     bad(json!({"messages": [{"role": "king", "content": "x"}]}), "messages.0.role");
     bad(json!({"messages": [{"role": "user", "content": 5}]}), "messages.0.content");
     bad(json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}), "messages.0.content.0.text");
+    bad(json!({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}), "messages.0.tool_calls.0.name");
+    bad(json!({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}), "messages.0.tool_calls.0");
+    bad(
+        json!({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 1}}]}]}),
+        "messages.0.tool_calls.0.function.arguments",
+    );
+    bad(json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}), "tools.0.function.name");
+    bad(json!({"tool_choice": "required"}), "tool_choice");
     bad(json!({"temperature": "hot"}), "temperature");
     bad(json!({"temperature": -0.1}), "temperature");
     bad(json!({"top_p": 1.5}), "top_p");
@@ -141,8 +150,7 @@ fn what_is_wrong_with_a_chat_is_said_by_field() {
 fn what_is_not_built_is_refused_and_what_is_off_is_not() {
     for wire in [Wire::Chat, Wire::Run] {
         let refused = |more: Value, param: &str| refuses(wire, with(hello(), more), Kind::Unsupported, param);
-        refused(json!({"tools": [{"type": "function"}]}), "tools");
-        refused(json!({"tool_choice": "required"}), "tool_choice");
+        refused(json!({"tools": [{"type": "web_search"}]}), "tools.0.type");
         refused(json!({"functions": [{"name": "f", "code": "x"}]}), "functions");
         refused(json!({"response_format": {"type": "json_object"}}), "response_format");
         refused(json!({"lora": "mine"}), "lora");
@@ -166,6 +174,7 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
         "text.format",
     );
     refuses(Wire::Completions, json!({"prompt": "x", "suffix": "y"}), Kind::Unsupported, "suffix");
+    refuses(Wire::Completions, json!({"prompt": "x", "tools": [{"name": "f"}]}), Kind::Unsupported, "tools");
     refuses(Wire::Completions, json!({"prompt": "x", "best_of": 3}), Kind::Unsupported, "best_of");
 }
 
@@ -259,6 +268,8 @@ fn native_inputs_are_exactly_one_of_prompt_and_messages() {
     refuses(Wire::Run, json!({"prompt": "x", "top_k": 51}), Kind::BadInput, "top_k");
     refuses(Wire::Run, json!({"prompt": "x", "seed": 0}), Kind::BadInput, "seed");
     refuses(Wire::Run, json!({"prompt": "x", "n": 2}), Kind::Unsupported, "n");
+    refuses(Wire::Run, json!({"prompt": "x", "raw": true, "tools": [{"name": "f"}]}), Kind::BadInput, "tools");
+    assert!(read(Wire::Run, &json!({"prompt": "x", "tools": [{"name": "f"}]})).unwrap()[0].tools.is_some());
     let input = read(Wire::Run, &json!({"prompt": "x", "top_p": 1.7, "repetition_penalty": 0})).unwrap().remove(0);
     assert_eq!((input.sampling.top_p, input.sampling.repetition_penalty, input.sampling.temperature), (1.0, 1.0, 0.6));
 }
@@ -276,7 +287,25 @@ fn responses_take_a_string_or_items() {
     refuses(Wire::Responses, json!({}), Kind::BadInput, "input");
     refuses(Wire::Responses, json!({"input": []}), Kind::BadInput, "input");
     refuses(Wire::Responses, json!({"input": [{"type": "reasoning"}]}), Kind::BadInput, "input");
-    refuses(Wire::Responses, json!({"input": [{"type": "function_call_output"}]}), Kind::Unsupported, "input.0.type");
+    let called = json!([
+        {"role": "user", "content": "a"},
+        {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "y", "name": "g", "arguments": "{\"n\": 1}"},
+        {"type": "function_call_output", "call_id": "y", "output": "two"},
+        {"type": "function_call_output", "call_id": "x", "output": [{"type": "input_text", "text": "one"}]},
+    ]);
+    reads(Wire::Responses, json!({ "input": called }), &["user: a | assistant:  | tool: two | tool: one"]);
+    let input = read(Wire::Responses, &json!({ "input": called })).unwrap().remove(0);
+    let Prompt::Chat { messages, .. } = &input.prompt else { panic!("a chat") };
+    assert_eq!(messages[1].tool_calls.as_ref().unwrap().as_array().unwrap().len(), 2, "calls in a row are one turn");
+    assert_eq!(messages[2].name.as_deref(), Some("g"));
+    refuses(
+        Wire::Responses,
+        json!({"input": [{"type": "function_call_output", "output": ""}]}),
+        Kind::BadInput,
+        "input.0.call_id",
+    );
+    refuses(Wire::Responses, json!({"input": [{"type": "custom_tool_call"}]}), Kind::Unsupported, "input.0.type");
     refuses(
         Wire::Responses,
         json!({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::config::CatalogEntry;
 use crate::http::fields::{Fields, integer, mismatch, number};
+use crate::http::tools;
 use crate::task::{Dry, Message, Role, Sampling};
 
 /// Most answers to one prompt.
@@ -182,21 +183,16 @@ pub(super) fn messages(fields: &Fields) -> Result<Vec<Message>> {
         return Err(fields.wrong("messages", "must hold at least one message"));
     }
     let path = fields.path("messages");
-    values.iter().enumerate().map(|(i, value)| message(&Fields::at(value, format!("{path}.{i}"))?)).collect()
+    let messages = values.iter().enumerate().map(|(i, value)| message(&Fields::at(value, format!("{path}.{i}"))?));
+    let mut messages = messages.collect::<Result<Vec<_>>>()?;
+    tools::link(&mut messages);
+    Ok(messages)
 }
 
 /// One turn in OpenAI's shape.
 fn message(fields: &Fields) -> Result<Message> {
     let role = role(fields)?;
-    let tool_calls = match fields.array("tool_calls")? {
-        Some([]) | None => None,
-        Some(calls) => {
-            if let Some(bad) = calls.iter().find(|call| !call.is_object()) {
-                return Err(mismatch(&fields.path("tool_calls"), "an array of objects", bad));
-            }
-            Some(Value::Array(calls.to_vec()))
-        }
-    };
+    let tool_calls = tools::calls(fields)?;
     let content = match fields.get("content") {
         // An assistant turn that only calls tools has none; `null` is empty in OpenAI's contract.
         None if fields.entries().any(|(name, _)| name == "content") || tool_calls.is_some() => String::new(),
@@ -260,19 +256,9 @@ pub(super) fn template_kwargs(fields: &Fields) -> Result<Map<String, Value>> {
 
 /// What no model here does yet, by the names it has in requests on every surface.
 pub(super) fn refuse_what_is_not_built(fields: &Fields) -> Result<()> {
-    fields.refuse("tools", "Tool calling is not available in this build: leave out `tools`.")?;
-    fields.refuse("functions", "Function calling is not available in this build: leave out `functions`.")?;
     fields.refuse("guided_json", "JSON mode is not available in this build: leave out `guided_json`.")?;
     fields.refuse("lora", "LoRA adapters are not available in this build: leave out `lora`.")?;
     fields.refuse("image", "This model reads text only: leave out `image`.")?;
-    match fields.get("tool_choice") {
-        None => {}
-        Some(Value::String(choice)) if choice == "none" || choice == "auto" => {}
-        Some(_) => {
-            let message = "Tool calling is not available in this build: leave out `tool_choice`.";
-            return Err(Error::unsupported(message).with_param(fields.path("tool_choice")));
-        }
-    }
     response_format(fields, "response_format")
 }
 

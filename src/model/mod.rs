@@ -10,6 +10,7 @@ pub mod spec;
 pub mod template;
 pub mod text;
 pub mod tokenizer;
+pub mod tools;
 pub mod weights;
 
 mod batch;

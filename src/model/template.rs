@@ -62,6 +62,22 @@ impl ChatTemplate {
         })
     }
 
+    /// The source of the template that a model keeps for conversations with tools, if it has a second one: GGUF metadata
+    /// or the one called `tool_use` in `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// `ModelUnavailable` when a file cannot be read.
+    pub fn source_for_tools(files: &ModelFiles) -> Result<Option<String>> {
+        let folder = match files {
+            ModelFiles::Gguf(gguf) => return Ok(gguf.str("tokenizer.chat_template.tool_use")?.map(str::to_owned)),
+            ModelFiles::Folder { path, .. } => path,
+        };
+        let settings = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+        let named = settings["chat_template"].as_array().map_or(&[][..], Vec::as_slice);
+        let found = named.iter().find(|entry| entry["name"] == "tool_use");
+        Ok(found.and_then(|entry| entry["template"].as_str()).map(str::to_owned))
+    }
+
     /// Compiles a template. `names` are texts that it may use: `bos_token`, `eos_token` …
     ///
     /// # Errors
@@ -395,7 +411,13 @@ mod tests {
         check(&[], None);
         check(&[settings(json!("a"))], Some("a"));
         let named = json!([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]);
-        check(&[settings(named)], Some("d"));
+        check(&[settings(named.clone())], Some("d"));
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+        let for_tools = || ChatTemplate::source_for_tools(&ModelFiles::open(folder.path()).unwrap()).unwrap();
+        assert_eq!(for_tools(), None);
+        std::fs::write(folder.path().join("tokenizer_config.json"), settings(named).1).unwrap();
+        assert_eq!(for_tools().as_deref(), Some("t"));
         check(&[settings(json!("a")), ("chat_template.jinja", "b".to_owned())], Some("b"));
     }
 }

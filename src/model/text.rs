@@ -11,13 +11,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
+
 use crate::base::{Error, Kind, Result};
 use crate::model::Vocabulary;
 use crate::model::files::ModelFiles;
 use crate::model::spec::DecoderSpec;
 use crate::model::template::ChatTemplate;
 use crate::model::tokenizer::Tokenizer;
-use crate::task::Prompt;
+use crate::model::tools::ToolFormat;
+use crate::task::{Message, Prompt, TextInput, Tools};
 
 /// Tokenizer, template and limits of one model.
 pub struct TextModel {
@@ -28,13 +31,42 @@ pub struct TextModel {
     tokens: u32,
     /// A text of more bytes cannot fit into the context, however well it is tokenised.
     longest_text: usize,
+    /// As `vocabulary`, with markers of tool calls printed that are control tokens; if there are such.
+    with_markers: Option<Arc<Vocabulary>>,
 }
 
 enum Template {
-    Ready(ChatTemplate),
+    Ready(Box<Chat>),
     /// The model has one that cannot be used; raw prompts still work.
     Broken(Error),
     None,
+}
+
+/// How the model talks.
+struct Chat {
+    template: ChatTemplate,
+    /// What conversations with tools are rendered with, where a model has a template of its own for them.
+    for_tools: Option<ChatTemplate>,
+    format: ToolFormat,
+}
+
+impl Template {
+    fn ready(template: ChatTemplate, for_tools: Option<ChatTemplate>, tokenizer: &Tokenizer) -> Self {
+        let format = ToolFormat::of(for_tools.as_ref().unwrap_or(&template), |text| tokenizer.control(text));
+        Self::Ready(Box::new(Chat { template, for_tools, format }))
+    }
+}
+
+impl Chat {
+    fn render(&self, messages: &[Message], variables: &Map<String, Value>, tools: Option<&Tools>) -> Result<String> {
+        let (messages, shown) = self.format.conversation(messages, tools);
+        let with_tools = shown.is_some() || messages.iter().any(|message| message.tool_calls.is_some());
+        let template = self.for_tools.as_ref().filter(|_| with_tools).unwrap_or(&self.template);
+        let Some(shown) = shown else { return template.render(&messages, variables) };
+        let mut variables = variables.clone();
+        variables.insert("tools".to_owned(), shown);
+        template.render(&messages, &variables)
+    }
 }
 
 impl TextModel {
@@ -55,16 +87,27 @@ impl TextModel {
         let tokenizer = Tokenizer::read(files)?;
         let template = match ChatTemplate::source(files)? {
             Some(source) => match ChatTemplate::compile(&source, tokenizer.names()) {
-                Ok(template) => Template::Ready(template),
+                Ok(template) => {
+                    // One that cannot be compiled is left out: the model can do without.
+                    let for_tools = ChatTemplate::source_for_tools(files)?;
+                    let for_tools = for_tools.map(|source| ChatTemplate::compile(&source, tokenizer.names()));
+                    Template::ready(template, for_tools.and_then(Result::ok), &tokenizer)
+                }
                 Err(error) => {
                     tracing::warn!(model = %files.path().display(), %error, "this model can only be used with raw prompts");
                     Template::Broken(error)
                 }
             },
             None if tokenizer.control("<|im_start|>").and(tokenizer.control("<|im_end|>")).is_some() => {
-                Template::Ready(ChatTemplate::chatml()?)
+                Template::ready(ChatTemplate::chatml()?, None, &tokenizer)
             }
             None => Template::None,
+        };
+        let with_markers = match &template {
+            Template::Ready(chat) if !chat.format.markers().is_empty() => {
+                Some(Arc::new(tokenizer.vocabulary().printing(chat.format.markers())))
+            }
+            _ => None,
         };
         let vocabulary = tokenizer.vocabulary();
         let longest_piece = (0..vocabulary.len() as u32).map(|token| vocabulary.piece(token).len()).max();
@@ -76,6 +119,7 @@ impl TextModel {
             context: spec.context,
             tokenizer,
             template,
+            with_markers,
         })
     }
 
@@ -84,12 +128,14 @@ impl TextModel {
     /// # Errors
     /// None in practice: the built-in template compiles.
     pub fn bytes(vocabulary: Arc<Vocabulary>, context: u32) -> Result<Self> {
+        let tokenizer = Tokenizer::bytes(vocabulary);
         Ok(Self {
             tokens: 256,
             longest_text: context as usize,
             context,
-            tokenizer: Tokenizer::bytes(vocabulary),
-            template: Template::Ready(ChatTemplate::chatml()?),
+            template: Template::ready(ChatTemplate::chatml()?, None, &tokenizer),
+            tokenizer,
+            with_markers: None,
         })
     }
 
@@ -106,6 +152,19 @@ impl TextModel {
     /// Whether the model takes conversations. Without a template it takes raw text and tokens only.
     pub fn has_template(&self) -> bool {
         matches!(self.template, Template::Ready(_))
+    }
+
+    /// How the model is told of tools and how it calls them; a model without a template does not.
+    pub fn tool_format(&self) -> Option<&ToolFormat> {
+        match &self.template {
+            Template::Ready(chat) => Some(&chat.format),
+            Template::Broken(_) | Template::None => None,
+        }
+    }
+
+    /// What tokens print in an answer that may hold calls of tools, if it is not what they print elsewhere.
+    pub fn vocabulary_with_markers(&self) -> Option<&Arc<Vocabulary>> {
+        self.with_markers.as_ref()
     }
 
     /// Text to tokens. With `special`, the text of control tokens (`<|im_end|>`) becomes those tokens. No beginning
@@ -127,10 +186,22 @@ impl TextModel {
     /// `BadInput` when the model takes no conversations, when its template refuses this one, when the prompt is empty,
     /// or when a token id is outside the vocabulary; `ContextLength` for texts that cannot fit in any case.
     pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        self.tokens_of(prompt, None)
+    }
+
+    /// As [`TextModel::prompt_tokens`], with the tools that the model is offered.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn input_tokens(&self, input: &TextInput) -> Result<Vec<u32>> {
+        self.tokens_of(&input.prompt, input.tools.as_deref())
+    }
+
+    fn tokens_of(&self, prompt: &Prompt, tools: Option<&Tools>) -> Result<Vec<u32>> {
         let tokens = match prompt {
             Prompt::Chat { messages, template_kwargs } => {
-                let template = match &self.template {
-                    Template::Ready(template) => template,
+                let chat = match &self.template {
+                    Template::Ready(chat) => chat,
                     Template::Broken(error) => return Err(error.clone()),
                     Template::None => {
                         return Err(Error::bad_field(
@@ -139,7 +210,7 @@ impl TextModel {
                         ));
                     }
                 };
-                self.text_tokens(&template.render(messages, template_kwargs)?)?
+                self.text_tokens(&chat.render(messages, template_kwargs, tools)?)?
             }
             Prompt::Raw(text) => self.text_tokens(text)?,
             Prompt::Tokens(tokens) => {
@@ -195,12 +266,12 @@ impl TextModel {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Map, json};
+    use serde_json::json;
 
     use super::*;
     use crate::kernel::Dtype;
     use crate::model::tests_support::{GgufFile, demo_model};
-    use crate::task::{Message, Role};
+    use crate::task::Role;
 
     const TOKENS: [&str; 12] =
         ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "Ċ", "user", "assistant", "u", "s"];

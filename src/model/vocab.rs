@@ -26,6 +26,15 @@ impl Vocabulary {
         vocabulary
     }
 
+    /// The same with other texts for some tokens: control tokens that an answer has to show.
+    pub fn printing(&self, texts: &[(&str, u32)]) -> Self {
+        let piece = |token: u32| match texts.iter().find(|&&(_, shown)| shown == token) {
+            Some((text, _)) => text.as_bytes(),
+            None => self.piece(token),
+        };
+        Self::new((0..self.len() as u32).map(piece), self.end_tokens.clone())
+    }
+
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.ends.len()
@@ -131,6 +140,15 @@ mod tests {
     #[test]
     fn a_character_spread_over_tokens_is_held_until_whole() {
         assert_eq!(text(&[b"a\xf0\x9f", b"\x98", b"\x80b"]), ["a", "", "😀b", ""]);
+    }
+
+    #[test]
+    fn a_control_token_prints_where_it_is_asked_to() {
+        let plain = Vocabulary::new([b"a".as_slice(), b"", b"", b"b"], vec![2]);
+        let shown = plain.printing(&[("<call>", 1)]);
+        let pieces: Vec<&[u8]> = (0..5).map(|token| shown.piece(token)).collect();
+        assert_eq!(pieces, [b"a".as_slice(), b"<call>", b"", b"b", b""]);
+        assert_eq!((shown.len(), shown.end_tokens(), plain.piece(1)), (4, plain.end_tokens(), b"".as_slice()));
     }
 
     #[test]

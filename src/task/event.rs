@@ -1,12 +1,13 @@
 //! What an engine or an upstream tells the gateway while it works on a call.
 //!
-//!     Text* Finish (once a choice) … Done | Failed
+//!     (Text | Tool)* Finish (once a choice) … Done | Failed
 //!
 //! A stream ends with exactly one `Done` or `Failed`; a channel that closes without either means the engine died.
 
 use serde::{Deserialize, Serialize};
 
 use crate::base::Error;
+use crate::task::ToolDelta;
 
 /// One step of an answer.
 #[derive(Clone, Debug)]
@@ -21,6 +22,15 @@ pub enum Event {
         logprobs: Vec<TokenLogprob>,
         /// What the call has used so far, over all choices: what is billed if the client leaves now.
         usage: Usage,
+    },
+    /// More of a tool call. Made by the gateway out of text; engines send none.
+    Tool {
+        /// Which choice, from 0.
+        choice: u32,
+        /// Which call of this choice, from 0. A call is complete when the next one, a text or the finish follows.
+        call: u32,
+        /// What is new.
+        delta: ToolDelta,
     },
     /// A choice is complete.
     Finish {
@@ -45,6 +55,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context window.
     Length,
+    /// The model ended with calls of tools; engines say `Stop`.
+    ToolCalls,
 }
 
 impl FinishReason {
@@ -53,6 +65,7 @@ impl FinishReason {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
+            Self::ToolCalls => "tool_calls",
         }
     }
 }

@@ -2,9 +2,11 @@
 
 mod event;
 mod text;
+mod tools;
 
 pub use event::{Event, FinishReason, TokenLogprob, Usage};
 pub use text::{Dry, Message, Prompt, Role, Sampling, TextInput};
+pub use tools::{Tool, ToolCall, ToolChoice, ToolDelta, Tools};
 
 use serde::{Deserialize, Serialize};
 

@@ -1,7 +1,11 @@
 //! Text generation: what a caller asks for after parsing, before the model's own template and tokenizer see it.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde_json::{Map, Value};
+
+use crate::task::Tools;
 
 /// One text-generation call, whatever surface it came through. Ranges are checked where it is parsed; whoever holds one
 /// may rely on them.
@@ -23,6 +27,15 @@ pub struct TextInput {
     pub echo: bool,
     /// Higher is served first, -100 to 100; 0 is normal. The account may not be allowed as much.
     pub priority: i8,
+    /// Functions the model may ask for; with [`Prompt::Chat`] only.
+    pub tools: Option<Arc<Tools>>,
+}
+
+impl TextInput {
+    /// The tools that the model sees and whose calls its answer may hold.
+    pub fn shown_tools(&self) -> Option<&Arc<Tools>> {
+        self.tools.as_ref().filter(|tools| tools.are_shown())
+    }
 }
 
 /// What the model reads, in the form the caller chose.

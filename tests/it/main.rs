@@ -9,3 +9,4 @@ mod harness;
 mod limits;
 mod openai;
 mod scheduling;
+mod tools;

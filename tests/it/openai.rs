@@ -43,10 +43,10 @@ async fn what_is_not_available_says_so_in_openais_shape() {
     .await;
     check(
         "/v1/chat/completions",
-        json!({"model": CLASSIC, "messages": hi, "tools": [{"type": "function"}]}),
+        json!({"model": CLASSIC, "messages": hi, "tools": [{"type": "web_search"}]}),
         400,
         json!("unsupported"),
-        "Tool calling",
+        "offer functions",
     )
     .await;
     check(

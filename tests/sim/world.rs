@@ -203,6 +203,7 @@ impl Request {
             adapter: self.adapter.map(|name| Arc::new(Adapter::hollow(name))),
             deadline: now + self.deadline.unwrap_or(Duration::from_secs(1_000_000)),
             received: now,
+            vocabulary: None,
             events,
         };
         (submit, receiver)
@@ -287,6 +288,7 @@ impl Answer {
             }
             Event::Done(usage) => self.done = Some(usage),
             Event::Failed(error) => self.failed = Some(error.kind()),
+            Event::Tool { .. } => panic!("an engine knows no tools"),
         }
         Ok(())
     }
