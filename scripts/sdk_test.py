@@ -226,9 +226,8 @@ def unicode_survives(server: Server) -> None:
     assert text and "\ufffd" not in text, text
 
 
-def tools_are_refused_clearly(server: Server) -> None:
-    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-    refused(lambda: server.chat(tools=[tool]), openai.BadRequestError, "tool")
+def tools_of_other_kinds_are_refused_clearly(server: Server) -> None:
+    refused(lambda: server.chat(tools=[{"type": "web_search"}]), openai.BadRequestError, "tool")
 
 
 def embeddings_are_refused_clearly(server: Server) -> None:
@@ -331,7 +330,7 @@ CHECKS = [
     a_conversation_is_remembered,
     the_cache_is_seen_in_the_usage,
     unicode_survives,
-    tools_are_refused_clearly,
+    tools_of_other_kinds_are_refused_clearly,
     embeddings_are_refused_clearly,
     mistakes_name_the_field,
     a_client_that_leaves_frees_its_place,

@@ -175,7 +175,18 @@ impl Delivery {
             Event::Tool { .. } | Event::Finish { .. } => {}
         }
         match &mut self.calls {
-            Some(calls) => calls.read(event, &mut self.held),
+            Some(calls) => {
+                let known = self.held.len();
+                calls.read(event, &mut self.held);
+                let begins = |event: &&Event| matches!(event, Event::Tool { delta: ToolDelta::Begin { .. }, .. });
+                match self.held.range(known..).filter(begins).count() as u64 {
+                    0 => {}
+                    begun => {
+                        let model = self.close.entry.id.as_str();
+                        self.close.metrics.tool_calls.with_label_values(&[model]).inc_by(begun);
+                    }
+                }
+            }
             None => self.held.push_back(event),
         }
     }

@@ -42,6 +42,8 @@ pub struct Metrics {
     pub errors: IntCounterVec,
     /// Answers cut off because the client went away, by model.
     pub cancelled: IntCounterVec,
+    /// Calls of tools that answers have begun, by model.
+    pub tool_calls: IntCounterVec,
 
     /// Whether a model is loaded and takes requests, by model and device.
     pub model_ready: IntGaugeVec,
@@ -174,6 +176,7 @@ impl Metrics {
                 "Answers cut off because the client went away.",
                 &["model"],
             ),
+            tool_calls: r.counters("neurond_tool_calls_total", "Calls of tools that answers have begun.", &["model"]),
             model_ready: r.gauges("neurond_model_ready", "1 while a model is loaded and takes requests.", by_engine),
             swaps: r.counters("neurond_swaps_total", "Hot-swaps by outcome.", &["outcome"]),
             reloads: r.counters("neurond_config_reloads_total", "Configuration reloads by outcome.", &["outcome"]),

@@ -84,6 +84,7 @@ async fn a_call_comes_out_of_a_chat_whole_and_in_pieces() {
     let pieces = chunks.iter().filter(|chunk| chunk.pointer("/choices/0/delta/tool_calls").is_some()).count();
     assert!(pieces > 10, "arguments come as they are written, not all at once: {pieces}");
     assert_eq!(chunks.last().unwrap()["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
+    assert_eq!(daemon.metric(&format!(r#"neurond_tool_calls_total{{model="{CLASSIC}"}}"#)), 4.0);
 }
 
 #[tokio::test]
@@ -187,7 +188,11 @@ async fn classic_models_answer_with_arguments_as_objects() {
         let own: Vec<Value> = chunks.iter().filter(|chunk| chunk["tool_calls"][0]["index"] == call).cloned().collect();
         assert_eq!(joined(&own, "/tool_calls/0/function/arguments"), ARGUMENTS);
     }
-    assert!(chunks[1..chunks.len() - 1].iter().all(|chunk| chunk.get("response").is_none()), "{chunks:?}");
+    let begins = |chunk: &Value| chunk["tool_calls"][0]["id"].is_string();
+    assert!(
+        chunks[..chunks.len() - 1].iter().all(|chunk| chunk.get("response").is_some() == begins(chunk)),
+        "{chunks:?}"
+    );
 
     let text = saying("Sunny.");
     let answer = text.post(&format!("{RUN}/{CLASSIC}"), ask(json!({}))).await.json();
