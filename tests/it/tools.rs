@@ -203,19 +203,19 @@ async fn classic_models_answer_with_arguments_as_objects() {
 async fn chat_schema_models_answer_in_openais_shape_through_the_binding_too() {
     let daemon = saying(CALL);
     let native = daemon.post(&format!("{RUN}/{CHATTY}"), ask(json!({}))).await.json();
-    let expected = json!({"type": "function", "function": {"name": "get_weather", "arguments": ARGUMENTS}});
+    let expected = [json!({"type": "function", "function": {"name": "get_weather", "arguments": ARGUMENTS}})];
     let calls = |answer: &Value| without_ids(answer["choices"][0]["message"]["tool_calls"].as_array().unwrap());
-    assert_eq!(calls(&native["result"]), [expected.clone()]);
+    assert_eq!(calls(&native["result"]), expected);
     let chunks = daemon.post(&format!("{RUN}/{CHATTY}"), ask(json!({"stream": true}))).await.chunks();
     let (last, rest) = chunks.split_last().unwrap();
-    assert_eq!(without_ids(&assembled(rest, 0).1), [expected.clone()]);
+    assert_eq!(without_ids(&assembled(rest, 0).1), expected);
     assert!(last["usage"]["neurons"].as_f64().unwrap() > 0.0);
     let bind = async |model: &str| {
         let request = reqwest::Client::new().post(format!("http://{}/run?version=3", daemon.binding));
         let body = json!({"inputs": ask(json!({})), "options": {}});
         Answer::of(request.header("cf-consn-model-id", model).json(&body)).await.json()
     };
-    assert_eq!(calls(&bind(CHATTY).await), [expected]);
+    assert_eq!(calls(&bind(CHATTY).await), expected);
     assert_eq!(bind(CLASSIC).await["tool_calls"][0]["arguments"]["city"], "Oslo");
 }
 
