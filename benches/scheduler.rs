@@ -30,6 +30,7 @@ fn plan(c: &mut Criterion) {
         max_queue: 1024,
         prefix_cache: true,
         prefill_stretch: 1.7,
+        spill_slots: 0,
     };
     let mut scheduler = Scheduler::new(limits, BLOCKS, 16);
     let accounts: Vec<AccountId> = (0..16).map(|at| AccountId::new(format!("account-{at}"))).collect();
@@ -78,6 +79,7 @@ fn lane(c: &mut Criterion) {
         max_queue: 1024,
         prefix_cache: true,
         prefill_stretch: 1.7,
+        spill: None,
         metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
     });
     let mut receivers = Vec::new();

@@ -359,6 +359,32 @@ fn check_chunks(model: &Path, tokens: &[u32], precision: Precision, kv: KvType, 
     }
 }
 
+/// Blocks that left the pool and came back elsewhere hold what they held: the next logits have the same bits.
+fn check_moved(model: &Path, tokens: &[u32], precision: Precision, kv: KvType) {
+    let tokens = &tokens[..tokens.len().min(ROWS)];
+    let last = tokens.len() - 1;
+    let mut rig = Rig::new(model, precision, kv, 16, 2 * (tokens.len() + 16));
+    let mut sequence = rig.begin(tokens);
+    let mut step = |rig: &mut Rig, sequence: &mut Sequence, count: usize| {
+        let mut batch = Batch::default();
+        rig.plan(&mut batch, sequence, count, &[last]);
+        rig.decoder.forward(&batch).expect("a step").0.to_vec()
+    };
+    step(&mut rig, &mut sequence, last);
+    let mut moved = Sequence { tokens: tokens.to_vec(), computed: last, table: Vec::new() };
+    let mut block = vec![0; rig.decoder.block_bytes()];
+    for &from in &sequence.table {
+        let to = rig.free.pop().expect("room for both");
+        rig.decoder.export(from, &mut block);
+        rig.decoder.import(to, &block);
+        moved.table.push(to);
+    }
+    let expected = step(&mut rig, &mut sequence, 1);
+    let found = step(&mut rig, &mut moved, 1);
+    let off = distance(&[found], &[expected]);
+    assert!(off == 0.0, "{precision:?}: off by {off} after a move");
+}
+
 /// The largest difference of two lists of rows.
 fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len());
@@ -444,6 +470,7 @@ fn tiny_models_answer_alike_alone_batched_chunked_and_in_any_block_size() {
         for (precision, kv) in [(Precision::Plain, KvType::F32), (Precision::Fast, KvType::F16)] {
             check_batch(&model, &golden, precision, kv, usize::MAX);
             check_chunks(&model, &longest, precision, kv, &[1, 7, 40, 300]);
+            check_moved(&model, &longest, precision, kv);
         }
     }
 }
@@ -470,6 +497,7 @@ fn a_real_model_does_not_mind_how_a_prompt_is_cut() {
     let lengths = golden.prompts.iter().filter(|case| case.tokens.len() <= ROWS);
     let case = lengths.max_by_key(|case| case.tokens.len()).expect("a prompt");
     check_chunks(&model, &case.tokens, Precision::Fast, KvType::F16, &[7, 40, 300]);
+    check_moved(&model, &case.tokens, Precision::Fast, KvType::F16);
     check_chunks(&model, &case.tokens, Precision::Plain, KvType::F32, &[40, 300]);
 }
 

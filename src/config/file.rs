@@ -246,6 +246,16 @@ pub struct ModelSection {
     /// Example: `"512MiB"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<ByteSize>,
+    /// Bytes for KV that had to leave the pool, a number or text such as `"8GiB"`: prefixes that come back are copied from there
+    /// instead of being computed again. Memory or disk is only taken as it fills. Left out: what leaves the pool is forgotten.
+    /// Example: `"8GiB"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_bytes: Option<ByteSize>,
+    /// Folder of the file that holds those bytes. The file has no name while it is used and is gone with the process: nothing
+    /// is left behind, and nothing is ever read that another process wrote. Left out: they are kept in memory.
+    /// Example: `"/var/cache/neurond"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill_folder: Option<PathBuf>,
     /// Longest sequence served, prompt and answer, in tokens.
     /// Left out: what the catalog says, or the model file if that is less.
     /// Example: `4096`
@@ -262,7 +272,7 @@ impl ModelSection {
     /// A block that says nothing but this.
     pub(super) fn new(id: String, path: PathBuf, entry: Option<Block>) -> Self {
         let (precision, kv) = Default::default();
-        Self { id, path, precision, kv, kv_bytes: None, context: None, entry }
+        Self { id, path, precision, kv, kv_bytes: None, spill_bytes: None, spill_folder: None, context: None, entry }
     }
 }
 

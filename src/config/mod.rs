@@ -207,10 +207,21 @@ pub struct Model {
     pub kv: KvType,
     /// Bytes of KV pool.
     pub kv_bytes: usize,
+    /// Where KV goes that the pool has no room for.
+    pub spill: Option<Spill>,
     /// Longest sequence, prompt and answer, as catalog and operator allow it; the model file may allow less.
     pub context: u32,
     /// When the file (of a folder: its newest file) was last written, so that a reload notices new weights under an old name.
     pub modified: Option<Millis>,
+}
+
+/// Room for KV blocks that had to leave the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spill {
+    /// How much.
+    pub bytes: usize,
+    /// Where its file lives; `None`: in memory.
+    pub folder: Option<PathBuf>,
 }
 
 /// The settings of a device without weights, for tests and load work: a path `sim` or `sim:key=value,…`, unless there is

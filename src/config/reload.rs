@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::AccountId;
 
-use super::{Account, Auth, Config, Engine, Log, Model, Server};
+use super::{Account, Auth, Config, Engine, Log, Model, Server, Spill};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -160,11 +160,18 @@ impl Changes {
                 self.note(key, Some(&model.path), None::<String>, Effect::Swap);
                 continue;
             };
-            let Model { id: _, path, precision, kv, kv_bytes, context, modified } = other;
+            let Model { id: _, path, precision, kv, kv_bytes, spill, context, modified } = other;
             self.note(format!("{key}: path"), &model.path, path, Effect::Swap);
             self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
             self.note(format!("{key}: kv"), word(model.kv), word(*kv), Effect::Swap);
             self.note(format!("{key}: kv_bytes"), model.kv_bytes, *kv_bytes, Effect::Swap);
+            let room = |spill: &Option<Spill>| {
+                spill.as_ref().map(|Spill { bytes, folder }| match folder {
+                    Some(folder) => format!("{bytes} in {}", folder.display()),
+                    None => bytes.to_string(),
+                })
+            };
+            self.note(format!("{key}: spill_bytes"), room(&model.spill), room(spill), Effect::Swap);
             self.note(format!("{key}: context"), Some(model.context), Some(*context), Effect::Swap);
             if model.path == *path && model.modified != *modified {
                 self.note(format!("{key}: weights"), "as loaded", "written anew", Effect::Swap);
@@ -260,6 +267,7 @@ mod tests {
             precision: Precision::Fast,
             kv: KvType::F16,
             kv_bytes: 1 << 20,
+            spill: None,
             context: 8192,
             modified: Some(Millis(1)),
         }

@@ -16,7 +16,7 @@ use super::file::{AccountSection, EngineSection, File, LogSection, ModelSection,
 use super::machine::Surroundings;
 use super::simulated;
 use super::value::{ByteSize, Written};
-use super::{Account, Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Token};
+use super::{Account, Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Spill, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 
 /// Bounds of the KV pool that is chosen for a model.
@@ -455,12 +455,24 @@ fn models(
         if section.context == Some(0) {
             check.wrong(&key("context"), 0, "allows nothing; write at least 1, or leave it out");
         }
+        let spill = section.spill_bytes.map(|bytes| Spill {
+            bytes: usize::try_from(bytes.0).unwrap_or(usize::MAX),
+            folder: section.spill_folder.as_ref().map(|path| folder.join(path)),
+        });
+        if let (None, Some(path)) = (&spill, &section.spill_folder) {
+            check.wrong(
+                &key("spill_folder"),
+                path.display(),
+                "says where, but not how much: write spill_bytes as well",
+            );
+        }
         models.push(Model {
             id: entry.id.clone(),
             path,
             precision: section.precision,
             kv: section.kv,
             kv_bytes: usize::try_from(kv_bytes.0).unwrap_or(usize::MAX),
+            spill,
             context: section.context.unwrap_or(u32::MAX).min(entry.context),
             modified,
         });

@@ -230,6 +230,10 @@ fn each_mistake_names_file_key_value_and_remedy() {
             "[engine]\nprefill_stretch = 0.5",
             "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.7 is the default",
         ),
+        (
+            &format!("{MODEL}spill_folder = \"/var/cache\""),
+            "spill_folder = /var/cache: says where, but not how much: write spill_bytes as well",
+        ),
         ("[[account]]\nid = \"a\"\nweight = 0", "account[0].weight = 0: is not from 1 to 1000"),
         ("[[account]]\nid = \"a\"\npriority = 101", "account[0].priority = 101: is not from -100 to 100"),
         ("[[account]]\nid = \"a b\"", "account[0].id = \"a b\": is not an account"),

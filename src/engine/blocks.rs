@@ -93,6 +93,8 @@ pub struct Blocks {
     free: usize,
     cached: usize,
     tokens: usize,
+    /// Blocks taken although they could be found, if anybody wants to know.
+    evicted: Option<Vec<(BlockId, BlockHash)>>,
 }
 
 impl Blocks {
@@ -106,6 +108,7 @@ impl Blocks {
             free: 0,
             cached: 0,
             tokens: tokens.max(1),
+            evicted: None,
         };
         for id in 0..total as BlockId {
             pool.append(id);
@@ -176,6 +179,7 @@ impl Blocks {
             if let Some(hash) = block.hash.take() {
                 self.by_hash.remove(&hash);
                 self.cached -= 1;
+                self.evicted.iter_mut().for_each(|evicted| evicted.push((id, hash)));
             }
             table.push(id);
         }
@@ -189,6 +193,24 @@ impl Blocks {
         if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
             entry.insert(id);
             self.blocks[id as usize].hash = Some(hash);
+        }
+    }
+
+    /// From now on [`Blocks::drain_evicted`] says which blocks were taken although they could be found.
+    pub fn remember_evicted(&mut self) {
+        self.evicted.get_or_insert_default();
+    }
+
+    /// Blocks taken since the last call, and what they held.
+    pub fn drain_evicted(&mut self) -> impl Iterator<Item = (BlockId, BlockHash)> {
+        self.evicted.iter_mut().flat_map(|evicted| evicted.drain(..))
+    }
+
+    /// What a block holds is not to be found any more.
+    pub fn forget(&mut self, id: BlockId) {
+        if let Some(hash) = self.blocks[id as usize].hash.take() {
+            self.by_hash.remove(&hash);
+            self.cached -= usize::from(self.is_free(id));
         }
     }
 

@@ -8,6 +8,7 @@ use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 
 use crate::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, Result, SlotId};
 use crate::engine::Runner;
+use crate::engine::spill::Store;
 use crate::metrics::EngineMetrics;
 use crate::model::Vocabulary;
 use crate::model::lora::Adapter;
@@ -108,6 +109,8 @@ pub struct ModelSlot {
     pub prefix_cache: bool,
     /// How many times longer a step may take because of a prompt while others decode; 0: as long as it takes.
     pub prefill_stretch: f64,
+    /// Where KV goes that the pool has no room for.
+    pub spill: Option<Store>,
     /// Where to count.
     pub metrics: EngineMetrics,
 }

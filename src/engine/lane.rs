@@ -17,6 +17,7 @@ use crate::engine::answer::Answer;
 use crate::engine::sampler::Sampler;
 use crate::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
 use crate::engine::sequence::RequestKey;
+use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, SlotStatus, Submit};
 use crate::task::Event;
 
@@ -50,6 +51,7 @@ impl Lane {
             max_queue: slot.max_queue,
             prefix_cache: slot.prefix_cache,
             prefill_stretch: slot.prefill_stretch,
+            spill_slots: slot.spill.as_ref().map_or(0, Store::slots),
         };
         let scheduler = Scheduler::new(limits, slot.runner.blocks(), slot.runner.block_tokens());
         slot.metrics.kv_total.set(scheduler.blocks().total() as i64);
@@ -152,7 +154,14 @@ impl Lane {
             }
         }
         self.let_go();
-        self.scheduler.plan(now, &mut self.plan);
+        loop {
+            self.scheduler.plan(now, &mut self.plan);
+            self.move_blocks();
+            // With nobody to compute for meanwhile, blocks are fetched until all are there.
+            if self.plan.batch.rows() > 0 || self.plan.fetch.is_empty() {
+                break;
+            }
+        }
         let metrics = &self.slot.metrics;
         metrics.preemptions.inc_by(self.plan.preempted as u64);
         metrics.made_way.inc_by(self.plan.made_way as u64);
@@ -172,6 +181,26 @@ impl Lane {
         metrics.step_rows.observe(rows as f64);
         metrics.step_sequences.observe(self.plan.parts.len() as f64);
         true
+    }
+
+    /// Copies blocks out of the pool that are about to be overwritten, and those back that are wanted again.
+    fn move_blocks(&mut self) {
+        let (runner, metrics) = (&mut self.slot.runner, &self.slot.metrics);
+        let Some(store) = &mut self.slot.spill else { return };
+        for &(block, slot) in &self.plan.spill {
+            match store.put(slot, |out| runner.export(block, out)) {
+                true => metrics.spill_stored.inc(),
+                false => self.scheduler.not_spilled(slot),
+            }
+        }
+        for &fetch in &self.plan.fetch {
+            let (slot, block, _) = fetch;
+            let worked = store.get(slot, |from| runner.import(block, from));
+            metrics.spill_hits.inc_by(u64::from(worked));
+            self.scheduler.fetched(fetch, worked);
+        }
+        self.scheduler.fetching_is_over();
+        metrics.spill_evicted.inc_by(self.plan.given_up as u64);
     }
 
     fn let_go(&mut self) {
@@ -278,6 +307,7 @@ impl Lane {
         metrics.running.set(self.scheduler.running() as i64);
         metrics.kv_used.set(blocks.used() as i64);
         metrics.kv_cached.set(blocks.cached() as i64);
+        metrics.spill_used.set(self.scheduler.spilled() as i64);
     }
 
     /// For dumps.
@@ -350,6 +380,7 @@ mod tests {
             max_queue: 2,
             prefix_cache: true,
             prefill_stretch: 0.0,
+            spill: None,
             metrics: Metrics::new().engine(&ModelId::new("scripted"), DeviceId(0)),
         })
     }

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
-//! [`pace`] how much a step may hold, [`sequence`] is one answer's state, [`scheduler`] decides a step, [`seen`] is what
+//! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`sequence`] is one answer's state, [`scheduler`] decides a step, [`seen`] is what
 //! draws look back at, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for one
 //! model, and the loop around the lanes is in `run.rs`. [`sim`] is a device without weights.
 //!
@@ -22,6 +22,7 @@ pub mod scheduler;
 pub mod seen;
 pub mod sequence;
 pub mod sim;
+pub mod spill;
 
 mod command;
 mod run;

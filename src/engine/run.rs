@@ -210,6 +210,7 @@ mod tests {
             max_queue: 16,
             prefix_cache: true,
             prefill_stretch: 0.0,
+            spill: None,
             metrics: metrics(),
         }
     }

@@ -23,6 +23,17 @@ pub trait Runner: Send {
     /// # Errors
     /// Any error means that the device cannot be trusted any more: the engine fails its sequences and stops.
     fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>>;
+
+    /// Bytes that a block's content takes outside the pool; 0: it cannot leave.
+    fn block_bytes(&self) -> usize {
+        0
+    }
+
+    /// Copies a block's content out: `out` has [`Runner::block_bytes`].
+    fn export(&mut self, _block: u32, _out: &mut [u8]) {}
+
+    /// Makes a block hold what another held when it was exported.
+    fn import(&mut self, _block: u32, _from: &[u8]) {}
 }
 
 /// Logits of the sampled rows of a step, `[rows, vocab]` f32 row-major, to be changed in place by the sampler; and the
@@ -53,5 +64,17 @@ impl Runner for Decoder {
         let vocab = self.spec().vocab;
         let (data, pool) = Decoder::forward(self, batch)?;
         Ok(Logits { data, vocab, pool })
+    }
+
+    fn block_bytes(&self) -> usize {
+        Decoder::block_bytes(self)
+    }
+
+    fn export(&mut self, block: u32, out: &mut [u8]) {
+        Decoder::export(self, block, out);
+    }
+
+    fn import(&mut self, block: u32, from: &[u8]) {
+        Decoder::import(self, block, from);
     }
 }

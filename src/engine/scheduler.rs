@@ -22,12 +22,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::base::{AccountId, Error, Kind, Result};
-use crate::engine::blocks::{BlockHash, Blocks};
+use crate::engine::blocks::{BlockHash, BlockId, Blocks};
 use crate::engine::coming::{Coming, Follower};
 use crate::engine::pace::Pace;
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
+use crate::engine::spill::{Index, Kept, SlotId};
 use crate::model::Batch;
 use crate::model::lora::Adapter;
 
@@ -44,6 +45,8 @@ const GROWTH_HORIZON: usize = 4096;
 const WORTH_FOLLOWING: usize = 4;
 /// Prompts of more than a chunk in the batch at a time: more would hold blocks that nobody fills.
 const MOST_LONG: usize = 4;
+/// Spilled blocks fetched in a step, at most: they are copied while everybody waits.
+const MOST_FETCHED: usize = 32;
 /// Sequences that make way in a step, at most.
 const MOST_MAKE_WAY: usize = 4;
 
@@ -64,6 +67,8 @@ pub struct Limits {
     pub prefix_cache: bool,
     /// How many times longer a step may take because of a prompt while others decode; 0: as long as it takes.
     pub prefill_stretch: f64,
+    /// Blocks that can be kept outside the pool; 0: none.
+    pub spill_slots: usize,
 }
 
 /// A request as the scheduler sees it.
@@ -129,6 +134,12 @@ pub struct Plan {
     pub preempted: usize,
     /// Sequences that lost their place to an account that had less.
     pub made_way: usize,
+    /// Blocks to be copied out of the pool before anything else: what they held goes into a slot.
+    pub spill: Vec<(BlockId, SlotId)>,
+    /// Blocks to be copied back after that, before the step is computed. [`Scheduler::fetched`] for each.
+    pub fetch: Vec<(SlotId, BlockId, BlockHash)>,
+    /// Spilled blocks that were given up for others.
+    pub given_up: usize,
     /// Sequences that began to follow another instead of computing the same blocks.
     pub followed: usize,
 }
@@ -143,6 +154,9 @@ impl Plan {
         self.adapted_rows = 0;
         self.preempted = 0;
         self.made_way = 0;
+        self.spill.clear();
+        self.fetch.clear();
+        self.given_up = 0;
         self.followed = 0;
     }
 }
@@ -154,6 +168,8 @@ enum Admission {
     Runs,
     /// It waits for blocks that another computes.
     Follows,
+    /// It waits for blocks to be fetched.
+    Fetches,
     /// Not enough blocks are free.
     LacksBlocks,
 }
@@ -190,6 +206,9 @@ pub struct Scheduler {
     growth: f32,
     pace: Pace,
     coming: Coming,
+    spilled: Option<Index>,
+    /// Blocks that are being filled, and those before them, so that nobody takes them meanwhile.
+    fetching: Vec<BlockId>,
     /// Counts plans.
     step: u64,
     arrivals: u64,
@@ -204,7 +223,11 @@ impl Scheduler {
         limits.prefill_chunk = limits.prefill_chunk.clamp(1, limits.step_tokens);
         // A quarter of each step is never needed for decodes, so prompts move on however full the batch is.
         limits.max_running = limits.max_running.clamp(1, (limits.step_tokens - limits.step_tokens / 4).max(1));
-        let blocks = Blocks::new(blocks, block_tokens);
+        let mut blocks = Blocks::new(blocks, block_tokens);
+        let spilled = (limits.spill_slots > 0).then(|| Index::new(limits.spill_slots));
+        if spilled.is_some() {
+            blocks.remember_evicted();
+        }
         // A sequence alone in the pool can always be finished: admission and preemption rely on it.
         limits.context = limits.context.min(blocks.total() * blocks.block_tokens());
         Self {
@@ -217,6 +240,8 @@ impl Scheduler {
             growth: GROWTH_START,
             pace: Pace::default(),
             coming: Coming::default(),
+            spilled,
+            fetching: Vec::new(),
             step: 0,
             arrivals: 0,
             admissions: 0,
@@ -292,6 +317,7 @@ impl Scheduler {
             hashes: Vec::new(),
             admitted: 0,
             fed: 0,
+            fetched: 0,
             preemptions: 0,
             root: request.root,
         });
@@ -319,6 +345,7 @@ impl Scheduler {
             }
         }
         self.read(rows.min(budget), plan);
+        self.spill(plan);
     }
 
     /// Rows that prompts may have beside `decode` others.
@@ -370,7 +397,7 @@ impl Scheduler {
                 Admission::Runs => spoken_for = claim(self, ticket.sequence),
                 Admission::Follows => {}
                 // Not passed by anyone smaller: its turn comes as soon as enough blocks are free.
-                Admission::LacksBlocks => break,
+                Admission::LacksBlocks | Admission::Fetches => break,
             }
         }
     }
@@ -514,6 +541,9 @@ impl Scheduler {
         if self.blocks.free() - free_hits < need + reserve {
             return Admission::LacksBlocks;
         }
+        if self.fetch(ticket.sequence, hits, most_hits, plan) {
+            return Admission::Fetches;
+        }
         let sequence = &mut self.sequences[ticket.sequence];
         for &hash in &sequence.hashes[..hits] {
             if let Some(block) = self.blocks.find(hash) {
@@ -538,6 +568,76 @@ impl Scheduler {
         self.queue.take(ticket, now);
         self.queue.charge(ticket.account, charge);
         Admission::Runs
+    }
+
+    /// Has blocks fetched that a sequence would find if they had not been spilled; `hits` of `most` are in the pool.
+    fn fetch(&mut self, key: SequenceKey, hits: usize, most: usize, plan: &mut Plan) -> bool {
+        let (Some(index), sequence) = (&mut self.spilled, &mut self.sequences[key]) else { return false };
+        let room = MOST_FETCHED.saturating_sub(plan.fetch.len());
+        let wanted = &sequence.hashes[hits..most];
+        let count = wanted.iter().take(room).take_while(|&&hash| index.find(hash).is_some()).count();
+        // However small the pool is, what is fetched and taken again has an end.
+        if count == 0 || sequence.fetched > 2 * most {
+            return false;
+        }
+        for &hash in &sequence.hashes[..hits] {
+            if let Some(block) = self.blocks.find(hash) {
+                self.blocks.adopt(block);
+                self.fetching.push(block);
+            }
+        }
+        let first = self.fetching.len();
+        if !self.blocks.take(count, &mut self.fetching) {
+            self.blocks.release(&mut self.fetching);
+            return false;
+        }
+        sequence.fetched += count;
+        for (&hash, &block) in wanted.iter().zip(&self.fetching[first..]) {
+            if let Some(slot) = index.find(hash) {
+                index.hold(slot);
+                plan.fetch.push((slot, block, hash));
+            }
+        }
+        true
+    }
+
+    /// What the pool gave away in this step goes to the slots of those that nobody asked for the longest.
+    fn spill(&mut self, plan: &mut Plan) {
+        let Some(index) = &mut self.spilled else { return };
+        for (block, hash) in self.blocks.drain_evicted() {
+            match index.keep(hash) {
+                Kept::In(slot) => plan.spill.push((block, slot)),
+                Kept::InsteadOfAnother(slot) => {
+                    plan.spill.push((block, slot));
+                    plan.given_up += 1;
+                }
+                Kept::Here | Kept::Nowhere => {}
+            }
+        }
+    }
+
+    /// What should have gone into a slot is not there.
+    pub fn not_spilled(&mut self, slot: SlotId) {
+        self.spilled.iter_mut().for_each(|index| index.forget(slot));
+    }
+
+    /// A block was filled from a slot, or could not be.
+    pub fn fetched(&mut self, (slot, block, hash): (SlotId, BlockId, BlockHash), worked: bool) {
+        match worked {
+            true => self.blocks.publish(block, hash),
+            false => self.not_spilled(slot),
+        }
+    }
+
+    /// All blocks of the plan were fetched, or could not be: they can be found now.
+    pub fn fetching_is_over(&mut self) {
+        self.spilled.iter_mut().for_each(Index::let_go);
+        self.blocks.release(&mut self.fetching);
+    }
+
+    /// Blocks kept outside the pool.
+    pub fn spilled(&self) -> usize {
+        self.spilled.as_ref().map_or(0, Index::len)
     }
 
     /// Whom a sequence had better follow, which has found `hits` of `most` blocks.
@@ -705,7 +805,8 @@ impl Scheduler {
     /// # Errors
     /// The first sentence that is not true.
     pub fn check(&self) -> Result<(), String> {
-        self.blocks.check(self.sequences.iter().map(|(_, sequence)| sequence.table.as_slice()))?;
+        let tables = self.sequences.iter().map(|(_, sequence)| sequence.table.as_slice());
+        self.blocks.check(tables.chain([self.fetching.as_slice()]))?;
         let (mut waiting, mut held) = (0, 0);
         for (key, sequence) in self.sequences.iter() {
             let running = self.running.contains(&key);
@@ -799,6 +900,7 @@ mod tests {
             max_queue: 8,
             prefix_cache: true,
             prefill_stretch: 0.0,
+            spill_slots: 0,
         }
     }
 

@@ -43,6 +43,8 @@ pub struct Sequence {
     pub admitted: u64,
     /// The plan that last gave it rows, or admitted it.
     pub fed: u64,
+    /// Blocks that were fetched for it from outside the pool.
+    pub fetched: usize,
     /// How often it lost its blocks.
     pub preemptions: u32,
     /// The parent of its first block.

@@ -111,6 +111,9 @@ impl FromStr for SimSpec {
     }
 }
 
+/// Bytes of a cell outside the pool.
+const CELL: usize = 20;
+
 #[derive(Clone, Copy, Default)]
 struct Cell {
     token: u32,
@@ -119,6 +122,23 @@ struct Cell {
     chain: u64,
     /// How much of what it is to say stands here at the end.
     said: u32,
+}
+
+impl Cell {
+    fn bytes(self) -> [u8; CELL] {
+        let Self { token, place, chain, said } = self;
+        let mut bytes = [0; CELL];
+        for (at, word) in [token, place, chain as u32, (chain >> 32) as u32, said].into_iter().enumerate() {
+            bytes[4 * at..][..4].copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+
+    fn of(bytes: &[u8; CELL]) -> Self {
+        let word = |at: usize| (0..4).fold(0, |word, byte| word | u32::from(bytes[4 * at + byte]) << (8 * byte));
+        let chain = u64::from(word(2)) | u64::from(word(3)) << 32;
+        Self { token: word(0), place: word(1), chain, said: word(4) }
+    }
 }
 
 /// The simulated device.
@@ -150,6 +170,10 @@ impl SimRunner {
         let block =
             block.ok_or_else(|| Error::internal(format!("sim: no block for position {position} in {table:?}")))?;
         Ok((block * size + position % size) as usize)
+    }
+
+    fn block(&mut self, block: u32) -> &mut [Cell] {
+        &mut self.cells[block as usize * self.spec.block_tokens..][..self.spec.block_tokens]
     }
 
     /// The cell before `position`, which must lie in the pool: its chain is that of everything up to there, `root` that of
@@ -273,6 +297,22 @@ impl Runner for SimRunner {
             std::thread::sleep(Duration::from_micros(busy));
         }
         Ok(Logits { data: &mut self.logits, vocab: VOCABULARY, pool: &self.pool })
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.spec.block_tokens * CELL
+    }
+
+    fn export(&mut self, block: u32, out: &mut [u8]) {
+        for (cell, out) in self.block(block).iter().zip(out.chunks_exact_mut(CELL)) {
+            out.copy_from_slice(&cell.bytes());
+        }
+    }
+
+    fn import(&mut self, block: u32, from: &[u8]) {
+        for (cell, from) in self.block(block).iter_mut().zip(from.as_chunks::<CELL>().0) {
+            *cell = Cell::of(from);
+        }
     }
 }
 

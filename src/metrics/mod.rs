@@ -63,6 +63,10 @@ struct EngineVecs {
     kv_total: IntGaugeVec,
     kv_used: IntGaugeVec,
     kv_cached: IntGaugeVec,
+    spill_used: IntGaugeVec,
+    spill_stored: IntCounterVec,
+    spill_hits: IntCounterVec,
+    spill_evicted: IntCounterVec,
     prefix_queries: IntCounterVec,
     prefix_hits: IntCounterVec,
     prompt_tokens: IntCounterVec,
@@ -97,6 +101,14 @@ pub struct EngineMetrics {
     pub kv_used: IntGauge,
     /// KV blocks held by nobody but still good for a prefix hit.
     pub kv_cached: IntGauge,
+    /// KV blocks kept outside the pool.
+    pub spill_used: IntGauge,
+    /// KV blocks copied out of the pool.
+    pub spill_stored: IntCounter,
+    /// KV blocks copied back for a prefix hit.
+    pub spill_hits: IntCounter,
+    /// KV blocks outside the pool that were given up for others.
+    pub spill_evicted: IntCounter,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: IntCounter,
     /// Prompt tokens found there.
@@ -195,6 +207,22 @@ impl Metrics {
                     "KV blocks held by no sequence but good for a prefix hit.",
                     by_engine,
                 ),
+                spill_used: r.gauges("neurond_spill_blocks", "KV blocks kept outside the pool.", by_engine),
+                spill_stored: r.counters(
+                    "neurond_spill_stored_total",
+                    "KV blocks copied out of the pool when it needed the room.",
+                    by_engine,
+                ),
+                spill_hits: r.counters(
+                    "neurond_spill_hits_total",
+                    "KV blocks copied back into the pool for a prefix hit.",
+                    by_engine,
+                ),
+                spill_evicted: r.counters(
+                    "neurond_spill_evicted_total",
+                    "KV blocks outside the pool that were given up for others.",
+                    by_engine,
+                ),
                 prefix_queries: r.counters(
                     "neurond_prefix_queried_tokens_total",
                     "Prompt tokens looked up in the prefix cache.",
@@ -285,6 +313,10 @@ impl Metrics {
             kv_total: v.kv_total.with_label_values(l),
             kv_used: v.kv_used.with_label_values(l),
             kv_cached: v.kv_cached.with_label_values(l),
+            spill_used: v.spill_used.with_label_values(l),
+            spill_stored: v.spill_stored.with_label_values(l),
+            spill_hits: v.spill_hits.with_label_values(l),
+            spill_evicted: v.spill_evicted.with_label_values(l),
             prefix_queries: v.prefix_queries.with_label_values(l),
             prefix_hits: v.prefix_hits.with_label_values(l),
             prompt_tokens: v.prompt_tokens.with_label_values(l),

@@ -169,6 +169,27 @@ impl Decoder {
         self.kv.layout().block_tokens
     }
 
+    /// Bytes of a block over all layers.
+    pub fn block_bytes(&self) -> usize {
+        self.kv.block_bytes()
+    }
+
+    /// Copies a block out of the pool.
+    ///
+    /// # Panics
+    /// When there is no such block, or `out` has not its length.
+    pub fn export(&self, block: u32, out: &mut [u8]) {
+        self.kv.export(block as usize, out);
+    }
+
+    /// Copies a block into the pool, as it was exported.
+    ///
+    /// # Panics
+    /// When there is no such block, or `from` has not its length.
+    pub fn import(&mut self, block: u32, from: &[u8]) {
+        self.kv.import(block as usize, from);
+    }
+
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
         let layer = |layer: &Layer| {

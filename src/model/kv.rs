@@ -44,6 +44,29 @@ impl KvPool {
         self.blocks
     }
 
+    /// Bytes of a block over all layers.
+    pub(super) fn block_bytes(&self) -> usize {
+        self.layout.block_bytes() * self.layers.len()
+    }
+
+    /// A block's content, layer after layer.
+    pub(super) fn export(&self, block: usize, out: &mut [u8]) {
+        let bytes = self.layout.block_bytes();
+        assert_eq!(out.len(), self.block_bytes());
+        for (layer, out) in self.layers.iter().zip(out.chunks_exact_mut(bytes)) {
+            out.copy_from_slice(&layer[block * bytes..][..bytes]);
+        }
+    }
+
+    /// Fills a block with what another held.
+    pub(super) fn import(&mut self, block: usize, from: &[u8]) {
+        let bytes = self.layout.block_bytes();
+        assert_eq!(from.len(), self.block_bytes());
+        for (layer, from) in self.layers.iter_mut().zip(from.chunks_exact(bytes)) {
+            layer[block * bytes..][..bytes].copy_from_slice(from);
+        }
+    }
+
     /// All blocks of a layer.
     pub(super) fn layer(&self, layer: usize) -> &[u8] {
         &self.layers[layer]

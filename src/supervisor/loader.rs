@@ -9,6 +9,7 @@ use tracing::{debug, info};
 use crate::base::{DeviceId, Error, Result, SlotId};
 use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
 use crate::engine::sim::{SimRunner, SimSpec};
+use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, Runner};
 use crate::kernel::{Isa, Pool};
 use crate::metrics::{EngineMetrics, Metrics};
@@ -49,6 +50,8 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         ms = started.elapsed().as_millis() as u64,
         "model loaded"
     );
+    let open = |spill| Store::open(spill, runner.block_bytes()).map_err(|error| error.context(&model.id));
+    let spill = model.spill.as_ref().map(open).transpose()?;
     let slot = ModelSlot {
         slot: SlotId::next(),
         model: model.id.clone(),
@@ -61,6 +64,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         max_queue: engine.max_queue,
         prefix_cache: engine.prefix_cache,
         prefill_stretch: engine.prefill_stretch,
+        spill,
         metrics: metrics.clone(),
     };
     Ok(Ready { slot, text: Arc::new(text), metrics })

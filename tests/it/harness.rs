@@ -52,6 +52,7 @@ impl Daemon {
             precision: Precision::default(),
             kv: KvType::default(),
             kv_bytes: 1 << 20,
+            spill: None,
             context: CONTEXT,
             modified: None,
         };

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use neurond::base::AccountId;
-use neurond::config::Account;
+use neurond::config::{Account, Spill};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -76,6 +76,34 @@ async fn a_prefix_that_many_ask_for_at_once_is_computed_once_and_changes_no_answ
     let (whole, own) = (prefix.len() as f64, 30.0);
     assert!(computed < 1.1 * whole + 8.0 * own, "{computed} tokens computed for 8 prompts of {whole}");
     assert!(all > 8.0 * whole && none == 0.0 && followed >= 1.0, "{all} {none} {followed}");
+}
+
+#[tokio::test]
+async fn a_prefix_that_had_to_leave_the_pool_comes_back_from_memory_or_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let story = |of: &str| json!({"prompt": format!("a story of {of}: ").repeat(40), "max_tokens": 16});
+    let mut texts = Vec::new();
+    for spill in [None, Some(None), Some(Some(folder.path().to_path_buf()))] {
+        // 64 blocks of 16 tokens hold one of the stories, not both.
+        let daemon = Daemon::serving("sim:end_in=0,blocks=64", |config| {
+            for model in &mut config.models {
+                model.spill = spill.clone().map(|folder| Spill { bytes: 1 << 20, folder });
+            }
+        });
+        let mut found = Vec::new();
+        for of in ["an old man", "a young cat", "an old man", "a young cat"] {
+            let answer = Answer::of(ask(&daemon, "", "", story(of))).await.json();
+            found.push(answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap());
+            texts.push(answer["choices"][0]["text"].as_str().unwrap().to_owned());
+        }
+        let hits = engine(&daemon, "spill_hits_total", 0);
+        match spill {
+            None => assert!(found[2] < 600 && hits == 0.0, "{found:?} {hits}"),
+            Some(_) => assert!(found[2] > 900 && found[3] > 900 && hits > 20.0, "{found:?} {hits}"),
+        }
+    }
+    assert!(texts.chunks(4).all(|round| round == &texts[..4]), "{texts:?}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "a file was left behind");
 }
 
 #[tokio::test]

@@ -91,6 +91,8 @@ impl Tally {
             ("cached", count(&|answer| answer.done.is_some_and(|usage| usage.cached_tokens > 0))),
             ("preempted", world.metrics.preemptions.get()),
             ("made way", world.metrics.made_way.get()),
+            ("spilled", world.metrics.spill_stored.get()),
+            ("fetched", world.metrics.spill_hits.get()),
             ("followed", world.metrics.followed.get()),
             ("cancelled", world.metrics.cancelled.get()),
             ("busy", failed(Kind::Busy)),
@@ -184,6 +186,7 @@ fn roomy() -> WorldSpec {
         max_queue: 1_000,
         prefix_cache: true,
         prefill_stretch: 0.0,
+        spill: 0,
         end_in: 0,
         fail_at: 0,
     }

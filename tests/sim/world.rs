@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use neurond::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, SlotId};
+use neurond::config::Spill;
 use neurond::engine::lane::Lane;
 use neurond::engine::sim::{SimRunner, SimSpec};
-use neurond::engine::{ModelSlot, Submit};
+use neurond::engine::spill::Store;
+use neurond::engine::{ModelSlot, Runner, Submit};
 use neurond::metrics::{EngineMetrics, Metrics};
 use neurond::model::lora::Adapter;
 use neurond::task::{Dry, Event, FinishReason, Sampling, Usage};
@@ -55,6 +57,8 @@ pub struct WorldSpec {
     pub max_queue: usize,
     pub prefix_cache: bool,
     pub prefill_stretch: f64,
+    /// Blocks kept outside the pool.
+    pub spill: usize,
     pub end_in: u32,
     pub fail_at: u64,
 }
@@ -73,6 +77,7 @@ impl WorldSpec {
             max_queue: rng.within(1, 40) as usize,
             prefix_cache: !rng.one_in(4),
             prefill_stretch: rng.pick(&[0.0, 1.0, 1.5, 3.0]),
+            spill: rng.pick(&[0, 3, 20, 200]),
             end_in: rng.pick(&[0, 12, 80]),
             fail_at: if rng.one_in(8) { rng.within(1, 60) } else { 0 },
         }
@@ -91,7 +96,7 @@ impl WorldSpec {
             slot: SlotId::next(),
             model: ModelId::new("sim"),
             vocabulary: SimRunner::vocabulary(),
-            runner: Box::new(SimRunner::new(device)),
+            runner: Box::new(SimRunner::new(device.clone())),
             context: self.context,
             step_tokens: self.step_tokens,
             prefill_chunk: self.prefill_chunk,
@@ -99,9 +104,16 @@ impl WorldSpec {
             max_queue: self.max_queue,
             prefix_cache: self.prefix_cache,
             prefill_stretch: self.prefill_stretch,
+            spill: (self.spill > 0).then(|| store(self.spill, SimRunner::new(device.clone()).block_bytes())),
             metrics,
         }
     }
+}
+
+/// Room for so many blocks outside the pool.
+fn store(blocks: usize, bytes: usize) -> Store {
+    let opened = Store::open(&Spill { bytes: blocks * bytes, folder: None }, bytes);
+    opened.unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// A request, and what its caller does.
@@ -396,6 +408,7 @@ impl World {
             max_queue: 1,
             prefix_cache: false,
             prefill_stretch: 0.0,
+            spill: 0,
             end_in: self.spec.end_in,
             fail_at: 0,
         };
