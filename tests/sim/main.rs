@@ -16,7 +16,7 @@ use std::time::Duration;
 use neurond::base::Kind;
 use neurond::task::FinishReason;
 
-use world::{Answer, Request, Rng, World, WorldSpec};
+use world::{Answer, Request, Rng, STEP, World, WorldSpec};
 
 /// Seeds of an ordinary run.
 const SEEDS: u64 = 400;
@@ -280,6 +280,56 @@ fn a_large_request_is_not_passed_by_small_ones_for_ever() {
     let mut world = World::new(WorldSpec { blocks: 50, max_running: 16, ..roomy() });
     let answers = world.play(&requests, 10_000, false).unwrap();
     assert!(answers[600].ended < 150, "answered at {}", answers[600].ended);
+}
+
+/// How a request ends before its time.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum End {
+    ClientGone,
+    Deadline,
+    DeviceLost,
+}
+
+/// A request ends after each number of steps, so in each phase of its life; whoever is in the same batch, or waits for
+/// its prefix, must not notice unless the device is lost.
+#[test]
+fn every_way_to_end_in_every_phase_of_a_request_leaves_nothing_behind_and_disturbs_nobody() {
+    let prompt = |from: u32, length: u32| -> Vec<u32> { (0..length).map(|at| (from + at) % 256).collect() };
+    let long = Request { prompt: prompt(0, 60), max_tokens: 6, ..request(0, 0, 0) };
+    let phases: [(&str, usize, Vec<Request>); 4] = [
+        // Reads its prompt for five steps, then answers for six; the witness does both beside it.
+        ("computed", 4, vec![long.clone(), Request { prompt: prompt(100, 50), ..request(1, 0, 0) }]),
+        ("queued", 1, vec![long.clone(), request(1, 0, 0)]),
+        ("followed", 4, vec![long.clone(), Request { account: 1, seed: 100, ..long.clone() }]),
+        ("several choices", 4, vec![Request { choices: 3, ..long.clone() }, request(1, 0, 0)]),
+    ];
+    for (phase, max_running, requests) in &phases {
+        for end in [End::ClientGone, End::Deadline, End::DeviceLost] {
+            // Either of the two: the one that computes and the one that waits for it.
+            for (leaver, after) in (0..2).flat_map(|leaver| (0..22).map(move |after| (leaver, after))) {
+                let mut requests = requests.clone();
+                let fail_at = if end == End::DeviceLost { after as u64 + 1 } else { 0 };
+                match end {
+                    End::ClientGone => requests[leaver].leaves = Some(after),
+                    End::Deadline => requests[leaver].deadline = Some(STEP * after as u32),
+                    End::DeviceLost => {}
+                }
+                let mut world = World::new(WorldSpec { max_running: *max_running, fail_at, ..roomy() });
+                let story = format!("{phase}: {leaver} ended by {end:?} after {after} steps");
+                let answers = world.play(&requests, 1_000, false).unwrap_or_else(|error| panic!("{story}: {error}"));
+                world.is_empty().unwrap_or_else(|error| panic!("{story}: {error}"));
+                let mut alone = HashMap::new();
+                for (request, answer) in requests.iter().zip(&answers) {
+                    judge(&world, request, answer, &mut alone).unwrap_or_else(|error| panic!("{story}: {error}"));
+                }
+                let other = &answers[1 - leaver];
+                assert!(end == End::DeviceLost || other.done.is_some(), "{story}: the other one is not complete");
+                if end == End::Deadline && answers[leaver].failed.is_some() {
+                    assert_eq!(answers[leaver].ended, after, "{story}: not within a step");
+                }
+            }
+        }
+    }
 }
 
 #[test]
