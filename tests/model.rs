@@ -365,7 +365,7 @@ fn check_moved(model: &Path, tokens: &[u32], precision: Precision, kv: KvType) {
     let last = tokens.len() - 1;
     let mut rig = Rig::new(model, precision, kv, 16, 2 * (tokens.len() + 16));
     let mut sequence = rig.begin(tokens);
-    let mut step = |rig: &mut Rig, sequence: &mut Sequence, count: usize| {
+    let step = |rig: &mut Rig, sequence: &mut Sequence, count: usize| {
         let mut batch = Batch::default();
         rig.plan(&mut batch, sequence, count, &[last]);
         rig.decoder.forward(&batch).expect("a step").0.to_vec()
