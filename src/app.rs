@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
+use crate::adapters::Adapters;
 use crate::base::{DeviceId, Error, Phase, Result};
 use crate::config::{self, Config, Live, Overrides};
 use crate::gateway::Gateway;
@@ -92,8 +93,13 @@ impl App {
         let vault = Vault::new(config.auth.clone());
         let (phase, phase_view) = watch::channel(Phase::Starting);
         let live = Live::new(config);
-        let gateway =
-            Gateway { config: live.clone(), fleet: fleet.clone(), ledger: ledger.clone(), metrics: metrics.clone() };
+        let gateway = Gateway {
+            config: live.clone(),
+            fleet: fleet.clone(),
+            adapters: Adapters::start(live.clone(), metrics.clone()),
+            ledger: ledger.clone(),
+            metrics: metrics.clone(),
+        };
         let services = Services {
             config: live.clone(),
             gateway,

@@ -17,6 +17,8 @@ pub mod model;
 pub mod vault;
 
 pub mod engine;
+
+pub mod adapters;
 pub mod supervisor;
 
 pub mod gateway;

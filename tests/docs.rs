@@ -27,6 +27,7 @@ const SECTIONS: [(&str, &str, bool, bool); 10] = [
     ("engine", "EngineSection", false, true),
     ("account", "AccountSection", true, false),
     ("model", "ModelSection", true, false),
+    ("lora", "LoraSection", false, true),
     ("catalog", "CatalogSection", false, true),
     ("log", "LogSection", false, true),
     ("model (of a catalog file)", "Block", true, false),
@@ -237,7 +238,7 @@ fn config_manual() -> String {
 fn when(section: &str, key: &str) -> Option<&'static str> {
     match (section, key) {
         ("server", "request_timeout_ms" | "max_body_bytes") => None,
-        ("server" | "binding", _) | ("engine", "threads") | ("log", "format") => Some("restart"),
+        ("server" | "binding", _) | ("engine", "threads") | ("log", "format") | ("lora", "path") => Some("restart"),
         ("engine" | "model", _) => Some("swap"),
         _ => None,
     }
@@ -266,10 +267,15 @@ fn the_manual_says_of_each_key_when_a_reload_counts() {
     new.engine.block_tokens += 1;
     new.engine.prefix_cache ^= true;
     new.engine.prefill_stretch += 1.0;
+    new.lora.path = Some("/elsewhere".into());
+    new.lora.max_file_bytes += 1;
+    new.lora.max_adapters += 1;
+    new.lora.cache_bytes += 1;
+    new.lora.public_account = Some(neurond::base::AccountId::new("x"));
     new.log.filter += "x";
     new.log.format = neurond::config::LogFormat::Json;
     let changes = diff(&old, &new);
-    assert_eq!(changes.len(), 19);
+    assert_eq!(changes.len(), 24);
     for change in changes {
         let (section, key) = change.key.split_once('.').unwrap();
         let said = when(section, key);

@@ -14,7 +14,7 @@ const FLOORS: [(u8, &[&str]); 9] = [
     (8, &["main", "cli", "app", "signal", "telemetry"]),
     (7, &["http"]),
     (6, &["gateway"]),
-    (5, &["supervisor"]),
+    (5, &["adapters", "supervisor"]),
     (4, &["engine"]),
     (3, &["model", "provider", "ledger", "cache", "logs", "vault", "alert"]),
     (2, &["config", "store", "net", "metrics", "kernel"]),

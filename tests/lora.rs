@@ -12,7 +12,7 @@ use std::sync::Arc;
 use half::f16;
 use neurond::config::{KvType, Precision};
 use neurond::kernel::{Isa, Pool};
-use neurond::model::lora::Adapter;
+use neurond::model::lora::{Adapter, Shape};
 use neurond::model::spec::DecoderSpec;
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions};
@@ -32,7 +32,7 @@ fn golden(file: &str) -> PathBuf {
 }
 
 fn adapter(name: &str, spec: &DecoderSpec) -> Arc<Adapter> {
-    Arc::new(Adapter::open(&golden("tiny-llama-lora").join(name), spec).unwrap())
+    Arc::new(Adapter::open(&golden("tiny-llama-lora").join(name), Shape::of(spec)).unwrap())
 }
 
 /// A decoder; sequence `n` has its own blocks.
@@ -178,7 +178,7 @@ fn several_adapters_and_none_in_one_batch_have_the_bits_that_each_has_alone() {
 #[test]
 fn an_adapter_of_another_shape_is_refused() {
     let weights = Weights::open(&golden("tiny-gguf/k.gguf")).unwrap();
-    let error = Adapter::open(&golden("tiny-llama-lora/all"), &weights.spec().unwrap()).unwrap_err();
+    let error = Adapter::open(&golden("tiny-llama-lora/all"), Shape::of(&weights.spec().unwrap())).unwrap_err();
     assert!(
         error.message().contains("Q of layer 0 is 8 x 64 and 64 x 8; with rank 8 this model takes 8 x 256"),
         "{error}"
@@ -243,7 +243,7 @@ fn on_a_real_model_a_small_adapter_changes_the_answer_and_one_of_zeros_does_not(
     let with = |size: f32| {
         let folder = tempfile::tempdir().unwrap();
         write_adapter(folder.path(), decoder.spec(), size);
-        Arc::new(Adapter::open(folder.path(), decoder.spec()).unwrap())
+        Arc::new(Adapter::open(folder.path(), Shape::of(decoder.spec())).unwrap())
     };
     let (zero, small) = (with(0.0), with(0.01));
     assert_eq!((small.rank(), small.bytes() > 9_000_000), (32, true), "{} bytes", small.bytes());

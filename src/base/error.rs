@@ -11,6 +11,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Kind {
     /// The request is malformed or a value is out of range; `param` names the field.
     BadInput,
+    /// A fine-tune lacks one of its files.
+    Incomplete,
     /// The body is larger than the configured limit.
     TooLarge,
     /// Prompt plus requested output do not fit the model's context window.
@@ -52,6 +54,7 @@ impl Kind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::BadInput => "bad_input",
+            Self::Incomplete => "incomplete",
             Self::TooLarge => "too_large",
             Self::ContextLength => "context_length",
             Self::NoSuchModel => "no_such_model",

@@ -40,6 +40,8 @@ pub struct File {
     pub account: Vec<AccountSection>,
     /// One block a model to be loaded, in this order.
     pub model: Vec<ModelSection>,
+    /// LoRA adapters that accounts bring.
+    pub lora: LoraSection,
     /// What can be asked for by name.
     pub catalog: CatalogSection,
     /// What is logged and how.
@@ -273,6 +275,40 @@ impl ModelSection {
     pub(super) fn new(id: String, path: PathBuf, entry: Option<Block>) -> Self {
         let (precision, kv) = Default::default();
         Self { id, path, precision, kv, kv_bytes: None, spill_bytes: None, spill_folder: None, context: None, entry }
+    }
+}
+
+/// `[lora]`: LoRA adapters that accounts bring (`/ai/finetunes`) and requests name (`lora`).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraSection {
+    /// Folder of the adapters, a folder each under their account's; made when the first one comes.
+    /// Left out: `adapters` in the state directory: `$STATE_DIRECTORY` (set by systemd's `StateDirectory=`), or
+    /// `$XDG_STATE_HOME/neurond`, or `~/.local/state/neurond`; without any of them nobody can bring adapters.
+    /// Example: `"/var/lib/neurond/adapters"`
+    pub path: Option<PathBuf>,
+    /// Largest file of an adapter, a number of bytes or text such as `"300MiB"`.
+    pub max_file_bytes: ByteSize,
+    /// Most adapters of one account, complete or not.
+    pub max_adapters: usize,
+    /// Memory for adapters in use, a number of bytes or text such as `"1GiB"`. They are opened when a request names them;
+    /// beyond this the least recently used that nobody computes with goes, and while all are in use a request for another one
+    /// is told to come back.
+    pub cache_bytes: ByteSize,
+    /// The account whose adapters every other one may use as well. Left out: each account has its own only.
+    /// Example: `"house"`
+    pub public_account: Option<String>,
+}
+
+impl Default for LoraSection {
+    fn default() -> Self {
+        Self {
+            path: None,
+            max_file_bytes: ByteSize(300 << 20),
+            max_adapters: 100,
+            cache_bytes: ByteSize(1 << 30),
+            public_account: None,
+        }
     }
 }
 

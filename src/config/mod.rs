@@ -46,6 +46,8 @@ pub struct Config {
     pub accounts: Vec<Account>,
     /// Which models are loaded, in the order written.
     pub models: Vec<Model>,
+    /// Adapters that accounts bring.
+    pub lora: Lora,
     /// Everything that can be asked for by name, loaded or not.
     pub catalog: Arc<Catalog>,
     /// What is logged and how.
@@ -222,6 +224,21 @@ pub struct Spill {
     pub bytes: usize,
     /// Where its file lives; `None`: in memory.
     pub folder: Option<PathBuf>,
+}
+
+/// Adapters that accounts bring.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lora {
+    /// Their folder; `None`: nobody can bring any.
+    pub path: Option<PathBuf>,
+    /// Largest file of an adapter.
+    pub max_file_bytes: u64,
+    /// Most adapters of one account.
+    pub max_adapters: usize,
+    /// Memory for those in use.
+    pub cache_bytes: u64,
+    /// Whose adapters everybody may use.
+    pub public_account: Option<AccountId>,
 }
 
 /// The settings of a device without weights, for tests and load work: a path `sim` or `sim:key=value,…`, unless there is

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::AccountId;
 
-use super::{Account, Auth, Config, Engine, Log, Model, Server, Spill};
+use super::{Account, Auth, Config, Engine, Log, Lora, Model, Server, Spill};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,6 +56,7 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.engine(&old.engine, &new.engine);
     changes.accounts(&old.accounts, &new.accounts);
     changes.models(&old.models, &new.models);
+    changes.lora(&old.lora, &new.lora);
     changes.catalog(old, new);
     changes.log(&old.log, &new.log);
     changes.0
@@ -182,6 +183,15 @@ impl Changes {
         }
     }
 
+    fn lora(&mut self, old: &Lora, new: &Lora) {
+        let Lora { path, max_file_bytes, max_adapters, cache_bytes, public_account } = new;
+        self.note("lora.path", old.path.as_ref(), path.as_ref(), Effect::Restart);
+        self.note("lora.max_file_bytes", old.max_file_bytes, *max_file_bytes, Effect::Live);
+        self.note("lora.max_adapters", old.max_adapters, *max_adapters, Effect::Live);
+        self.note("lora.cache_bytes", old.cache_bytes, *cache_bytes, Effect::Live);
+        self.note("lora.public_account", old.public_account.as_ref(), public_account.as_ref(), Effect::Live);
+    }
+
     fn catalog(&mut self, old: &Config, new: &Config) {
         for entry in old.catalog.entries() {
             let key = format!("catalog {}", entry.id);
@@ -231,7 +241,7 @@ trait Shown {
 macro_rules! shown {
     ($($kind:ty)*) => { $(impl Shown for $kind { fn shown(&self) -> String { self.to_string() } })* };
 }
-shown!(usize u32 u128 f64 bool str String std::net::SocketAddr crate::base::AccountId);
+shown!(usize u32 u64 u128 f64 bool str String std::net::SocketAddr crate::base::AccountId);
 
 impl Shown for PathBuf {
     fn shown(&self) -> String {

@@ -5,18 +5,20 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
-use super::file::{AccountSection, EngineSection, File, LogSection, ModelSection, ServerSection, TokenSection};
+use super::file::{
+    AccountSection, EngineSection, File, LogSection, LoraSection, ModelSection, ServerSection, TokenSection,
+};
 use super::machine::Surroundings;
 use super::simulated;
 use super::value::{ByteSize, Written};
-use super::{Account, Auth, Binding, Config, Engine, Log, Model, Overrides, Price, Server, Spill, Token};
+use super::{Account, Auth, Binding, Config, Engine, Log, Lora, Model, Overrides, Price, Server, Spill, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 
 /// Bounds of the KV pool that is chosen for a model.
@@ -45,6 +47,7 @@ pub(super) fn resolve(
     let engine = engine(&mut check, &file.engine, machine);
     let accounts = accounts(&mut check, &file.account);
     let models = models(&mut check, &file.model, &catalog, folder, machine);
+    let lora = lora(&mut check, &file.lora, folder, machine);
     let log = log(&mut check, &file.log);
 
     if let Some(binding) = binding.as_ref().filter(|b| b.listen == server.listen && b.listen.port() != 0) {
@@ -81,7 +84,7 @@ pub(super) fn resolve(
         }
     }
     let origin = origin.map(Path::to_path_buf);
-    Ok(Config { server, binding, auth, engine, accounts, models, catalog, log, origin, warnings })
+    Ok(Config { server, binding, auth, engine, accounts, models, lora, catalog, log, origin, warnings })
 }
 
 /// The command line wins; its models follow in [`catalog`], once aliases are known.
@@ -193,6 +196,28 @@ fn accounts(check: &mut Check, sections: &[AccountSection]) -> Vec<Account> {
         accounts.push(Account { id, weight, priority });
     }
     accounts
+}
+
+fn lora(check: &mut Check, section: &LoraSection, folder: &Path, machine: &Surroundings) -> Lora {
+    let state = || {
+        let absolute = |name: &str| (machine.variable)(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        absolute("STATE_DIRECTORY")
+            .or_else(|| Some(absolute("XDG_STATE_HOME")?.join("neurond")))
+            .or_else(|| Some(absolute("HOME")?.join(".local/state/neurond")))
+    };
+    for (key, bytes) in [("lora.max_file_bytes", section.max_file_bytes), ("lora.cache_bytes", section.cache_bytes)] {
+        if bytes.0 < 1 << 20 {
+            check.wrong(key, bytes, "is less than 1MiB, too little for any adapter; leave it out for the default");
+        }
+    }
+    check.at_least_one("lora.max_adapters", section.max_adapters);
+    Lora {
+        path: section.path.as_ref().map(|path| folder.join(path)).or_else(|| Some(state()?.join("adapters"))),
+        max_file_bytes: section.max_file_bytes.0,
+        max_adapters: section.max_adapters,
+        cache_bytes: section.cache_bytes.0,
+        public_account: section.public_account.as_ref().map(|account| check.account("lora.public_account", account)),
+    }
 }
 
 fn log(check: &mut Check, section: &LogSection) -> Log {

@@ -222,6 +222,9 @@ fn each_mistake_names_file_key_value_and_remedy() {
         ),
         ("[auth]\nanonymous = \"a b\"", "auth.anonymous = \"a b\": is not an account; write 32 hex digits"),
         ("[engine]\nthreads = 0", "engine.threads = 0: allows nothing"),
+        ("[lora]\nmax_file_bytes = 7", "lora.max_file_bytes = 7: is less than 1MiB"),
+        ("[lora]\nmax_adapters = 0", "lora.max_adapters = 0: allows nothing"),
+        ("[lora]\npublic_account = \"a/b\"", "lora.public_account = \"a/b\": is not an account"),
         (
             "[engine]\nprefill_chunk = 513",
             "engine.prefill_chunk = 513: is more than engine.step_tokens = 512; lower it",

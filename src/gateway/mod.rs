@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout_at;
 
+use crate::adapters::Adapters;
 use crate::base::{Error, Kind, Result};
 use crate::config::Live;
 use crate::engine::Submit;
@@ -27,6 +28,7 @@ use crate::gateway::delivery::Begun;
 use crate::gateway::route::Candidate;
 use crate::ledger::{Claim, Ledger};
 use crate::metrics::Metrics;
+use crate::model::lora::Adapter;
 use crate::supervisor::{FleetView, Replica};
 use crate::task::{Event, Prompt, Usage};
 
@@ -42,6 +44,8 @@ pub struct Gateway {
     pub config: Live,
     /// What is loaded.
     pub fleet: FleetView,
+    /// Adapters that accounts bring.
+    pub adapters: Adapters,
     /// Who used what.
     pub ledger: Ledger,
     /// Where to count.
@@ -101,6 +105,8 @@ impl Gateway {
         let prompt = tokenize(call, replica).await?;
         let max_tokens = budget(call, replica, prompt.len())?;
 
+        let adapter = self.adapter(call, replica).await?;
+
         let most = Usage {
             prompt_tokens: prompt.len() as u32,
             cached_tokens: 0,
@@ -133,7 +139,7 @@ impl Gateway {
             logprobs: call.input.logprobs,
             priority,
             cache_salt: route::cache_salt(&call.account),
-            adapter: None,
+            adapter,
             deadline,
             received: call.received,
             vocabulary: calls.as_ref().and_then(|_| replica.text.vocabulary_with_markers().cloned()),
@@ -147,6 +153,17 @@ impl Gateway {
             Ok(Err(_)) => Err(delivery::engine_lost()),
             Err(_) => Err(delivery::too_late()),
         }
+    }
+
+    /// What the call names in `lora`, in memory and fit for this replica.
+    async fn adapter(&self, call: &Call, replica: &Replica) -> Result<Option<Arc<Adapter>>> {
+        let Some(key) = &call.input.lora else { return Ok(None) };
+        let Some(shape) = replica.shape else {
+            let message =
+                format!("{} cannot compute with LoRA adapters on this server: leave out `lora`.", call.entry.id);
+            return Err(Error::unsupported(message).with_param("lora"));
+        };
+        self.adapters.acquire(&call.account, key, &call.entry.id, shape).await.map(Some)
     }
 }
 

@@ -64,6 +64,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ChatRequest
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
+        lora: text::lora(fields, entry)?,
     };
     Ok(ChatRequest {
         input,

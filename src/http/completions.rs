@@ -90,6 +90,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<CompletionR
         echo,
         priority: text::priority(fields)?,
         tools: None,
+        lora: text::lora(fields, entry)?,
     };
     let inputs = prompts.into_iter().map(|prompt| TextInput { prompt, ..common.clone() }).collect();
     Ok(CompletionRequest {

@@ -41,6 +41,7 @@ const fn wire(kind: Kind) -> Wire {
     }
     match kind {
         Kind::BadInput => Wire { status: 400, code: 5006, openai_status: 400, openai_type: INVALID, openai_code: None },
+        Kind::Incomplete => w(400, 3039, 400, INVALID, "finetune_incomplete"),
         Kind::TooLarge => w(413, 3006, 413, INVALID, "request_too_large"),
         Kind::ContextLength => w(400, 5021, 400, INVALID, "context_length_exceeded"),
         Kind::NoSuchModel => w(400, 5007, 404, INVALID, "model_not_found"),
@@ -102,7 +103,12 @@ pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpRe
         response.insert_header(("x-should-retry", "false"));
     }
     if error.kind() == Kind::MethodNotAllowed {
-        response.insert_header(("allow", if error.message().ends_with("POST") { "POST" } else { "GET, HEAD" }));
+        let allowed = match error.message().rsplit(' ').next() {
+            Some("POST") => "POST",
+            Some("DELETE") => "DELETE",
+            _ => "GET, HEAD",
+        };
+        response.insert_header(("allow", allowed));
     }
     if matches!(error.kind(), Kind::TooLarge | Kind::Timeout | Kind::ShuttingDown) {
         response.force_close();
@@ -240,6 +246,7 @@ mod tests {
         };
         check(Kind::NoSuchModel, (400, 5007), (404, json!("model_not_found")), &[]);
         check(Kind::ContextLength, (400, 5021), (400, json!("context_length_exceeded")), &[]);
+        check(Kind::Incomplete, (400, 3039), (400, json!("finetune_incomplete")), &[]);
         check(Kind::TooLarge, (413, 3006), (413, json!("request_too_large")), &[]);
         check(Kind::NotFound, (404, 7000), (404, json!("not_found")), &[]);
         check(Kind::MethodNotAllowed, (405, 7001), (405, json!("method_not_allowed")), &["allow: POST"]);

@@ -1,6 +1,6 @@
 //! HTTP: one file a wire surface, each parsing to a [`crate::gateway::Call`] and rendering events.
 //!
-//!     connection --> admit --> route --> auth --> body --> chat | completions | responses | run | binding | models | health
+//!     connection --> admit --> route --> auth --> body --> chat | completions | responses | run | binding | models | finetunes | health
 //!                                                                          |
 //!                                         answer (JSON) or stream (SSE) <--+--> error, in the surface's own shape
 //!
@@ -15,6 +15,7 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+mod finetunes;
 mod health;
 mod models;
 mod native;
@@ -149,6 +150,9 @@ async fn dispatch(
     if let Endpoint::NotBuilt(what) = endpoint {
         return Err(Error::unsupported(format!("{what} not available in this build.")));
     }
+    if let Endpoint::FinetuneAssets(key) = endpoint {
+        return finetunes::upload(services, &caller.account, key, request.headers(), payload).await;
+    }
     let body = match takes_body(endpoint) {
         true => {
             let server = &services.config.get().server;
@@ -186,6 +190,7 @@ fn takes_body(endpoint: &Endpoint) -> bool {
             | Endpoint::Run(_)
             | Endpoint::RunUnified
             | Endpoint::BindingRun
+            | Endpoint::CreateFinetune
     )
 }
 
@@ -203,7 +208,11 @@ async fn answer(services: &Services, ask: &Ask, endpoint: &Endpoint) -> Result<H
         Endpoint::ModelSchema => models::schema(services, ask),
         Endpoint::TaskSearch => models::tasks(ask),
         Endpoint::AuthorSearch => models::authors(services, ask),
-        Endpoint::Live | Endpoint::Ready | Endpoint::Metrics | Endpoint::NotBuilt(_) => {
+        Endpoint::Finetunes => finetunes::list(services, &ask.caller.account).await,
+        Endpoint::PublicFinetunes => finetunes::public(services).await,
+        Endpoint::CreateFinetune => finetunes::create(services, ask).await,
+        Endpoint::DeleteFinetune(key) => finetunes::delete(services, ask, key).await,
+        Endpoint::Live | Endpoint::Ready | Endpoint::Metrics | Endpoint::FinetuneAssets(_) | Endpoint::NotBuilt(_) => {
             Err(Error::internal("an endpoint that was answered before"))
         }
     }

@@ -91,6 +91,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
+        lora: text::lora(fields, entry)?,
     };
     Ok(ResponsesRequest {
         input,

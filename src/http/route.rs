@@ -47,6 +47,15 @@ pub(super) enum Endpoint {
     ModelSchema,
     TaskSearch,
     AuthorSearch,
+    /// An account's own adapters.
+    Finetunes,
+    /// Those that every account may use.
+    PublicFinetunes,
+    CreateFinetune,
+    /// By id or name.
+    DeleteFinetune(String),
+    /// A file of an adapter, by the adapter's id or name.
+    FinetuneAssets(String),
     /// A model in a header, bare.
     BindingRun,
     /// Known to clients, not to this build.
@@ -77,7 +86,9 @@ impl Route {
             (_, ["client", "v4", "accounts", account, "ai", "v1", rest @ ..]) => {
                 (Surface::CloudflareV1, Some(*account), v1(rest, &CLOUDFLARE))
             }
-            (_, ["client", "v4", "accounts", account, rest @ ..]) => (Surface::Native, Some(*account), native(rest)),
+            (_, ["client", "v4", "accounts", account, rest @ ..]) => {
+                (Surface::Native, Some(*account), native(method, rest))
+            }
             (_, ["client", ..]) => (Surface::Native, None, Err(None)),
             _ => (Surface::OpenAi, None, Err(None)),
         };
@@ -87,9 +98,9 @@ impl Route {
         };
         let (label, endpoint) = match found {
             _ if account_error.is_some() => ("other", Err(account_error.unwrap_or_else(|| no_route(surface)))),
-            Ok(Found { label, endpoint, post }) => {
-                let fits = if post { method == Method::POST } else { method == Method::GET || method == Method::HEAD };
-                (label, if fits { endpoint } else { Err(wrong_method(method, post)) })
+            Ok(Found { label, endpoint, takes }) => {
+                let fits = method == takes || (takes == Method::GET && method == Method::HEAD);
+                (label, if fits { endpoint } else { Err(wrong_method(method, &takes)) })
             }
             Err(error) => ("other", Err(error.unwrap_or_else(|| no_route(surface)))),
         };
@@ -100,17 +111,21 @@ impl Route {
 struct Found {
     label: &'static str,
     endpoint: Result<Endpoint>,
-    post: bool,
+    takes: Method,
 }
 
 type Search = Result<Found, Option<Error>>;
 
 fn get(label: &'static str, endpoint: Endpoint) -> Search {
-    Ok(Found { label, endpoint: Ok(endpoint), post: false })
+    Ok(Found { label, endpoint: Ok(endpoint), takes: Method::GET })
 }
 
 fn post(label: &'static str, endpoint: Endpoint) -> Search {
-    Ok(Found { label, endpoint: Ok(endpoint), post: true })
+    Ok(Found { label, endpoint: Ok(endpoint), takes: Method::POST })
+}
+
+fn delete(label: &'static str, endpoint: Endpoint) -> Search {
+    Ok(Found { label, endpoint: Ok(endpoint), takes: Method::DELETE })
 }
 
 /// Labels of the OpenAI-compatible routes under one prefix.
@@ -159,8 +174,11 @@ fn v1(segments: &[&str], labels: &Labels) -> Search {
     }
 }
 
-fn native(segments: &[&str]) -> Search {
+fn native(method: &Method, segments: &[&str]) -> Search {
     const RUN: &str = "/client/v4/accounts/{account}/ai/run/{model}";
+    const FINETUNES: &str = "/client/v4/accounts/{account}/ai/finetunes";
+    const FINETUNE: &str = "/client/v4/accounts/{account}/ai/finetunes/{finetune}";
+    const ASSETS: &str = "/client/v4/accounts/{account}/ai/finetunes/{finetune}/finetune-assets";
     match segments {
         ["ai", "run"] | ["ai", "run", ""] => post("/client/v4/accounts/{account}/ai/run", Endpoint::RunUnified),
         ["ai", "run", model @ ..] => {
@@ -175,9 +193,13 @@ fn native(segments: &[&str]) -> Search {
         ["ai", "tomarkdown", ..] => {
             post("/client/v4/accounts/{account}/ai/(not available)", Endpoint::NotBuilt("Markdown conversion is"))
         }
-        ["ai", "finetunes", ..] => {
-            post("/client/v4/accounts/{account}/ai/(not available)", Endpoint::NotBuilt("Fine-tunes are"))
+        ["ai", "finetunes"] if method == Method::POST => post(FINETUNES, Endpoint::CreateFinetune),
+        ["ai", "finetunes"] => get(FINETUNES, Endpoint::Finetunes),
+        ["ai", "finetunes", "public"] => {
+            get("/client/v4/accounts/{account}/ai/finetunes/public", Endpoint::PublicFinetunes)
         }
+        ["ai", "finetunes", key] => delete(FINETUNE, Endpoint::DeleteFinetune(decoded(&[key])?)),
+        ["ai", "finetunes", key, "finetune-assets"] => post(ASSETS, Endpoint::FinetuneAssets(decoded(&[key])?)),
         _ => Err(None),
     }
 }
@@ -194,12 +216,12 @@ fn binding(segments: &[&str]) -> Search {
     }
 }
 
-/// A model id out of the rest of a path: joined as sent, then decoded once.
+/// A model id or another name out of the rest of a path: joined as sent, then decoded once.
 fn decoded(segments: &[&str]) -> Result<String, Option<Error>> {
     let raw = segments.join("/");
     match percent_decode_str(&raw).decode_utf8() {
         Ok(text) => Ok(text.into_owned()),
-        Err(_) => Err(Some(Error::bad_input("the model id in the path is not valid UTF-8 after decoding"))),
+        Err(_) => Err(Some(Error::bad_input("the name in the path is not valid UTF-8 after decoding"))),
     }
 }
 
@@ -221,8 +243,7 @@ fn no_route(surface: Surface) -> Error {
     Error::new(Kind::NotFound, message)
 }
 
-fn wrong_method(method: &Method, post: bool) -> Error {
-    let wanted = if post { "POST" } else { "GET" };
+fn wrong_method(method: &Method, wanted: &Method) -> Error {
     // The method is a token of the client's choice: no reason to repeat a long one.
     let sent: String = method.as_str().chars().take(16).collect();
     Error::new(Kind::MethodNotAllowed, format!("Method {sent} not available for that URI: use {wanted}"))
@@ -274,6 +295,19 @@ mod tests {
         check(Method::POST, "/client/v4/accounts/a%20b/ai/run/x", "Native NotFound");
         check(Method::POST, "/client/v4/zones", "Native NotFound");
         check(Method::POST, "/run", "OpenAi NotFound");
+    }
+
+    #[test]
+    fn finetunes_are_made_listed_filled_and_taken_away() {
+        let path = "/client/v4/accounts/a/ai/finetunes";
+        check(Method::POST, path, "Native CreateFinetune for a");
+        check(Method::GET, path, "Native Finetunes for a");
+        check(Method::PUT, path, "Native MethodNotAllowed for a");
+        check(Method::GET, &format!("{path}/public"), "Native PublicFinetunes for a");
+        check(Method::DELETE, &format!("{path}/my%2Dtune"), r#"Native DeleteFinetune("my-tune") for a"#);
+        check(Method::POST, &format!("{path}/my-tune/finetune-assets"), r#"Native FinetuneAssets("my-tune") for a"#);
+        check(Method::GET, &format!("{path}/my-tune/finetune-assets"), "Native MethodNotAllowed for a");
+        check(Method::POST, &format!("{path}/a/b/finetune-assets"), "Native NotFound for a");
     }
 
     #[test]

@@ -100,6 +100,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
+        lora: text::lora(fields, entry)?,
     };
     if input.tools.is_some() && !matches!(input.prompt, Prompt::Chat { .. }) {
         return Err(fields.wrong("tools", "need the model's template: leave out `raw`"));

@@ -257,7 +257,6 @@ pub(super) fn template_kwargs(fields: &Fields) -> Result<Map<String, Value>> {
 /// What no model here does yet, by the names it has in requests on every surface.
 pub(super) fn refuse_what_is_not_built(fields: &Fields) -> Result<()> {
     fields.refuse("guided_json", "JSON mode is not available in this build: leave out `guided_json`.")?;
-    fields.refuse("lora", "LoRA adapters are not available in this build: leave out `lora`.")?;
     fields.refuse("image", "This model reads text only: leave out `image`.")?;
     response_format(fields, "response_format")
 }
@@ -273,6 +272,21 @@ pub(super) fn response_format(fields: &Fields, name: &str) -> Result<()> {
         }
         Some(_) => Err(format.wrong("type", "must be text, json_object or json_schema")),
     }
+}
+
+/// The adapter to compute with, by id or name.
+pub(super) fn lora(fields: &Fields, entry: &CatalogEntry) -> Result<Option<String>> {
+    let Some(name) = fields.text("lora")? else { return Ok(None) };
+    takes_adapters(entry)?;
+    Ok(Some(name.to_owned()))
+}
+
+/// Whether a model is offered with adapters.
+pub(super) fn takes_adapters(entry: &CatalogEntry) -> Result<()> {
+    if entry.has("lora") {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!("LoRA is not supported by {}.", entry.id)).with_param("lora"))
 }
 
 /// `options.rejectIfBusy`.

@@ -54,6 +54,15 @@ pub struct Metrics {
     /// Times an engine thread was started again after it died, by device.
     pub engine_restarts: IntCounterVec,
 
+    /// Adapters in memory.
+    pub adapters: IntGauge,
+    /// Their bytes.
+    pub adapter_bytes: IntGauge,
+    /// Adapters opened, by outcome (`done`, `failed`).
+    pub adapter_loads: IntCounterVec,
+    /// Adapters that had to go for others or were deleted.
+    pub adapter_evictions: IntCounter,
+
     engine: EngineVecs,
 }
 
@@ -196,6 +205,14 @@ impl Metrics {
                 "neurond_engine_restarts_total",
                 "Engine threads started again after they died.",
                 &["device"],
+            ),
+            adapters: r.gauge("neurond_adapters_loaded", "LoRA adapters in memory."),
+            adapter_bytes: r
+                .gauge("neurond_adapter_bytes", "Memory that LoRA adapters take, estimated while one is opened."),
+            adapter_loads: r.counters("neurond_adapter_loads_total", "LoRA adapters opened, by outcome.", &["outcome"]),
+            adapter_evictions: r.counter(
+                "neurond_adapter_evictions_total",
+                "LoRA adapters that left memory for others, or because they were deleted.",
             ),
             engine: EngineVecs {
                 queue: r.gauges("neurond_queue_depth", "Sequences waiting for their first step.", by_engine),

@@ -48,9 +48,9 @@ pub(super) struct AdaptedLayer {
     pub(super) down: LowRank,
 }
 
-/// The sizes that a base must have.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Shape {
+/// The sizes of a base, as far as its adapters depend on them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Shape {
     layers: usize,
     hidden: usize,
     q: usize,
@@ -59,7 +59,8 @@ struct Shape {
 }
 
 impl Shape {
-    fn of(spec: &DecoderSpec) -> Self {
+    /// Of a decoder.
+    pub fn of(spec: &DecoderSpec) -> Self {
         Self { layers: spec.layers, hidden: spec.hidden, q: spec.q_width(), kv: spec.kv_width(), ffn: spec.ffn }
     }
 
@@ -184,16 +185,15 @@ fn wrong(what: impl fmt::Display) -> Error {
 }
 
 impl Adapter {
-    /// Opens the adapter of a folder for bases like `spec`.
+    /// Opens the adapter of a folder for bases of this shape.
     ///
     /// # Errors
     /// `BadInput` when it is broken, asks for what is not computed, or does not fit; the message names file and tensor.
-    pub fn open(folder: &Path, spec: &DecoderSpec) -> Result<Self> {
+    pub fn open(folder: &Path, shape: Shape) -> Result<Self> {
         let text = read_text(&folder.join(CONFIG_FILE))?.ok_or_else(|| wrong("is missing"))?;
         let config = AdapterConfig::parse(&text)?;
         let map = map_file(&folder.join(WEIGHTS_FILE))?;
         let tensors = Tensors::read(&map)?;
-        let shape = Shape::of(spec);
         tensors.fit(config, shape)?;
 
         // The pool of a device is busy with decoding: this thread packs alone.

@@ -494,7 +494,7 @@ impl SupervisorActor {
     }
 }
 
-fn install(engine: &Engine, Ready { slot, text, metrics }: Ready) -> Result<Replica> {
+fn install(engine: &Engine, Ready { slot, text, shape, metrics }: Ready) -> Result<Replica> {
     let replica = Replica {
         slot: slot.slot,
         device: engine.device(),
@@ -502,6 +502,7 @@ fn install(engine: &Engine, Ready { slot, text, metrics }: Ready) -> Result<Repl
         metrics,
         text,
         context: slot.context,
+        shape,
     };
     engine.tell_within(Command::Install(Box::new(slot)), INSTALL_TIMEOUT)?;
     Ok(replica)

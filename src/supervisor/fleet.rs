@@ -8,6 +8,7 @@ use parking_lot::RwLock;
 use crate::base::{DeviceId, ModelId, SlotId};
 use crate::engine::Engine;
 use crate::metrics::EngineMetrics;
+use crate::model::lora::Shape;
 use crate::model::text::TextModel;
 
 /// One loaded version of a model on one device.
@@ -25,6 +26,8 @@ pub struct Replica {
     pub text: Arc<TextModel>,
     /// Longest sequence served, prompt and answer.
     pub context: u32,
+    /// What adapters of it have to fit; `None`: it takes none.
+    pub shape: Option<Shape>,
 }
 
 /// Everything that takes requests now.

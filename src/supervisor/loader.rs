@@ -14,6 +14,7 @@ use crate::engine::{ModelSlot, Runner};
 use crate::kernel::{Isa, Pool};
 use crate::metrics::{EngineMetrics, Metrics};
 use crate::model::files::ModelFiles;
+use crate::model::lora::Shape;
 use crate::model::text::TextModel;
 use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
@@ -32,6 +33,7 @@ pub(super) struct Identity {
 pub(super) struct Ready {
     pub(super) slot: ModelSlot,
     pub(super) text: Arc<TextModel>,
+    pub(super) shape: Option<Shape>,
     pub(super) metrics: EngineMetrics,
 }
 
@@ -39,7 +41,7 @@ pub(super) struct Ready {
 pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metrics: &Metrics) -> Result<Ready> {
     let started = Instant::now();
     let (model, engine) = (&identity.model, &identity.engine);
-    let (text, runner) = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
+    let Opened { text, runner, shape } = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
     let context = model.context.min(text.context());
     let metrics = metrics.engine(&model.id, device);
     info!(
@@ -67,14 +69,21 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         spill,
         metrics: metrics.clone(),
     };
-    Ok(Ready { slot, text: Arc::new(text), metrics })
+    Ok(Ready { slot, text: Arc::new(text), shape, metrics })
+}
+
+/// Both halves of a model, and what its adapters have to fit.
+struct Opened {
+    text: TextModel,
+    runner: Box<dyn Runner>,
+    shape: Option<Shape>,
 }
 
 /// Both halves of a model at the same time: the text half is a quarter of a small model's load time.
-fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<(TextModel, Box<dyn Runner>)> {
+fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<Opened> {
     if let Some(spec) = simulated(&model.path) {
         let text = TextModel::bytes(SimRunner::vocabulary(), SIM_CONTEXT)?;
-        return Ok((text, Box::new(SimRunner::new(spec.parse::<SimSpec>()?))));
+        return Ok(Opened { text, runner: Box::new(SimRunner::new(spec.parse::<SimSpec>()?)), shape: None });
     }
     let files = Arc::new(ModelFiles::open(&model.path)?);
     std::thread::scope(|scope| {
@@ -82,7 +91,9 @@ fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<
         let decoder = decoder(&files, model, engine, pool);
         let text =
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
-        Ok((text, Box::new(decoder?) as Box<dyn Runner>))
+        let decoder = decoder?;
+        let shape = Some(Shape::of(decoder.spec()));
+        Ok(Opened { text, runner: Box::new(decoder), shape })
     })
 }
 

@@ -29,6 +29,8 @@ pub struct TextInput {
     pub priority: i8,
     /// Functions the model may ask for; with [`Prompt::Chat`] only.
     pub tools: Option<Arc<Tools>>,
+    /// The adapter to compute with, by id or name.
+    pub lora: Option<String>,
 }
 
 impl TextInput {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::dev::ServerHandle;
+use neurond::adapters::Adapters;
 use neurond::base::{AccountId, DeviceId, KeyId, ModelId, Phase};
 use neurond::config::{Binding, Config, KvType, Live, Model, Precision, Token};
 use neurond::gateway::Gateway;
@@ -71,6 +72,7 @@ impl Daemon {
         let mut config = Config::default();
         config.server.workers = 2;
         config.server.drain_timeout = Duration::from_secs(5);
+        config.lora.path = None;
         config.binding =
             Some(Binding { listen: "127.0.0.1:0".parse().unwrap(), account: AccountId::new("worker-account") });
         tune(&mut config);
@@ -95,8 +97,9 @@ impl Daemon {
                         assert!(!matches!(outcome, Outcome::Failed(_)), "{model}: {outcome:?}");
                     }
                 }
-                let gateway =
-                    Gateway { config: config.clone(), fleet: fleet.clone(), ledger, metrics: metrics.clone() };
+                let adapters = Adapters::start(config.clone(), metrics.clone());
+                let (fleet_view, series) = (fleet.clone(), metrics.clone());
+                let gateway = Gateway { config: config.clone(), fleet: fleet_view, adapters, ledger, metrics: series };
                 let services = Services { config, gateway, fleet, vault, metrics, phase: phases };
                 let api = http::start(services.clone(), api, Listener::Api).unwrap();
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
