@@ -97,3 +97,47 @@ async fn a_dead_engine_thread_fails_its_streams_cleanly_and_is_started_again() {
     }
     assert_eq!(daemon.metric(r#"neurond_engine_restarts_total{device="0"}"#).await, 1.0);
 }
+
+#[actix::test]
+async fn an_adapter_goes_on_answering_on_the_version_that_replaces_its_base() {
+    const BASE: &str = "@cf/huggingfacetb/smollm2-135m-instruct";
+    let goldens = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    let adapters = tempfile::tempdir().unwrap();
+    let mine = adapters.path().join("test/0e8c6b5e-6f0d-4b7e-9a53-0d7c1f2a3b4c");
+    std::fs::create_dir_all(&mine).unwrap();
+    let about = json!({"name": "mine", "model": BASE, "description": "", "created": 0});
+    std::fs::write(mine.join("finetune.json"), about.to_string()).unwrap();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(goldens.join("tiny-llama-lora/wide").join(name), mine.join(name)).unwrap();
+    }
+    let config = |context: u32| {
+        let (model, adapters) = (goldens.join("tiny-llama"), adapters.path());
+        format!(
+            "[lora]\npath = {adapters:?}\n[[model]]\nid = {BASE:?}\npath = {model:?}\nkv_bytes = \"4MiB\"\ncontext = {context}\n"
+        )
+    };
+    let mut daemon = Daemon::start(Setup { config: &config(512), env: &[] });
+    let base = daemon.base.clone();
+    let ask = async |tokens: u32| {
+        let body = json!({"model": BASE, "prompt": "The pilot", "max_tokens": tokens, "temperature": 0, "lora": "mine", "ignore_eos": true});
+        let answer = reqwest::Client::new().post(format!("{base}/v1/completions")).json(&body).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        let answer: serde_json::Value = answer.json().await.unwrap();
+        answer["choices"][0]["text"].as_str().unwrap().to_owned()
+    };
+    let before = ask(24).await;
+    let (across, ()) = futures_util::future::join(ask(300), async {
+        daemon.rewrite_config(&config(400));
+        daemon.signal(libc::SIGHUP);
+        daemon.wait_log("reload done");
+    })
+    .await;
+    assert!(across.starts_with(&before));
+    assert_eq!(ask(24).await, before);
+    assert_eq!(daemon.metric(r#"neurond_swaps_total{outcome="done"}"#).await, 1.0);
+    assert_eq!(
+        daemon.metric(r#"neurond_adapter_loads_total{outcome="done"}"#).await,
+        1.0,
+        "packed once for both versions"
+    );
+}

@@ -7,6 +7,7 @@ mod binding;
 mod cloudflare;
 mod harness;
 mod limits;
+mod lora;
 mod openai;
 mod scheduling;
 mod tools;
