@@ -19,7 +19,7 @@ const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 10] = [
+const SECTIONS: [(&str, &str, bool, bool); 11] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
@@ -62,7 +62,7 @@ fn the_example_configuration_reads_with_every_key_uncommented() {
     let all: String =
         lines.filter(|line| !line.starts_with("# ") && *line != "#").fold(String::new(), |all, line| all + line + "\n");
     let file: toml::Table = toml::from_str(&all).unwrap_or_else(|error| panic!("{all}\n{error}"));
-    for (section, name, list, _) in &SECTIONS[..9] {
+    for (section, name, list, _) in &SECTIONS[..SECTIONS.len() - 1] {
         let mut table = toml::Value::Table(file.clone());
         for key in section.split('.') {
             table = table.get(key).cloned().unwrap_or_else(|| panic!("no [{section}]\n{all}"));
@@ -295,7 +295,7 @@ fn example() -> String {
          # A file needs only what differs. Lines that begin with a bare # are keys that are left out by default.\n\
          # neurond check-config tells whether a file is right. The manual is docs/CONFIG.md.\n",
     );
-    for (section, name, list, present) in &SECTIONS[..9] {
+    for (section, name, list, present) in &SECTIONS[..SECTIONS.len() - 1] {
         out.push('\n');
         prose(&mut out, &about(FILE, name));
         let mark = if *present { "" } else { "#" };

@@ -237,6 +237,8 @@ impl Lane {
     /// Ends a step: tokens become text and events, complete sequences leave.
     pub fn deliver(&mut self, now: Instant) {
         self.steps += 1;
+        // Whoever hears that its answer is complete may count on the adapter being idle.
+        self.plan.batch.adapters.clear();
         self.scheduler.computed(&self.plan, now);
         let metrics = &self.slot.metrics;
         metrics.steps.inc();
@@ -259,8 +261,6 @@ impl Lane {
                 answer.done(now, metrics);
             }
         }
-        // An idle lane must not keep an adapter that nobody else has any more.
-        self.plan.batch.adapters.clear();
         self.let_go();
         self.show();
     }

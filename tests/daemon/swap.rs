@@ -116,7 +116,7 @@ async fn an_adapter_goes_on_answering_on_the_version_that_replaces_its_base() {
             "[lora]\npath = {adapters:?}\n[[model]]\nid = {BASE:?}\npath = {model:?}\nkv_bytes = \"4MiB\"\ncontext = {context}\n"
         )
     };
-    let mut daemon = Daemon::start(Setup { config: &config(512), env: &[] });
+    let daemon = Daemon::start(Setup { config: &config(512), env: &[] });
     let base = daemon.base.clone();
     let ask = async |tokens: u32| {
         let body = json!({"model": BASE, "prompt": "The pilot", "max_tokens": tokens, "temperature": 0, "lora": "mine", "ignore_eos": true});
@@ -129,7 +129,9 @@ async fn an_adapter_goes_on_answering_on_the_version_that_replaces_its_base() {
     let (across, ()) = futures_util::future::join(ask(300), async {
         daemon.rewrite_config(&config(400));
         daemon.signal(libc::SIGHUP);
-        daemon.wait_log("reload done");
+        while daemon.logged("reload done").is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     })
     .await;
     assert!(across.starts_with(&before));
