@@ -29,6 +29,7 @@ fn daemon(folder: &Path, tune: impl FnOnce(&mut Config)) -> Daemon {
             precision: Precision::Plain,
             kv: KvType::F32,
             kv_bytes: 4 << 20,
+            spill: None,
             context: 512,
             modified: None,
         };
