@@ -59,7 +59,8 @@ fn rows(c: &mut Criterion) {
                     || logits.clone(),
                     |data| {
                         position += 1;
-                        let draw = || Draw { sampling: &sampling, seed: 1, position, seen: seen.as_ref(), logprobs };
+                        let seen = seen.as_ref();
+                        let draw = || Draw { sampling: &sampling, seed: 1, position, seen, logprobs, mask: None };
                         sampler.pick(Logits { data, vocab, pool: &pool }, |_| Some(draw()));
                         black_box(sampler.drawn()[0].token)
                     },

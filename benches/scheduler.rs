@@ -98,6 +98,7 @@ fn lane(c: &mut Criterion) {
             seed: 1,
             stop: vec!["\n\n".into()],
             logprobs: None,
+            grammar: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

@@ -17,6 +17,7 @@ use crate::engine::Submit;
 use crate::engine::sampler::{Draw, Drawn};
 use crate::engine::seen::Seen;
 use crate::metrics::EngineMetrics;
+use crate::model::grammar::Matcher;
 use crate::model::{Detokenizer, Vocabulary};
 use crate::task::{Event, FinishReason, Sampling, TokenLogprob, Usage};
 
@@ -42,6 +43,9 @@ pub struct Answer {
 struct Choice {
     writer: Writer,
     /// Kept only where draws look back.
+    /// Away while its masks are computed.
+    matcher: Option<Box<Matcher>>,
+    /// Kept only where a penalty is in force.
     seen: Option<Seen>,
     produced: u32,
     /// When its newest token was drawn.
@@ -56,6 +60,7 @@ impl Answer {
         let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling, &vocabulary));
         let choice = || Choice {
             writer: Writer::new(vocabulary.clone(), stops.clone()),
+            matcher: submit.grammar.as_ref().map(|grammar| Box::new(grammar.matcher())),
             seen: seen.clone(),
             produced: 0,
             last: None,
@@ -115,6 +120,27 @@ impl Answer {
             position: u64::from(of.produced),
             seen: of.seen.as_ref(),
             logprobs: self.logprobs,
+            mask: of.matcher.as_ref().map(|matcher| matcher.mask(0)),
+        }
+    }
+
+    /// Lends out what follows a choice's grammar, if it has one.
+    pub fn take_matcher(&mut self, choice: u32) -> Option<Box<Matcher>> {
+        self.choices[choice as usize].matcher.take()
+    }
+
+    /// Takes back what was lent out.
+    pub fn return_matcher(&mut self, choice: u32, matcher: Box<Matcher>) {
+        self.choices[choice as usize].matcher = Some(matcher);
+    }
+
+    /// Why no token could be drawn for a choice.
+    pub fn no_token(&self, choice: u32) -> Error {
+        match &self.choices[choice as usize].matcher {
+            Some(matcher) => matcher.error().cloned().unwrap_or_else(|| {
+                Error::bad_input("Every token that the grammar allows next is forbidden by `logit_bias`.")
+            }),
+            None => Error::internal("the model's logits hold no number"),
         }
     }
 
@@ -142,7 +168,13 @@ impl Answer {
         if let Some(seen) = &mut of.seen {
             seen.push(token);
         }
-        let ends = self.vocabulary.is_end(token) && !self.sampling.ignore_eos;
+        let whole = of.matcher.as_mut().map(|matcher| {
+            matcher.accept(token);
+            matcher.is_complete()
+        });
+        // Under a grammar the end token is allowed only where the answer is whole.
+        let ends = self.vocabulary.is_end(token) && (whole.is_some() || !self.sampling.ignore_eos);
+        let whole = whole.unwrap_or(false);
         let mut stop = None;
         if !ends {
             let logprob = self.logprobs.map(|_| TokenLogprob {
@@ -153,7 +185,7 @@ impl Answer {
             });
             stop = of.writer.push(token, logprob);
         }
-        let complete = ends || stop.is_some() || last;
+        let complete = ends || whole || stop.is_some() || last;
         if complete && stop.is_none() {
             // Cut by a limit, the beginning of a character is left out; a model that stops inside one gets its mark.
             of.writer.finish(ends);
@@ -165,7 +197,7 @@ impl Answer {
         if !complete {
             return false;
         }
-        let reason = if ends || stop.is_some() { FinishReason::Stop } else { FinishReason::Length };
+        let reason = if ends || whole || stop.is_some() { FinishReason::Stop } else { FinishReason::Length };
         match reason {
             FinishReason::Stop | FinishReason::ToolCalls => metrics.finished_stop.inc(),
             FinishReason::Length => metrics.finished_length.inc(),
@@ -370,6 +402,7 @@ mod tests {
             seed: u64::MAX,
             stop: vec![],
             logprobs: None,
+            grammar: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

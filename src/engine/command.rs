@@ -11,6 +11,7 @@ use crate::engine::Runner;
 use crate::engine::spill::Store;
 use crate::metrics::EngineMetrics;
 use crate::model::Vocabulary;
+use crate::model::grammar::CompiledGrammar;
 use crate::model::lora::Adapter;
 use crate::task::{Event, Sampling};
 
@@ -60,6 +61,8 @@ pub struct Submit {
     pub stop: Vec<String>,
     /// `Some(k)`: report log-probabilities and `k` rivals for each token.
     pub logprobs: Option<u32>,
+    /// What every choice must look like.
+    pub grammar: Option<CompiledGrammar>,
     /// Higher is served first; 0 is normal.
     pub priority: i8,
     /// Separates prefix caches: requests share KV only if their salts are equal.

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::base::{Error, Kind, Result, SlotId};
 use crate::engine::answer::Answer;
+use crate::engine::masks::Masks;
 use crate::engine::sampler::Sampler;
 use crate::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
 use crate::engine::sequence::RequestKey;
@@ -29,6 +30,7 @@ pub struct Lane {
     slot: ModelSlot,
     scheduler: Scheduler,
     sampler: Sampler,
+    masks: Masks,
     plan: Plan,
     /// By the scheduler's request key.
     answers: Vec<Option<Answer>>,
@@ -56,6 +58,7 @@ impl Lane {
         let scheduler = Scheduler::new(limits, slot.runner.blocks(), slot.runner.block_tokens());
         slot.metrics.kv_total.set(scheduler.blocks().total() as i64);
         Self {
+            masks: Masks::new(slot.max_running, slot.metrics.clone()),
             slot,
             scheduler,
             sampler: Sampler::default(),
@@ -222,7 +225,10 @@ impl Lane {
     /// # Errors
     /// The runner's: nothing of this device can be trusted any more. [`Lane::fail`] is all that may follow.
     pub fn compute(&mut self) -> Result<()> {
-        let logits = self.slot.runner.forward(&self.plan.batch)?;
+        self.masks.start(&mut self.answers, &self.plan.sampled);
+        let logits = self.slot.runner.forward(&self.plan.batch);
+        self.masks.join(&mut self.answers);
+        let logits = logits?;
         if logits.data.len() != self.plan.batch.sample_rows.len() * logits.vocab {
             return Err(Error::internal("the runner returned another number of rows than were asked for"));
         }
@@ -245,8 +251,7 @@ impl Lane {
         for (&part, drawn) in self.plan.sampled.iter().zip(self.sampler.drawn()) {
             let Some(answer) = &mut self.answers[part.request as usize] else { continue };
             let Some(token) = drawn.token else {
-                let broken = Error::internal("the model's logits hold no number");
-                self.unfit.push((part.request, Some(broken)));
+                self.unfit.push((part.request, Some(answer.no_token(part.choice))));
                 continue;
             };
             metrics.generation_tokens.inc();
@@ -399,6 +404,7 @@ mod tests {
             seed: 0,
             stop: vec![],
             logprobs: None,
+            grammar: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

@@ -5,9 +5,10 @@
 //! ```
 //!
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
-//! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`sequence`] is one answer's state, [`scheduler`] decides a step, [`seen`] is what
-//! draws look back at, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for one
-//! model, and the loop around the lanes is in `run.rs`. [`sim`] is a device without weights.
+//! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`sequence`] is one answer's state,
+//! [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars allow, [`seen`] is what draws look back at,
+//! [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for one model, and the loop around
+//! the lanes is in `run.rs`. [`sim`] is a device without weights.
 //!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
 
@@ -25,6 +26,7 @@ pub mod sim;
 pub mod spill;
 
 mod command;
+mod masks;
 mod run;
 mod runner;
 mod slab;

@@ -239,6 +239,7 @@ mod tests {
             seed: 1,
             stop: Vec::new(),
             logprobs: None,
+            grammar: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

@@ -1,8 +1,8 @@
 //! Logits to token, one row at a time, rows in parallel.
 //!
 //! ```text
-//! raw logits ─ bias ─ penalties ─┬─ temperature 0: the best, lowest id first
-//!     |                          └─ temperature ─ top-k ─ typical ─ top-p ─ min-p ─ draw
+//! raw logits ─ mask ─ bias ─ penalties ─┬─ temperature 0: the best, lowest id first
+//!     |                                 └─ temperature ─ top-k ─ typical ─ top-p ─ min-p ─ draw
 //!     └─ log-probabilities, if asked for
 //! ```
 //!
@@ -39,6 +39,8 @@ pub struct Draw<'a> {
     pub seen: Option<&'a Seen>,
     /// `Some(k)`: report log-probabilities and `k` rivals.
     pub logprobs: Option<u32>,
+    /// A bit a token, those set may be drawn; tokens beyond its end may not.
+    pub mask: Option<&'a [u32]>,
 }
 
 /// One row's result.
@@ -165,6 +167,9 @@ fn pick_row(row: &mut [f32], draw: &Draw<'_>, scratch: &mut Scratch, out: &mut D
         let Found { ids, values } = &scratch.found;
         out.top.extend(ids.iter().zip(values).map(|(&id, &value)| (id, value - raw_total)));
         out.top.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    }
+    if let Some(mask) = draw.mask {
+        keep_allowed(row, mask);
     }
     shape(row, draw);
     out.token = choose(row, draw, scratch);
@@ -415,6 +420,21 @@ wide! {
 }
 
 wide! {
+    /// Takes out what a mask does not allow.
+    fn keep_allowed(row: &mut [f32], mask: &[u32]) {
+        for (at, chunk) in row.chunks_mut(32).enumerate() {
+            let bits = mask.get(at).copied().unwrap_or(0);
+            if bits == u32::MAX {
+                continue;
+            }
+            for (bit, logit) in chunk.iter_mut().enumerate() {
+                *logit = if bits >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+wide! {
     /// The sum of the values of at least `bar`.
     fn sum_from(row: &[f32], bar: f32) -> f64 {
         let mut total = 0.0;
@@ -579,7 +599,7 @@ mod tests {
         let pool = Pool::new(1);
         let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
         let mut sampler = Sampler::default();
-        sampler.pick(rows, |_| Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs }));
+        sampler.pick(rows, |_| Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs, mask: None }));
         sampler.drawn()[0].clone()
     }
 
@@ -649,7 +669,8 @@ mod tests {
         for seed in 0..DRAWS as u64 {
             let mut data = logits.to_vec();
             let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
-            let draw = Draw { sampling, seed: seed / 7, position: seed % 7, seen, logprobs: None };
+            let (seed, position) = (seed / 7, seed % 7);
+            let draw = Draw { sampling, seed, position, seen, logprobs: None, mask: None };
             sampler.pick(rows, |_| Some(Draw { ..draw }));
             counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
         }
@@ -794,7 +815,7 @@ mod tests {
         let mut seen = Seen::new(&prompt, &sampling, &vocabulary);
         answer.into_iter().for_each(|token| seen.push(token));
         let mut row = logits.clone();
-        let draw = Draw { sampling: &sampling, seed: 0, position: 0, seen: Some(&seen), logprobs: None };
+        let draw = Draw { sampling: &sampling, seed: 0, position: 0, seen: Some(&seen), logprobs: None, mask: None };
         shape(&mut row, &draw);
         for (ours, theirs) in row.iter().zip(&shaped) {
             assert!((ours - theirs).abs() < 1e-5, "{row:?} is not {shaped:?}");
@@ -845,7 +866,7 @@ mod tests {
             let mut sampler = Sampler::default();
             sampler.pick(all, |row| {
                 let seed = row as u64;
-                Some(Draw { sampling: &sampling, seed, position: 0, seen: None, logprobs: Some(3) })
+                Some(Draw { sampling: &sampling, seed, position: 0, seen: None, logprobs: Some(3), mask: None })
             });
             assert_eq!(sampler.drawn(), alone);
         }

@@ -104,6 +104,10 @@ impl Gateway {
         }
         let prompt = tokenize(call, replica).await?;
         let max_tokens = budget(call, replica, prompt.len())?;
+        let grammar = match &call.input.grammar {
+            Some(grammar) => Some(replica.text.grammars().compile(grammar, &replica.metrics).await?),
+            None => None,
+        };
 
         let adapter = self.adapter(call, replica).await?;
 
@@ -137,6 +141,7 @@ impl Gateway {
             seed: call.input.sampling.seed.unwrap_or_else(|| call.id.low_bits()),
             stop: call.input.stop.clone(),
             logprobs: call.input.logprobs,
+            grammar,
             priority,
             cache_salt: route::cache_salt(&call.account),
             adapter,

@@ -11,6 +11,7 @@ use crate::gateway::Answer;
 use crate::http::answer::UsageJson;
 use crate::http::ask::Ask;
 use crate::http::fields::Fields;
+use crate::http::format;
 use crate::http::native::{Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
@@ -65,6 +66,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ChatRequest
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
         lora: text::lora(fields, entry)?,
+        grammar: format::grammar(fields)?,
     };
     Ok(ChatRequest {
         input,

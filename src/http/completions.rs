@@ -11,6 +11,7 @@ use crate::http::answer::{self, UsageJson};
 use crate::http::ask::{self, Ask};
 use crate::http::chat::{finite, include_usage};
 use crate::http::fields::{Fields, mismatch};
+use crate::http::format;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
 use crate::http::{Services, error};
@@ -91,6 +92,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<CompletionR
         priority: text::priority(fields)?,
         tools: None,
         lora: text::lora(fields, entry)?,
+        grammar: format::grammar(fields)?,
     };
     let inputs = prompts.into_iter().map(|prompt| TextInput { prompt, ..common.clone() }).collect();
     Ok(CompletionRequest {

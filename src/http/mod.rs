@@ -16,6 +16,7 @@ mod completions;
 mod error;
 mod fields;
 mod finetunes;
+mod format;
 mod health;
 mod models;
 mod native;

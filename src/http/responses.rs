@@ -8,6 +8,7 @@ use crate::base::{Error, Millis, Neurons, RequestId, Result};
 use crate::config::CatalogEntry;
 use crate::http::ask::Ask;
 use crate::http::fields::{Fields, mismatch};
+use crate::http::format;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
 use crate::http::{Services, answer, error, tools};
@@ -54,9 +55,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
     fields.refuse("conversation", "Conversations are not stored here: send the whole conversation in `input`.")?;
     fields.refuse("background", "Background responses are not available: leave out `background`.")?;
     fields.refuse("prompt", "Stored prompts are not available: write the text into `input`.")?;
-    if let Some(format) = fields.object("text")? {
-        text::response_format(&format, "format")?;
-    }
+    let format = fields.object("text")?.and_then(|text| text.get("format").cloned());
     if !matches!(fields.text("truncation")?, None | Some("disabled")) {
         return Err(Error::unsupported("Input is never truncated: leave out `truncation`.").with_param("truncation"));
     }
@@ -71,6 +70,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
     let max_tokens = text::max_tokens(fields, &["max_output_tokens"])?;
     let sampling = text::sampling(fields, entry, Bounds::OpenAi)?;
     let echoed = Map::from_iter([
+        ("text".to_owned(), json!({ "format": format.unwrap_or_else(|| json!({ "type": "text" })) })),
         ("instructions".to_owned(), json!(fields.text("instructions")?)),
         ("max_output_tokens".to_owned(), json!(max_tokens)),
         ("metadata".to_owned(), metadata(fields)?),
@@ -92,6 +92,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
         lora: text::lora(fields, entry)?,
+        grammar: format::grammar(fields)?,
     };
     Ok(ResponsesRequest {
         input,
@@ -273,7 +274,6 @@ impl ResponseObject {
             "previous_response_id": null,
             "reasoning": { "effort": null, "summary": null },
             "store": false,
-            "text": { "format": { "type": "text" } },
             "truncation": "disabled",
             "usage": usage,
         });

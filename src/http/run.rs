@@ -3,6 +3,7 @@
 
 use actix_web::HttpResponse;
 use serde::Serialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::base::{Error, Neurons, RequestId, Result};
@@ -12,6 +13,7 @@ use crate::http::answer::{self, UsageJson};
 use crate::http::ask::Ask;
 use crate::http::chat::{self, CallDelta, ChatStream};
 use crate::http::fields::Fields;
+use crate::http::format;
 use crate::http::native::{Envelope, Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
@@ -59,6 +61,7 @@ pub(super) async fn infer(
     let entry = ask.text_model(services, model)?;
     let request = parse(inputs, &entry)?;
     let choices = request.input.choices;
+    let json = request.input.grammar.as_ref().is_some_and(|grammar| grammar.is_json());
     let delivery = ask.serve(services, &entry, request.input, reject_if_busy).await?;
     if request.stream {
         return Ok(match entry.shape {
@@ -72,7 +75,7 @@ pub(super) async fn infer(
     }
     let answer = delivery.collect().await?;
     match entry.shape {
-        ResultShape::Classic => wrap(ask.surface, &ClassicResult::new(&answer, &entry), answer.neurons),
+        ResultShape::Classic => wrap(ask.surface, &ClassicResult::new(&answer, &entry, json)?, answer.neurons),
         ResultShape::Chat => {
             let shape = chat::Shape::new(ask.id, &entry);
             wrap(ask.surface, &shape.completion(&answer), answer.neurons)
@@ -101,11 +104,16 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
         lora: text::lora(fields, entry)?,
+        grammar: format::grammar(fields)?,
     };
     if input.tools.is_some() && !matches!(input.prompt, Prompt::Chat { .. }) {
         return Err(fields.wrong("tools", "need the model's template: leave out `raw`"));
     }
+    let stream = fields.bool("stream")?.unwrap_or(false);
     if entry.shape == ResultShape::Classic {
+        if stream && input.grammar.as_ref().is_some_and(|grammar| grammar.is_json()) {
+            return Err(fields.wrong("stream", "does not go with JSON Mode, whose `response` is one object"));
+        }
         // The classic result has one `response` and no place for either.
         let elsewhere = |name| {
             Error::unsupported(format!("This model's result has no place for `{name}`: use /ai/v1/chat/completions."))
@@ -118,7 +126,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
             return Err(elsewhere("logprobs"));
         }
     }
-    Ok(RunRequest { input, stream: fields.bool("stream")?.unwrap_or(false) })
+    Ok(RunRequest { input, stream })
 }
 
 /// Exactly one of `prompt`, `messages`, `requests`.
@@ -184,32 +192,52 @@ fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<H
 
 #[derive(Serialize)]
 struct ClassicResult<'a> {
-    response: Option<&'a str>,
+    response: Option<Response<'a>>,
     tool_calls: Vec<Value>,
     usage: UsageJson,
 }
 
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Response<'a> {
+    Text(&'a str),
+    /// JSON mode: the document itself, as it was written.
+    Json(&'a RawValue),
+}
+
 impl<'a> ClassicResult<'a> {
-    fn new(answer: &'a Answer, entry: &CatalogEntry) -> Self {
-        let (text, calls) = match answer.choices.first() {
-            Some(choice) => (choice.text.as_str(), choice.calls.as_slice()),
-            None => ("", &[][..]),
+    /// # Errors
+    /// In JSON mode, when the answer was cut before the document was whole.
+    fn new(answer: &'a Answer, entry: &CatalogEntry, json: bool) -> Result<Self> {
+        let (text, finish, calls) = match answer.choices.first() {
+            Some(choice) => (choice.text.as_str(), Some(choice.finish), choice.calls.as_slice()),
+            None => ("", None, &[][..]),
         };
         let tool_calls: Vec<_> = match OPENAI_CALLS.contains(&entry.id.as_str()) {
             true => calls.iter().map(tools::function_call).collect(),
             false => calls.iter().filter_map(classic_call).collect(),
         };
-        Self {
-            response: Some(text).filter(|text| !text.is_empty() || tool_calls.is_empty()),
-            tool_calls,
-            usage: UsageJson::new(&answer.usage, answer.neurons),
-        }
+        let response = match json {
+            true => Some(Response::Json(document(text, finish)?)),
+            false => Some(Response::Text(text)).filter(|_| !text.is_empty() || tool_calls.is_empty()),
+        };
+        Ok(Self { response, tool_calls, usage: UsageJson::new(&answer.usage, answer.neurons) })
     }
 }
 
 /// A call with its arguments as an object. One that was cut off has none that a caller could use, and is left out.
 fn classic_call(call: &ToolCall) -> Option<Value> {
     Some(json!({ "name": call.name, "arguments": tools::object(call)? }))
+}
+
+/// The document that an answer in JSON mode is.
+fn document(text: &str, finish: Option<FinishReason>) -> Result<&RawValue> {
+    if finish == Some(FinishReason::Length) {
+        let message = "JSON Mode couldn't be met: the answer reached `max_tokens` before its end; ask for more tokens.";
+        return Err(Error::bad_field("max_tokens", message));
+    }
+    serde_json::from_str(text)
+        .map_err(|error| Error::bad_input(format!("JSON Mode couldn't be met: {error}")).with_source(error))
 }
 
 /// Classic models' events: `{"response", "p"}`, then usage, then `[DONE]`.

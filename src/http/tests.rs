@@ -152,7 +152,6 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
         let refused = |more: Value, param: &str| refuses(wire, with(hello(), more), Kind::Unsupported, param);
         refused(json!({"tools": [{"type": "web_search"}]}), "tools.0.type");
         refused(json!({"functions": [{"name": "f", "code": "x"}]}), "functions");
-        refused(json!({"response_format": {"type": "json_object"}}), "response_format");
         refused(json!({"lora": "mine"}), "lora");
         refused(
             json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}),
@@ -170,8 +169,8 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
     refuses(
         Wire::Responses,
         json!({"input": "x", "text": {"format": {"type": "json_schema"}}}),
-        Kind::Unsupported,
-        "text.format",
+        Kind::BadInput,
+        "text.format.schema",
     );
     refuses(Wire::Completions, json!({"prompt": "x", "suffix": "y"}), Kind::Unsupported, "suffix");
     refuses(Wire::Completions, json!({"prompt": "x", "tools": [{"name": "f"}]}), Kind::Unsupported, "tools");

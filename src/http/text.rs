@@ -256,22 +256,7 @@ pub(super) fn template_kwargs(fields: &Fields) -> Result<Map<String, Value>> {
 
 /// What no model here does yet, by the names it has in requests on every surface.
 pub(super) fn refuse_what_is_not_built(fields: &Fields) -> Result<()> {
-    fields.refuse("guided_json", "JSON mode is not available in this build: leave out `guided_json`.")?;
-    fields.refuse("image", "This model reads text only: leave out `image`.")?;
-    response_format(fields, "response_format")
-}
-
-/// Only plain text comes back; JSON modes are refused.
-pub(super) fn response_format(fields: &Fields, name: &str) -> Result<()> {
-    let Some(format) = fields.object(name)? else { return Ok(()) };
-    match format.text("type")? {
-        None | Some("text") => Ok(()),
-        Some("json_object" | "json_schema") => {
-            let message = format!("JSON mode is not available in this build: leave out `{}`.", fields.path(name));
-            Err(Error::unsupported(message).with_param(fields.path(name)))
-        }
-        Some(_) => Err(format.wrong("type", "must be text, json_object or json_schema")),
-    }
+    fields.refuse("image", "This model reads text only: leave out `image`.")
 }
 
 /// The adapter to compute with, by id or name.

@@ -21,6 +21,9 @@ const INTER_TOKEN: &[f64] =
 /// Edges for token and row counts of one step.
 const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
 
+/// Edges for the masks of grammars, in seconds.
+const MASK: &[f64] = &[0.000_01, 0.000_03, 0.000_1, 0.000_3, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0];
+
 /// All series of the process. Cheap to clone behind an `Arc`; made once.
 pub struct Metrics {
     registry: Registry,
@@ -95,6 +98,11 @@ struct EngineVecs {
     ttft: HistogramVec,
     inter_token: HistogramVec,
     request_time: HistogramVec,
+    grammar_compile_time: HistogramVec,
+    grammar_hits: IntCounterVec,
+    grammar_refused: IntCounterVec,
+    mask_time: HistogramVec,
+    mask_wait: HistogramVec,
 }
 
 /// The series of one model on one device, resolved when the model is installed.
@@ -158,6 +166,16 @@ pub struct EngineMetrics {
     pub inter_token: Histogram,
     /// Seconds from submission to the end of the answer.
     pub request_time: Histogram,
+    /// Seconds that a grammar took to compile.
+    pub grammar_compile_time: Histogram,
+    /// Requests whose grammar was compiled already.
+    pub grammar_hits: IntCounter,
+    /// Grammars that could not be used.
+    pub grammar_refused: IntCounter,
+    /// Seconds that one choice's masks took in a step.
+    pub mask_time: Histogram,
+    /// Seconds that a step waited for masks after its forward pass.
+    pub mask_wait: Histogram,
 }
 
 impl Metrics {
@@ -311,6 +329,34 @@ impl Metrics {
                     by_engine,
                     LATENCY,
                 ),
+                grammar_compile_time: r.histograms(
+                    "neurond_grammar_compile_seconds",
+                    "Time to compile a grammar.",
+                    by_engine,
+                    LATENCY,
+                ),
+                grammar_hits: r.counters(
+                    "neurond_grammar_cache_hits_total",
+                    "Requests whose grammar was compiled already.",
+                    by_engine,
+                ),
+                grammar_refused: r.counters(
+                    "neurond_grammar_refused_total",
+                    "Grammars that could not be used.",
+                    by_engine,
+                ),
+                mask_time: r.histograms(
+                    "neurond_grammar_mask_seconds",
+                    "Time to find out which tokens a choice's grammar allows next.",
+                    by_engine,
+                    MASK,
+                ),
+                mask_wait: r.histograms(
+                    "neurond_grammar_wait_seconds",
+                    "How long a step waited for masks after its forward pass; they are computed beside it.",
+                    by_engine,
+                    MASK,
+                ),
             },
             registry: registry.clone(),
         };
@@ -354,6 +400,11 @@ impl Metrics {
             ttft: v.ttft.with_label_values(l),
             inter_token: v.inter_token.with_label_values(l),
             request_time: v.request_time.with_label_values(l),
+            grammar_compile_time: v.grammar_compile_time.with_label_values(l),
+            grammar_hits: v.grammar_hits.with_label_values(l),
+            grammar_refused: v.grammar_refused.with_label_values(l),
+            mask_time: v.mask_time.with_label_values(l),
+            mask_wait: v.mask_wait.with_label_values(l),
         }
     }
 

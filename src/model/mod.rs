@@ -5,6 +5,7 @@
 
 pub mod files;
 pub mod gguf;
+pub mod grammar;
 pub mod lora;
 pub mod spec;
 pub mod template;

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Kind, Result};
 use crate::model::Vocabulary;
 use crate::model::files::ModelFiles;
+use crate::model::grammar::Grammars;
 use crate::model::spec::DecoderSpec;
 use crate::model::template::ChatTemplate;
 use crate::model::tokenizer::Tokenizer;
@@ -26,6 +27,7 @@ use crate::task::{Message, Prompt, TextInput, Tools};
 pub struct TextModel {
     tokenizer: Tokenizer,
     template: Template,
+    grammars: Arc<Grammars>,
     context: u32,
     /// Ids below this can be computed: rows of the embedding that have a token.
     tokens: u32,
@@ -117,6 +119,7 @@ impl TextModel {
             tokens: vocabulary.len().min(spec.vocab) as u32,
             longest_text: longest_piece.saturating_mul(spec.context as usize),
             context: spec.context,
+            grammars: grammars(&tokenizer),
             tokenizer,
             template,
             with_markers,
@@ -133,6 +136,7 @@ impl TextModel {
             tokens: 256,
             longest_text: context as usize,
             context,
+            grammars: grammars(&tokenizer),
             template: Template::ready(ChatTemplate::chatml()?, None, &tokenizer),
             tokenizer,
             with_markers: None,
@@ -142,6 +146,11 @@ impl TextModel {
     /// Bytes behind tokens, end tokens.
     pub fn vocabulary(&self) -> &Arc<Vocabulary> {
         self.tokenizer.vocabulary()
+    }
+
+    /// Grammars over its tokens.
+    pub fn grammars(&self) -> &Arc<Grammars> {
+        &self.grammars
     }
 
     /// The longest sequence the model was made for.
@@ -262,6 +271,11 @@ impl TextModel {
         }
         Ok(())
     }
+}
+
+fn grammars(tokenizer: &Tokenizer) -> Arc<Grammars> {
+    let control = tokenizer.controls().map(|(text, token)| (text.to_owned(), token)).collect();
+    Arc::new(Grammars::new(tokenizer.vocabulary().clone(), control))
 }
 
 #[cfg(test)]

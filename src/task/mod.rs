@@ -1,10 +1,12 @@
 //! What can be asked of a model and what comes back, as plain data. No model, no transport.
 
 mod event;
+mod grammar;
 mod text;
 mod tools;
 
 pub use event::{Event, FinishReason, TokenLogprob, Usage};
+pub use grammar::Grammar;
 pub use text::{Dry, Message, Prompt, Role, Sampling, TextInput};
 pub use tools::{Tool, ToolCall, ToolChoice, ToolDelta, Tools};
 

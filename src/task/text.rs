@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::task::Tools;
+use crate::task::{Grammar, Tools};
 
 /// One text-generation call, whatever surface it came through. Ranges are checked where it is parsed; whoever holds one
 /// may rely on them.
@@ -31,6 +31,8 @@ pub struct TextInput {
     pub tools: Option<Arc<Tools>>,
     /// The adapter to compute with, by id or name.
     pub lora: Option<String>,
+    /// What the answer must look like.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 impl TextInput {

@@ -10,4 +10,5 @@ mod limits;
 mod lora;
 mod openai;
 mod scheduling;
+mod structured;
 mod tools;

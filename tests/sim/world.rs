@@ -210,6 +210,7 @@ impl Request {
             seed: self.seed,
             stop: self.stop.clone(),
             logprobs: self.logprobs,
+            grammar: None,
             priority: self.priority,
             cache_salt: self.salt,
             adapter: self.adapter.map(|name| Arc::new(Adapter::hollow(name))),

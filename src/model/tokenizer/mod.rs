@@ -110,6 +110,11 @@ impl Tokenizer {
         self.control.get(text).copied()
     }
 
+    /// The texts and ids of all control tokens.
+    pub fn controls(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.control.iter().map(|(text, &token)| (text.as_str(), token))
+    }
+
     /// The texts of tokens that templates know by role: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
     pub fn names(&self) -> &[(&'static str, String)] {
         &self.names
