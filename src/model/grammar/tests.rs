@@ -296,6 +296,58 @@ fn check_schema(
     Ok(true)
 }
 
+/// A schema of the supported keywords, at random.
+fn any_schema(random: &mut Random, depth: usize) -> Value {
+    let low = random.below(20) as i64 - 9;
+    let few = random.below(3);
+    match random.below(if depth == 0 { 6 } else { 10 }) {
+        0 => json!({"type": "integer", "minimum": low, "maximum": low + random.below(300) as i64}),
+        1 => json!({"type": "number", "exclusiveMinimum": low, "maximum": low as f64 + 0.5 + random.below(9) as f64}),
+        2 => json!({"type": "string", "minLength": few, "maxLength": few + random.below(5)}),
+        3 => {
+            json!({"type": "string", "pattern": ["^[a-c]+$", "x\\d{2}", "^(ab|c)*$", "[^\\s]z"][random.below(4)], "maxLength": 40})
+        }
+        4 => json!({"enum": [null, true, low, "a\"b", {"k": [1]}, ["x", 2.5]][random.below(3)..].to_vec()}),
+        5 => {
+            let formats = ["date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "duration", "uri"];
+            json!({"type": "string", "format": formats[random.below(formats.len())]})
+        }
+        6 => json!({"type": "array", "items": any_schema(random, depth - 1), "minItems": few, "maxItems": few + 2}),
+        7 => {
+            let items = [any_schema(random, depth - 1), any_schema(random, depth - 1)];
+            json!({"type": "array", "prefixItems": items, "items": random.below(2) == 0, "minItems": few})
+        }
+        8 => json!({"anyOf": [any_schema(random, depth - 1), any_schema(random, depth - 1)]}),
+        _ => {
+            let properties: serde_json::Map<_, _> =
+                ["a", "b", "c d"].iter().map(|&name| (name.to_owned(), any_schema(random, depth - 1))).collect();
+            let mut schema =
+                json!({"type": "object", "properties": properties, "required": ["b", "z"][..few.min(2)].to_vec()});
+            match random.below(4) {
+                0 => schema["additionalProperties"] = json!(false),
+                1 => schema["additionalProperties"] = any_schema(random, depth - 1),
+                2 => schema["patternProperties"] = json!({"^n[0-9]$": any_schema(random, depth - 1)}),
+                _ => schema["allOf"] = json!([{"properties": {"a": {"$ref": "#/$defs/shared"}}}]),
+            }
+            schema
+        }
+    }
+}
+
+#[test]
+fn documents_under_schemas_made_at_random_are_valid() {
+    let grammars = bytes();
+    let mut random = Random(0x5eed);
+    let mut supported = 0;
+    for round in 0..150 {
+        let mut schema = any_schema(&mut random, 3);
+        schema["$defs"] = json!({"shared": {"type": ["string", "integer", "object", "array"]}});
+        supported += usize::from(check_schema(&grammars, &schema, jsonschema::Draft::Draft202012, round, 6).unwrap());
+    }
+    println!("{supported} of 150 supported");
+    assert!(supported > 120, "only {supported} supported");
+}
+
 /// Whether doubles, which the validator counts in, hold all its numbers.
 fn is_exact(document: &Value) -> bool {
     match document {
