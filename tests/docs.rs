@@ -358,7 +358,7 @@ fn series() -> Vec<Series> {
             let arguments = &rest[..rest.find(')').unwrap()];
             let labels = if arguments.contains("by_engine") { "\"model\", \"device\"" } else { arguments };
             let labels = labels.split('"').skip(1).step_by(2).map(str::to_owned).collect();
-            let edges = ["LATENCY", "INTER_TOKEN", "ROWS"].iter().find(|edges| arguments.contains(**edges));
+            let edges = ["LATENCY", "INTER_TOKEN", "ROWS", "MASK"].iter().find(|edges| arguments.contains(**edges));
             found.push((at, Series { name, kind, labels, help, edges: edges.map(|name| edges_of(name)) }));
         }
     }

@@ -305,9 +305,12 @@ fn any_schema(random: &mut Random, depth: usize) -> Value {
         1 => json!({"type": "number", "exclusiveMinimum": low, "maximum": low as f64 + 0.5 + random.below(9) as f64}),
         2 => json!({"type": "string", "minLength": few, "maxLength": few + random.below(5)}),
         3 => {
-            json!({"type": "string", "pattern": ["^[a-c]+$", "x\\d{2}", "^(ab|c)*$", "[^\\s]z"][random.below(4)], "maxLength": 40})
+            json!({"type": "string", "pattern": (["^[a-c]+$", "x\\d{2}", "^(ab|c)*$", "[^\\s]z"][random.below(4)]), "maxLength": 40})
         }
-        4 => json!({"enum": [null, true, low, "a\"b", {"k": [1]}, ["x", 2.5]][random.below(3)..].to_vec()}),
+        4 => {
+            let values = [json!(null), json!(true), json!(low), json!("a\"b"), json!({"k": [1]}), json!(["x", 2.5])];
+            json!({"enum": (values[random.below(3)..].to_vec())})
+        }
         5 => {
             let formats = ["date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "duration", "uri"];
             json!({"type": "string", "format": formats[random.below(formats.len())]})
@@ -322,7 +325,7 @@ fn any_schema(random: &mut Random, depth: usize) -> Value {
             let properties: serde_json::Map<_, _> =
                 ["a", "b", "c d"].iter().map(|&name| (name.to_owned(), any_schema(random, depth - 1))).collect();
             let mut schema =
-                json!({"type": "object", "properties": properties, "required": ["b", "z"][..few.min(2)].to_vec()});
+                json!({"type": "object", "properties": properties, "required": (["b", "z"][..few.min(2)].to_vec())});
             match random.below(4) {
                 0 => schema["additionalProperties"] = json!(false),
                 1 => schema["additionalProperties"] = any_schema(random, depth - 1),
