@@ -59,8 +59,15 @@ fn rows(c: &mut Criterion) {
                     || logits.clone(),
                     |data| {
                         position += 1;
-                        let seen = seen.as_ref();
-                        let draw = || Draw { sampling: &sampling, seed: 1, position, seen, logprobs, mask: None };
+                        let draw = || Draw {
+                            sampling: &sampling,
+                            seed: 1,
+                            position,
+                            seen: seen.as_ref(),
+                            logprobs,
+                            mask: None,
+                            given: None,
+                        };
                         sampler.pick(Logits { data, vocab, pool: &pool }, |_| Some(draw()));
                         black_box(sampler.drawn()[0].token)
                     },

@@ -39,7 +39,17 @@ fn plan(c: &mut Criterion) {
         arrivals += 1;
         let prompt = (0..PROMPT as u32).map(|at| at + arrivals).collect();
         let account = &accounts[arrivals as usize % accounts.len()];
-        let ask = Ask { account, weight: 1, prompt, choices: 1, max_tokens, priority: 0, salt: 0, adapter: None };
+        let ask = Ask {
+            account,
+            weight: 1,
+            prompt,
+            choices: 1,
+            max_tokens,
+            priority: 0,
+            salt: 0,
+            adapter: None,
+            scored: false,
+        };
         assert!(scheduler.submit(ask, now).is_ok());
     };
     // Ages are spread, so that a step has its share of ends and beginnings.
@@ -99,6 +109,7 @@ fn lane(c: &mut Criterion) {
             stop: vec!["\n\n".into()],
             logprobs: None,
             grammar: None,
+            prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

@@ -385,6 +385,41 @@ fn check_moved(model: &Path, tokens: &[u32], precision: Precision, kv: KvType) {
     assert!(off == 0.0, "{precision:?}: off by {off} after a move");
 }
 
+/// Two answers to one prompt that share its full blocks and have a copy each of the one in which it ends: each has the
+/// logits, to the bit, that it would have alone.
+fn check_copies(model: &Path, tokens: &[u32], precision: Precision, kv: KvType) {
+    let room = 3 * (tokens.len() + 32);
+    let mut rig = Rig::new(model, precision, kv, 16, room);
+    let vocab = rig.decoder.spec().vocab;
+    let row = |rig: &mut Rig, sequence: &mut Sequence| {
+        let (mut batch, last) = (Batch::default(), sequence.tokens.len() - 1);
+        let count = sequence.tokens.len() - sequence.computed;
+        rig.plan(&mut batch, sequence, count, &[last]);
+        let (logits, _) = rig.decoder.forward(&batch).expect("a step");
+        assert_eq!(logits.len(), vocab);
+        logits.to_vec()
+    };
+    let mut first = rig.begin(tokens);
+    let prompt = row(&mut rig, &mut first);
+    let mut second = rig.begin(tokens);
+    let (full, copy) = ((tokens.len() - 1) / 16, rig.free.pop().expect("room"));
+    second.table.extend_from_slice(&first.table[..full]);
+    second.table.push(copy);
+    second.computed = tokens.len() - 1;
+    rig.decoder.copy(first.table[full], copy);
+    assert_eq!(row(&mut rig, &mut second), prompt, "{precision:?}: the prompt's last row");
+    for step in 0..20 {
+        for (answer, sequence) in [&mut first, &mut second].into_iter().enumerate() {
+            sequence.tokens.push(1 + (7 * step + 3 * answer as u32) % 200);
+            let shared = row(&mut rig, sequence);
+            let mut alone = rig.begin(&sequence.tokens);
+            let expected = row(&mut rig, &mut alone);
+            rig.end(alone);
+            assert_eq!(shared, expected, "{precision:?}: answer {answer} after {step} tokens");
+        }
+    }
+}
+
 /// The largest difference of two lists of rows.
 fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     assert_eq!(a.len(), b.len());
@@ -471,6 +506,9 @@ fn tiny_models_answer_alike_alone_batched_chunked_and_in_any_block_size() {
             check_batch(&model, &golden, precision, kv, usize::MAX);
             check_chunks(&model, &longest, precision, kv, &[1, 7, 40, 300]);
             check_moved(&model, &longest, precision, kv);
+            for length in [1, 15, 16, 17, 40] {
+                check_copies(&model, &longest[..length.min(longest.len())], precision, kv);
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::engine::seen::Seen;
 use crate::metrics::EngineMetrics;
 use crate::model::grammar::Matcher;
 use crate::model::{Detokenizer, Vocabulary};
-use crate::task::{Event, FinishReason, Sampling, TokenLogprob, Usage};
+use crate::task::{Event, FinishReason, PromptToken, Sampling, Scored, TokenLogprob, Usage};
 
 /// A request being answered.
 pub struct Answer {
@@ -31,6 +31,9 @@ pub struct Answer {
     sampling: Sampling,
     seed: u64,
     logprobs: Option<u32>,
+    prompt_logprobs: Option<u32>,
+    /// The prompt's tokens until they are sent, if they are wanted.
+    prompt: Option<Vec<PromptToken>>,
     vocabulary: Arc<Vocabulary>,
     stops: Arc<Stops>,
     choices: Vec<Choice>,
@@ -74,6 +77,13 @@ impl Answer {
             sampling: submit.sampling.clone(),
             seed: submit.seed,
             logprobs: submit.logprobs,
+            prompt_logprobs: submit.prompt_logprobs,
+            prompt: submit.prompt_logprobs.and(submit.prompt.first()).map(|&token| {
+                let first = PromptToken { token, bytes: vocabulary.piece(token).to_vec(), scored: None };
+                let mut prompt = Vec::with_capacity(submit.prompt.len());
+                prompt.push(first);
+                prompt
+            }),
             choices: (0..submit.choices).map(|_| choice()).collect(),
             usage: Usage { prompt_tokens: submit.prompt.len() as u32, ..Usage::default() },
             spoke: false,
@@ -121,6 +131,7 @@ impl Answer {
             seen: of.seen.as_ref(),
             logprobs: self.logprobs,
             mask: of.matcher.as_ref().map(|matcher| matcher.mask(0)),
+            given: None,
         }
     }
 
@@ -144,6 +155,21 @@ impl Answer {
         }
     }
 
+    /// How a token of the prompt is looked up.
+    pub fn look_up(&self, token: u32) -> Draw<'_> {
+        let logprobs = self.prompt_logprobs;
+        Draw { sampling: &self.sampling, seed: 0, position: 0, seen: None, logprobs, mask: None, given: Some(token) }
+    }
+
+    /// The next token of the prompt was looked up.
+    pub fn looked_up(&mut self, token: u32, drawn: &Drawn) {
+        let Some(prompt) = &mut self.prompt else { return };
+        let piece = |token: u32| self.vocabulary.piece(token).to_vec();
+        let top = drawn.top.iter().map(|&(id, logprob)| (id, piece(id), logprob)).collect();
+        let scored = Some(Scored { logprob: drawn.logprob, rank: drawn.rank, top });
+        prompt.push(PromptToken { token, bytes: piece(token), scored });
+    }
+
     /// Sends what a drawn token makes certain. `last` says that there may be no token after it. Returns whether the
     /// choice is complete.
     pub fn accept(
@@ -158,6 +184,9 @@ impl Answer {
         if !self.spoke {
             self.spoke = true;
             metrics.ttft.observe(seconds(self.received, now));
+        }
+        if let Some(prompt) = self.prompt.take() {
+            self.send(Event::Prompt(prompt));
         }
         let of = &mut self.choices[choice as usize];
         if let Some(before) = of.last.replace(now) {
@@ -403,6 +432,7 @@ mod tests {
             stop: vec![],
             logprobs: None,
             grammar: None,
+            prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

@@ -63,6 +63,9 @@ pub struct Submit {
     pub logprobs: Option<u32>,
     /// What every choice must look like.
     pub grammar: Option<CompiledGrammar>,
+    /// `Some(k)`: report log-probabilities and the `k` best for each token of the prompt, before anything else. The
+    /// prompt is computed in full then, whatever the prefix cache holds.
+    pub prompt_logprobs: Option<u32>,
     /// Higher is served first; 0 is normal.
     pub priority: i8,
     /// Separates prefix caches: requests share KV only if their salts are equal.
@@ -81,10 +84,10 @@ pub struct Submit {
 }
 
 impl Submit {
-    /// Room for every event that a request can cause: one a token, a finish a choice, usage of what was held back at
-    /// the end, and `Done` or `Failed`.
+    /// Room for every event that a request can cause: one for the prompt, one a token, a finish a choice, usage of what
+    /// was held back at the end, and `Done` or `Failed`.
     pub fn event_capacity(choices: u32, max_tokens: u32) -> usize {
-        choices as usize * (max_tokens as usize + 2) + 2
+        choices as usize * (max_tokens as usize + 2) + 3
     }
 }
 

@@ -125,6 +125,7 @@ impl Lane {
             priority: submit.priority,
             salt: submit.cache_salt,
             adapter: submit.adapter,
+            scored: submit.prompt_logprobs.is_some(),
         };
         let key = self.scheduler.submit(ask, now).map_err(|error| match error.kind() {
             Kind::Busy => error.with_retry_after(self.expected_wait()),
@@ -186,16 +187,21 @@ impl Lane {
         true
     }
 
-    /// Copies blocks out of the pool that are about to be overwritten, and those back that are wanted again.
+    /// Copies blocks out of the pool that are about to be overwritten, others within it for choices that write to them,
+    /// and those back that are wanted again.
     fn move_blocks(&mut self) {
         let (runner, metrics) = (&mut self.slot.runner, &self.slot.metrics);
-        let Some(store) = &mut self.slot.spill else { return };
+        let Some(store) = &mut self.slot.spill else {
+            self.plan.copies.iter().for_each(|&(from, to)| runner.copy(from, to));
+            return;
+        };
         for &(block, slot) in &self.plan.spill {
             match store.put(slot, |out| runner.export(block, out)) {
                 true => metrics.spill_stored.inc(),
                 false => self.scheduler.not_spilled(slot),
             }
         }
+        self.plan.copies.iter().for_each(|&(from, to)| runner.copy(from, to));
         for &fetch in &self.plan.fetch {
             let (slot, block, _) = fetch;
             let worked = store.get(slot, |from| runner.import(block, from));
@@ -232,10 +238,11 @@ impl Lane {
         if logits.data.len() != self.plan.batch.sample_rows.len() * logits.vocab {
             return Err(Error::internal("the runner returned another number of rows than were asked for"));
         }
-        let (answers, sampled) = (&self.answers, &self.plan.sampled);
+        let (answers, plan) = (&self.answers, &self.plan);
         self.sampler.pick(logits, |row| {
-            let part = sampled[row];
-            answers[part.request as usize].as_ref().map(|answer| answer.draw(part.choice))
+            let part = plan.sampled[row];
+            let answer = answers[part.request as usize].as_ref()?;
+            Some(plan.given(row).map_or_else(|| answer.draw(part.choice), |token| answer.look_up(token)))
         });
         Ok(())
     }
@@ -248,8 +255,12 @@ impl Lane {
         self.scheduler.computed(&self.plan, now);
         let metrics = &self.slot.metrics;
         metrics.steps.inc();
-        for (&part, drawn) in self.plan.sampled.iter().zip(self.sampler.drawn()) {
+        for (row, (&part, drawn)) in self.plan.sampled.iter().zip(self.sampler.drawn()).enumerate() {
             let Some(answer) = &mut self.answers[part.request as usize] else { continue };
+            if let Some(token) = self.plan.given(row) {
+                answer.looked_up(token, drawn);
+                continue;
+            }
             let Some(token) = drawn.token else {
                 self.unfit.push((part.request, Some(answer.no_token(part.choice))));
                 continue;
@@ -361,6 +372,7 @@ mod tests {
         fn block_tokens(&self) -> usize {
             4
         }
+        fn copy(&mut self, _: u32, _: u32) {}
         fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
             self.logits.clear();
             for &row in &batch.sample_rows {
@@ -405,6 +417,7 @@ mod tests {
             stop: vec![],
             logprobs: None,
             grammar: None,
+            prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,

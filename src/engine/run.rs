@@ -240,6 +240,7 @@ mod tests {
             stop: Vec::new(),
             logprobs: None,
             grammar: None,
+            prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
             adapter: None,
@@ -256,6 +257,7 @@ mod tests {
         let mut line = String::new();
         loop {
             match receiver.recv_timeout(Duration::from_secs(20)) {
+                Ok(Event::Prompt(_)) => line += "prompt ",
                 Ok(Event::Text { text, .. }) => line += &text,
                 Ok(Event::Finish { reason, .. }) => line += &format!(" {}", reason.as_str()),
                 Ok(Event::Done(usage)) => line += &format!(" done {}+{}", usage.prompt_tokens, usage.completion_tokens),
@@ -455,6 +457,7 @@ mod tests {
             let (mut text, mut tokens, mut finish, mut usage) = (String::new(), Vec::new(), None, Usage::default());
             for event in receiver.iter() {
                 match event {
+                    Event::Prompt(_) => panic!("nobody asked about the prompt"),
                     Event::Text { text: new, logprobs, .. } => {
                         text += &new;
                         tokens.extend(logprobs);

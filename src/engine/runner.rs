@@ -24,6 +24,9 @@ pub trait Runner: Send {
     /// Any error means that the device cannot be trusted any more: the engine fails its sequences and stops.
     fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>>;
 
+    /// Makes a block hold what another holds.
+    fn copy(&mut self, from: u32, to: u32);
+
     /// Bytes that a block's content takes outside the pool; 0: it cannot leave.
     fn block_bytes(&self) -> usize {
         0
@@ -64,6 +67,10 @@ impl Runner for Decoder {
         let vocab = self.spec().vocab;
         let (data, pool) = Decoder::forward(self, batch)?;
         Ok(Logits { data, vocab, pool })
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        Decoder::copy(self, from, to);
     }
 
     fn block_bytes(&self) -> usize {

@@ -41,6 +41,8 @@ pub struct Draw<'a> {
     pub logprobs: Option<u32>,
     /// A bit a token, those set may be drawn; tokens beyond its end may not.
     pub mask: Option<&'a [u32]>,
+    /// Nothing is drawn: this token of the prompt follows, and only its log-probability is wanted.
+    pub given: Option<u32>,
 }
 
 /// One row's result.
@@ -52,6 +54,8 @@ pub struct Drawn {
     pub logprob: f32,
     /// The best tokens under the raw logits, best first, if asked for.
     pub top: Vec<(u32, f32)>,
+    /// Of a given token: 1 if it is the best.
+    pub rank: u32,
 }
 
 /// Tokens taken out of a row, always in order of id, so that nothing depends on how they were selected.
@@ -159,14 +163,21 @@ fn pick_row(row: &mut [f32], draw: &Draw<'_>, scratch: &mut Scratch, out: &mut D
     out.logprob = 0.0;
     let mut raw_total = 0.0;
     if let Some(rivals) = draw.logprobs {
-        scratch.raw.clear();
-        scratch.raw.extend_from_slice(row);
         let best = max(row);
         raw_total = best + sum_exp(row, best).ln() as f32;
         find_best(row, rivals as usize, scratch);
         let Found { ids, values } = &scratch.found;
         out.top.extend(ids.iter().zip(values).map(|(&id, &value)| (id, value - raw_total)));
         out.top.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if draw.given.is_none() {
+            scratch.raw.clear();
+            scratch.raw.extend_from_slice(row);
+        }
+    }
+    if let Some(token) = draw.given {
+        let logit = row.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        (out.token, out.logprob, out.rank) = (Some(token), logit - raw_total, 1 + count_above(row, logit));
+        return;
     }
     if let Some(mask) = draw.mask {
         keep_allowed(row, mask);
@@ -435,6 +446,20 @@ wide! {
 }
 
 wide! {
+    /// How many values are above `bar`.
+    fn count_above(row: &[f32], bar: f32) -> u32 {
+        let mut lanes = [0u32; LANES];
+        let (chunks, rest) = row.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, &value) in lanes.iter_mut().zip(chunk) {
+                *lane += u32::from(value > bar);
+            }
+        }
+        lanes.iter().sum::<u32>() + rest.iter().map(|&value| u32::from(value > bar)).sum::<u32>()
+    }
+}
+
+wide! {
     /// The sum of the values of at least `bar`.
     fn sum_from(row: &[f32], bar: f32) -> f64 {
         let mut total = 0.0;
@@ -599,7 +624,9 @@ mod tests {
         let pool = Pool::new(1);
         let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
         let mut sampler = Sampler::default();
-        sampler.pick(rows, |_| Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs, mask: None }));
+        sampler.pick(rows, |_| {
+            Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs, mask: None, given: None })
+        });
         sampler.drawn()[0].clone()
     }
 
@@ -670,7 +697,7 @@ mod tests {
             let mut data = logits.to_vec();
             let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
             let (seed, position) = (seed / 7, seed % 7);
-            let draw = Draw { sampling, seed, position, seen, logprobs: None, mask: None };
+            let draw = Draw { sampling, seed, position, seen, logprobs: None, mask: None, given: None };
             sampler.pick(rows, |_| Some(Draw { ..draw }));
             counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
         }
@@ -815,7 +842,15 @@ mod tests {
         let mut seen = Seen::new(&prompt, &sampling, &vocabulary);
         answer.into_iter().for_each(|token| seen.push(token));
         let mut row = logits.clone();
-        let draw = Draw { sampling: &sampling, seed: 0, position: 0, seen: Some(&seen), logprobs: None, mask: None };
+        let draw = Draw {
+            sampling: &sampling,
+            seed: 0,
+            position: 0,
+            seen: Some(&seen),
+            logprobs: None,
+            mask: None,
+            given: None,
+        };
         shape(&mut row, &draw);
         for (ours, theirs) in row.iter().zip(&shaped) {
             assert!((ours - theirs).abs() < 1e-5, "{row:?} is not {shaped:?}");
@@ -837,6 +872,33 @@ mod tests {
         let sampled = Sampling { temperature: 0.7, top_p: 0.5, ..Sampling::default() };
         let drawn = pick(&logits, &sampled, 0, &[], Some(0));
         assert!((f64::from(drawn.logprob) - (f64::from(logits[drawn.token.unwrap() as usize]) - total)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_given_token_has_the_log_probability_and_rank_of_the_unchanged_logits() {
+        let logits = noise(3_000, 5.0, 4);
+        let total = logits.iter().map(|&logit| f64::from(logit).exp()).sum::<f64>().ln();
+        let sampling = Sampling { logit_bias: vec![(7, 100.0)], temperature: 0.1, ..Sampling::default() };
+        let pool = Pool::new(1);
+        for token in [0, 7, 1_500, 2_999] {
+            let mut data = logits.clone();
+            let mut sampler = Sampler::default();
+            let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
+            let draw = || Draw {
+                sampling: &sampling,
+                seed: 0,
+                position: 0,
+                seen: None,
+                logprobs: Some(2),
+                mask: None,
+                given: Some(token),
+            };
+            sampler.pick(rows, |_| Some(draw()));
+            let (drawn, logit) = (&sampler.drawn()[0], logits[token as usize]);
+            assert_eq!((drawn.token, drawn.top.len()), (Some(token), 2));
+            assert!((f64::from(drawn.logprob) - (f64::from(logit) - total)).abs() < 1e-5);
+            assert_eq!(drawn.rank as usize, 1 + logits.iter().filter(|&&other| other > logit).count());
+        }
     }
 
     #[test]
@@ -866,7 +928,15 @@ mod tests {
             let mut sampler = Sampler::default();
             sampler.pick(all, |row| {
                 let seed = row as u64;
-                Some(Draw { sampling: &sampling, seed, position: 0, seen: None, logprobs: Some(3), mask: None })
+                Some(Draw {
+                    sampling: &sampling,
+                    seed,
+                    position: 0,
+                    seen: None,
+                    logprobs: Some(3),
+                    mask: None,
+                    given: None,
+                })
             });
             assert_eq!(sampler.drawn(), alone);
         }

@@ -15,8 +15,10 @@
 //! behind it. A prompt that begins like one that is being computed follows it ([`Coming`]) and finds its blocks. An
 //! account that has less of the batch than another takes places and blocks from it: see [`Scheduler::make_way`].
 //!
-//! The choices of a request share the prompt: choice 0 computes it alone, the others join when its full blocks can be
-//! found. Pure: knows nothing of devices, clocks or channels. `lane.rs` feeds it, a `Runner` executes the [`Plan`].
+//! The choices of a request share the prompt: choice 0 computes it alone, the others join when it is there. They hold its
+//! full blocks together; the block in which it ends, which each will write to, is copied for each, and only the last row
+//! of the prompt is computed again, since a token is drawn after it. Pure: knows nothing of devices, clocks or channels.
+//! `lane.rs` feeds it, a `Runner` executes the [`Plan`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,6 +51,9 @@ const MOST_LONG: usize = 4;
 const MOST_FETCHED: usize = 32;
 /// Sequences that make way in a step, at most.
 const MOST_MAKE_WAY: usize = 4;
+
+/// Rows of prompts with logits in a step, at most: on top of one for each running sequence.
+pub const SCORED_ROWS: usize = 64;
 
 /// What one model allows.
 #[derive(Clone, Debug)]
@@ -89,6 +94,8 @@ pub struct Ask<'a> {
     pub salt: u64,
     /// What is computed with on top of the base.
     pub adapter: Option<Arc<Adapter>>,
+    /// Logits of all rows of the prompt are wanted: what the model thinks of its tokens.
+    pub scored: bool,
 }
 
 struct Request {
@@ -122,8 +129,13 @@ pub struct Plan {
     pub batch: Batch,
     /// Whose rows they are, in the order of the batch's spans.
     pub parts: Vec<Planned>,
-    /// Those after which a token is drawn, in the order of the batch's `sample_rows`.
+    /// Blocks to be copied, one after the other: from where, to where. Whatever is to leave the pool leaves before that;
+    /// nothing is brought back and no row is written before it, even if the owner has lost its place since.
+    pub copies: Vec<(BlockId, BlockId)>,
+    /// Those after which a token is drawn or looked up, in the order of the batch's `sample_rows`.
     pub sampled: Vec<Planned>,
+    /// In the order of `sampled`: the token of the prompt that follows there, or [`DRAWN`].
+    followed_by: Vec<u32>,
     /// Requests whose first token is computed in this step, with the prompt tokens found in the prefix cache.
     pub begun: Vec<(RequestKey, usize)>,
     /// Tokens computed that belong to prompts.
@@ -148,7 +160,9 @@ impl Plan {
     fn clear(&mut self) {
         self.batch.clear();
         self.parts.clear();
+        self.copies.clear();
         self.sampled.clear();
+        self.followed_by.clear();
         self.begun.clear();
         self.prompt_rows = 0;
         self.adapted_rows = 0;
@@ -181,6 +195,21 @@ enum Good {
     Place,
     /// KV.
     Blocks,
+}
+
+/// No token of the prompt: one is drawn.
+const DRAWN: u32 = u32::MAX;
+
+impl Plan {
+    /// The token of the prompt that follows a sampled row, whose log-probability is wanted; `None`: a token is drawn.
+    pub fn given(&self, sampled: usize) -> Option<u32> {
+        self.followed_by.get(sampled).copied().filter(|&token| token != DRAWN)
+    }
+
+    /// Rows of prompts whose logits are wanted.
+    fn scored_rows(&self) -> usize {
+        self.followed_by.iter().filter(|&&token| token != DRAWN).count()
+    }
 }
 
 /// What [`Scheduler::push`] did with a token.
@@ -293,6 +322,9 @@ impl Scheduler {
         });
         self.held += ask.choices as usize - 1;
         let ticket = self.open(request, 0, ask.prompt);
+        if ask.scored {
+            self.sequences[ticket.sequence].scored = Some(0);
+        }
         self.queue.join(ticket, now);
         Ok(request)
     }
@@ -312,6 +344,7 @@ impl Scheduler {
             tokens,
             most: request.most,
             computed: 0,
+            scored: None,
             table: Vec::new(),
             published: 0,
             hashes: Vec::new(),
@@ -520,14 +553,20 @@ impl Scheduler {
         let sequence = &mut self.sequences[ticket.sequence];
         let known = sequence.tokens.len();
         // At least one token is always recomputed: a full prefix hit would leave no row to take logits from.
-        let most_hits = (known - 1) / block_tokens;
+        let most_hits = (known - 1).min(sequence.scored.unwrap_or(usize::MAX)) / block_tokens;
         sequence.name_blocks(most_hits, block_tokens);
         let (mut hits, mut free_hits) = (0, 0);
-        while let Some(&hash) = sequence.hashes[..most_hits].get(hits)
-            && let Some(block) = self.blocks.find(hash)
-        {
-            hits += 1;
-            free_hits += usize::from(self.blocks.is_free(block));
+        let twin = self.twin(ticket.sequence);
+        if twin.is_some() {
+            hits = most_hits;
+        } else {
+            let sequence = &self.sequences[ticket.sequence];
+            while let Some(&hash) = sequence.hashes[..most_hits].get(hits)
+                && let Some(block) = self.blocks.find(hash)
+            {
+                hits += 1;
+                free_hits += usize::from(self.blocks.is_free(block));
+            }
         }
         if let Some(follower) = self.leader(ticket, hits, most_hits) {
             self.queue.remove(ticket);
@@ -544,17 +583,26 @@ impl Scheduler {
         if self.fetch(ticket.sequence, hits, most_hits, plan) {
             return Admission::Fetches;
         }
-        let sequence = &mut self.sequences[ticket.sequence];
-        for &hash in &sequence.hashes[..hits] {
-            if let Some(block) = self.blocks.find(hash) {
+        for at in 0..hits {
+            let block = match twin {
+                Some(twin) => Some(self.sequences[twin].table[at]),
+                None => self.blocks.find(self.sequences[ticket.sequence].hashes[at]),
+            };
+            if let Some(block) = block {
                 self.blocks.adopt(block);
-                sequence.table.push(block);
+                self.sequences[ticket.sequence].table.push(block);
             }
         }
+        let original = twin.map(|twin| self.sequences[twin].table[hits]);
+        let sequence = &mut self.sequences[ticket.sequence];
         sequence.computed = sequence.table.len() * block_tokens;
         sequence.published = sequence.table.len();
         let taken = self.blocks.take(need, &mut sequence.table);
         debug_assert!(taken, "free blocks were counted");
+        if let Some(original) = original {
+            plan.copies.push((original, sequence.table[hits]));
+            sequence.computed = known - 1;
+        }
         self.coming.announce(ticket.sequence, &sequence.hashes[hits..most_hits]);
         self.admissions += 1;
         sequence.admitted = self.admissions;
@@ -660,6 +708,16 @@ impl Scheduler {
         found.filter(|_| shared * self.blocks.block_tokens() * WORTH_FOLLOWING >= left)
     }
 
+    /// A choice of the same request whose blocks hold the whole prompt, for one that has produced nothing.
+    fn twin(&self, key: SequenceKey) -> Option<SequenceKey> {
+        let sequence = &self.sequences[key];
+        if sequence.choice == 0 || sequence.produced() > 0 {
+            return None;
+        }
+        let mut others = self.requests[sequence.request].live.iter().copied().filter(|&other| other != key);
+        others.find(|&other| self.sequences[other].computed >= sequence.prompt)
+    }
+
     /// Blocks to keep free for what the running sequences and this one will probably produce.
     fn reserve(&self, newcomer: SequenceKey) -> usize {
         let growth = |key: SequenceKey| {
@@ -673,7 +731,13 @@ impl Scheduler {
     /// Puts as much of a sequence into the batch as the budget and its share allow. Returns how many tokens that is.
     fn place(&mut self, key: SequenceKey, budget: usize, plan: &mut Plan) -> usize {
         let sequence = &mut self.sequences[key];
-        let rows = sequence.left().min(budget).min(self.limits.prefill_chunk);
+        let mut rows = sequence.left().min(budget).min(self.limits.prefill_chunk);
+        // Rows whose logits are wanted, but for the last: those of the prompt that were not looked at before.
+        let last = sequence.prompt - 1;
+        let first = sequence.scored.unwrap_or(last).max(sequence.computed).min(last);
+        if first < last {
+            rows = rows.min(first - sequence.computed + SCORED_ROWS - plan.scored_rows());
+        }
         if rows == 0 {
             return 0;
         }
@@ -681,14 +745,17 @@ impl Scheduler {
         // A token is drawn after the last known one.
         let samples = end == sequence.tokens.len();
         let table = &sequence.table[..self.blocks.needed(end)];
-        plan.batch.push(&sequence.tokens[start..end], start as u32, table, samples.then_some(rows as u32 - 1));
+        let scored = first..end.clamp(first, last);
+        let wanted = scored.clone().map(|place| (place - start) as u32).chain(samples.then_some(rows as u32 - 1));
+        plan.batch.push(&sequence.tokens[start..end], start as u32, table, wanted);
         if let Some(adapter) = &self.requests[sequence.request].adapter {
             plan.batch.adapt(adapter);
             plan.adapted_rows += rows;
         }
         let part = Planned { sequence: key, request: sequence.request, choice: sequence.choice };
         plan.parts.push(part);
-        plan.sampled.extend(samples.then_some(part));
+        plan.sampled.extend(scored.clone().map(|_| part).chain(samples.then_some(part)));
+        plan.followed_by.extend(scored.map(|place| sequence.tokens[place + 1]).chain(samples.then_some(DRAWN)));
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
         sequence.computed = end;
         sequence.fed = self.step;
@@ -707,6 +774,9 @@ impl Scheduler {
             let before = sequence.published;
             sequence.publish(&mut self.blocks);
             self.coming.settle(part.sequence, &sequence.hashes[before..sequence.published]);
+            if let Some(scored) = &mut sequence.scored {
+                *scored = sequence.computed.max(*scored);
+            }
             if part.choice == 0 && sequence.computed >= sequence.prompt && self.requests[part.request].held > 0 {
                 self.unhold(part.request, part.sequence, now);
             }
@@ -905,7 +975,7 @@ mod tests {
     }
 
     /// Runs requests to their end over `blocks` blocks of 16 and compares the steps. In a step: `-b` lost its blocks,
-    /// `a[0..32]` several rows, `a` one row; `a.` is complete. Choices are named `a0 a1`.
+    /// `a[0..32]` several rows, `a` one row, `a*` one after a copied block; `a.` is complete. Choices are named `a0 a1`.
     fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Seq; N], expected: &str) {
         let mut scheduler = Scheduler::new(limits, blocks, 16);
         let (mut now, mut plan) = (Instant::now(), Plan::default());
@@ -926,6 +996,7 @@ mod tests {
                         priority,
                         salt: 0,
                         adapter: None,
+                        scored: false,
                     };
                     match scheduler.submit(ask, now) {
                         Ok(new) => *key = Some(new),
@@ -960,7 +1031,9 @@ mod tests {
             for (part, span) in plan.parts.iter().zip(&plan.batch.spans) {
                 let rows =
                     if span.rows > 1 { format!("[{}..{}]", span.start, span.start + span.rows) } else { "".into() };
-                line.push(name(part.sequence, &scheduler, &keys) + &rows);
+                let copied = plan.copies.iter().any(|(_, to)| plan.batch.table(span).contains(to));
+                let copied = if copied { "*" } else { "" };
+                line.push(name(part.sequence, &scheduler, &keys) + &rows + copied);
             }
             scheduler.computed(&plan, now);
             let ended: Vec<_> =
@@ -1033,6 +1106,7 @@ mod tests {
                 priority: 0,
                 salt: 0,
                 adapter: None,
+                scored: false,
             };
             scheduler.submit(ask, now).unwrap();
         };
@@ -1148,6 +1222,7 @@ mod tests {
                     priority: 0,
                     salt: 0,
                     adapter: None,
+                    scored: false,
                 };
                 scheduler.submit(ask, now).unwrap();
             }
@@ -1176,6 +1251,7 @@ mod tests {
                 priority: 0,
                 salt: 0,
                 adapter: None,
+                scored: false,
             };
             scheduler.submit(ask, now).unwrap()
         };
@@ -1213,8 +1289,71 @@ mod tests {
             8,
             limits(),
             [seq("a", 40, 2).choices(3), seq("b", 4, 1)],
-            "a0[0..40] b[0..4] b. | a0 a1[32..40] a2[32..40] a0. | a1 a2 a1. a2.",
+            "a0[0..40] b[0..4] b. | a0 a1* a2* a0. | a1 a2 a1. a2.",
         );
+        // Whoever has gone has nothing to copy from; a full last block is copied as well.
+        check(8, limits(), [seq("a", 40, 1).choices(2)], "a0[0..40] a0. | a1[32..40] a1.");
+        check(8, limits(), [seq("a", 32, 2).choices(2)], "a0[0..32] | a0 a1* a0. | a1 a1.");
+        check(
+            8,
+            Limits { prefix_cache: false, ..limits() },
+            [seq("a", 9, 2).choices(2)],
+            "a0[0..9] | a0 a1* a0. | a1 a1.",
+        );
+    }
+
+    #[test]
+    fn every_row_of_a_scored_prompt_is_looked_at_once_even_if_it_is_thrown_out_in_between() {
+        // Its prefix is there already; and a longer answer of higher priority needs its blocks before it is through.
+        let limits = Limits { step_tokens: 2, prefill_chunk: 2, ..limits() };
+        let mut scheduler = Scheduler::new(limits, 17, 16);
+        let (now, mut plan) = (Instant::now(), Plan::default());
+        let account = AccountId::new("a");
+        let prompt: Vec<u32> = (0..150).collect();
+        let plain = |prompt, max_tokens, priority| Ask {
+            account: &account,
+            weight: 1,
+            prompt,
+            choices: 1,
+            max_tokens,
+            priority,
+            salt: 0,
+            adapter: None,
+            scored: false,
+        };
+        scheduler.submit(plain(prompt.clone(), 1, 0), now).unwrap();
+        let (mut key, mut looked_at, mut drawn, mut preempted) = (None, Vec::new(), 0, 0);
+        loop {
+            if scheduler.is_idle() {
+                if key.is_some() {
+                    break;
+                }
+                scheduler.submit(plain(vec![9; 14], 134, 5), now).unwrap();
+                let scored = Ask { choices: 2, scored: true, ..plain(prompt.clone(), 30, 0) };
+                key = Some(scheduler.submit(scored, now).unwrap());
+            }
+            scheduler.plan(now, &mut plan);
+            scheduler.check().unwrap();
+            assert_eq!(plan.sampled.len(), plan.batch.sample_rows.len());
+            preempted += plan.preempted;
+            scheduler.computed(&plan, now);
+            for (row, part) in plan.sampled.clone().into_iter().enumerate() {
+                if let Some(token) = plan.given(row) {
+                    assert_eq!((Some(part.request), part.choice), (key, 0));
+                    let place = plan.batch.positions[plan.batch.sample_rows[row] as usize];
+                    assert_eq!(token, place + 1, "the prompt counts up");
+                    looked_at.push(place);
+                    continue;
+                }
+                drawn += usize::from(Some(part.request) == key);
+                if scheduler.push(part.sequence, 7) == Pushed::Full {
+                    scheduler.finish(part.sequence);
+                }
+            }
+        }
+        assert!(preempted > 0 && scheduler.blocks.used() == 0);
+        assert_eq!(looked_at, (0..149).collect::<Vec<_>>());
+        assert_eq!(drawn, 60);
     }
 
     #[test]
@@ -1291,6 +1430,7 @@ mod tests {
                 priority: 0,
                 salt: 0,
                 adapter: None,
+                scored: false,
             };
             scheduler.submit(ask, Instant::now()).map_or_else(|error| format!("{:?}", error.kind()), |_| "in".into())
         };

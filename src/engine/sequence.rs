@@ -33,6 +33,8 @@ pub struct Sequence {
     pub most: usize,
     /// Tokens whose K and V are in the pool, counted from the first.
     pub computed: usize,
+    /// Tokens of the prompt whose logits were looked at, where they are wanted; the last one's always are.
+    pub scored: Option<usize>,
     /// Where K and V are. While the sequence runs there is a block for every known token.
     pub table: Vec<BlockId>,
     /// Blocks of `table` that can be found by others, or need not be offered again.

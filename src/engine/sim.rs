@@ -299,6 +299,11 @@ impl Runner for SimRunner {
         Ok(Logits { data: &mut self.logits, vocab: VOCABULARY, pool: &self.pool })
     }
 
+    fn copy(&mut self, from: u32, to: u32) {
+        let (size, from, to) = (self.spec.block_tokens, from as usize, to as usize);
+        self.cells.copy_within(from * size..(from + 1) * size, to * size);
+    }
+
     fn block_bytes(&self) -> usize {
         self.spec.block_tokens * CELL
     }
@@ -379,6 +384,19 @@ mod tests {
             }
             assert_eq!(said, expected, "after {prompt:?}");
         }
+    }
+
+    #[test]
+    fn a_copied_block_serves_like_the_one_it_was_copied_from() {
+        let whole = check(&[&[(&[1, 2, 3], 0, &[4, 5]), (&[4], 3, &[4, 5])]]).unwrap();
+        let mut runner = SimRunner::new(spec());
+        let mut batch = Batch::default();
+        batch.push(&[1, 2, 3], 0, &[4, 5], []);
+        runner.forward(&batch).unwrap();
+        runner.copy(5, 7);
+        batch.clear();
+        batch.push(&[4], 3, &[4, 7], [0]);
+        assert_eq!(runner.forward(&batch).unwrap().data, whole);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::gateway::calls::Calls;
 use crate::gateway::{Call, Gateway};
 use crate::ledger::Reservation;
 use crate::metrics::Metrics;
-use crate::task::{Event, FinishReason, TokenLogprob, ToolCall, ToolDelta, Usage};
+use crate::task::{Event, FinishReason, PromptToken, TokenLogprob, ToolCall, ToolDelta, Usage};
 
 /// The events of a call that has begun to answer.
 pub struct Delivery {
@@ -26,6 +26,8 @@ pub struct Delivery {
     /// Finds calls of tools, where there may be some.
     calls: Option<Calls>,
     patience: tokio::time::Instant,
+    /// The prompt is only read: what is drawn after it is nobody's.
+    silent: bool,
     close: Close,
 }
 
@@ -85,7 +87,8 @@ impl Delivery {
             reservation: Some(reservation),
             metrics: gateway.metrics.clone(),
         };
-        let mut delivery = Self { events, held, calls, patience, close };
+        let silent = call.input.max_tokens == Some(0);
+        let mut delivery = Self { events, held, calls, patience, silent, close };
         delivery.take(first);
         delivery
     }
@@ -130,6 +133,7 @@ impl Delivery {
     /// The error the stream failed with.
     pub async fn collect(mut self) -> Result<Answer> {
         let mut choices: Vec<Choice> = Vec::new();
+        let mut prompt = None;
         let at = |choices: &mut Vec<Choice>, index: u32| {
             let index = index as usize;
             while choices.len() <= index {
@@ -139,6 +143,7 @@ impl Delivery {
         };
         while let Some(event) = self.next().await {
             match event {
+                Event::Prompt(tokens) => prompt = Some(Arc::new(tokens)),
                 Event::Text { choice, text, logprobs, .. } => {
                     let index = at(&mut choices, choice);
                     choices[index].text.push_str(&text);
@@ -156,11 +161,23 @@ impl Delivery {
                 Event::Failed(error) => return Err(error),
             }
         }
+        choices.iter_mut().for_each(|choice| choice.prompt = prompt.clone());
         Ok(Answer { choices, usage: self.usage(), neurons: self.neurons() })
     }
 
     /// Counts an event and puts what it says behind what is held.
-    fn take(&mut self, event: Event) {
+    fn take(&mut self, mut event: Event) {
+        if self.silent {
+            match &mut event {
+                Event::Text { text, logprobs, usage, .. } => {
+                    text.clear();
+                    logprobs.clear();
+                    usage.completion_tokens = 0;
+                }
+                Event::Done(usage) => usage.completion_tokens = 0,
+                _ => {}
+            }
+        }
         match &event {
             Event::Text { usage, .. } => self.close.usage = *usage,
             Event::Done(usage) => {
@@ -172,7 +189,7 @@ impl Delivery {
                 self.close.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
                 self.close.settle("failed");
             }
-            Event::Tool { .. } | Event::Finish { .. } => {}
+            Event::Prompt(_) | Event::Tool { .. } | Event::Finish { .. } => {}
         }
         match &mut self.calls {
             Some(calls) => {
@@ -261,6 +278,8 @@ pub struct Choice {
     pub stop: Option<String>,
     /// One entry a token, if asked for.
     pub logprobs: Vec<TokenLogprob>,
+    /// The prompt's tokens, if asked for.
+    pub prompt: Option<Arc<Vec<PromptToken>>>,
 }
 
 impl Choice {
@@ -276,6 +295,13 @@ impl Choice {
 
 impl Default for Choice {
     fn default() -> Self {
-        Self { text: String::new(), calls: Vec::new(), finish: FinishReason::Stop, stop: None, logprobs: Vec::new() }
+        Self {
+            text: String::new(),
+            calls: Vec::new(),
+            finish: FinishReason::Stop,
+            stop: None,
+            logprobs: Vec::new(),
+            prompt: None,
+        }
     }
 }

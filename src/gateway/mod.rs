@@ -34,6 +34,8 @@ use crate::task::{Event, Prompt, Usage};
 
 /// Prompts longer than this are tokenised on a blocking thread, so that a book does not hold up a worker.
 const INLINE_PROMPT_BYTES: usize = 4 * 1024;
+/// Most log-probabilities of a prompt, rivals included: some 16 MiB.
+const MAX_PROMPT_LOGPROBS: usize = 1 << 18;
 /// How long past its deadline a call waits for the engine to say so itself.
 const DEADLINE_GRACE: Duration = Duration::from_secs(2);
 
@@ -108,6 +110,7 @@ impl Gateway {
             Some(grammar) => Some(replica.text.grammars().compile(grammar, &replica.metrics).await?),
             None => None,
         };
+        check_prompt_logprobs(call, prompt.len())?;
 
         let adapter = self.adapter(call, replica).await?;
 
@@ -142,6 +145,7 @@ impl Gateway {
             stop: call.input.stop.clone(),
             logprobs: call.input.logprobs,
             grammar,
+            prompt_logprobs: call.input.prompt_logprobs,
             priority,
             cache_salt: route::cache_salt(&call.account),
             adapter,
@@ -205,7 +209,8 @@ async fn tokenize(call: &Call, replica: &Replica) -> Result<Vec<u32>> {
 /// How many tokens each choice may produce: what was asked, which has to fit; or the model's default, cut to what is left.
 fn budget(call: &Call, replica: &Replica, prompt: usize) -> Result<u32> {
     let context = replica.context as usize;
-    let wanted = call.input.max_tokens.unwrap_or(call.entry.max_tokens) as usize;
+    // Reading the prompt ends with a draw, whether anybody wants it or not.
+    let wanted = call.input.max_tokens.unwrap_or(call.entry.max_tokens).max(1) as usize;
     let room = context.saturating_sub(prompt);
     if call.input.max_tokens.is_some() && wanted > room || room == 0 {
         let total = prompt + wanted;
@@ -219,6 +224,19 @@ fn budget(call: &Call, replica: &Replica, prompt: usize) -> Result<u32> {
         ));
     }
     Ok(wanted.min(room) as u32)
+}
+
+/// Log-probabilities of the prompt are held in memory until all are there.
+fn check_prompt_logprobs(call: &Call, prompt: usize) -> Result<()> {
+    let Some(rivals) = call.input.prompt_logprobs else { return Ok(()) };
+    let entries = prompt * (rivals as usize + 1);
+    if entries <= MAX_PROMPT_LOGPROBS {
+        return Ok(());
+    }
+    Err(Error::bad_input(format!(
+        "{prompt} tokens of the prompt with {rivals} rivals each are {entries} log-probabilities, of which a request may \
+         ask for {MAX_PROMPT_LOGPROBS}: ask for fewer rivals, or shorten the prompt."
+    )))
 }
 
 fn echo(replica: &Replica, prompt: &[u32]) -> String {

@@ -2,9 +2,11 @@
 
 use actix_web::HttpResponse;
 use actix_web::http::StatusCode;
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::base::{Error, Neurons, Result};
+use crate::gateway::Choice;
 use crate::task::Usage;
 
 /// OpenAI's `usage`, with neurons beside the tokens.
@@ -31,6 +33,55 @@ impl UsageJson {
             prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens },
             neurons: neurons.as_f64(),
         }
+    }
+}
+
+/// JSON has no infinity; OpenAI writes this for what is all but impossible.
+pub(super) fn finite(logprob: f32) -> f32 {
+    if logprob.is_finite() { logprob.max(-9999.0) } else { -9999.0 }
+}
+
+/// vLLM's `prompt_logprobs`: an entry a token of the prompt, `null` for the first, else the token and the best in its
+/// place by id.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct PromptLogprobs(Vec<Option<ById>>);
+
+struct ById(Vec<(u32, Weighed)>);
+
+#[derive(Serialize)]
+struct Weighed {
+    logprob: f32,
+    rank: u32,
+    decoded_token: String,
+}
+
+impl PromptLogprobs {
+    /// With at most so many rivals a token; `None` if nothing is known of the prompt.
+    pub(super) fn new(choice: &Choice, rivals: u32) -> Option<Self> {
+        let weighed = |logprob: f32, rank: u32, bytes: &[u8]| {
+            let decoded_token = String::from_utf8_lossy(bytes).into_owned();
+            Weighed { logprob: finite(logprob), rank, decoded_token }
+        };
+        let tokens = choice.prompt.as_ref()?.iter().map(|of| {
+            let scored = of.scored.as_ref()?;
+            let own = (of.token, weighed(scored.logprob, scored.rank, &of.bytes));
+            let best = scored.top.iter().take(rivals as usize).enumerate();
+            let best = best.filter(|(_, rival)| rival.0 != of.token);
+            let best = best.map(|(at, (id, bytes, logprob))| (*id, weighed(*logprob, at as u32 + 1, bytes)));
+            Some(ById([own].into_iter().chain(best).collect()))
+        });
+        Some(Self(tokens.collect()))
+    }
+}
+
+impl Serialize for ById {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (id, weighed) in &self.0 {
+            map.serialize_entry(&id.to_string(), weighed)?;
+        }
+        map.end()
     }
 }
 

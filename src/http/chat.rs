@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::base::{Error, Millis, Neurons, RequestId, Result};
 use crate::config::CatalogEntry;
 use crate::gateway::Answer;
-use crate::http::answer::UsageJson;
+use crate::http::answer::{PromptLogprobs, UsageJson, finite};
 use crate::http::ask::Ask;
 use crate::http::fields::Fields;
 use crate::http::format;
@@ -62,6 +62,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ChatRequest
         sampling: text::sampling(fields, entry, Bounds::OpenAi)?,
         stop: text::stop(fields)?,
         logprobs: logprobs(fields)?,
+        prompt_logprobs: text::prompt_logprobs(fields, stream)?,
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
@@ -130,7 +131,7 @@ impl Shape {
             model: &self.model,
             choices: choices.collect(),
             usage: UsageJson::new(&answer.usage, answer.neurons),
-            prompt_logprobs: None,
+            prompt_logprobs: answer.choices.first().and_then(|choice| PromptLogprobs::new(choice, u32::MAX)),
         }
     }
 }
@@ -143,7 +144,7 @@ pub(super) struct Completion<'a> {
     model: &'a str,
     choices: Vec<CompletionChoice<'a>>,
     usage: UsageJson,
-    prompt_logprobs: Option<()>,
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 #[derive(Serialize)]
@@ -207,11 +208,6 @@ impl ChatLogprobs {
         });
         Some(Self { content: content.collect(), refusal: None })
     }
-}
-
-/// JSON has no infinity; OpenAI writes this for what is all but impossible.
-pub(super) fn finite(logprob: f32) -> f32 {
-    if logprob.is_finite() { logprob.max(-9999.0) } else { -9999.0 }
 }
 
 /// Chunks of a streamed chat completion; on the native surface with padding and its own usage event.

@@ -63,6 +63,10 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         let message = "Log-probabilities are not part of a response here: use /v1/chat/completions.";
         return Err(Error::unsupported(message).with_param("top_logprobs"));
     }
+    if fields.has("prompt_logprobs") {
+        let message = "Log-probabilities are not part of a response here: use /v1/chat/completions.";
+        return Err(Error::unsupported(message).with_param("prompt_logprobs"));
+    }
     let mut template_kwargs = text::template_kwargs(fields)?;
     if let Some(effort) = fields.object("reasoning")?.map(|reasoning| reasoning.text("effort")).transpose()?.flatten() {
         template_kwargs.insert("reasoning_effort".to_owned(), Value::String(effort.to_owned()));
@@ -88,6 +92,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         sampling,
         stop: text::stop(fields)?,
         logprobs: None,
+        prompt_logprobs: None,
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,

@@ -93,6 +93,7 @@ pub(super) struct RunRequest {
 /// Reads native inputs; the model is known already.
 pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest> {
     text::refuse_what_is_not_built(fields)?;
+    let stream = fields.bool("stream")?.unwrap_or(false);
     let input = TextInput {
         prompt: prompt(fields)?,
         choices: text::choices(fields)?,
@@ -100,6 +101,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         sampling: text::sampling(fields, entry, Bounds::Native)?,
         stop: text::stop(fields)?,
         logprobs: chat::logprobs(fields)?,
+        prompt_logprobs: text::prompt_logprobs(fields, stream)?,
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
@@ -114,7 +116,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         if stream && input.grammar.as_ref().is_some_and(|grammar| grammar.is_json()) {
             return Err(fields.wrong("stream", "does not go with JSON Mode, whose `response` is one object"));
         }
-        // The classic result has one `response` and no place for either.
+        // The classic result has one `response` and no place for these.
         let elsewhere = |name| {
             Error::unsupported(format!("This model's result has no place for `{name}`: use /ai/v1/chat/completions."))
                 .with_param(name)
@@ -124,6 +126,9 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         }
         if input.logprobs.is_some() {
             return Err(elsewhere("logprobs"));
+        }
+        if input.prompt_logprobs.is_some() {
+            return Err(elsewhere("prompt_logprobs"));
         }
     }
     Ok(RunRequest { input, stream })

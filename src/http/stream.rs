@@ -7,6 +7,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -21,7 +22,7 @@ use crate::base::{Error, Neurons};
 use crate::gateway::Delivery;
 use crate::http::answer;
 use crate::net::sse::Encoder;
-use crate::task::{Event, FinishReason, TokenLogprob, ToolDelta, Usage};
+use crate::task::{Event, FinishReason, PromptToken, TokenLogprob, ToolDelta, Usage};
 
 /// A sign of life goes out when there has been nothing to say for this long.
 const PING: Duration = Duration::from_secs(15);
@@ -32,6 +33,8 @@ const BATCH: usize = 64;
 pub(super) trait Render: 'static {
     /// Before anything else.
     fn begin(&mut self, out: &mut Encoder);
+    /// What the model thinks of the prompt of these choices, before their text.
+    fn prompt(&mut self, _choices: Range<u32>, _tokens: &[PromptToken], _out: &mut Encoder) {}
     /// New text of a choice.
     fn text(&mut self, choice: u32, text: &str, logprobs: &[TokenLogprob], out: &mut Encoder);
     /// New of a call of a tool: the newest call of a choice, counted from 0.
@@ -62,6 +65,7 @@ pub(super) fn response(deliveries: Vec<Delivery>, choices: u32, render: impl Ren
             render,
             out,
             open: calls,
+            choices,
             usage: Usage::default(),
             neurons: Neurons::ZERO,
             over: false,
@@ -95,6 +99,8 @@ struct Body<R> {
     out: Encoder,
     /// Calls that have not said `Done` yet.
     open: usize,
+    /// Answers that each call gives.
+    choices: u32,
     usage: Usage,
     neurons: Neurons,
     over: bool,
@@ -109,6 +115,10 @@ impl<R: Render> Body<R> {
         let Batch { first_choice, events, neurons } = batch;
         for event in events {
             match event {
+                Event::Prompt(tokens) => {
+                    let choices = first_choice..first_choice + self.choices;
+                    self.render.prompt(choices, &tokens, &mut self.out);
+                }
                 Event::Text { choice, text, logprobs, .. } => {
                     self.render.text(first_choice + choice, &text, &logprobs, &mut self.out);
                 }

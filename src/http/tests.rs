@@ -174,7 +174,6 @@ fn what_is_not_built_is_refused_and_what_is_off_is_not() {
     );
     refuses(Wire::Completions, json!({"prompt": "x", "suffix": "y"}), Kind::Unsupported, "suffix");
     refuses(Wire::Completions, json!({"prompt": "x", "tools": [{"name": "f"}]}), Kind::Unsupported, "tools");
-    refuses(Wire::Completions, json!({"prompt": "x", "best_of": 3}), Kind::Unsupported, "best_of");
 }
 
 #[test]
@@ -251,7 +250,34 @@ fn completions_take_prompts_in_all_four_forms() {
     refuses(Wire::Completions, json!({"prompt": [[1, -1]]}), Kind::BadInput, "prompt.0");
     refuses(Wire::Completions, json!({"prompt": vec!["x"; 65]}), Kind::BadInput, "prompt");
     refuses(Wire::Completions, json!({"prompt": vec!["x"; 20], "n": 7}), Kind::BadInput, "prompt");
-    refuses(Wire::Completions, json!({"prompt": "x", "echo": true, "logprobs": 1}), Kind::Unsupported, "echo");
+}
+
+#[test]
+fn completions_compute_more_answers_than_they_give_and_look_at_the_prompt() {
+    let input = |more: Value| read(Wire::Completions, &with(json!({"prompt": "x"}), more)).unwrap().remove(0);
+    let best = input(json!({"n": 2, "best_of": 5}));
+    assert_eq!((best.choices, best.logprobs), (5, Some(0)), "ranking needs log-probabilities");
+    assert_eq!(input(json!({"best_of": 2, "logprobs": 3})).logprobs, Some(3));
+    assert_eq!(input(json!({"n": 2, "best_of": 2, "stream": true})).logprobs, None);
+    let bad = |more: Value, param: &str| {
+        refuses(Wire::Completions, with(json!({"prompt": "x"}), more), Kind::BadInput, param);
+    };
+    bad(json!({"n": 3, "best_of": 2}), "best_of");
+    bad(json!({"best_of": 17}), "best_of");
+    bad(json!({"best_of": 2, "stream": true}), "best_of");
+    bad(json!({"prompt": vec!["x"; 64], "best_of": 3}), "prompt");
+    bad(json!({"prompt_logprobs": 21}), "prompt_logprobs");
+    bad(json!({"prompt_logprobs": -1}), "prompt_logprobs");
+    bad(json!({"prompt_logprobs": 1, "stream": true}), "prompt_logprobs");
+    bad(json!({"max_tokens": 0}), "max_tokens");
+    assert_eq!(input(json!({"prompt_logprobs": 2})).prompt_logprobs, Some(2));
+    assert_eq!(input(json!({"logprobs": 2})).prompt_logprobs, None);
+    assert_eq!(input(json!({"echo": true})).prompt_logprobs, None);
+    let both = input(json!({"echo": true, "logprobs": 2, "prompt_logprobs": 1, "max_tokens": 0}));
+    assert_eq!((both.prompt_logprobs, both.logprobs, both.max_tokens), (Some(2), Some(2), Some(0)));
+    assert_eq!(read(Wire::Chat, &with(hello(), json!({"prompt_logprobs": 0}))).unwrap()[0].prompt_logprobs, Some(0));
+    refuses(Wire::Run, with(hello(), json!({"prompt_logprobs": 1})), Kind::Unsupported, "prompt_logprobs");
+    refuses(Wire::Responses, json!({"input": "x", "prompt_logprobs": 1}), Kind::Unsupported, "prompt_logprobs");
 }
 
 #[test]
@@ -387,6 +413,7 @@ const NAMES: &[&str] = &[
     "reasoning_effort",
     "modalities",
     "typical_p",
+    "prompt_logprobs",
     "penalty_last_n",
     "repeat_last_n",
     "dry_multiplier",
@@ -417,7 +444,7 @@ proptest! {
                     prop_assert!(!inputs.is_empty());
                     for input in inputs {
                         prop_assert!((1..=16).contains(&input.choices));
-                        prop_assert!(input.max_tokens.is_none_or(|tokens| tokens >= 1));
+                        prop_assert!(input.max_tokens.is_none_or(|tokens| tokens >= 1 || input.echo || input.prompt_logprobs.is_some()));
                         prop_assert!(input.stop.iter().all(|stop| !stop.is_empty()) && input.stop.len() <= 16);
                         prop_assert!((0.0..=5.0).contains(&input.sampling.temperature));
                         prop_assert!((0.0..=1.0).contains(&input.sampling.top_p));

@@ -135,6 +135,15 @@ pub(super) fn max_tokens(fields: &Fields, names: &[&str]) -> Result<Option<u32>>
     Ok(None)
 }
 
+/// `prompt_logprobs`, by the name it has at vLLM; a list of this length does not go into a stream.
+pub(super) fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<u32>> {
+    let rivals = fields.integer("prompt_logprobs", 0..=MAX_TOP_LOGPROBS)?;
+    if rivals.is_some() && stream {
+        return Err(fields.wrong("prompt_logprobs", "is not available when `stream` is true"));
+    }
+    Ok(rivals.map(|rivals| rivals as u32))
+}
+
 /// One stop string or several; none of them empty.
 pub(super) fn stop(fields: &Fields) -> Result<Vec<String>> {
     let values = match fields.get("stop") {

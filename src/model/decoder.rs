@@ -174,6 +174,14 @@ impl Decoder {
         self.kv.block_bytes()
     }
 
+    /// Makes a block hold what another holds.
+    ///
+    /// # Panics
+    /// When there is no such block.
+    pub fn copy(&mut self, from: u32, to: u32) {
+        self.kv.copy(from as usize, to as usize);
+    }
+
     /// Copies a block out of the pool.
     ///
     /// # Panics

@@ -67,6 +67,14 @@ impl KvPool {
         }
     }
 
+    /// Copies a block's content into another, over all layers.
+    pub(super) fn copy(&mut self, from: usize, to: usize) {
+        let block = self.layout.block_bytes();
+        for layer in &mut self.layers {
+            layer.copy_within(from * block..(from + 1) * block, to * block);
+        }
+    }
+
     /// All blocks of a layer.
     pub(super) fn layer(&self, layer: usize) -> &[u8] {
         &self.layers[layer]

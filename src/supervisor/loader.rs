@@ -8,6 +8,7 @@ use tracing::{debug, info};
 
 use crate::base::{DeviceId, Error, Result, SlotId};
 use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
+use crate::engine::scheduler::SCORED_ROWS;
 use crate::engine::sim::{SimRunner, SimSpec};
 use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, Runner};
@@ -108,7 +109,7 @@ fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, 
         kv_bytes: model.kv_bytes,
         block_tokens: engine.block_tokens,
         max_rows: engine.step_tokens,
-        max_sample_rows: engine.max_running.min(engine.step_tokens),
+        max_sample_rows: (engine.max_running + SCORED_ROWS).min(engine.step_tokens),
     };
     let told = AtomicU32::new(0);
     Decoder::open(&weights, spec, &options, &|done| {

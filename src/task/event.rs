@@ -1,6 +1,6 @@
 //! What an engine or an upstream tells the gateway while it works on a call.
 //!
-//!     (Text | Tool)* Finish (once a choice) … Done | Failed
+//!     Prompt? (Text | Tool)* Finish (once a choice) … Done | Failed
 //!
 //! A stream ends with exactly one `Done` or `Failed`; a channel that closes without either means the engine died.
 
@@ -12,6 +12,8 @@ use crate::task::ToolDelta;
 /// One step of an answer.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// What the model thinks of the prompt's tokens, before the first text; only if that was asked for.
+    Prompt(Vec<PromptToken>),
     /// New text of one choice. Always whole UTF-8 characters; may be empty when only log-probabilities are due.
     Text {
         /// Which choice, from 0.
@@ -80,6 +82,28 @@ pub struct TokenLogprob {
     /// Natural logarithm of its probability.
     pub logprob: f32,
     /// The best rivals, best first: id, bytes, log-probability.
+    pub top: Vec<(u32, Vec<u8>, f32)>,
+}
+
+/// A token of the prompt, and what the model thinks of it where it stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptToken {
+    /// The token's id.
+    pub token: u32,
+    /// The token's bytes.
+    pub bytes: Vec<u8>,
+    /// `None` for the first one, before which there is nothing to expect it from.
+    pub scored: Option<Scored>,
+}
+
+/// What a model thinks of a token that it did not draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Scored {
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// 1 for the most likely token.
+    pub rank: u32,
+    /// The best tokens, best first: id, bytes, log-probability.
     pub top: Vec<(u32, Vec<u8>, f32)>,
 }
 

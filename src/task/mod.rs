@@ -5,7 +5,7 @@ mod grammar;
 mod text;
 mod tools;
 
-pub use event::{Event, FinishReason, TokenLogprob, Usage};
+pub use event::{Event, FinishReason, PromptToken, Scored, TokenLogprob, Usage};
 pub use grammar::Grammar;
 pub use text::{Dry, Message, Prompt, Role, Sampling, TextInput};
 pub use tools::{Tool, ToolCall, ToolChoice, ToolDelta, Tools};

@@ -15,7 +15,8 @@ pub struct TextInput {
     pub prompt: Prompt,
     /// Independent answers to the same prompt, at least 1.
     pub choices: u32,
-    /// Most tokens to produce for each choice. `None`: as many as the context window leaves.
+    /// Most tokens to produce for each choice. `None`: as many as the context window leaves. 0: the prompt is only read,
+    /// for what is said about it.
     pub max_tokens: Option<u32>,
     /// How tokens are drawn.
     pub sampling: Sampling,
@@ -23,6 +24,8 @@ pub struct TextInput {
     pub stop: Vec<String>,
     /// `Some(k)`: report the log-probability of each token and of its `k` best rivals.
     pub logprobs: Option<u32>,
+    /// `Some(k)`: report the log-probability of each token of the prompt, and the `k` best in its place.
+    pub prompt_logprobs: Option<u32>,
     /// Give the prompt back in front of the answer (completions only).
     pub echo: bool,
     /// Higher is served first, -100 to 100; 0 is normal. The account may not be allowed as much.

@@ -446,3 +446,98 @@ async fn a_text_stops_repeating_itself_when_told_to() {
     let typical = json!({"temperature": 1, "seed": 3, "typical_p": 0.2});
     assert_eq!(text(typical.clone()).await, text(typical).await);
 }
+
+#[tokio::test]
+async fn what_the_model_thinks_of_the_prompt_comes_in_both_forms() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    let ask = async |more: Value| daemon.post("/v1/completions", completion(more)).await;
+    let plain = ask(json!({"logprobs": 2})).await.json();
+    let answer = plain["choices"][0]["text"].as_str().unwrap();
+    assert!(plain["choices"][0].get("prompt_logprobs").is_none());
+
+    let whole = ask(json!({"logprobs": 2, "echo": true})).await.json();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["text"], format!("Once upon a time{answer}"));
+    let logprobs = &choice["logprobs"];
+    let all = |name: &str| logprobs[name].as_array().unwrap().clone();
+    assert_eq!(["tokens", "token_logprobs", "top_logprobs", "text_offset"].map(|name| all(name).len()), [28; 4]);
+    assert_eq!((all("tokens")[0].as_str(), all("tokens")[5].as_str()), (Some("O"), Some("u")));
+    assert_eq!(all("text_offset"), (0..28).map(Value::from).collect::<Vec<_>>());
+    assert!(logprobs["token_logprobs"][0].is_null() && logprobs["top_logprobs"][0].is_null());
+    for at in 1..28 {
+        assert!(logprobs["token_logprobs"][at].as_f64().unwrap() <= 0.0);
+        assert_eq!(logprobs["top_logprobs"][at].as_object().unwrap().len(), 2);
+    }
+    let of_answer = |name: &str| all(name)[16..].to_vec();
+    assert_eq!(json!(of_answer("token_logprobs")), plain["choices"][0]["logprobs"]["token_logprobs"]);
+
+    // Asked about its own answer, the model says what it said of it.
+    let told =
+        ask(json!({"prompt": format!("Once upon a time{answer}"), "max_tokens": 0, "echo": true, "logprobs": 2}));
+    let told = told.await.json();
+    assert_eq!(told["choices"][0]["text"], choice["text"]);
+    assert_eq!(told["choices"][0]["logprobs"], *logprobs);
+    assert_eq!(
+        (told["usage"]["prompt_tokens"].as_u64(), told["usage"]["completion_tokens"].as_u64()),
+        (Some(28), Some(0))
+    );
+    assert_eq!(told["usage"]["prompt_tokens_details"]["cached_tokens"], 0, "a prompt that is looked at is computed");
+
+    let chunks = ask(json!({"logprobs": 2, "echo": true, "stream": true})).await.chunks();
+    assert_eq!(joined(&chunks, "/choices/0/text"), choice["text"].as_str().unwrap());
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        let pointer = format!("/choices/0/logprobs/{name}");
+        let streamed: Vec<Value> =
+            chunks.iter().filter_map(|c| c.pointer(&pointer)?.as_array()).flatten().cloned().collect();
+        assert_eq!(streamed, all(name), "{name}");
+    }
+
+    // vLLM's form, by token id; every token of the simulated model is a byte.
+    let vllm = ask(json!({"prompt_logprobs": 1, "n": 2})).await.json();
+    for choice in vllm["choices"].as_array().unwrap() {
+        let tokens = choice["prompt_logprobs"].as_array().unwrap();
+        assert!(tokens.len() == 16 && tokens[0].is_null() && choice["logprobs"].is_null(), "{choice}");
+        let entry = &tokens[5]["117"];
+        assert_eq!(entry["decoded_token"], "u");
+        assert_eq!(entry["logprob"], logprobs["token_logprobs"][5]);
+        let best = tokens[5].as_object().unwrap().values().find(|entry| entry["rank"] == 1).unwrap();
+        assert!(best["logprob"].as_f64() >= entry["logprob"].as_f64());
+    }
+    let chatted = daemon.post(CHAT, chat(json!({"prompt_logprobs": 0, "max_tokens": 3}))).await.json();
+    let tokens = chatted["prompt_logprobs"].as_array().unwrap();
+    assert_eq!(tokens.len() as u64, chatted["usage"]["prompt_tokens"].as_u64().unwrap());
+    assert!(tokens[1..].iter().all(|token| token.as_object().unwrap().len() == 1));
+    let plain = daemon.post(CHAT, chat(json!({"max_tokens": 3}))).await.json();
+    assert!(plain["prompt_logprobs"].is_null());
+    assert_eq!(plain["choices"], chatted["choices"]);
+
+    let long = json!({"prompt": "x".repeat(1_000), "prompt_logprobs": 20, "max_tokens": 1});
+    assert_eq!(ask(long).await.json()["choices"][0]["prompt_logprobs"].as_array().unwrap().len(), 1_000);
+}
+
+#[tokio::test]
+async fn the_best_of_several_answers_is_given_and_all_are_counted() {
+    let daemon = Daemon::serving("sim:end_in=0", |_| {});
+    let ask = async |more: Value| {
+        daemon.post("/v1/completions", completion(with(json!({"temperature": 1.5, "seed": 5}), more))).await.json()
+    };
+    let all = ask(json!({"n": 5, "logprobs": 0})).await;
+    let mean = |choice: &Value| {
+        let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        logprobs.iter().map(|p| p.as_f64().unwrap()).sum::<f64>() / logprobs.len() as f64
+    };
+    let mut order: Vec<&Value> = all["choices"].as_array().unwrap().iter().collect();
+    order.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+    let best = ask(json!({"n": 2, "best_of": 5})).await;
+    let choices = best["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 2);
+    for (at, choice) in choices.iter().enumerate() {
+        assert_eq!((choice["index"].as_u64(), &choice["text"]), (Some(at as u64), &order[at]["text"]));
+        assert!(choice["logprobs"].is_null(), "they were for ranking only");
+    }
+    assert_eq!(best["usage"]["completion_tokens"], 60);
+    let one = ask(json!({"best_of": 5, "logprobs": 0, "prompt": ["Once upon a time", "Twice"]})).await;
+    assert_eq!(one["choices"].as_array().unwrap().len(), 2);
+    assert_eq!(one["choices"][0]["text"], order[0]["text"]);
+    assert_eq!(one["choices"][0]["logprobs"], order[0]["logprobs"]);
+}

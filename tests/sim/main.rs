@@ -132,6 +132,7 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
             request.kind,
             request.stop.clone(),
             request.adapter,
+            request.prompt_logprobs,
         );
         let expected = alone.entry(key).or_insert_with(|| world.alone(request, choice));
         let (text, whole) = (answer.text(choice), expected.text(0));
@@ -144,6 +145,11 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
         }
         if !whole.starts_with(text) {
             return Err(format!("choice {choice} began {text:?}, alone it is {whole:?}"));
+        }
+        if let Some(prompt) = &answer.prompt
+            && Some(prompt) != expected.prompt.as_ref()
+        {
+            return Err(format!("of the prompt {prompt:?} is known, alone {:?}", expected.prompt));
         }
         if answer.done.is_some() && answer.finish(choice).is_none() {
             return Err(format!("choice {choice} has no end"));
@@ -159,12 +165,16 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
                 request.kind,
                 request.stop.clone(),
                 request.adapter,
+                request.prompt_logprobs,
             );
             alone[&key].done.map_or(0, |usage| usage.completion_tokens)
         })
         .sum();
     if usage.prompt_tokens as usize != request.prompt.len() || usage.completion_tokens != produced {
         return Err(format!("usage {usage:?}, alone {produced} tokens"));
+    }
+    if request.prompt_logprobs.is_some() && usage.cached_tokens > 0 {
+        return Err("a prompt that is looked at came out of the cache".into());
     }
     if usage.cached_tokens >= usage.prompt_tokens || !world.spec.prefix_cache && usage.cached_tokens > 0 {
         return Err(format!("usage {usage:?}"));
@@ -173,7 +183,7 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
 }
 
 /// Whatever an answer depends on.
-type Alone = (Vec<u32>, u32, u64, u8, Vec<String>, Option<u64>);
+type Alone = (Vec<u32>, u32, u64, u8, Vec<String>, Option<u64>, Option<u32>);
 
 fn roomy() -> WorldSpec {
     WorldSpec {
@@ -206,6 +216,7 @@ fn request(account: u8, priority: i8, step: usize) -> Request {
         salt: 0,
         logprobs: None,
         adapter: None,
+        prompt_logprobs: None,
         leaves: None,
         deadline: None,
     }

@@ -11,7 +11,7 @@ use neurond::engine::spill::Store;
 use neurond::engine::{ModelSlot, Runner, Submit};
 use neurond::metrics::{EngineMetrics, Metrics};
 use neurond::model::lora::Adapter;
-use neurond::task::{Dry, Event, FinishReason, Sampling, Usage};
+use neurond::task::{Dry, Event, FinishReason, PromptToken, Sampling, Usage};
 
 /// Simulated time of a step.
 pub const STEP: Duration = Duration::from_millis(10);
@@ -134,6 +134,8 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// Which adapter it is computed with.
     pub adapter: Option<u64>,
+    /// What the model thinks of the prompt is asked for.
+    pub prompt_logprobs: Option<u32>,
     /// Steps after which its caller goes away.
     pub leaves: Option<usize>,
     /// From arrival.
@@ -161,6 +163,7 @@ impl Request {
             salt: rng.within(0, 1),
             logprobs: rng.pick(&[None, None, Some(0), Some(3)]),
             adapter: rng.pick(&[None, None, Some(0), Some(1)]),
+            prompt_logprobs: rng.pick(&[None, None, None, Some(0), Some(2)]),
             leaves: rng.one_in(5).then(|| rng.within(0, 60) as usize),
             deadline: rng.one_in(8).then(|| STEP * rng.within(0, 100) as u32),
         }
@@ -211,6 +214,7 @@ impl Request {
             stop: self.stop.clone(),
             logprobs: self.logprobs,
             grammar: None,
+            prompt_logprobs: self.prompt_logprobs,
             priority: self.priority,
             cache_salt: self.salt,
             adapter: self.adapter.map(|name| Arc::new(Adapter::hollow(name))),
@@ -230,6 +234,8 @@ pub struct Answer {
     /// As of the newest text.
     used: Usage,
     pub done: Option<Usage>,
+    /// What the model thinks of the prompt.
+    pub prompt: Option<Vec<PromptToken>>,
     pub failed: Option<Kind>,
     /// The step after which it ended.
     pub ended: usize,
@@ -268,6 +274,23 @@ impl Answer {
             return Err(format!("{event:?} came after the end"));
         }
         match event {
+            Event::Prompt(tokens) => {
+                if self.prompt.is_some() || !self.is_blank() || request.prompt_logprobs.is_none() {
+                    return Err("the prompt came late, twice or unasked".into());
+                }
+                let ids: Vec<u32> = tokens.iter().map(|of| of.token).collect();
+                let rivals = |of: &PromptToken| of.scored.as_ref().map(|scored| scored.top.len() as u32);
+                if ids != request.prompt
+                    || tokens[0].scored.is_some()
+                    || tokens[1..].iter().any(|of| rivals(of) != request.prompt_logprobs)
+                {
+                    return Err(format!("{tokens:?} is not what is known of {:?}", request.prompt));
+                }
+                self.prompt = Some(tokens);
+            }
+            Event::Text { .. } | Event::Done(_) if request.prompt_logprobs.is_some() && self.prompt.is_none() => {
+                return Err("the prompt was forgotten".into());
+            }
             Event::Text { choice, text, logprobs, usage } => {
                 let choice = &mut self.choices[choice as usize];
                 if choice.finish.is_some() {
