@@ -7,7 +7,7 @@
 //!
 //! A block is referenced by tables (`refs > 0`) or lies in the free list (`refs == 0`), never both. A free block that was
 //! published keeps its hash, so that a later prompt with the same beginning finds it, until the block is taken for
-//! something else. Blocks are shared only when full, so nothing is ever copied on write.
+//! something else. Blocks are shared only when full; one that several will write to is copied for each (`scheduler.rs`).
 //!
 //! Pure book-keeping: the memory itself belongs to the runner.
 
