@@ -23,6 +23,7 @@ pub mod supervisor;
 
 pub mod gateway;
 pub mod http;
+pub mod simulate;
 
 pub mod app;
 pub mod cli;

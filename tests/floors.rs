@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 /// Floor by floor, the ground last.
 const FLOORS: [(u8, &[&str]); 9] = [
     (8, &["main", "cli", "app", "signal", "telemetry"]),
-    (7, &["http"]),
+    (7, &["http", "simulate"]),
     (6, &["gateway"]),
     (5, &["adapters", "supervisor"]),
     (4, &["engine"]),

@@ -15,6 +15,11 @@ impl RequestId {
         Self(uuid::Uuid::new_v4())
     }
 
+    /// The id of a call that only has a number, in a simulation.
+    pub const fn from_number(number: u128) -> Self {
+        Self(uuid::Uuid::from_u128(number))
+    }
+
     /// Accepts what a client sent if it is a UUID; anything else would be an unbounded label in our logs.
     pub fn parse(text: &str) -> Option<Self> {
         uuid::Uuid::try_parse(text).ok().map(Self)

@@ -2,6 +2,7 @@
 //!
 //!     serve ─> app          chat, models, bench ─> client ─> any OpenAI-compatible URL
 //!     check-config ─> config             pull ─> any hub with Hugging Face's URL layout
+//!     simulate ─> simulate
 //!
 //! Answers go to stdout, everything said about them to stderr, so that output can be piped.
 
@@ -20,6 +21,7 @@ mod completions;
 mod models;
 mod pull;
 mod serve;
+mod simulate;
 mod table;
 
 const TOUR: &str = "\
@@ -32,6 +34,7 @@ Examples:
   neurond pull HuggingFaceTB/SmolLM2-135M-Instruct
   neurond check-config /etc/neurond/neurond.toml  before a reload
   neurond bench --concurrency 1,4,16              how fast is it here
+  neurond simulate --devices 64                   how fast would 64 GPUs be
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 70 the ledger died (serve), 130 stopped by Ctrl-C.
 Every command has its own examples: neurond help COMMAND";
@@ -58,6 +61,8 @@ enum Command {
     Pull(pull::Args),
     /// Put load on a server and measure latency and throughput
     Bench(bench::Args),
+    /// Simulate a fleet under a day of traffic: the real scheduler over devices that are a cost model
+    Simulate(Box<simulate::Args>),
     /// Print a completion script for your shell
     Completions(completions::Args),
 }
@@ -72,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Models(args) => block_on(models::run(args)),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Bench(args) => block_on(bench::run(args)),
+        Command::Simulate(args) => simulate::run(*args).map(|()| ExitCode::SUCCESS),
         Command::Completions(args) => completions::run(args, &mut Cli::command()).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {

@@ -276,6 +276,14 @@ impl Blocks {
         self.free -= 1;
     }
 
+    /// The free blocks, next to be taken first, and whether something can be found in them.
+    #[cfg(test)]
+    pub(super) fn free_list(&self) -> Vec<(BlockId, bool)> {
+        let real = |id: BlockId| (id != NONE).then_some(id);
+        let ids = std::iter::successors(real(self.head), |&id| real(self.blocks[id as usize].next));
+        ids.map(|id| (id, self.blocks[id as usize].hash.is_some())).collect()
+    }
+
     /// Compares the books with the tables of all running sequences. For tests, simulations and debug builds: it walks
     /// the whole pool.
     ///

@@ -20,6 +20,8 @@
 //! of the prompt is computed again, since a token is drawn after it. Pure: knows nothing of devices, clocks or channels.
 //! `lane.rs` feeds it, a `Runner` executes the [`Plan`].
 
+mod coast;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -51,7 +51,7 @@ pub struct Row {
 
 /// Reservations and sums.
 #[derive(Debug, Default)]
-pub(super) struct Book {
+pub struct Book {
     open: HashMap<RequestId, Claim>,
     accounts: HashMap<AccountId, Account>,
     rows: BTreeMap<(UtcDay, AccountId, ModelId), Row>,
@@ -76,7 +76,7 @@ impl Account {
 
 impl Book {
     /// Holds the estimate. A second claim of the same request replaces the first.
-    pub(super) fn reserve(&mut self, claim: Claim, now: Millis) {
+    pub fn reserve(&mut self, claim: Claim, now: Millis) {
         self.release(claim.request);
         let totals = self.accounts.entry(claim.account.clone()).or_default().at(now.day());
         totals.reserved = totals.reserved + claim.estimate;
@@ -84,7 +84,7 @@ impl Book {
     }
 
     /// Turns a reservation into a charge. Says whether there was one: a request settles once.
-    pub(super) fn settle(&mut self, request: RequestId, usage: &Usage, used: Neurons, now: Millis) -> bool {
+    pub fn settle(&mut self, request: RequestId, usage: &Usage, used: Neurons, now: Millis) -> bool {
         let Some(claim) = self.open.remove(&request) else { return false };
         let day = now.day();
         let totals = self.accounts.entry(claim.account.clone()).or_default().at(day);
@@ -102,7 +102,7 @@ impl Book {
     }
 
     /// Gives a reservation back.
-    pub(super) fn release(&mut self, request: RequestId) {
+    pub fn release(&mut self, request: RequestId) {
         let Some(claim) = self.open.remove(&request) else { return };
         if let Some(account) = self.accounts.get_mut(&claim.account) {
             account.totals.reserved = account.totals.reserved.saturating_sub(claim.estimate);
@@ -110,7 +110,7 @@ impl Book {
     }
 
     /// One account's money now.
-    pub(super) fn totals(&mut self, account: &AccountId, now: Millis) -> AccountTotals {
+    pub fn totals(&mut self, account: &AccountId, now: Millis) -> AccountTotals {
         match self.accounts.get_mut(account) {
             Some(account) => *account.at(now.day()),
             None => AccountTotals::default(),
@@ -118,7 +118,7 @@ impl Book {
     }
 
     /// All rows, oldest day first.
-    pub(super) fn rows(&self) -> impl Iterator<Item = (&(UtcDay, AccountId, ModelId), &Row)> {
+    pub fn rows(&self) -> impl Iterator<Item = (&(UtcDay, AccountId, ModelId), &Row)> {
         self.rows.iter()
     }
 

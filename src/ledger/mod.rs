@@ -10,4 +10,4 @@ mod actor;
 mod book;
 
 pub use actor::{Ledger, Reservation};
-pub use book::{AccountTotals, Claim, Row};
+pub use book::{AccountTotals, Book, Claim, Row};

@@ -6,7 +6,7 @@ use crate::{neurond, run};
 fn help_shows_every_command_and_the_exit_codes() {
     let folder = tempfile::tempdir().expect("folder");
     let help = run(&mut neurond(folder.path(), &["--help"])).succeeds().out;
-    for command in ["serve", "check-config", "chat", "models", "pull", "bench", "completions"] {
+    for command in ["serve", "check-config", "chat", "models", "pull", "bench", "simulate", "completions"] {
         assert!(help.contains(&format!("\n  {command} ")), "{command} is not in {help}");
     }
     assert!(help.contains("Exit codes") && help.contains("70"), "{help}");

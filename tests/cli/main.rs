@@ -10,6 +10,7 @@ mod hub;
 mod models;
 mod openai;
 mod pull;
+mod simulate;
 
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
