@@ -81,7 +81,7 @@ fn every_seed_keeps_its_books_and_stretches_change_nothing() {
         return println!("{:#}", report.json());
     }
     let seeds = number("SIMULATE_SEEDS").unwrap_or(SEEDS);
-    let mut seen = [0u64; 8];
+    let mut seen = [0u64; 10];
     for seed in 0..seeds {
         let stretched = troubled(seed);
         let single = Setup { coasts: false, ..stretched.clone() };
@@ -102,10 +102,12 @@ fn every_seed_keeps_its_books_and_stretches_change_nothing() {
             lacks(Lack::Late),
             lacks(Lack::Lost) + lacks(Lack::Unavailable),
             lacks(Lack::Left),
+            one.tally.made_way,
+            one.tally.followed,
         ];
         seen.iter_mut().zip(happened).for_each(|(seen, happened)| *seen += happened);
     }
-    println!("{seeds} seeds: done, preempted, cached, retried, busy, late, lost, left: {seen:?}");
+    println!("{seeds} seeds: done, preempted, cached, retried, busy, late, lost, left, made way, followed: {seen:?}");
     // The seeds are worth something only if everything happens in them.
     assert!(seeds < SEEDS || seen.iter().all(|&count| count >= 50), "{seen:?}");
 }

@@ -289,7 +289,7 @@ impl Device {
         self.steps += 1;
         self.scheduler.computed(&self.plan, self.at(now_ns));
         let mut context = 0;
-        let mut longest = usize::MAX;
+        let (mut longest, mut going) = (usize::MAX, 0);
         for part in &self.plan.sampled {
             let slot = &mut self.flights[part.request as usize];
             let Some(flight) = slot.as_mut() else {
@@ -316,18 +316,20 @@ impl Device {
                 }
                 continue;
             }
+            going += 1;
             longest = longest.min((flight.output - flight.produced) as usize - 1);
             context += self.scheduler.sequence(part.sequence).map_or(0, |sequence| sequence.tokens.len() as u64);
         }
         self.scheduler.took(&self.plan, Duration::from_nanos(self.step_time_ns));
         self.show();
         self.check(1)?;
-        if !self.coasts || !self.inbox.is_empty() {
+        // Who runs and had no row in this step has no token that the next one could follow in time.
+        if !self.coasts || !self.inbox.is_empty() || going != self.scheduler.running() as u64 {
             return Ok(());
         }
         let steps = self.scheduler.steady(longest);
         if steps > 0 {
-            let work = Work::decode(self.scheduler.running() as u64, context);
+            let work = Work::decode(going, context);
             self.doing = Doing::Stretch { begun_ns: now_ns, steps, work };
             self.next_ns = (0..steps).fold(now_ns, |end, step| end + self.step_ns(later(work, step)));
         }
