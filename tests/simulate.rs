@@ -109,7 +109,7 @@ fn every_seed_keeps_its_books_and_stretches_change_nothing() {
     }
     println!("{seeds} seeds: done, preempted, cached, retried, busy, late, lost, left, made way, followed: {seen:?}");
     // The seeds are worth something only if everything happens in them.
-    assert!(seeds < SEEDS || seen.iter().all(|&count| count >= 50), "{seen:?}");
+    assert!(seeds < SEEDS || seen.iter().all(|&count| count >= 20), "{seen:?}");
 }
 
 #[test]
