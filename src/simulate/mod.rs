@@ -94,6 +94,7 @@ impl Engine {
             max_queue: self.max_queue,
             prefix_cache: self.prefix_cache,
             prefill_stretch: self.prefill_stretch,
+            spill_slots: 0,
         }
     }
 }

@@ -244,7 +244,7 @@ mod tests {
             ("{\"prompt_tokens\": ", "line 1 is not JSON"),
             ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1", "yesterday"),
         ] {
-            let error = read(text, 1.0).err().expect(text);
+            let error = read(text, 1.0).expect_err(text);
             assert!(error.message().contains(words), "{error}");
         }
     }

@@ -17,7 +17,8 @@ impl Scheduler {
     /// How many of the next `most` steps would each place one token of every running sequence and do nothing else:
     /// no prompt, no admission, no preemption, no sequence that becomes full. For simulations.
     pub fn steady(&self, most: usize) -> usize {
-        if self.waiting() > 0 || self.running.is_empty() {
+        // Blocks that are to be kept outside have to be copied step by step.
+        if self.waiting() > 0 || self.running.is_empty() || self.spilled.is_some() {
             return 0;
         }
         let mut steps = most;
@@ -115,6 +116,7 @@ mod tests {
             max_queue: 100,
             prefix_cache: draw(4) > 0,
             prefill_stretch: [0.0, 1.5][draw(2)],
+            spill_slots: 0,
         };
         let (blocks, block_tokens) = (20 + draw(60), [1, 2, 4, 16][draw(4)]);
         let [mut single, mut coasting] = [(); 2].map(|()| Scheduler::new(limits.clone(), blocks, block_tokens));
