@@ -7,6 +7,8 @@
 //! SIMULATE_SEED=17 cargo test --test simulate every_seed      one seed again
 //! ```
 
+#![allow(clippy::unwrap_used)]
+
 use neurond::simulate::cost::{Cost, PRESETS, Work, preset};
 use neurond::simulate::report::{Lack, Report};
 use neurond::simulate::traffic::{PROFILES, profile};
