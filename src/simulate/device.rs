@@ -213,7 +213,17 @@ impl Device {
         let Submission { call, account, account_at, prompt, answer, output, max_tokens, priority, salt, received_ns } =
             submission;
         let prompt_tokens = prompt.len() as u32;
-        let ask = Ask { account: &account, weight: 1, prompt, choices: 1, max_tokens, priority, salt, adapter: None };
+        let ask = Ask {
+            account: &account,
+            weight: 1,
+            prompt,
+            choices: 1,
+            max_tokens,
+            priority,
+            salt,
+            adapter: None,
+            scored: false,
+        };
         let flight = Flight {
             call,
             account: account_at,
