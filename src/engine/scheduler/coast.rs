@@ -139,6 +139,7 @@ mod tests {
                         priority,
                         salt,
                         adapter: None,
+                        scored: false,
                     };
                     let _ = scheduler.submit(ask, now);
                 }
