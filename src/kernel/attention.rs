@@ -136,8 +136,18 @@ pub struct KvSpan {
 struct Part {
     row: usize,
     rows: usize,
-    start: usize,
+    /// Tokens that the first row looks at.
+    seen: usize,
+    /// How many more each following row does: 1, or 0 where all look at the whole sequence.
+    step: usize,
     table: usize,
+}
+
+impl Part {
+    /// Tokens that the last row looks at.
+    fn end(&self) -> usize {
+        self.seen + (self.rows - 1) * self.step
+    }
 }
 
 /// The division of a step's attention into tasks. Made once a step, used by every layer; allocates only to grow.
@@ -166,21 +176,32 @@ impl Attention {
         Self { parts: Vec::with_capacity(rows) }
     }
 
-    /// Divides a step's rows, `group` query heads to a KV head; the longest parts first.
+    /// Divides a step's rows, `group` query heads to a KV head; the longest parts first. A row looks at its own position
+    /// and all before it.
     pub fn plan(&mut self, spans: impl Iterator<Item = KvSpan>, group: usize) {
-        let step = (QUERIES / group).max(1);
+        self.divide(spans, group, true);
+    }
+
+    /// The same for encoders: a row looks at its whole span, in both directions.
+    pub fn plan_whole(&mut self, spans: impl Iterator<Item = KvSpan>, group: usize) {
+        self.divide(spans, group, false);
+    }
+
+    fn divide(&mut self, spans: impl Iterator<Item = KvSpan>, group: usize, causal: bool) {
+        let rows = (QUERIES / group).max(1);
         self.parts.clear();
         for span in spans {
-            for first in (0..span.rows).step_by(step) {
+            for first in (0..span.rows).step_by(rows) {
                 self.parts.push(Part {
                     row: span.row + first,
-                    rows: step.min(span.rows - first),
-                    start: span.start + first,
+                    rows: rows.min(span.rows - first),
+                    seen: span.start + if causal { first + 1 } else { span.rows },
+                    step: usize::from(causal),
                     table: span.table,
                 });
             }
         }
-        self.parts.sort_unstable_by_key(|part| std::cmp::Reverse((part.start + part.rows, part.row)));
+        self.parts.sort_unstable_by_key(|part| std::cmp::Reverse((part.end(), part.row)));
     }
 
     /// Runs the plan over one layer: `blocks` are its KV blocks back to back, `tables` the block tables of all spans.
@@ -213,7 +234,7 @@ impl Attention {
                     (&raw mut (*scratch).acc).cast::<f32>().add(i * padded).write_bytes(0, padded);
                 }
             }
-            let end = part.start + part.rows;
+            let end = part.end();
             let table = &tables[part.table..][..end.div_ceil(layout.block_tokens)];
             let mut tile = Tile::default();
             for (index, &block) in table.iter().enumerate() {
@@ -228,7 +249,7 @@ impl Attention {
                     let tokens = width.min(end - position);
                     if tile.len == GROUPS || tile.tokens + tokens > TILE {
                         // SAFETY: K and V of each group lie in the block as `layout` says, queries in the scratch.
-                        unsafe { tile.run(cpu.isa, layout, scratch, queries, group, part.start) };
+                        unsafe { tile.run(cpu.isa, layout, scratch, queries, |i| part.seen + i / group * part.step) };
                         tile = Tile { position, ..Tile::default() };
                     }
                     let values = layout.key_bytes() + first * padded * layout.element();
@@ -236,7 +257,7 @@ impl Attention {
                 }
             }
             // SAFETY: as above.
-            unsafe { tile.run(cpu.isa, layout, scratch, queries, group, part.start) };
+            unsafe { tile.run(cpu.isa, layout, scratch, queries, |i| part.seen + i / group * part.step) };
             for i in 0..queries {
                 let (row, at) = place(i);
                 // SAFETY: each row and head belongs to one task; the scratch was filled for `queries`.
@@ -300,11 +321,18 @@ impl Tile {
         self.tokens += tokens;
     }
 
-    /// Adds this tile to the running softmax of `queries` queries: query `i` stands at position `start + i / group`.
+    /// Adds this tile to the running softmax of `queries` queries, of which query `i` looks at `seen(i)` tokens.
     ///
     /// # Safety
     /// The pointers of the first `len` groups are whole groups of `layout`; `s` holds `queries` queries.
-    unsafe fn run(&self, isa: Isa, layout: &KvLayout, s: *mut Scratch, queries: usize, group: usize, start: usize) {
+    unsafe fn run(
+        &self,
+        isa: Isa,
+        layout: &KvLayout,
+        s: *mut Scratch,
+        queries: usize,
+        seen: impl Fn(usize) -> usize,
+    ) {
         let (dim, padded) = (layout.dim, layout.padded());
         // SAFETY: by contract; each macro call covers `count` queries from `i` on.
         unsafe {
@@ -325,7 +353,7 @@ impl Tile {
             });
             for i in 0..queries {
                 let (p, acc) = (p.add(i * SCORES), acc.add(i * padded));
-                softmax(isa, self, start + i / group + 1, p, &raw mut (*s).max[i], &raw mut (*s).sum[i], acc, padded);
+                softmax(isa, self, seen(i), p, &raw mut (*s).max[i], &raw mut (*s).sum[i], acc, padded);
             }
             each_chunk(queries, |i, count| {
                 let (p, acc) = (p.add(i * SCORES).cast_const(), acc.add(i * padded));
@@ -532,13 +560,15 @@ mod tests {
         heads: usize,
         layout: KvLayout,
         sequences: Vec<Sequence>,
+        /// Rows look in both directions.
+        whole: bool,
     }
 
     /// Runs attention and compares it with the formula in f64; returns the output.
     fn check(cpu: &Cpu, case: &Case, seed: u64) -> Vec<f32> {
-        let Case { heads, layout, sequences } = case;
+        let Case { heads, layout, sequences, whole } = case;
         let (kv, dim, group) = (layout.heads, layout.dim, heads / layout.heads);
-        let what = format!("{} {heads} heads {layout:?}", cpu.isa);
+        let what = format!("{} {heads} heads {layout:?} whole {whole}", cpu.isa);
         let rows: usize = sequences.iter().map(|sequence| sequence.rows).sum();
         let mut dice = Dice::new(seed);
         let q = dice.values(rows * heads * dim).into_iter().map(|x| x * 3.0).collect::<Vec<_>>();
@@ -583,7 +613,7 @@ mod tests {
                     let score = |token: usize| -> f64 {
                         q.iter().zip(&keys[at(token)..]).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>() * 0.25
                     };
-                    let weights: Vec<f64> = (0..=sequence.start + i).map(|token| score(token).exp()).collect();
+                    let weights: Vec<f64> = (0..if *whole { tokens } else { sequence.start + i + 1 }).map(|token| score(token).exp()).collect();
                     let sum: f64 = weights.iter().sum();
                     for d in 0..dim {
                         let value = |(token, weight): (usize, &f64)| weight * f64::from(values[at(token) + d]);
@@ -595,7 +625,11 @@ mod tests {
             row += sequence.rows;
         }
         let mut plan = Attention::new(rows);
-        plan.plan(spans.into_iter(), group);
+        if *whole {
+            plan.plan_whole(spans.into_iter(), group);
+        } else {
+            plan.plan(spans.into_iter(), group);
+        }
         let mut out = vec![f32::NAN; rows * heads * dim];
         let query = Query { q: &q, stride: heads * dim, heads: *heads, scale: 0.25, out: &mut out };
         plan.run(cpu, layout, &blocks, &tables, query);
@@ -617,8 +651,11 @@ mod tests {
             {
                 for (block_tokens, half) in [(16, true), (8, false), (64, true), (40, true), (32, false)] {
                     let layout = KvLayout { heads: kv, dim, block_tokens, half };
-                    let sequences = sequences(&[(0, 1), (70, 1), (0, 35), (13, 5), (129, 9)]);
-                    check(&cpu, &Case { heads, layout, sequences }, (heads * block_tokens) as u64);
+                    for whole in [false, true] {
+                        let sequences = sequences(&[(0, 1), (70, 1), (0, 35), (13, 5), (129, 9)]);
+                        let case = Case { heads, layout, sequences, whole };
+                        check(&cpu, &case, (heads * block_tokens) as u64);
+                    }
                 }
             }
         }

@@ -3,7 +3,7 @@
 //!
 //!     quant    block formats of files          panel   weights repacked for the kernels
 //!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
-//!     lowrank  what adapters add to a product
+//!     lowrank  what adapters add to a product   words   rows x panels in 16 bits, layer norm: encoders
 //!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
 
 use std::sync::Arc;
@@ -19,6 +19,7 @@ mod rows;
 mod simd;
 #[cfg(test)]
 mod testing;
+mod words;
 
 pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
 pub use buffer::{Arena, Buffer, Plain, Shared};
@@ -29,6 +30,7 @@ pub use pool::Pool;
 pub use quant::Dtype;
 pub use rows::{Activations, Rope, each_row, rotate};
 pub use simd::Isa;
+pub use words::{Then, WordRows, Words, layer_norm};
 
 /// A CPU device: its threads and the instruction set its kernels use.
 #[derive(Clone)]

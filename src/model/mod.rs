@@ -3,6 +3,7 @@
 //! A model has two halves: [`text::TextModel`], which everyone may share (tokenizer, template, limits), and the decoder,
 //! which one engine thread owns (weights, KV pool, work buffers).
 
+pub mod encoder;
 pub mod files;
 pub mod gguf;
 pub mod grammar;

@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::base::{Error, Kind, Result};
 use crate::kernel::Dtype;
 use crate::kernel::quant::dequantize_row;
+use crate::model::encoder::{self, EncoderSpec};
 use crate::model::files::{ModelFiles, read_json};
 use crate::model::gguf::{broken, map_file};
 use crate::model::spec::DecoderSpec;
@@ -145,7 +146,29 @@ impl Weights {
         let mut spec = DecoderSpec::read(&self.files)?;
         // Files with a tied head leave it out, and some say nothing about it elsewhere.
         spec.tied_head |= self.find("output.weight").is_none();
-        for (name, rows, cols) in spec.tensors() {
+        self.agree(spec.tensors())?;
+        for name in ["blk.0.attn_output.bias", "blk.0.ffn_down.bias", "blk.0.attn_q_norm.weight"] {
+            if self.find(name).is_some() {
+                let path = self.files.path().display();
+                return Err(Error::unsupported(format!("{path}: tensors like {name} are not supported yet")));
+            }
+        }
+        Ok(spec)
+    }
+
+    /// The encoder that these tensors make up, every one of them present and of the right shape.
+    ///
+    /// # Errors
+    /// As [`EncoderSpec::read`], and `ModelUnavailable` for the first tensor that is missing or has another shape.
+    pub fn encoder(&self) -> Result<EncoderSpec> {
+        let spec = EncoderSpec::read(&self.files)?;
+        self.agree(spec.tensors())?;
+        Ok(spec)
+    }
+
+    /// Each of these names is a tensor of so many rows and columns.
+    fn agree(&self, tensors: impl Iterator<Item = (String, usize, usize)>) -> Result<()> {
+        for (name, rows, cols) in tensors {
             let tensor = self.tensor(&name)?;
             if (tensor.rows, tensor.cols) != (rows, cols) {
                 return Err(broken(
@@ -157,13 +180,7 @@ impl Weights {
                 ));
             }
         }
-        for name in ["blk.0.attn_output.bias", "blk.0.ffn_down.bias", "blk.0.attn_q_norm.weight"] {
-            if self.find(name).is_some() {
-                let path = self.files.path().display();
-                return Err(Error::unsupported(format!("{path}: tensors like {name} are not supported yet")));
-            }
-        }
-        Ok(spec)
+        Ok(())
     }
 }
 
@@ -204,7 +221,7 @@ fn read_shard(path: &Path, map: &Mmap, index: usize, tensors: &mut HashMap<Strin
     let (length, metadata) = safetensors::SafeTensors::read_metadata(map).map_err(|error| cut(&error))?;
     let data = length.checked_add(8).filter(|&data| data <= map.len()).ok_or_else(|| cut(&"no data"))?;
     for (name, info) in metadata.tensors() {
-        let Some(canonical) = canonical_name(&name) else { continue };
+        let Some(canonical) = canonical_name(&name).or_else(|| encoder::canonical_name(&name)) else { continue };
         let dtype = match info.dtype {
             safetensors::Dtype::F32 => Dtype::F32,
             safetensors::Dtype::F16 => Dtype::F16,
@@ -231,7 +248,7 @@ fn read_shard(path: &Path, map: &Mmap, index: usize, tensors: &mut HashMap<Strin
     Ok(())
 }
 
-/// GGUF's name for a hub's tensor; `None` for those that a decoder does not need.
+/// GGUF's name for a decoder's tensor in a hub's file; `None` for those that it does not need.
 fn canonical_name(name: &str) -> Option<String> {
     let name = name.strip_prefix("model.").unwrap_or(name);
     match name {

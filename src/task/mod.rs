@@ -1,10 +1,12 @@
 //! What can be asked of a model and what comes back, as plain data. No model, no transport.
 
+mod encode;
 mod event;
 mod grammar;
 mod text;
 mod tools;
 
+pub use encode::{EncodeInput, Passage, Pooling, Want};
 pub use event::{Event, FinishReason, PromptToken, Scored, TokenLogprob, Usage};
 pub use grammar::Grammar;
 pub use text::{Dry, Message, Prompt, Role, Sampling, TextInput};

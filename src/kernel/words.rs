@@ -1,0 +1,595 @@
+//! Rows times panels in 16-bit integers: dot products of pairs run at twice the speed of f32, and with 12 and 13 bits a
+//! number comes close to its precision. For networks whose answers are compared to the fourth digit, where int8 falls short.
+//!
+//!     panel   16 output channels, block of 64 k:  [k / 2][channel] pairs of i16 | 16 scales f32;  next block
+//!     rows    [k] i16 | a scale f32 for each 64
+//!     plain   the same in f32 throughout: panel [k][channel], rows [k]; the yardstick, and for odd widths
+//!
+//! Unlike `gemm.rs` this runs on the calling thread alone: whoever owns a block of rows takes it through several matrices
+//! while it stays in the cache, and meets the others once a layer. Weights are 12 bits and a sign, inputs 13 of both, so
+//! that 64 products of two fit 32 bits. A row's sum runs over k in order: its bits do not depend on its company.
+
+use crate::base::{Error, Result};
+use crate::kernel::buffer::Slab;
+use crate::kernel::panel::{LANES, Source};
+use crate::kernel::quant::dequantize_row;
+use crate::kernel::simd::{Portable, Simd, by_isa, exp};
+use crate::kernel::{Arena, Cpu, Isa};
+
+/// Inputs that share a scale.
+const BLOCK: usize = 64;
+/// Largest code of a weight and of an input: 64 x 2047 x 4095 < 2^31.
+const WEIGHT_MAX: f32 = 2047.0;
+const INPUT_MAX: f32 = 4095.0;
+/// Bytes of a panel's block: codes, then scales.
+const BLOCK_BYTES: usize = BLOCK * LANES * 2 + LANES * 4;
+/// Rows of the largest tile.
+const TILE: usize = 8;
+
+/// A matrix in panels, with its bias. Several of the same inputs may lie side by side.
+pub struct Words {
+    data: Slab,
+    /// Padded to whole panels.
+    bias: Vec<f32>,
+    channels: usize,
+    inputs: usize,
+    plain: bool,
+}
+
+/// What becomes of a product and its bias.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Then {
+    /// It replaces what was there.
+    Set,
+    /// It is added to what was there.
+    Add,
+    /// `x * Phi(x)`, exact.
+    Gelu,
+    /// The approximation of it by tanh.
+    GeluTanh,
+    /// `max(x, 0)`
+    Relu,
+}
+
+/// Inputs of a matrix: rows back to back, and their 16-bit form.
+pub struct WordRows {
+    codes: Vec<i16>,
+    scales: Vec<f32>,
+}
+
+impl WordRows {
+    /// Room for `rows` rows of up to `width` numbers.
+    pub fn new(rows: usize, width: usize) -> Self {
+        Self { codes: vec![0; rows * width], scales: vec![0.0; rows * width.div_ceil(BLOCK)] }
+    }
+
+    /// Takes the rows of `x`, `width` numbers each. Rows that are not whole blocks are left to the plain form.
+    pub fn take(&mut self, isa: Isa, x: &[f32], width: usize) {
+        if !width.is_multiple_of(BLOCK) {
+            return;
+        }
+        let blocks = x.len() / BLOCK;
+        assert!(x.len() <= self.codes.len() && blocks <= self.scales.len() && x.len().is_multiple_of(width));
+        // SAFETY: `blocks` blocks in each, as asserted.
+        unsafe { quantize(isa, x.as_ptr(), blocks, self.codes.as_mut_ptr(), self.scales.as_mut_ptr()) };
+    }
+}
+
+impl Words {
+    /// Packs `parts`, whose channels follow each other, into `arena` on all threads. With `plain`, or when a row is not
+    /// whole blocks, weights stay f32.
+    ///
+    /// # Errors
+    /// `Internal` when the bytes of a part are not what it says, or inputs and bias do not agree.
+    pub fn pack(cpu: &Cpu, arena: &mut Arena, parts: &[Source<'_>], mut bias: Vec<f32>, plain: bool) -> Result<Self> {
+        let inputs = parts.first().map_or(0, |part| part.inputs);
+        let channels: usize = parts.iter().map(|part| part.channels).sum();
+        let fits = |part: &Source<'_>| {
+            let row = part.dtype.row_bytes(part.inputs)?;
+            (part.inputs == inputs && row.checked_mul(part.channels) == Some(part.bytes.len())).then_some(())
+        };
+        if inputs == 0 || bias.len() != channels || !parts.iter().all(|part| fits(part).is_some()) {
+            return Err(Error::internal(format!("parts of {inputs} inputs do not make {channels} channels")));
+        }
+        bias.resize(channels.next_multiple_of(LANES), 0.0);
+        let plain = plain || !inputs.is_multiple_of(BLOCK);
+        let stride = stride(inputs, plain);
+        let count = channels.div_ceil(LANES);
+        let data = arena.fill(count * stride, |out| {
+            cpu.pool.each(count, 1, |panel| {
+                // SAFETY: each panel is handed out once.
+                let out = unsafe { out.part(panel * stride, stride) };
+                let mut row = vec![0.0; inputs];
+                for lane in 0..LANES.min(channels - panel * LANES) {
+                    read_channel(parts, panel * LANES + lane, &mut row);
+                    pack_channel(&row, lane, plain, out);
+                }
+            });
+        });
+        Ok(Self { data, bias, channels, inputs, plain })
+    }
+
+    /// Output channels.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Inputs of a channel.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Bytes of weights.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    /// `out = then(x * weights + bias)` for the rows of `x`, `[rows, inputs]`, whose 16-bit form is `words`; `out` is
+    /// `[rows, channels]`.
+    pub fn apply(&self, isa: Isa, x: &[f32], words: &WordRows, then: Then, out: &mut [f32]) {
+        let rows = x.len() / self.inputs;
+        assert!(rows * self.inputs == x.len() && rows * self.channels == out.len());
+        assert!(self.plain || x.len() <= words.codes.len());
+        let blocks = self.inputs / BLOCK;
+        let stride = stride(self.inputs, self.plain);
+        for first in (0..self.channels).step_by(LANES) {
+            let panel = self.data[first / LANES * stride..][..stride].as_ptr();
+            let bias = self.bias[first..first + LANES].as_ptr();
+            let valid = LANES.min(self.channels - first);
+            let mut row = 0;
+            while row < rows {
+                let count = match rows - row {
+                    TILE.. => TILE,
+                    4..TILE => 4,
+                    2..4 => 2,
+                    _ => 1,
+                };
+                let mut tile = [0f32; TILE * LANES];
+                let sums = tile.as_mut_ptr();
+                // SAFETY: a whole panel; `count` rows of inputs, and of results in the tile.
+                unsafe {
+                    if self.plain {
+                        let x = x.as_ptr().add(row * self.inputs);
+                        match count {
+                            1 => float_tile::<1>(isa, panel, self.inputs, x, sums),
+                            2 => float_tile::<2>(isa, panel, self.inputs, x, sums),
+                            4 => float_tile::<4>(isa, panel, self.inputs, x, sums),
+                            _ => float_tile::<TILE>(isa, panel, self.inputs, x, sums),
+                        }
+                    } else {
+                        let codes = words.codes.as_ptr().add(row * self.inputs);
+                        let scales = words.scales.as_ptr().add(row * blocks);
+                        match count {
+                            1 => word_tile::<1>(isa, panel, blocks, codes, scales, sums),
+                            2 => word_tile::<2>(isa, panel, blocks, codes, scales, sums),
+                            4 => word_tile::<4>(isa, panel, blocks, codes, scales, sums),
+                            _ => word_tile::<TILE>(isa, panel, blocks, codes, scales, sums),
+                        }
+                    }
+                }
+                for (i, sums) in tile[..count * LANES].chunks_exact_mut(LANES).enumerate() {
+                    let out = &mut out[(row + i) * self.channels + first..][..valid];
+                    if valid == LANES {
+                        // SAFETY: 16 numbers each.
+                        unsafe { finish(isa, then as u8, sums.as_ptr(), bias, out.as_mut_ptr()) };
+                        continue;
+                    }
+                    let mut padded = [0f32; LANES];
+                    padded[..valid].copy_from_slice(out);
+                    // SAFETY: as above.
+                    unsafe { finish(isa, then as u8, sums.as_ptr(), bias, padded.as_mut_ptr()) };
+                    out.copy_from_slice(&padded[..valid]);
+                }
+                row += count;
+            }
+        }
+    }
+}
+
+/// Bytes from panel to panel.
+fn stride(inputs: usize, plain: bool) -> usize {
+    if plain { inputs * LANES * 4 } else { inputs / BLOCK * BLOCK_BYTES }
+}
+
+/// Row `channel` of all parts, as numbers.
+fn read_channel(parts: &[Source<'_>], mut channel: usize, row: &mut [f32]) {
+    for part in parts {
+        if channel < part.channels {
+            let length = part.bytes.len() / part.channels;
+            let read = dequantize_row(part.dtype, &part.bytes[channel * length..][..length], row);
+            // Lengths were checked; a row of another length reads as nothing.
+            debug_assert!(read.is_ok());
+            return;
+        }
+        channel -= part.channels;
+    }
+}
+
+fn pack_channel(row: &[f32], lane: usize, plain: bool, out: &mut [u8]) {
+    if plain {
+        for (k, weight) in row.iter().enumerate() {
+            out[(k * LANES + lane) * 4..][..4].copy_from_slice(&weight.to_ne_bytes());
+        }
+        return;
+    }
+    for (block, out) in row.chunks_exact(BLOCK).zip(out.chunks_exact_mut(BLOCK_BYTES)) {
+        let largest = block.iter().fold(0f32, |largest, weight| largest.max(weight.abs()));
+        let inverse = if largest > 1e-30 { WEIGHT_MAX / largest } else { 0.0 };
+        for (k, weight) in block.iter().enumerate() {
+            let code = (weight * inverse).round_ties_even().clamp(-WEIGHT_MAX, WEIGHT_MAX) as i16;
+            out[(k / 2 * LANES + lane) * 4 + k % 2 * 2..][..2].copy_from_slice(&code.to_ne_bytes());
+        }
+        let scale = largest / WEIGHT_MAX;
+        out[BLOCK * LANES * 2 + lane * 4..][..4].copy_from_slice(&scale.to_ne_bytes());
+    }
+}
+
+/// What 16-bit kernels need beyond [`Simd`].
+///
+/// # Safety
+/// As [`Simd`].
+#[allow(clippy::missing_safety_doc)]
+trait Pairs: Simd {
+    /// acc[c] += w[2c] * x[0] + w[2c + 1] * x[1], all i16.
+    unsafe fn dot_pair(acc: Self::I, w: Self::C, x: i32) -> Self::I;
+    /// Rounds 16 values within i16 and stores them.
+    unsafe fn store_i16(p: *mut i16, x: Self::F);
+}
+
+impl Pairs for Portable {
+    #[inline(always)]
+    unsafe fn dot_pair(mut acc: Self::I, w: Self::C, x: i32) -> Self::I {
+        let x = x.to_ne_bytes();
+        let word = |low: u8, high: u8| i32::from(i16::from_ne_bytes([low, high]));
+        let (x0, x1) = (word(x[0], x[1]), word(x[2], x[3]));
+        for (c, acc) in acc.iter_mut().enumerate() {
+            *acc += word(w[4 * c], w[4 * c + 1]) * x0 + word(w[4 * c + 2], w[4 * c + 3]) * x1;
+        }
+        acc
+    }
+    #[inline(always)]
+    unsafe fn store_i16(p: *mut i16, x: Self::F) {
+        // SAFETY: 16 elements by contract.
+        unsafe {
+            let x = Self::round(x);
+            p.cast::<[i16; 16]>().write_unaligned(x.map(|x| x as i16));
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! SAFETY: as `simd::x86`.
+    use std::arch::x86_64::*;
+
+    use super::Pairs;
+    use crate::kernel::simd::x86::{Avx2, Avx512};
+
+    #[allow(unsafe_op_in_unsafe_fn)]
+    impl Pairs for Avx512 {
+        #[inline(always)]
+        unsafe fn dot_pair(acc: __m512i, w: __m512i, x: i32) -> __m512i {
+            _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x))
+        }
+        #[inline(always)]
+        unsafe fn store_i16(p: *mut i16, x: __m512) {
+            _mm256_storeu_si256(p.cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+        }
+    }
+
+    #[allow(unsafe_op_in_unsafe_fn)]
+    impl Pairs for Avx2 {
+        #[inline(always)]
+        unsafe fn dot_pair(acc: Self::I, w: Self::C, x: i32) -> Self::I {
+            let x = _mm256_set1_epi32(x);
+            let half = |acc, w| _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+            [half(acc[0], w[0]), half(acc[1], w[1])]
+        }
+        #[inline(always)]
+        unsafe fn store_i16(p: *mut i16, x: Self::F) {
+            let (low, high) = (_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+            _mm256_storeu_si256(p.cast(), words);
+        }
+    }
+}
+
+by_isa! {
+    fn word_tile<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, out: *mut f32)
+        = word_body
+}
+
+#[inline(always)]
+unsafe fn word_body<S: Pairs, const R: usize>(
+    panel: *const u8,
+    blocks: usize,
+    codes: *const i16,
+    scales: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: a panel of `blocks` blocks, R rows of as many, R x 16 results.
+    unsafe {
+        let mut results = [S::splat(0.0); R];
+        for block in 0..blocks {
+            let panel = panel.add(block * BLOCK_BYTES);
+            let mut acc = [S::zero_i(); R];
+            for pair in 0..BLOCK / 2 {
+                let w = S::codes(panel.add(pair * LANES * 4));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = codes.add((r * blocks + block) * BLOCK + pair * 2).cast::<i32>().read_unaligned();
+                    *acc = S::dot_pair(*acc, w, x);
+                }
+            }
+            let scale = S::load(panel.add(BLOCK * LANES * 2).cast());
+            for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
+                let x = S::splat(*scales.add(r * blocks + block));
+                *result = S::fma(S::mul(S::to_f(acc), scale), x, *result);
+            }
+        }
+        for (r, result) in results.into_iter().enumerate() {
+            S::store(out.add(r * LANES), result);
+        }
+    }
+}
+
+by_isa! { fn float_tile<const R: usize>(panel: *const u8, inputs: usize, x: *const f32, out: *mut f32) = float_body }
+
+#[inline(always)]
+unsafe fn float_body<S: Simd, const R: usize>(panel: *const u8, inputs: usize, x: *const f32, out: *mut f32) {
+    // SAFETY: a panel of `inputs` vectors, R rows of `inputs` numbers, R x 16 results.
+    unsafe {
+        let mut sums = [S::splat(0.0); R];
+        for k in 0..inputs {
+            let w = S::load(panel.cast::<f32>().add(k * LANES));
+            for (r, sum) in sums.iter_mut().enumerate() {
+                *sum = S::fma(w, S::splat(*x.add(r * inputs + k)), *sum);
+            }
+        }
+        for (r, sum) in sums.into_iter().enumerate() {
+            S::store(out.add(r * LANES), sum);
+        }
+    }
+}
+
+by_isa! { fn quantize(x: *const f32, blocks: usize, codes: *mut i16, scales: *mut f32) = quantize_body }
+
+#[inline(always)]
+unsafe fn quantize_body<S: Pairs>(x: *const f32, blocks: usize, codes: *mut i16, scales: *mut f32) {
+    // SAFETY: `blocks` blocks of inputs and codes, and as many scales.
+    unsafe {
+        for block in 0..blocks {
+            let x: [S::F; BLOCK / LANES] = std::array::from_fn(|i| S::load(x.add(block * BLOCK + i * LANES)));
+            let largest = x.iter().fold(S::splat(0.0), |largest, &x| S::max(largest, S::abs(x)));
+            let largest = S::max_lane(largest);
+            // A block too small to invert is nothing at all beside any other.
+            let inverse = S::splat(if largest > 1e-30 { INPUT_MAX / largest } else { 0.0 });
+            *scales.add(block) = largest / INPUT_MAX;
+            for (i, x) in x.into_iter().enumerate() {
+                S::store_i16(codes.add(block * BLOCK + i * LANES), S::mul(x, inverse));
+            }
+        }
+    }
+}
+
+by_isa! { fn finish(then: u8, sums: *const f32, bias: *const f32, out: *mut f32) = finish_body }
+
+/// `out = then(sums + bias)`, 16 numbers.
+#[inline(always)]
+unsafe fn finish_body<S: Simd>(then: u8, sums: *const f32, bias: *const f32, out: *mut f32) {
+    const ADD: u8 = Then::Add as u8;
+    const GELU: u8 = Then::Gelu as u8;
+    const GELU_TANH: u8 = Then::GeluTanh as u8;
+    const RELU: u8 = Then::Relu as u8;
+    // SAFETY: 16 numbers each.
+    unsafe {
+        let x = S::add(S::load(sums), S::load(bias));
+        S::store(
+            out,
+            match then {
+                ADD => S::add(x, S::load(out)),
+                GELU => gelu::<S>(x),
+                GELU_TANH => gelu_tanh::<S>(x),
+                RELU => S::max(x, S::splat(0.0)),
+                _ => x,
+            },
+        );
+    }
+}
+
+/// `x * Phi(x) = max(x, 0) - |x| / 2 * erfc(|x| / sqrt 2)`, the latter by Abramowitz and Stegun 7.1.26, to 1.5e-7.
+#[inline(always)]
+unsafe fn gelu<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let size = S::abs(x);
+        let z = S::mul(size, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+        let t = S::div(S::splat(1.0), S::fma(z, S::splat(0.327_591_1), S::splat(1.0)));
+        let mut p = S::splat(1.061_405_4);
+        for c in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+            p = S::fma(p, t, S::splat(c));
+        }
+        let tail = S::mul(S::mul(p, t), exp::<S>(S::sub(S::splat(0.0), S::mul(z, z))));
+        S::sub(S::max(x, S::splat(0.0)), S::mul(S::mul(size, S::splat(0.5)), tail))
+    }
+}
+
+/// `x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3))`
+#[inline(always)]
+unsafe fn gelu_tanh<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: arithmetic only.
+    unsafe {
+        let inner = S::fma(S::mul(x, x), S::splat(-2.0 * 0.797_884_6 * 0.044_715), S::splat(-2.0 * 0.797_884_6));
+        S::div(x, S::add(S::splat(1.0), exp::<S>(S::mul(x, inner))))
+    }
+}
+
+/// `x = (x - mean) / sqrt(variance + eps) * weight + bias`, row by row, in place.
+pub fn layer_norm(isa: Isa, x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+    let width = weight.len();
+    assert!(bias.len() == width && x.len().is_multiple_of(width));
+    for row in x.chunks_exact_mut(width) {
+        // SAFETY: three times `width` numbers.
+        unsafe { norm(isa, row.as_mut_ptr(), weight.as_ptr(), bias.as_ptr(), eps, width) };
+    }
+}
+
+by_isa! { fn norm(x: *mut f32, weight: *const f32, bias: *const f32, eps: f32, len: usize) = norm_body }
+
+#[inline(always)]
+unsafe fn norm_body<S: Simd>(x: *mut f32, weight: *const f32, bias: *const f32, eps: f32, len: usize) {
+    // SAFETY: all accesses are below `len`.
+    unsafe {
+        let whole = len / LANES * LANES;
+        let mut sum = S::splat(0.0);
+        for at in (0..whole).step_by(LANES) {
+            sum = S::add(sum, S::load(x.add(at)));
+        }
+        let mut total = S::sum(sum);
+        (whole..len).for_each(|at| total += *x.add(at));
+        let mean = total / len as f32;
+        // A second pass over the deviations: the difference of two large sums would lose them.
+        let mut squares = S::splat(0.0);
+        for at in (0..whole).step_by(LANES) {
+            let d = S::sub(S::load(x.add(at)), S::splat(mean));
+            squares = S::fma(d, d, squares);
+        }
+        let mut total = S::sum(squares);
+        (whole..len).for_each(|at| total += (*x.add(at) - mean) * (*x.add(at) - mean));
+        let scale = 1.0 / (total / len as f32 + eps).sqrt();
+        for at in (0..whole).step_by(LANES) {
+            let d = S::mul(S::sub(S::load(x.add(at)), S::splat(mean)), S::splat(scale));
+            S::store(x.add(at), S::fma(d, S::load(weight.add(at)), S::load(bias.add(at))));
+        }
+        for at in whole..len {
+            *x.add(at) = (*x.add(at) - mean) * scale * *weight.add(at) + *bias.add(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::quant::Dtype;
+    use crate::kernel::testing::{Dice, cpus};
+
+    fn bytes(weights: &[f32]) -> Vec<u8> {
+        weights.iter().flat_map(|weight| weight.to_le_bytes()).collect()
+    }
+
+    fn matrix(cpu: &Cpu, weights: &[f32], bias: &[f32], inputs: usize, plain: bool) -> Words {
+        let bytes = bytes(weights);
+        // Two parts, the second of an odd size, as q, k and v are.
+        let channels = bias.len();
+        let (first, second) = bytes.split_at(channels / 3 * inputs * 4);
+        let source = |bytes, channels| Source { dtype: Dtype::F32, bytes, channels, inputs };
+        let parts = [source(first, channels / 3), source(second, channels - channels / 3)];
+        let parts = if channels < 3 { &parts[1..] } else { &parts[..] };
+        Words::pack(cpu, &mut Arena::default(), parts, bias.to_vec(), plain).unwrap()
+    }
+
+    fn apply(cpu: &Cpu, matrix: &Words, x: &[f32], then: Then, out: &mut [f32]) {
+        let mut words = WordRows::new(x.len() / matrix.inputs(), matrix.inputs());
+        words.take(cpu.isa, x, matrix.inputs());
+        matrix.apply(cpu.isa, x, &words, then, out);
+    }
+
+    fn erf(z: f64) -> f64 {
+        // The series, which needs no table: enough for |z| < 4.
+        let (mut term, mut sum) = (z, z);
+        for n in 1..200 {
+            term *= -z * z / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        sum * 2.0 / std::f64::consts::PI.sqrt()
+    }
+
+    #[test]
+    fn products_are_nearly_exact_in_16_bits_and_exact_in_f32() {
+        for cpu in cpus() {
+            for (rows, channels, inputs) in [(1, 16, 64), (7, 33, 128), (13, 48, 384), (64, 2, 192), (3, 20, 40)] {
+                let mut dice = Dice::new((rows * channels) as u64);
+                let (weights, bias) = (dice.values(channels * inputs), dice.values(channels));
+                let (x, before) = (dice.values(rows * inputs), dice.values(rows * channels));
+                let size = (inputs as f64).sqrt() / 3.0;
+                for (plain, tolerance) in [(false, 2e-3), (true, 1e-5)] {
+                    let matrix = matrix(&cpu, &weights, &bias, inputs, plain);
+                    for then in [Then::Set, Then::Add, Then::Relu, Then::Gelu, Then::GeluTanh] {
+                        let mut out = before.clone();
+                        apply(&cpu, &matrix, &x, then, &mut out);
+                        for (at, &got) in out.iter().enumerate() {
+                            let (row, channel) = (at / channels, at % channels);
+                            let pairs = x[row * inputs..][..inputs].iter().zip(&weights[channel * inputs..]);
+                            let dot: f64 = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w)).sum();
+                            let x = dot + f64::from(bias[channel]);
+                            let expected = match then {
+                                Then::Set => x,
+                                Then::Add => x + f64::from(before[at]),
+                                Then::Relu => x.max(0.0),
+                                Then::Gelu if x.abs() > 5.0 => x.max(0.0),
+                                Then::Gelu => x * 0.5 * (1.0 + erf(x / 2f64.sqrt())),
+                                Then::GeluTanh => {
+                                    x * 0.5 * (1.0 + (0.797_884_560_802_865 * (x + 0.044_715 * x.powi(3))).tanh())
+                                }
+                            };
+                            let error = (f64::from(got) - expected).abs() / size;
+                            assert!(error < tolerance, "{} {then:?} {rows}x{channels}x{inputs}: {got} {expected}", cpu.isa);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_codes_do_not_overflow() {
+        for cpu in cpus() {
+            for sign in [1.0, -1.0] {
+                let matrix = matrix(&cpu, &[sign; 16 * 128], &[0.0; 16], 128, false);
+                let mut out = [0.0; 16];
+                apply(&cpu, &matrix, &[-1.0; 128], Then::Set, &mut out);
+                assert!(out.iter().all(|x| (x + sign * 128.0).abs() < 1e-3), "{} {out:?}", cpu.isa);
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_in_company() {
+        for cpu in cpus() {
+            for plain in [false, true] {
+                let (rows, channels, inputs) = (29, 40, 192);
+                let mut dice = Dice::new(5);
+                let (weights, bias) = (dice.values(channels * inputs), dice.values(channels));
+                let x = dice.values(rows * inputs);
+                let matrix = matrix(&cpu, &weights, &bias, inputs, plain);
+                let mut all = vec![0.0; rows * channels];
+                apply(&cpu, &matrix, &x, Then::Gelu, &mut all);
+                for row in 0..rows {
+                    let mut alone = vec![0.0; channels];
+                    apply(&cpu, &matrix, &x[row * inputs..][..inputs], Then::Gelu, &mut alone);
+                    assert_eq!(alone, all[row * channels..][..channels], "{} row {row}", cpu.isa);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layer_norm_is_the_formula() {
+        for cpu in cpus() {
+            for (rows, width) in [(1, 1), (3, 31), (2, 384), (5, 40)] {
+                let mut dice = Dice::new(width as u64);
+                let x: Vec<f32> = dice.values(rows * width).into_iter().map(|x| x + 3.0).collect();
+                let (weight, bias) = (dice.values(width), dice.values(width));
+                let mut out = x.clone();
+                layer_norm(cpu.isa, &mut out, &weight, &bias, 1e-12);
+                for (at, &got) in out.iter().enumerate() {
+                    let row = &x[at / width * width..][..width];
+                    let mean = row.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64;
+                    let variance = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
+                    let unit = (f64::from(x[at]) - mean) / (variance + 1e-12).sqrt();
+                    let expected = unit * f64::from(weight[at % width]) + f64::from(bias[at % width]);
+                    assert!((f64::from(got) - expected).abs() < 1e-4, "{} {width}: {got} {expected}", cpu.isa);
+                }
+            }
+        }
+    }
+}
