@@ -9,6 +9,7 @@ use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 use crate::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, Result, SlotId};
 use crate::engine::Runner;
 use crate::engine::spill::Store;
+use crate::engine::oneshot::{Encode, OneShotSlot};
 use crate::metrics::EngineMetrics;
 use crate::model::Vocabulary;
 use crate::model::grammar::CompiledGrammar;
@@ -19,8 +20,12 @@ use crate::task::{Event, Sampling};
 pub enum Command {
     /// A new request.
     Submit(Box<Submit>),
+    /// A new request for a model that answers in one pass.
+    Encode(Box<Encode>),
     /// A model made ready elsewhere; takes requests from the next step on.
     Install(Box<ModelSlot>),
+    /// The same for one that answers in one pass.
+    InstallOneShot(Box<OneShotSlot>),
     /// Take no new requests for this slot, finish what it has, free it, then drop `done`.
     Retire {
         /// Which slot.
@@ -177,6 +182,14 @@ impl Engine {
     /// [`Kind::Busy`] when the inbox is full, [`Kind::EngineLost`] when the thread is gone.
     pub fn submit(&self, submit: Submit) -> Result<()> {
         self.tell(Command::Submit(Box::new(submit)))
+    }
+
+    /// Hands texts over; the answer follows on their own channel, with the same meaning of errors.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`].
+    pub fn encode(&self, encode: Encode) -> Result<()> {
+        self.tell(Command::Encode(Box::new(encode)))
     }
 
     /// Sends any command without waiting.

@@ -8,7 +8,8 @@
 //! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`sequence`] is one answer's state,
 //! [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars allow, [`seen`] is what draws look back at,
 //! [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for one model, and the loop around
-//! the lanes is in `run.rs`. [`sim`] is a device without weights.
+//! the lanes is in `run.rs`. [`oneshot`] is the lane of
+//! models that answer in one pass. [`sim`] is a device without weights.
 //!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
 
@@ -16,6 +17,7 @@ pub mod answer;
 pub mod blocks;
 pub mod coming;
 pub mod lane;
+pub mod oneshot;
 pub mod pace;
 pub mod queue;
 pub mod sampler;
@@ -24,6 +26,7 @@ pub mod seen;
 pub mod sequence;
 pub mod sim;
 pub mod spill;
+pub mod sim_encoder;
 
 mod command;
 mod masks;

@@ -21,9 +21,10 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
-use crate::base::{DeviceId, Error, Kind, Result};
+use crate::base::{DeviceId, Error, Kind, Result, SlotId};
 use crate::engine::lane::{Lane, unavailable};
-use crate::engine::{Command, Engine, EngineStatus};
+use crate::engine::oneshot::{self, OneShotLane};
+use crate::engine::{Command, Engine, EngineStatus, SlotStatus};
 use crate::task::Event;
 
 /// Commands that wait for the thread; beyond that, [`Engine::tell`] is `Busy`.
@@ -59,9 +60,65 @@ struct Loop {
 
 /// A lane, and who waits for its end.
 struct Busy {
-    lane: Lane,
+    lane: AnyLane,
     /// Dropped with the lane.
     done: Vec<flume::Sender<()>>,
+}
+
+/// The two kinds of lanes, which take turns on a device.
+enum AnyLane {
+    Text(Box<Lane>),
+    OneShot(Box<OneShotLane>),
+}
+
+macro_rules! either {
+    ($self:expr, $lane:ident => $body:expr) => {
+        match $self {
+            Self::Text($lane) => $body,
+            Self::OneShot($lane) => $body,
+        }
+    };
+}
+
+impl AnyLane {
+    fn id(&self) -> SlotId {
+        either!(self, lane => lane.id())
+    }
+
+    fn is_idle(&self) -> bool {
+        either!(self, lane => lane.is_idle())
+    }
+
+    fn is_retiring(&self) -> bool {
+        either!(self, lane => lane.is_retiring())
+    }
+
+    fn retire(&mut self) {
+        either!(self, lane => lane.retire());
+    }
+
+    fn fail(&mut self, error: &Error) {
+        either!(self, lane => lane.fail(error));
+    }
+
+    fn status(&self) -> SlotStatus {
+        either!(self, lane => lane.status())
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        match self {
+            Self::OneShot(lane) => lane.step(begun).map(|_| ()),
+            Self::Text(lane) => {
+                if lane.plan(begun) {
+                    lane.compute()?;
+                    lane.deliver(Instant::now());
+                    lane.step_took(begun.elapsed());
+                }
+                Ok(())
+            }
+        }
+    }
 }
 
 impl Loop {
@@ -113,17 +170,24 @@ impl Loop {
 
     fn obey(&mut self, command: Command) -> ControlFlow<()> {
         match command {
-            Command::Submit(submit) => {
-                let lane = self.lanes.iter_mut().find(|busy| busy.lane.id() == submit.slot);
-                match lane {
-                    _ if self.draining => refuse(&submit.events, shutting_down()),
-                    Some(busy) => busy.lane.submit(*submit, Instant::now()),
-                    None => refuse(&submit.events, unavailable()),
-                }
+            Command::Submit(submit) => match find(&mut self.lanes, submit.slot) {
+                _ if self.draining => refuse(&submit.events, shutting_down()),
+                Some(AnyLane::Text(lane)) => lane.submit(*submit, Instant::now()),
+                _ => refuse(&submit.events, unavailable()),
+            },
+            Command::Encode(encode) => match find(&mut self.lanes, encode.slot) {
+                _ if self.draining => oneshot::refuse(&encode.answer, shutting_down()),
+                Some(AnyLane::OneShot(lane)) => lane.submit(*encode),
+                _ => oneshot::refuse(&encode.answer, unavailable()),
+            },
+            Command::InstallOneShot(slot) => {
+                tracing::info!(device = %self.device, slot = slot.slot.0, model = %slot.model, "installed");
+                let lane = AnyLane::OneShot(Box::new(OneShotLane::new(*slot)));
+                self.lanes.push(Busy { lane, done: Vec::new() });
             }
             Command::Install(slot) => {
                 tracing::info!(device = %self.device, slot = slot.slot.0, model = %slot.model, blocks = slot.runner.blocks(), "installed");
-                self.lanes.push(Busy { lane: Lane::new(*slot), done: Vec::new() });
+                self.lanes.push(Busy { lane: AnyLane::Text(Box::new(Lane::new(*slot))), done: Vec::new() });
             }
             Command::Retire { slot, done } => {
                 if let Some(busy) = self.lanes.iter_mut().find(|busy| busy.lane.id() == slot) {
@@ -152,13 +216,9 @@ impl Loop {
     /// One step of each lane that has work: models on one device share it evenly by steps.
     fn step(&mut self) -> Result<()> {
         for busy in &mut self.lanes {
-            let begun = Instant::now();
-            if busy.lane.is_idle() || !busy.lane.plan(begun) {
-                continue;
+            if !busy.lane.is_idle() {
+                busy.lane.step()?;
             }
-            busy.lane.compute()?;
-            busy.lane.deliver(Instant::now());
-            busy.lane.step_took(begun.elapsed());
         }
         Ok(())
     }
@@ -167,11 +227,17 @@ impl Loop {
     fn fail(&mut self, error: &Error) {
         self.lanes.iter_mut().for_each(|busy| busy.lane.fail(error));
         for command in self.inbox.try_iter() {
-            if let Command::Submit(submit) = command {
-                refuse(&submit.events, error.clone());
+            match command {
+                Command::Submit(submit) => refuse(&submit.events, error.clone()),
+                Command::Encode(encode) => oneshot::refuse(&encode.answer, error.clone()),
+                _ => {}
             }
         }
     }
+}
+
+fn find(lanes: &mut [Busy], slot: SlotId) -> Option<&mut AnyLane> {
+    lanes.iter_mut().map(|busy| &mut busy.lane).find(|lane| lane.id() == slot)
 }
 
 fn refuse(events: &flume::Sender<Event>, error: Error) {
@@ -187,11 +253,14 @@ fn shutting_down() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::{AccountId, ModelId, RequestId, SlotId};
+    use crate::base::{AccountId, ModelId, RequestId};
+    use crate::engine::oneshot::{Encode, OneShotSlot};
     use crate::engine::sim::{SimRunner, SimSpec};
+    use crate::engine::sim_encoder::SimEncoder;
     use crate::engine::{ModelSlot, Submit};
     use crate::metrics::{EngineMetrics, Metrics};
-    use crate::task::{FinishReason, Sampling, Usage};
+    use crate::model::encoder::Tokens;
+    use crate::task::{FinishReason, Pooling, Sampling, Usage};
 
     fn metrics() -> EngineMetrics {
         Metrics::new().engine(&ModelId::new("sim"), DeviceId(0))
@@ -419,6 +488,48 @@ mod tests {
         let slot = install(&engine, slot(SimSpec { panic_at: 3, ..spec() }));
         assert!(answer(&ask(&engine, slot, "this", 400)).ends_with(" closed"));
         assert!(thread.join().is_err());
+    }
+
+    #[test]
+    fn texts_and_answers_share_a_device_and_its_end() {
+        let (engine, thread) = start(DeviceId(0)).unwrap();
+        let spec = SimSpec { step_us: 500, ..spec() };
+        let decoder = install(&engine, slot(spec.clone()));
+        let encoder = OneShotSlot {
+            slot: SlotId::next(),
+            model: ModelId::new("encoder"),
+            runner: Box::new(SimEncoder::new(SimSpec { fail_at: 6, ..spec }, 4, 64)),
+            step_tokens: 8,
+            max_queue: 4,
+            metrics: metrics(),
+        };
+        let slot = encoder.slot;
+        engine.tell(Command::InstallOneShot(Box::new(encoder))).unwrap();
+        let encode = |slot: SlotId, texts: usize| {
+            let (answer, receiver) = flume::bounded(1);
+            let encode = Encode {
+                request: RequestId::random(),
+                account: AccountId::new("a"),
+                slot,
+                texts: vec![Tokens { ids: vec![1; 8], second: 8 }; texts],
+                pooling: Pooling::Mean,
+                deadline: Instant::now() + Duration::from_secs(60),
+                received: Instant::now(),
+                answer,
+            };
+            engine.encode(encode).unwrap();
+            move || receiver.recv_timeout(Duration::from_secs(20)).unwrap()
+        };
+        let text = ask(&engine, decoder, "beside it", 4);
+        assert_eq!(encode(slot, 5)().unwrap().len(), 20);
+        assert!(answer(&text).ends_with(" length done 9+4"));
+        assert_eq!(encode(decoder, 1)().unwrap_err().kind(), Kind::ModelUnavailable, "no encoder");
+        assert_eq!(answer(&ask(&engine, slot, "no decoder", 4)), " ModelUnavailable");
+        assert_eq!(status(&engine).slots.iter().map(|slot| slot.steps).collect::<Vec<_>>()[1], 5);
+        let text = ask(&engine, decoder, "with it", 400);
+        assert_eq!(encode(slot, 1)().unwrap_err().kind(), Kind::EngineLost);
+        assert!(answer(&text).ends_with(" EngineLost"));
+        thread.join().unwrap();
     }
 
     #[test]

@@ -92,9 +92,9 @@ impl EncodeBatch {
         self.tokens.len()
     }
 
-    /// Number of texts.
-    pub fn texts(&self) -> usize {
-        self.texts.len()
+    /// The tokens of each text.
+    pub fn each_text(&self) -> impl Iterator<Item = &[u32]> {
+        self.texts.iter().map(|text| &self.tokens[text.row..][..text.rows])
     }
 }
 
