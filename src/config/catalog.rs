@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::Price;
 use super::value::Written;
 use crate::base::{Millis, ModelId};
-use crate::task::Task;
+use crate::task::{Pooling, Task};
 
 /// Flags an entry may carry, as clients search for them.
 pub const FLAGS: [&str; 10] =
@@ -55,6 +55,10 @@ pub struct CatalogEntry {
     pub temperature: f32,
     /// Length of an embedding vector, for models that make one.
     pub dimensions: Option<u32>,
+    /// How an embedding model pools when the caller does not say.
+    pub pooling: Pooling,
+    /// Whether inputs longer than `context` are cut when the caller does not say, or refused.
+    pub truncate: bool,
     /// Some of `function_calling`, `json`, `lora`, `batch`, `vision`, `reasoning`, `paid` …
     pub flags: Vec<String>,
     /// Neurons per unit.
@@ -136,6 +140,16 @@ pub struct Block {
     /// Example: `1024`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dimensions: Option<u32>,
+    /// How an embedding model makes one vector of a text's tokens when the caller does not say: `mean` of all, or the first
+    /// one's, `cls`. Left out: `mean`.
+    /// Example: `"mean"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pooling: Option<Pooling>,
+    /// Whether an embedding or classification model cuts inputs longer than `context` when the caller does not say, or
+    /// refuses them. Left out: `true`.
+    /// Example: `true`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub truncate: Option<bool>,
     /// Some of `function_calling`, `json`, `lora`, `batch`, `vision`, `reasoning`, `paid`, `beta`, `partner`, `multipart`. Left out: none.
     /// Example: `["lora"]`
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -322,7 +336,7 @@ impl Block {
         macro_rules! take {
             ($($key:ident)*) => { $(if newer.$key.is_some() { self.$key = newer.$key; })* };
         }
-        take!(aliases task result description context max_tokens temperature dimensions flags price free);
+        take!(aliases task result description context max_tokens temperature dimensions pooling truncate flags price free);
         take!(rate_per_minute planned_deprecation created_at);
     }
 
@@ -394,6 +408,8 @@ impl Block {
             max_tokens: block.max_tokens.unwrap_or(if task == Task::ImageToText { 512 } else { 256 }),
             temperature,
             dimensions: block.dimensions,
+            pooling: block.pooling.unwrap_or_default(),
+            truncate: block.truncate.unwrap_or(true),
             flags,
             price,
             rate_per_minute: block.rate_per_minute.unwrap_or(default_rate(task)),

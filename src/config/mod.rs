@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::base::{AccountId, Error, KeyId, Millis, ModelId, Result};
+use crate::task::Task;
 
 pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
 pub use file::{File, LogFormat};
@@ -201,6 +202,8 @@ pub struct Account {
 pub struct Model {
     /// Its catalog id.
     pub id: ModelId,
+    /// What it does, by its catalog entry: decides how it is loaded.
+    pub task: Task,
     /// GGUF file or safetensors folder.
     pub path: PathBuf,
     /// Quantised kernels as fast as they go, or everything in f32.

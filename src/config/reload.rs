@@ -161,7 +161,8 @@ impl Changes {
                 self.note(key, Some(&model.path), None::<String>, Effect::Swap);
                 continue;
             };
-            let Model { id: _, path, precision, kv, kv_bytes, spill, context, modified } = other;
+            let Model { id: _, task, path, precision, kv, kv_bytes, spill, context, modified } = other;
+            self.note(format!("{key}: task"), model.task.name(), task.name(), Effect::Swap);
             self.note(format!("{key}: path"), &model.path, path, Effect::Swap);
             self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
             self.note(format!("{key}: kv"), word(model.kv), word(*kv), Effect::Swap);
@@ -269,10 +270,12 @@ mod tests {
     use super::super::{KvType, Precision, Token};
     use super::*;
     use crate::base::{AccountId, KeyId, Millis, ModelId};
+    use crate::task::Task;
 
     fn model(id: &str) -> Model {
         Model {
             id: ModelId::new(id),
+            task: Task::TextGeneration,
             path: "/m/a.gguf".into(),
             precision: Precision::Fast,
             kv: KvType::F16,

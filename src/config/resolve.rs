@@ -493,6 +493,7 @@ fn models(
         }
         models.push(Model {
             id: entry.id.clone(),
+            task: entry.task,
             path,
             precision: section.precision,
             kv: section.kv,

@@ -381,8 +381,8 @@ pub(super) fn refuse(answer: &flume::Sender<Result<Vec<f32>>>, error: Error) {
 mod tests {
     use super::*;
     use crate::base::DeviceId;
-    use crate::engine::sim_encoder::SimEncoder;
     use crate::engine::sim::SimSpec;
+    use crate::engine::sim_encoder::SimEncoder;
     use crate::metrics::Metrics;
 
     type Answer = flume::Receiver<Result<Vec<f32>>>;

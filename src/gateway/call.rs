@@ -9,7 +9,7 @@ use crate::task::TextInput;
 
 /// What a surface makes of a request before it asks the gateway to serve it.
 #[derive(Debug, Clone)]
-pub struct Call {
+pub struct Call<Input = TextInput> {
     /// From `x-request-id` or fresh.
     pub id: RequestId,
     /// Who pays.
@@ -19,7 +19,7 @@ pub struct Call {
     /// Which model, aliases resolved.
     pub entry: Arc<CatalogEntry>,
     /// What is asked.
-    pub input: TextInput,
+    pub input: Input,
     /// `x-session-affinity`: requests that share it share a device and its prefix cache.
     pub affinity: Option<String>,
     /// Fail at once instead of waiting in the queue.

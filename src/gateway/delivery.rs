@@ -44,7 +44,7 @@ pub(super) struct Begun {
 }
 
 /// What the end of a call needs to know. `outcome` is set once.
-struct Close {
+pub(super) struct Close {
     request: RequestId,
     account: AccountId,
     key: Option<KeyId>,
@@ -75,18 +75,7 @@ impl Delivery {
                 usage: Usage::default(),
             }));
         }
-        let close = Close {
-            request: call.id,
-            account: call.account.clone(),
-            key: call.key.clone(),
-            entry: call.entry.clone(),
-            received: call.received,
-            first_event: Instant::now(),
-            usage: Usage::default(),
-            neurons: Neurons::ZERO,
-            reservation: Some(reservation),
-            metrics: gateway.metrics.clone(),
-        };
+        let close = Close::new(gateway, call, reservation);
         let silent = call.input.max_tokens == Some(0);
         let mut delivery = Self { events, held, calls, patience, silent, close };
         delivery.take(first);
@@ -219,6 +208,33 @@ impl Drop for Close {
 }
 
 impl Close {
+    pub(super) fn new<Input>(gateway: &Gateway, call: &Call<Input>, reservation: Reservation) -> Self {
+        Self {
+            request: call.id,
+            account: call.account.clone(),
+            key: call.key.clone(),
+            entry: call.entry.clone(),
+            received: call.received,
+            first_event: Instant::now(),
+            usage: Usage::default(),
+            neurons: Neurons::ZERO,
+            reservation: Some(reservation),
+            metrics: gateway.metrics.clone(),
+        }
+    }
+
+    /// All of an answer that comes at once; returns what it cost.
+    pub(super) fn done(&mut self, usage: Usage) -> Neurons {
+        (self.usage, self.first_event) = (usage, Instant::now());
+        self.settle("done");
+        self.neurons
+    }
+
+    /// The call failed before it answered: nothing is charged, and whoever hears the error logs it.
+    pub(super) fn release(&mut self) {
+        self.reservation = None;
+    }
+
     fn settle(&mut self, outcome: &'static str) {
         let Some(reservation) = self.reservation.take() else { return };
         self.neurons = self.entry.price.charge(&self.usage);

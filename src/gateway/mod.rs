@@ -10,9 +10,11 @@ pub mod route;
 mod call;
 mod calls;
 mod delivery;
+mod encode;
 
 pub use call::Call;
 pub use delivery::{Answer, Choice, Delivery};
+pub use encode::Encoded;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +22,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout_at;
 
 use crate::adapters::Adapters;
-use crate::base::{Error, Kind, Result};
+use crate::base::{Error, Kind, ModelId, Result};
 use crate::config::Live;
 use crate::engine::Submit;
 use crate::gateway::calls::Calls;
@@ -81,14 +83,18 @@ impl Gateway {
         if let Some(replica) = chosen.and_then(|at| replicas.get(at)) {
             return Ok(replica.clone());
         }
-        let configured = self.config.get().models.iter().any(|model| model.id == call.entry.id);
-        let error = if configured {
-            Error::new(Kind::ModelUnavailable, format!("{} is not ready yet; try again in a moment.", call.entry.id))
+        Err(self.absent(&call.entry.id))
+    }
+
+    /// Why nobody answers for a model of the catalog.
+    fn absent(&self, id: &ModelId) -> Error {
+        let configured = self.config.get().models.iter().any(|model| model.id == *id);
+        if configured {
+            Error::new(Kind::ModelUnavailable, format!("{id} is not ready yet; try again in a moment."))
                 .with_retry_after(Duration::from_secs(5))
         } else {
-            Error::new(Kind::NoSuchModel, format!("{} is in the catalog but not loaded on this server.", call.entry.id))
-        };
-        Err(error)
+            Error::new(Kind::NoSuchModel, format!("{id} is in the catalog but not loaded on this server."))
+        }
     }
 
     /// The account's share of a busy device, and how urgent the call may be.
@@ -176,7 +182,7 @@ impl Gateway {
     }
 }
 
-fn candidate(replica: &Replica) -> Candidate {
+fn candidate<Half>(replica: &Replica<Half>) -> Candidate {
     let count = |gauge: i64| u64::try_from(gauge).unwrap_or(0);
     let metrics = &replica.metrics;
     Candidate { device: replica.device, waiting: count(metrics.queue.get()), running: count(metrics.running.get()) }

@@ -99,10 +99,15 @@ pub(super) fn sum(a: Usage, b: Usage) -> Usage {
 /// # Errors
 /// `Internal` if it does not serialise, which would be a bug.
 pub(super) fn metered(value: &impl Serialize, neurons: Neurons) -> Result<HttpResponse> {
-    Ok(HttpResponse::build(StatusCode::OK)
+    Ok(metered_json(to_json(value)?, neurons))
+}
+
+/// The same for a body that is JSON already.
+pub(super) fn metered_json(body: Vec<u8>, neurons: Neurons) -> HttpResponse {
+    HttpResponse::build(StatusCode::OK)
         .content_type("application/json")
         .insert_header(("cf-ai-neurons", neurons.to_string()))
-        .body(to_json(value)?))
+        .body(body)
 }
 
 /// A JSON answer that costs nothing.
@@ -114,6 +119,6 @@ pub(super) fn json(status: StatusCode, value: &impl Serialize) -> Result<HttpRes
     Ok(HttpResponse::build(status).content_type("application/json").body(to_json(value)?))
 }
 
-fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
+pub(super) fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|error| Error::internal("an answer does not serialise").with_source(error))
 }

@@ -14,11 +14,11 @@ use serde_json::Value;
 
 use crate::base::{Error, Kind, ModelId, RequestId, Result};
 use crate::config::{Catalog, CatalogEntry};
-use crate::gateway::{Answer, Call, Delivery};
+use crate::gateway::{Answer, Call, Delivery, Encoded};
 use crate::http::Services;
 use crate::http::fields::Fields;
 use crate::http::route::Surface;
-use crate::task::{Task, TextInput};
+use crate::task::{EncodeInput, Task, TextInput};
 use crate::vault::Caller;
 
 /// Bodies larger than this are parsed on a blocking thread.
@@ -60,8 +60,16 @@ impl Ask {
     /// # Errors
     /// `NoSuchModel` for unknown names and for models of other tasks.
     pub(super) fn text_model(&self, services: &Services, name: &str) -> Result<Arc<CatalogEntry>> {
+        self.model_for(services, name, &[Task::TextGeneration])
+    }
+
+    /// The catalog entry behind a name, if it does one of these tasks.
+    ///
+    /// # Errors
+    /// `NoSuchModel` for unknown names and for models of other tasks.
+    pub(super) fn model_for(&self, services: &Services, name: &str, tasks: &[Task]) -> Result<Arc<CatalogEntry>> {
         let config = services.config.get();
-        let entry = config.catalog.resolve(name).filter(|entry| entry.task == Task::TextGeneration);
+        let entry = config.catalog.resolve(name).filter(|entry| tasks.contains(&entry.task));
         let Some(entry) = entry else { return Err(no_such_model(&config.catalog, name)) };
         let _ = self.model.set(entry.id.clone());
         Ok(entry.clone())
@@ -98,7 +106,20 @@ impl Ask {
         Ok(deliveries)
     }
 
-    fn call(&self, id: RequestId, entry: &Arc<CatalogEntry>, input: TextInput, reject_if_busy: bool) -> Call {
+    /// Embeds or classifies.
+    pub(super) async fn encode(
+        &self,
+        services: &Services,
+        entry: &Arc<CatalogEntry>,
+        input: EncodeInput,
+        reject_if_busy: bool,
+    ) -> Result<Encoded> {
+        let encoded = services.gateway.encode(self.call(self.id, entry, Arc::new(input), reject_if_busy)).await?;
+        self.served.set(true);
+        Ok(encoded)
+    }
+
+    fn call<Input>(&self, id: RequestId, entry: &Arc<CatalogEntry>, input: Input, reject_if_busy: bool) -> Call<Input> {
         Call {
             id,
             account: self.caller.account.clone(),

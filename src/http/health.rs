@@ -22,11 +22,10 @@ pub(super) fn ready(services: &Services) -> Result<HttpResponse> {
     }
     let fleet = services.fleet.get();
     let config = services.config.get();
-    let serving = |id| fleet.models.get(id).is_some_and(|replicas| !replicas.is_empty());
-    for model in config.models.iter().filter(|model| !serving(&model.id)) {
+    for model in config.models.iter().filter(|model| !fleet.serves(&model.id)) {
         reasons.push(format!("{} is not loaded", model.id));
     }
-    let mut models: Vec<&str> = fleet.models.keys().filter(|id| serving(id)).map(|id| id.as_str()).collect();
+    let mut models: Vec<&str> = fleet.serving().map(|id| id.as_str()).collect();
     models.sort_unstable();
     let (status, word) = match reasons.is_empty() {
         true => (StatusCode::OK, "ready"),

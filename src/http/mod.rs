@@ -13,6 +13,7 @@ mod auth;
 mod binding;
 mod chat;
 mod completions;
+mod encode;
 mod error;
 mod fields;
 mod finetunes;
@@ -188,6 +189,8 @@ fn takes_body(endpoint: &Endpoint) -> bool {
         Endpoint::ChatCompletions
             | Endpoint::Completions
             | Endpoint::Responses
+            | Endpoint::Embeddings
+            | Endpoint::Rerank
             | Endpoint::Run(_)
             | Endpoint::RunUnified
             | Endpoint::BindingRun
@@ -200,6 +203,8 @@ async fn answer(services: &Services, ask: &Ask, endpoint: &Endpoint) -> Result<H
         Endpoint::ChatCompletions => chat::chat(services, ask).await,
         Endpoint::Completions => completions::complete(services, ask).await,
         Endpoint::Responses => responses::respond(services, ask).await,
+        Endpoint::Embeddings => encode::embeddings(services, ask).await,
+        Endpoint::Rerank => encode::rerank(services, ask).await,
         Endpoint::Run(model) => run::run(services, ask, model).await,
         Endpoint::RunUnified => run::run_unified(services, ask).await,
         Endpoint::BindingRun => binding::serve(services, ask).await,

@@ -12,7 +12,7 @@ use crate::config::{CatalogEntry, Price};
 use crate::http::ask::{Ask, no_such_model};
 use crate::http::native::Envelope;
 use crate::http::route::Surface;
-use crate::http::{Services, answer, run};
+use crate::http::{Services, answer, encode, run};
 use crate::task::Task;
 
 /// Results on a page of a search when the caller does not say, and at most.
@@ -38,9 +38,8 @@ pub(super) fn get(services: &Services, name: &str) -> Result<HttpResponse> {
 fn served(services: &Services) -> Vec<Arc<CatalogEntry>> {
     let config = services.config.get();
     let fleet = services.fleet.get();
-    let served = |entry: &CatalogEntry| {
-        config.models.iter().any(|model| model.id == entry.id) || fleet.models.contains_key(&entry.id)
-    };
+    let served =
+        |entry: &CatalogEntry| config.models.iter().any(|model| model.id == entry.id) || fleet.serves(&entry.id);
     config.catalog.entries().iter().filter(|entry| served(entry)).cloned().collect()
 }
 
@@ -74,8 +73,10 @@ pub(super) fn search(services: &Services, ask: &Ask) -> Result<HttpResponse> {
 /// `models/schema?model=…`: JSON Schemas of inputs and results.
 pub(super) fn schema(services: &Services, ask: &Ask) -> Result<HttpResponse> {
     let Some(name) = ask.query.get("model") else { return Err(Error::bad_field("model", "'model' is required")) };
-    let entry = ask.text_model(services, name)?;
-    answer::json(StatusCode::OK, &Envelope::new(&run::schema(&entry)))
+    let tasks = [Task::TextGeneration, Task::TextEmbeddings, Task::TextClassification];
+    let entry = ask.model_for(services, name, &tasks)?;
+    let schema = if entry.task == Task::TextGeneration { run::schema(&entry) } else { encode::schema(&entry) };
+    answer::json(StatusCode::OK, &Envelope::new(&schema))
 }
 
 /// `tasks/search`: what models can do.

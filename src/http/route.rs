@@ -37,6 +37,8 @@ pub(super) enum Endpoint {
     ChatCompletions,
     Completions,
     Responses,
+    Embeddings,
+    Rerank,
     Models,
     Model(String),
     /// A model in the path, native.
@@ -133,6 +135,8 @@ struct Labels {
     chat: &'static str,
     completions: &'static str,
     responses: &'static str,
+    embeddings: &'static str,
+    rerank: &'static str,
     models: &'static str,
     model: &'static str,
     other: &'static str,
@@ -142,6 +146,8 @@ const ROOT: Labels = Labels {
     chat: "/v1/chat/completions",
     completions: "/v1/completions",
     responses: "/v1/responses",
+    embeddings: "/v1/embeddings",
+    rerank: "/v1/rerank",
     models: "/v1/models",
     model: "/v1/models/{model}",
     other: "/v1/(not available)",
@@ -151,6 +157,8 @@ const CLOUDFLARE: Labels = Labels {
     chat: "/client/v4/accounts/{account}/ai/v1/chat/completions",
     completions: "/client/v4/accounts/{account}/ai/v1/completions",
     responses: "/client/v4/accounts/{account}/ai/v1/responses",
+    embeddings: "/client/v4/accounts/{account}/ai/v1/embeddings",
+    rerank: "/client/v4/accounts/{account}/ai/v1/rerank",
     models: "/client/v4/accounts/{account}/ai/v1/models",
     model: "/client/v4/accounts/{account}/ai/v1/models/{model}",
     other: "/client/v4/accounts/{account}/ai/v1/(not available)",
@@ -164,8 +172,8 @@ fn v1(segments: &[&str], labels: &Labels) -> Search {
         ["responses"] => post(labels.responses, Endpoint::Responses),
         ["models"] => get(labels.models, Endpoint::Models),
         ["models", id @ ..] if !id.is_empty() => get(labels.model, Endpoint::Model(decoded(id)?)),
-        ["embeddings"] => not_built("Embeddings are"),
-        ["rerank"] => not_built("Reranking is"),
+        ["embeddings"] => post(labels.embeddings, Endpoint::Embeddings),
+        ["rerank"] => post(labels.rerank, Endpoint::Rerank),
         ["moderations"] => not_built("Moderation is"),
         ["audio", _] => not_built("Speech is"),
         ["images", _] => not_built("Image generation is"),
@@ -284,7 +292,8 @@ mod tests {
         check(Method::HEAD, "/v1/models", "OpenAi Models");
         check(Method::GET, "/", "OpenAi NotFound");
         check(Method::GET, "/v1/models/", r#"OpenAi Model("")"#);
-        check(Method::POST, "/v1/embeddings", r#"OpenAi NotBuilt("Embeddings are")"#);
+        check(Method::POST, "/v1/embeddings", "OpenAi Embeddings");
+        check(Method::POST, "/v1/moderations", r#"OpenAi NotBuilt("Moderation is")"#);
         check(
             Method::POST,
             "/client/v4/accounts/a/ai/v1/v1/messages",

@@ -18,9 +18,9 @@ use crate::http::native::{Envelope, Padding, UsageEvent};
 use crate::http::route::Surface;
 use crate::http::stream::{self, Render};
 use crate::http::text::{self, Bounds};
-use crate::http::{Services, error, tools};
+use crate::http::{Services, encode, error, tools};
 use crate::net::sse::Encoder;
-use crate::task::{FinishReason, Message, Prompt, Role, TextInput, TokenLogprob, ToolCall, ToolDelta, Usage};
+use crate::task::{FinishReason, Message, Prompt, Role, Task, TextInput, TokenLogprob, ToolCall, ToolDelta, Usage};
 
 /// Most cost-attribution tags, and their longest.
 const MAX_TAGS: usize = 5;
@@ -58,7 +58,11 @@ pub(super) async fn infer(
     inputs: &Fields<'_>,
     reject_if_busy: bool,
 ) -> Result<HttpResponse> {
-    let entry = ask.text_model(services, model)?;
+    let tasks = [Task::TextGeneration, Task::TextEmbeddings, Task::TextClassification];
+    let entry = ask.model_for(services, model, &tasks)?;
+    if entry.task != Task::TextGeneration {
+        return encode::infer(services, ask, &entry, inputs, reject_if_busy).await;
+    }
     let request = parse(inputs, &entry)?;
     let choices = request.input.choices;
     let json = request.input.grammar.as_ref().is_some_and(|grammar| grammar.is_json());
@@ -169,7 +173,7 @@ fn prompt(fields: &Fields) -> Result<Prompt> {
     }
 }
 
-fn no_batches(param: &str) -> Error {
+pub(super) fn no_batches(param: &str) -> Error {
     Error::unsupported("Batches are not available in this build: send one request at a time.").with_param(param)
 }
 

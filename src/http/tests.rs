@@ -7,7 +7,7 @@ use super::fields::Fields;
 use super::{chat, completions, responses, run};
 use crate::base::{Kind, ModelId, Result};
 use crate::config::{CatalogEntry, Price, ResultShape};
-use crate::task::{Prompt, Task, TextInput};
+use crate::task::{Pooling, Prompt, Task, TextInput};
 
 /// A text model of the catalog.
 pub(super) fn entry(id: &str) -> CatalogEntry {
@@ -21,6 +21,8 @@ pub(super) fn entry(id: &str) -> CatalogEntry {
         max_tokens: 256,
         temperature: 0.6,
         dimensions: None,
+        pooling: Pooling::Mean,
+        truncate: true,
         flags: Vec::new(),
         price: Price::default(),
         rate_per_minute: 300,

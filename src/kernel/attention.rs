@@ -325,14 +325,7 @@ impl Tile {
     ///
     /// # Safety
     /// The pointers of the first `len` groups are whole groups of `layout`; `s` holds `queries` queries.
-    unsafe fn run(
-        &self,
-        isa: Isa,
-        layout: &KvLayout,
-        s: *mut Scratch,
-        queries: usize,
-        seen: impl Fn(usize) -> usize,
-    ) {
+    unsafe fn run(&self, isa: Isa, layout: &KvLayout, s: *mut Scratch, queries: usize, seen: impl Fn(usize) -> usize) {
         let (dim, padded) = (layout.dim, layout.padded());
         // SAFETY: by contract; each macro call covers `count` queries from `i` on.
         unsafe {
@@ -613,7 +606,9 @@ mod tests {
                     let score = |token: usize| -> f64 {
                         q.iter().zip(&keys[at(token)..]).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>() * 0.25
                     };
-                    let weights: Vec<f64> = (0..if *whole { tokens } else { sequence.start + i + 1 }).map(|token| score(token).exp()).collect();
+                    let weights: Vec<f64> = (0..if *whole { tokens } else { sequence.start + i + 1 })
+                        .map(|token| score(token).exp())
+                        .collect();
                     let sum: f64 = weights.iter().sum();
                     for d in 0..dim {
                         let value = |(token, weight): (usize, &f64)| weight * f64::from(values[at(token) + d]);

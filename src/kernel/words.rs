@@ -532,7 +532,11 @@ mod tests {
                                 }
                             };
                             let error = (f64::from(got) - expected).abs() / size;
-                            assert!(error < tolerance, "{} {then:?} {rows}x{channels}x{inputs}: {got} {expected}", cpu.isa);
+                            assert!(
+                                error < tolerance,
+                                "{} {then:?} {rows}x{channels}x{inputs}: {got} {expected}",
+                                cpu.isa
+                            );
                         }
                     }
                 }

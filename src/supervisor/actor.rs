@@ -15,8 +15,11 @@ use crate::config::{Engine as EngineConfig, Model as ModelConfig};
 use crate::engine::{self, Command, Engine, EngineStatus};
 use crate::kernel::Pool;
 use crate::metrics::Metrics;
-use crate::supervisor::fleet::{FleetView, Replica};
+use crate::model::encoder::EncoderText;
+use crate::supervisor::encoders::{self, ReadyEncoder};
+use crate::supervisor::fleet::{FleetView, Installed, Replica};
 use crate::supervisor::loader::{self, Identity, Ready};
+use crate::task::Task;
 
 /// Reconciliations waiting behind the one that runs; more are refused.
 const QUEUE: usize = 4;
@@ -194,7 +197,7 @@ struct Reconcile {
 #[rtype(result = "()")]
 struct Loaded {
     identity: Identity,
-    result: Result<Replica>,
+    result: Result<Installed>,
 }
 
 #[derive(Message)]
@@ -234,7 +237,7 @@ impl Handler<Loaded> for SupervisorActor {
     fn handle(&mut self, Loaded { identity, result }: Loaded, ctx: &mut Context<Self>) {
         let model = identity.model.id.clone();
         let outcome = match result {
-            Ok(replica) => self.publish(identity, replica),
+            Ok(installed) => self.publish(identity, installed),
             Err(error) => {
                 error!(model = %model, device = %self.device, %error, "model not loaded");
                 Outcome::Failed(error)
@@ -364,7 +367,14 @@ impl SupervisorActor {
         let (metrics, addr) = (self.metrics.clone(), ctx.address());
         let work = move || {
             for identity in load {
-                let result = loader::load(&identity, device, &pool, &metrics).and_then(|ready| install(&engine, ready));
+                let result = match identity.model.task {
+                    Task::TextGeneration => loader::load(&identity, device, &pool, &metrics)
+                        .and_then(|ready| install(&engine, ready))
+                        .map(Installed::Text),
+                    _ => encoders::load(&identity, device, &pool, &metrics)
+                        .and_then(|ready| install_encoder(&engine, ready))
+                        .map(Installed::Encoder),
+                };
                 addr.do_send(Loaded { identity, result });
             }
         };
@@ -375,15 +385,11 @@ impl SupervisorActor {
     }
 
     /// Moves new requests over to a version that is installed, and retires the one it replaces.
-    fn publish(&mut self, identity: Identity, replica: Replica) -> Outcome {
+    fn publish(&mut self, identity: Identity, installed: Installed) -> Outcome {
         let model = identity.model.id.clone();
-        let (slot, device) = (replica.slot, self.device);
+        let (slot, device) = (installed.slot(), self.device);
         let old = self.loaded.insert(model.clone(), (slot, identity));
-        self.fleet.update(|fleet| {
-            let replicas = fleet.models.entry(model.clone()).or_default();
-            replicas.retain(|other| other.device != device);
-            replicas.push(replica);
-        });
+        self.fleet.update(|fleet| fleet.put(&model, installed));
         self.metrics.model_ready.with_label_values(&[model.as_str(), &device.to_string()]).set(1);
         match old {
             Some((old, _)) => {
@@ -396,14 +402,7 @@ impl SupervisorActor {
 
     fn unpublish(&mut self, model: &ModelId) {
         let device = self.device;
-        self.fleet.update(|fleet| {
-            if let Some(replicas) = fleet.models.get_mut(model) {
-                replicas.retain(|replica| replica.device != device);
-                if replicas.is_empty() {
-                    fleet.models.remove(model);
-                }
-            }
-        });
+        self.fleet.update(|fleet| fleet.take_out(model, device));
         self.metrics.model_ready.with_label_values(&[model.as_str(), &device.to_string()]).set(0);
     }
 
@@ -505,5 +504,12 @@ fn install(engine: &Engine, Ready { slot, text, shape, metrics }: Ready) -> Resu
         shape,
     };
     engine.tell_within(Command::Install(Box::new(slot)), INSTALL_TIMEOUT)?;
+    Ok(replica)
+}
+
+fn install_encoder(engine: &Engine, ready: ReadyEncoder) -> Result<Replica<Arc<EncoderText>>> {
+    let ReadyEncoder { slot, text, metrics, context } = ready;
+    let replica = Replica { slot: slot.slot, device: engine.device(), engine: engine.clone(), metrics, text, context, shape: None };
+    engine.tell_within(Command::InstallOneShot(Box::new(slot)), INSTALL_TIMEOUT)?;
     Ok(replica)
 }

@@ -8,6 +8,7 @@
 //! recovery after a dead engine thread are all the same reconciliation.
 
 mod actor;
+mod encoders;
 mod fleet;
 mod loader;
 

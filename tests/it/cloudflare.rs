@@ -38,7 +38,8 @@ async fn errors_have_the_envelope_the_code_and_the_request_in_the_text() {
     check("/run/@cf/no/model", json!({"prompt": "a"}), 400, 5007, "AiError: No such model `@cf/no/model` or task")
         .await;
     check("/run/@cf%2Fno%2Fmodel", json!({"prompt": "a"}), 400, 5007, "No such model `@cf/no/model` or task").await;
-    check("/run/@cf/baai/bge-m3", json!({"text": "a"}), 400, 5007, "or task").await;
+    check("/run/@cf/baai/bge-m3", json!({"text": "a"}), 400, 5007, "not loaded on this server").await;
+    check("/run/@cf/openai/whisper", json!({"audio": []}), 400, 5007, "or task").await;
     check("/run", json!({"model": "@cf/no/model", "input": {"prompt": "a"}}), 400, 5007, "No such model").await;
     check("/run", json!({"model": CLASSIC}), 400, 5006, "'input' is required").await;
     check(&format!("{run}?queueRequest=true"), json!({"requests": []}), 400, 5006, "Batches").await;

@@ -14,6 +14,7 @@ use neurond::ledger::Ledger;
 use neurond::metrics::Metrics;
 use neurond::net::sse::{Decoder, SseEvent};
 use neurond::supervisor::{FleetView, Outcome, Supervisor};
+use neurond::task::Task;
 use neurond::vault::Vault;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -49,6 +50,7 @@ impl Daemon {
     pub fn serving_on(devices: u16, sim: &str, tune: impl FnOnce(&mut Config)) -> Self {
         let model = |id: &str| Model {
             id: ModelId::new(id),
+            task: Task::TextGeneration,
             path: sim.into(),
             precision: Precision::default(),
             kv: KvType::default(),

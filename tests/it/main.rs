@@ -5,6 +5,7 @@
 mod auth;
 mod binding;
 mod cloudflare;
+mod encode;
 mod harness;
 mod limits;
 mod lora;

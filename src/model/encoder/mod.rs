@@ -243,8 +243,7 @@ impl Encoder {
 
     /// Bytes of packed weights.
     pub fn weight_bytes(&self) -> usize {
-        let layer =
-            |layer: &Layer| layer.qkv.bytes() + layer.output.bytes() + layer.up.bytes() + layer.down.bytes();
+        let layer = |layer: &Layer| layer.qkv.bytes() + layer.output.bytes() + layer.up.bytes() + layer.down.bytes();
         self.embedding.bytes.len() + self.positions.bytes.len() + self.layers.iter().map(layer).sum::<usize>()
     }
 

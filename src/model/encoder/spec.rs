@@ -90,7 +90,8 @@ impl EncoderSpec {
         let wrong = |key: &str| broken(&file, format_args!("{key} is missing or no size"));
         let unsupported = |what: String| Error::unsupported(format!("{}: {what}", file.display()));
         let text = |key: &str| config.get(key).and_then(Value::as_str);
-        let name = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str).unwrap_or("none named");
+        let name =
+            config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str).unwrap_or("none named");
         let Some((_, family, classifies)) = ARCHITECTURES.into_iter().find(|(known, ..)| *known == name) else {
             let known = ARCHITECTURES.map(|(known, ..)| known).join(", ");
             return Err(unsupported(format!("architecture {name} does not embed or classify text here; {known} do")));
@@ -98,7 +99,8 @@ impl EncoderSpec {
         if let Some(kind) = text("position_embedding_type").filter(|kind| *kind != "absolute") {
             return Err(unsupported(format!("positions of type {kind:?} are not supported; absolute ones are")));
         }
-        let number = |key: &str| config.get(key).and_then(Value::as_u64).and_then(|number| usize::try_from(number).ok());
+        let number =
+            |key: &str| config.get(key).and_then(Value::as_u64).and_then(|number| usize::try_from(number).ok());
         // Far above any model, far below where products of two sizes overflow.
         let size = |key: &str| number(key).filter(|&size| size > 0 && size <= 1 << 28).ok_or_else(|| wrong(key));
         let distil = family == Family::DistilBert;

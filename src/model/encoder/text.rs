@@ -69,8 +69,8 @@ impl EncoderText {
     pub fn of(files: &ModelFiles) -> Result<Self> {
         let spec = EncoderSpec::read(files)?;
         let path = files.path().join("tokenizer.json");
-        let text = read_text(&path)?
-            .ok_or_else(|| broken(&path, "is missing; fetch the model again, tokenizer included"))?;
+        let text =
+            read_text(&path)?.ok_or_else(|| broken(&path, "is missing; fetch the model again, tokenizer included"))?;
         let mut tokenizer: Tokenizer = text.parse().map_err(|error: tokenizers::Error| {
             broken(&path, format_args!("is not a tokenizer that can be read ({error}); fetch it again"))
         })?;
@@ -115,31 +115,31 @@ impl EncoderText {
     /// # Errors
     /// `ContextLength` for passages that are longer, if not; `BadInput` for tokens the model does not know.
     pub fn tokens(&self, passage: &Passage, most: usize, truncate: bool) -> Result<Tokens> {
-        let too_long = || {
+        let too_long = |tokens: usize| {
             Error::new(
                 Kind::ContextLength,
                 format!(
-                    "The input has more tokens than this model reads, which is {most}: shorten it, or set \
-                     `truncate_inputs` to have it cut."
+                    "The estimated number of input and maximum output tokens ({tokens}) exceeded this model context \
+                     window limit ({most}). Shorten the input, or set `truncate_inputs` to have it cut."
                 ),
             )
         };
         let room = |frame: &Frame| most.saturating_sub(frame.len());
         match passage {
             Passage::Text(text) => {
-                let mut ids = self.ids(text, room(&self.single))?;
+                let (mut ids, about) = self.ids(text, room(&self.single))?;
                 if ids.len() > room(&self.single) && !truncate {
-                    return Err(too_long());
+                    return Err(too_long(about + self.single.len()));
                 }
                 ids.truncate(room(&self.single));
                 self.known(self.single.around(&ids, &[]))
             }
             Passage::Pair(first, second) => {
                 let room = room(&self.pair);
-                let (mut a, mut b) = (self.ids(first, room)?, self.ids(second, room)?);
+                let ((mut a, about_a), (mut b, about_b)) = (self.ids(first, room)?, self.ids(second, room)?);
                 if a.len() + b.len() > room {
                     if !truncate {
-                        return Err(too_long());
+                        return Err(too_long(about_a + about_b + self.pair.len()));
                     }
                     let (short, long) = (a.len().min(b.len()), a.len().max(b.len()));
                     // The longer one gives way until both are as long.
@@ -161,7 +161,7 @@ impl EncoderText {
                     }
                 }
                 if ids.len() > room(&self.single) && !truncate {
-                    return Err(too_long());
+                    return Err(too_long(ids.len() + self.single.len()));
                 }
                 ids.truncate(room(&self.single));
                 self.known(self.single.around(&ids, &[]))
@@ -171,10 +171,7 @@ impl EncoderText {
 
     fn known(&self, tokens: Tokens) -> Result<Tokens> {
         if let Some(token) = tokens.ids.iter().find(|&&token| token >= self.vocab) {
-            return Err(Error::bad_input(format!(
-                "Token {token} is outside the vocabulary of {} tokens.",
-                self.vocab
-            )));
+            return Err(Error::bad_input(format!("Token {token} is outside the vocabulary of {} tokens.", self.vocab)));
         }
         if tokens.ids.is_empty() {
             return Err(Error::bad_input("The input is empty: send at least one character."));
@@ -183,11 +180,12 @@ impl EncoderText {
     }
 
     /// The tokens of a text, all of them unless they are more than `most`: then at least one more than that, and its
-    /// beginning is right. Words do not depend on what follows them, so of a book only the first pages are read.
-    fn ids(&self, text: &str, most: usize) -> Result<Vec<u32>> {
+    /// beginning is right. Words do not depend on what follows them, so of a book only the first pages are read; how many
+    /// tokens all of it has is then a guess.
+    fn ids(&self, text: &str, most: usize) -> Result<(Vec<u32>, usize)> {
         let tokenizer = match &self.engine {
             Engine::Json(tokenizer) => tokenizer,
-            Engine::Bytes => return Ok(text.bytes().take(most + 1).map(u32::from).collect()),
+            Engine::Bytes => return Ok((text.bytes().take(most + 1).map(u32::from).collect(), text.len())),
         };
         let mut bytes = (most * BYTES_A_TOKEN).max(1024);
         loop {
@@ -195,8 +193,10 @@ impl EncoderText {
             let encoding = tokenizer
                 .encode_fast(part, false)
                 .map_err(|error| Error::internal(format!("the tokenizer failed: {error}")))?;
-            if part.len() == text.len() || encoding.get_ids().len() > most {
-                return Ok(encoding.get_ids().to_vec());
+            let count = encoding.get_ids().len();
+            if part.len() == text.len() || count > most {
+                let all = count as f64 * text.len() as f64 / part.len().max(1) as f64;
+                return Ok((encoding.get_ids().to_vec(), all.round() as usize));
             }
             bytes = bytes.saturating_mul(4);
         }
