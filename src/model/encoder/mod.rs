@@ -303,7 +303,8 @@ impl Encoder {
     /// Says where each text's keys and values go and who looks at them.
     fn lay_out(&mut self, batch: &EncodeBatch) {
         let Work { text_of, first_block, .. } = &mut self.work;
-        (text_of.clear(), first_block.clear());
+        text_of.clear();
+        first_block.clear();
         let mut next = 0;
         for (index, text) in batch.texts.iter().enumerate() {
             text_of.extend(std::iter::repeat_n(index as u32, text.rows));

@@ -146,7 +146,8 @@ impl EncoderText {
                     let long = long.min((room - short.min(room)).max(room.div_ceil(2)));
                     let short = short.min(room - long);
                     let (first, second) = if a.len() > b.len() { (long, short) } else { (short, long) };
-                    (a.truncate(first), b.truncate(second));
+                    a.truncate(first);
+                    b.truncate(second);
                 }
                 self.known(self.pair.around(&a, &b))
             }
@@ -208,7 +209,8 @@ fn beginning(text: &str, bytes: usize) -> &str {
     if text.len() <= bytes {
         return text;
     }
-    let fits = &text[..text.floor_char_boundary(bytes)];
+    let whole = (0..=bytes).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    let fits = &text[..whole];
     match fits.rfind(char::is_whitespace) {
         Some(end) if end > 0 => &fits[..end],
         _ => text,
