@@ -21,7 +21,10 @@ export NEUROND_TEST_MODELS=${NEUROND_TEST_MODELS:-$PWD/target/test-models}
 export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
 
 stage_fmt() { cargo fmt --check; }
-stage_model() { scripts/fetch_demo_model.sh "$NEUROND_TEST_MODELS"; }
+stage_model() {
+    scripts/fetch_demo_model.sh "$NEUROND_TEST_MODELS"
+    scripts/fetch_embedding_model.sh "$NEUROND_TEST_MODELS"
+}
 stage_clippy() { cargo clippy --locked --all-targets -- -D warnings; }
 # The generated documents, the floors and the goldens are tests like any other.
 stage_test() { cargo test --locked; }
@@ -30,7 +33,7 @@ stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 # What users run: the optimised build, a real model against its goldens.
 stage_release() {
     stage_model
-    cargo test --release --locked --test model -- --nocapture
+    cargo test --release --locked --test model --test encode -- --nocapture
     cargo build --release --locked
 }
 

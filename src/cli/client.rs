@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
+use bytes::Bytes;
 use reqwest::header::CONTENT_TYPE;
 use reqwest::{Response, StatusCode, Url};
 use serde::{Deserialize, Serialize};
@@ -157,6 +158,12 @@ impl Api {
             reason: Reason::Malformed,
             message: format!("{} lists no model: name one with --model", self.base),
         })
+    }
+
+    /// `POST {path}`; the whole answer.
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Bytes, Failure> {
+        let response = self.send(self.http.post(format!("{}{path}", self.base)).json(body)).await?;
+        response.bytes().await.map_err(|error| self.transport(&error))
     }
 
     /// `POST {path}` with `"stream": true` in the body; the answer arrives as it is made.

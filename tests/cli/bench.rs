@@ -53,6 +53,22 @@ fn prompts_have_the_length_asked_for_and_are_all_different() {
 }
 
 #[test]
+fn texts_become_vectors_in_batches_of_the_size_and_length_asked_for() {
+    let server = OpenAi::start(Mood::Well);
+    let args = ["--endpoint", "embeddings", "--batch", "8", "-c", "2", "-n", "6", "--input-tokens", "50"];
+    let json = figures(&server, &args);
+    let level = &json["levels"][0];
+    assert_eq!((&json["endpoint"], &json["batch"], &level["ok"]), (&"embeddings".into(), &8.into(), &6.into()));
+    assert_eq!((&level["texts"], &level["prompt_tokens"]), (&48.into(), &(48 * 50).into()));
+    let seen = server.seen();
+    let texts: Vec<&Value> = seen.iter().flat_map(|body| body["input"].as_array().expect("texts")).collect();
+    let different: HashSet<&str> = texts.iter().map(|text| text.as_str().expect("text")).collect();
+    assert_eq!(different.len(), texts.len(), "a text was used twice");
+    let table = bench(&server, &args).succeeds().out;
+    assert!(table.contains("texts/s"), "{table}");
+}
+
+#[test]
 fn a_shared_prefix_is_shared() {
     let server = OpenAi::start(Mood::Well);
     let args = ["-c", "1", "-n", "4", "--warmup", "0", "--input-tokens", "100", "--shared-prefix", "60"];

@@ -51,7 +51,8 @@ impl OpenAi {
                 .app_data(web::JsonConfig::default().limit(1 << 24))
                 .route("/v1/models", web::get().to(models))
                 .route("/v1/chat/completions", web::post().to(chat))
-                .route("/v1/completions", web::post().to(completions));
+                .route("/v1/completions", web::post().to(completions))
+                .route("/v1/embeddings", web::post().to(embeddings));
         });
         Self { serving, seen }
     }
@@ -75,6 +76,18 @@ async fn models(state: Data<State>, request: HttpRequest) -> HttpResponse {
          "context_window": 8192, "price": {"input": 2457, "output": 18252}},
         {"id": "other", "object": "model", "created": 0, "owned_by": "test"},
     ]}))
+}
+
+/// A token a word, and two around each text.
+async fn embeddings(state: Data<State>, body: Json<Value>) -> HttpResponse {
+    state.seen.lock().expect("not poisoned").push(body.0.clone());
+    let texts = body["input"].as_array().expect("texts");
+    let words = |text: &Value| text.as_str().expect("text").split_whitespace().count();
+    let tokens = texts.iter().map(words).sum::<usize>() + 2 * texts.len();
+    HttpResponse::Ok().json(json!({
+        "object": "list", "model": body["model"], "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "data": texts.iter().map(|_| json!({"object": "embedding", "embedding": "AAAAAA=="})).collect::<Vec<_>>(),
+    }))
 }
 
 fn refuse(state: &State, request: &HttpRequest) -> Option<HttpResponse> {

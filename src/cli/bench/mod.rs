@@ -18,7 +18,7 @@ use futures_util::stream::FuturesUnordered;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::client::{Api, Failure, Server};
+use super::client::{Api, Failure, Reason, Server, Usage};
 use crate::base::{Error, Result};
 use prompt::{Prompts, Rng, as_input};
 use report::{Level, Load, Sample};
@@ -33,6 +33,7 @@ Examples:
   neurond bench --shared-prefix 1000 --input-tokens 1100            what the prefix cache is worth
   neurond bench --rate 2 --duration 120                             two arrivals a second, come what may
   neurond bench --url http://127.0.0.1:8081/v1 --json other.json    the same load on another server
+  neurond bench --endpoint embeddings --batch 32 --concurrency 2    texts to vectors, 32 at a time
 
 Output lengths are held equal with `ignore_eos`, which neurond, llama-server and vLLM understand. A server that ignores it
 may stop early: the table then says how many answers did.";
@@ -73,6 +74,9 @@ pub struct Args {
     /// Repeats the prompts of an earlier run [default: from the clock, so that caches start cold]
     #[arg(long)]
     seed: Option<u64>,
+    /// Texts in a request to `embeddings`
+    #[arg(long, default_value_t = 32, value_parser = positive)]
+    batch: usize,
     /// Which endpoint
     #[arg(long, value_enum, default_value_t = Endpoint::Chat)]
     endpoint: Endpoint,
@@ -99,6 +103,18 @@ enum Endpoint {
     Chat,
     /// `/completions`
     Completions,
+    /// `/embeddings`
+    Embeddings,
+}
+
+impl Endpoint {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Completions => "completions",
+            Self::Embeddings => "embeddings",
+        }
+    }
 }
 
 /// Runs every load asked for, and reports.
@@ -174,7 +190,8 @@ impl Bench {
         for own_words in [wanted.div_ceil(2), wanted] {
             self.prompts = Prompts::Random { seed: !seed, shared_words: 0, own_words };
             let sample = self.request(self.body(1), Instant::now()).await?;
-            measured.push(sample.usage.map(|usage| (own_words as f64, usage.prompt_tokens as f64)));
+            let texts = sample.texts.max(1) as f64;
+            measured.push(sample.usage.map(|usage| (own_words as f64, usage.prompt_tokens as f64 / texts)));
         }
         let (mut fixed, mut per_word) = (0.0, 1.0);
         if let [Some((few, short)), Some((many, long))] = measured[..] {
@@ -266,6 +283,13 @@ impl Bench {
     }
 
     fn body(&self, max_tokens: usize) -> Value {
+        if self.args.endpoint == Endpoint::Embeddings {
+            let first = self.next.get();
+            self.next.set(first + self.args.batch as u64);
+            let text = |number| as_input(self.prompts.get(number), false).1;
+            let input: Vec<Value> = (first..self.next.get()).map(text).collect();
+            return json!({ "model": self.model, "input": input, "encoding_format": "base64" });
+        }
         let number = self.next.get();
         self.next.set(number + 1);
         let (field, input) = as_input(self.prompts.get(number), self.args.endpoint == Endpoint::Chat);
@@ -285,6 +309,7 @@ impl Bench {
         let path = match self.args.endpoint {
             Endpoint::Chat => "/chat/completions",
             Endpoint::Completions => "/completions",
+            Endpoint::Embeddings => return self.embed(&body, due).await,
         };
         let mut answer = self.api.stream(path, &body).await?;
         let mut sample = Sample { gaps: Vec::with_capacity(self.args.output_tokens), ..Sample::default() };
@@ -305,13 +330,29 @@ impl Bench {
         Ok(sample)
     }
 
+    /// One request for vectors, of which nothing is read but the usage.
+    async fn embed(&self, body: &Value, due: Instant) -> Result<Sample, Failure> {
+        #[derive(serde::Deserialize)]
+        struct Embedded {
+            usage: Option<Usage>,
+        }
+        let answer = self.api.post("/embeddings", body).await?;
+        let total = due.elapsed();
+        let Ok(Embedded { usage }) = serde_json::from_slice(&answer) else {
+            let message = format!("{}/embeddings answered with something else than embeddings", self.api.base());
+            return Err(Failure { reason: Reason::Malformed, message });
+        };
+        Ok(Sample { texts: self.args.batch as u64, total, usage, ..Sample::default() })
+    }
+
     fn report(&self, levels: &[Level], seed: u64) -> Result<()> {
         let args = &self.args;
         let whole = json!({
             "tool": concat!("neurond bench ", env!("CARGO_PKG_VERSION")),
             "url": self.api.base(),
             "model": self.model,
-            "endpoint": if args.endpoint == Endpoint::Chat { "chat" } else { "completions" },
+            "endpoint": args.endpoint.name(),
+            "batch": if args.endpoint == Endpoint::Embeddings { json!(args.batch) } else { Value::Null },
             "input_tokens": if args.prompt_file.is_some() { Value::Null } else { json!(args.input_tokens) },
             "output_tokens": args.output_tokens,
             "shared_prefix": args.shared_prefix,

@@ -22,6 +22,8 @@ pub struct Sample {
     pub usage: Option<Usage>,
     /// Why it ended.
     pub finish: Option<String>,
+    /// Texts that became vectors; 0 for generated text.
+    pub texts: u64,
 }
 
 impl Sample {
@@ -45,6 +47,7 @@ pub struct Level {
     prompt_tokens: u64,
     cached_tokens: u64,
     output_tokens: u64,
+    texts: u64,
     ttft: Times,
     gap: Times,
     per_token: Times,
@@ -103,6 +106,7 @@ impl Level {
             prompt_tokens: 0,
             cached_tokens: 0,
             output_tokens: 0,
+            texts: 0,
             ttft: Times::new(),
             gap: Times::new(),
             per_token: Times::new(),
@@ -125,6 +129,7 @@ impl Level {
         let output_tokens = sample.output_tokens();
         self.ok += 1;
         self.output_tokens += output_tokens;
+        self.texts += sample.texts;
         match sample.usage {
             Some(usage) => {
                 self.prompt_tokens += usage.prompt_tokens;
@@ -140,6 +145,9 @@ impl Level {
         }
         sample.gaps.iter().for_each(|&gap| self.gap.add(gap));
         self.total.add(sample.total);
+        if sample.texts > 0 {
+            return;
+        }
         *self.finishes.entry(sample.finish.unwrap_or_else(|| "not said".into())).or_default() += 1;
     }
 
@@ -184,6 +192,8 @@ impl Level {
             "output_tokens": self.output_tokens,
             "output_tokens_estimated": self.estimated > 0,
             "output_tokens_per_s": round(self.output_tokens_per_s()),
+            "texts": self.texts,
+            "texts_per_s": round(self.per_s(self.texts)),
             "total_tokens_per_s": round(self.per_s(self.output_tokens + self.prompt_tokens)),
             "ttft_ms": self.ttft.json(),
             "inter_token_ms": self.gap.json(),
@@ -201,6 +211,7 @@ pub fn render_all(levels: &[Level]) -> String {
         Load::Closed(clients) => clients.to_string(),
         Load::Open(rate) => format!("{rate}/s"),
     };
+    let embeds = levels.iter().any(|level| level.texts > 0);
     let rows: Vec<_> = levels
         .iter()
         .map(|level| {
@@ -211,7 +222,12 @@ pub fn render_all(levels: &[Level]) -> String {
                 level.failed().to_string(),
                 format!("{:.1}", level.wall.as_secs_f64()),
                 format!("{:.2}", level.per_s(level.ok)),
-                format!("{}{:.1}", if level.estimated > 0 { "~" } else { "" }, level.output_tokens_per_s()),
+                match embeds {
+                    true => format!("{:.1}", level.per_s(level.texts)),
+                    false => {
+                        format!("{}{:.1}", if level.estimated > 0 { "~" } else { "" }, level.output_tokens_per_s())
+                    }
+                },
                 format!("{:.1}", level.per_s(level.output_tokens + level.prompt_tokens)),
                 (level.prompt_tokens / level.ok.max(1)).to_string(),
                 (level.output_tokens / level.ok.max(1)).to_string(),
@@ -226,7 +242,7 @@ pub fn render_all(levels: &[Level]) -> String {
             ("failed", Right),
             ("wall s", Right),
             ("req/s", Right),
-            ("output tok/s", Right),
+            (if embeds { "texts/s" } else { "output tok/s" }, Right),
             ("total tok/s", Right),
             ("tokens in", Right),
             ("out", Right),
@@ -325,6 +341,21 @@ mod tests {
         let mut level = Level::new(Load::Closed(1));
         level.add(Ok(sample(10, 5, 20, 11)));
         about(&level.json()["time_per_output_token_ms"]["mean"], 10.0);
+    }
+
+    #[test]
+    fn vectors_are_counted_by_text() {
+        let mut level = Level::new(Load::Closed(2));
+        for _ in 0..4 {
+            let usage = Some(Usage { prompt_tokens: 640, ..Usage::default() });
+            level.add(Ok(Sample { texts: 32, total: Duration::from_millis(50), usage, ..Sample::default() }));
+        }
+        level.wall = Duration::from_secs(2);
+        let json = level.json();
+        about(&json["texts_per_s"], 64.0);
+        about(&json["total_tokens_per_s"], 1280.0);
+        let table = render_all(&[level]);
+        assert!(table.contains("texts/s") && table.contains("64.0") && !table.contains("ended before"), "{table}");
     }
 
     #[test]
