@@ -8,8 +8,8 @@ use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
 
 use crate::base::{AccountId, DeviceId, Error, Kind, ModelId, RequestId, Result, SlotId};
 use crate::engine::Runner;
-use crate::engine::spill::Store;
 use crate::engine::oneshot::{Encode, OneShotSlot};
+use crate::engine::spill::Store;
 use crate::metrics::EngineMetrics;
 use crate::model::Vocabulary;
 use crate::model::grammar::CompiledGrammar;

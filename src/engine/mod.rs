@@ -25,8 +25,8 @@ pub mod scheduler;
 pub mod seen;
 pub mod sequence;
 pub mod sim;
-pub mod spill;
 pub mod sim_encoder;
+pub mod spill;
 
 mod command;
 mod masks;

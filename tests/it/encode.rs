@@ -34,6 +34,7 @@ fn model(id: &str, task: Task, path: &str) -> Model {
         precision: Precision::Plain,
         kv: KvType::default(),
         kv_bytes: 1 << 20,
+        spill: None,
         context: 512,
         modified: None,
     }

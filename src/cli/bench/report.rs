@@ -308,6 +308,7 @@ mod tests {
             total: Duration::from_millis(ttft_ms + gaps as u64 * gap_ms),
             usage: Some(Usage { prompt_tokens: 100, completion_tokens, ..Usage::default() }),
             finish: Some("length".into()),
+            texts: 0,
         }
     }
 
