@@ -509,7 +509,15 @@ fn install(engine: &Engine, Ready { slot, text, shape, metrics }: Ready) -> Resu
 
 fn install_encoder(engine: &Engine, ready: ReadyEncoder) -> Result<Replica<Arc<EncoderText>>> {
     let ReadyEncoder { slot, text, metrics, context } = ready;
-    let replica = Replica { slot: slot.slot, device: engine.device(), engine: engine.clone(), metrics, text, context, shape: None };
+    let replica = Replica {
+        slot: slot.slot,
+        device: engine.device(),
+        engine: engine.clone(),
+        metrics,
+        text,
+        context,
+        shape: None,
+    };
     engine.tell_within(Command::InstallOneShot(Box::new(slot)), INSTALL_TIMEOUT)?;
     Ok(replica)
 }

@@ -8,6 +8,7 @@ use neurond::base::{AccountId, ModelId};
 use neurond::config::{Config, KvType, Model, Precision};
 use neurond::model::Detokenizer;
 use neurond::model::text::TextModel;
+use neurond::task::Task;
 use serde_json::{Value, json};
 
 use crate::harness::{Answer, CLASSIC, Daemon, token};
@@ -25,6 +26,7 @@ fn daemon(folder: &Path, tune: impl FnOnce(&mut Config)) -> Daemon {
     Daemon::start(|config| {
         let model = |id: &str, path: PathBuf| Model {
             id: ModelId::new(id),
+            task: Task::TextGeneration,
             path,
             precision: Precision::Plain,
             kv: KvType::F32,
