@@ -1,12 +1,12 @@
 //! From a path to a model that is ready to be installed. Runs on a thread of its own, so that decoding goes on.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use tracing::{debug, info};
+use tracing::info;
 
-use crate::base::{DeviceId, Error, Result, SlotId};
+use crate::base::{DeviceId, Error, ModelId, Result, SlotId};
 use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
 use crate::engine::scheduler::SCORED_ROWS;
 use crate::engine::sim::{SimRunner, SimSpec};
@@ -111,11 +111,26 @@ fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, 
         max_rows: engine.step_tokens,
         max_sample_rows: (engine.max_running + SCORED_ROWS).min(engine.step_tokens),
     };
-    let told = AtomicU32::new(0);
-    Decoder::open(&weights, spec, &options, &|done| {
-        let tenth = (done * 10.0) as u32;
-        if told.fetch_max(tenth, Ordering::Relaxed) < tenth {
-            debug!(model = %model.id, percent = tenth * 10, "packing weights");
+    let progress = Progress { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() };
+    Decoder::open(&weights, spec, &options, &|done| progress.tell(done))
+}
+
+/// Tells whoever waits for a large model how far its packing is: a line every two seconds, none for a small one.
+struct Progress<'a> {
+    model: &'a ModelId,
+    bytes: u64,
+    /// Seconds after `begun` of the last line.
+    told: AtomicU64,
+    begun: Instant,
+}
+
+impl Progress<'_> {
+    fn tell(&self, done: f32) {
+        let (seconds, told) = (self.begun.elapsed().as_secs(), self.told.load(Ordering::Relaxed));
+        if seconds < told + 2 || self.told.compare_exchange(told, seconds, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            return;
         }
-    })
+        let (percent, of_mb) = ((done * 100.0) as u32, self.bytes / 1_000_000);
+        info!(model = %self.model, percent, of_mb, seconds, "packing weights");
+    }
 }
