@@ -89,13 +89,15 @@ fn arithmetic(isa: Isa) -> (Loop, Loop) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY (all four): the set comes from `Isa::available`.
-        Isa::Avx512 => {
-            ((|turns| unsafe { x86::int8_512(turns) }, 12 * 64 * 2), (|turns| unsafe { x86::float_512(turns) }, 12 * 16 * 2))
-        }
+        Isa::Avx512 => (
+            (|turns| unsafe { x86::int8_512(turns) }, 12 * 64 * 2),
+            (|turns| unsafe { x86::float_512(turns) }, 12 * 16 * 2),
+        ),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => {
-            ((|turns| unsafe { x86::int8_256(turns) }, 12 * 32 * 2), (|turns| unsafe { x86::float_256(turns) }, 12 * 8 * 2))
-        }
+        Isa::Avx2 => (
+            (|turns| unsafe { x86::int8_256(turns) }, 12 * 32 * 2),
+            (|turns| unsafe { x86::float_256(turns) }, 12 * 8 * 2),
+        ),
         _ => ((portable_int8, 128 * 2), (portable_float, 64 * 2)),
     }
 }

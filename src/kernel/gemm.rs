@@ -12,7 +12,7 @@ use std::mem::MaybeUninit;
 
 use crate::kernel::lowrank::Delta;
 use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
-use crate::kernel::rows::{Activations, View};
+use crate::kernel::rows::{Activations, CENTRES, View};
 use crate::kernel::simd::{Simd, by_isa, exp};
 use crate::kernel::{Cpu, Isa, Shared};
 
@@ -257,6 +257,7 @@ impl Panels {
                 scales: x.scales.add(row * blocks),
                 sums: x.sums.add(row * blocks * 2),
                 totals: x.totals.add(row * blocks),
+                starts: x.starts.add(row * blocks * CENTRES.len()),
                 blocks,
             }
         };
@@ -323,6 +324,7 @@ struct Int8 {
     scales: *const f32,
     sums: *const f32,
     totals: *const f32,
+    starts: *const i32,
     blocks: usize,
 }
 
@@ -352,8 +354,15 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
     let width = x.blocks * BLOCK;
     // SAFETY: a panel of `blocks` blocks in the layout of panel.rs, R rows of as many blocks, R x 16 results.
     unsafe {
-        // What the dot product did not take off already.
-        let zero = S::splat(if CODES == FULL { S::FULL_OFFSET - zero } else { -zero });
+        // Where all codes of a kind have one centre, the sums begin with what it takes off, unless the set's own dot
+        // product takes it off.
+        let centre = match CODES {
+            NIBBLE if !AFFINE => Some(0),
+            FULL if S::FULL_OFFSET == 0.0 => Some(1),
+            _ => None,
+        };
+        debug_assert!(AFFINE || CODES == BYTE || zero == CENTRES[usize::from(CODES == FULL)] as f32);
+        let zero = S::splat(-zero);
         let mut results = [S::splat(0.0); R];
         for block in 0..x.blocks {
             let codes = w.add(block * block_bytes);
@@ -365,7 +374,10 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
                 }
             }
             for group in 0..GROUPS {
-                let mut acc = [S::zero_i(); R];
+                let mut acc: [S::I; R] = std::array::from_fn(|r| match centre {
+                    Some(centre) => S::splat_i(*x.starts.add((r * x.blocks + block) * CENTRES.len() + centre)),
+                    None => S::zero_i(),
+                });
                 // Eight inputs a turn: two vectors of codes, which are one vector of nibbles.
                 for pair in group * (4 / GROUPS)..(group + 1) * (4 / GROUPS) {
                     let (w0, w1) = match CODES {
@@ -388,6 +400,8 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
                     let sum = S::splat(if GROUPS == 1 { *x.totals.add(at) } else { *x.sums.add(at * 2 + group) });
                     let value = if AFFINE {
                         S::fma(min, sum, S::mul(S::to_f(acc), scale))
+                    } else if CODES != BYTE {
+                        S::mul(S::to_f(acc), scale)
                     } else {
                         S::mul(S::fma(zero, sum, S::to_f(acc)), scale)
                     };

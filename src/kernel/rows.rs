@@ -19,8 +19,14 @@ pub struct Activations {
     sums: Buffer<f32>,
     /// Per row and block: sum of the codes.
     totals: Buffer<f32>,
+    /// Per row and block: what the dot product of codes centred on each of [`CENTRES`] begins with.
+    starts: Buffer<i32>,
     width: usize,
 }
+
+/// The code that means zero in the formats of 4 and of 8 bits that have one. Weights are kept as codes, `sum (code -
+/// centre) * x` is what is wanted: a sum that begins with `-centre * sum x` comes out right, and costs no instruction.
+pub(super) const CENTRES: [i32; 2] = [8, 128];
 
 /// Rows of [`Activations`] as the kernels see them.
 #[derive(Clone, Copy)]
@@ -30,6 +36,7 @@ pub(super) struct View {
     pub(super) scales: *const f32,
     pub(super) sums: *const f32,
     pub(super) totals: *const f32,
+    pub(super) starts: *const i32,
 }
 
 // SAFETY: read-only pointers into the `Activations` that the view was made of; see `Activations::view`.
@@ -45,6 +52,7 @@ impl Activations {
             scales: Buffer::zeroed(blocks),
             sums: Buffer::zeroed(blocks * 2),
             totals: Buffer::zeroed(blocks),
+            starts: Buffer::zeroed(blocks * CENTRES.len()),
             width,
         }
     }
@@ -86,6 +94,7 @@ impl Activations {
             scales: self.scales.share(),
             sums: self.sums.share(),
             totals: self.totals.share(),
+            starts: self.starts.share(),
         };
         let floats = self.floats.share();
         each_row(cpu, rows, width, |row| {
@@ -111,6 +120,7 @@ impl Activations {
             scales: self.scales.share(),
             sums: self.sums.share(),
             totals: self.totals.share(),
+            starts: self.starts.share(),
         };
         let floats = &*self.floats;
         each_row(cpu, rows, width, |row| {
@@ -129,6 +139,7 @@ impl Activations {
             scales: self.scales.as_ptr(),
             sums: self.sums.as_ptr(),
             totals: self.totals.as_ptr(),
+            starts: self.starts.as_ptr(),
         }
     }
 }
@@ -183,6 +194,7 @@ struct Int8Rows<'a> {
     scales: Shared<'a, f32>,
     sums: Shared<'a, f32>,
     totals: Shared<'a, f32>,
+    starts: Shared<'a, i32>,
 }
 
 /// # Safety
@@ -196,17 +208,19 @@ unsafe fn quantize_into(isa: Isa, x: &[f32], row: usize, to: Int8Rows<'_>) {
         let scales = to.scales.part(row * blocks, blocks).as_mut_ptr();
         let sums = to.sums.part(row * blocks * 2, blocks * 2).as_mut_ptr();
         let totals = to.totals.part(row * blocks, blocks).as_mut_ptr();
-        quantize(isa, x.as_ptr(), blocks, codes, scales, sums, totals);
+        let starts = to.starts.part(row * blocks * CENTRES.len(), blocks * CENTRES.len()).as_mut_ptr();
+        quantize(isa, x.as_ptr(), blocks, codes, scales, sums, totals, starts);
     }
 }
 
 by_isa! {
     fn quantize(
-        x: *const f32, blocks: usize, codes: *mut i8, scales: *mut f32, sums: *mut f32, totals: *mut f32,
+        x: *const f32, blocks: usize, codes: *mut i8, scales: *mut f32, sums: *mut f32, totals: *mut f32, starts: *mut i32,
     ) = quantize_body
 }
 
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn quantize_body<S: Simd>(
     x: *const f32,
     blocks: usize,
@@ -214,8 +228,9 @@ unsafe fn quantize_body<S: Simd>(
     scales: *mut f32,
     sums: *mut f32,
     totals: *mut f32,
+    starts: *mut i32,
 ) {
-    // SAFETY: `blocks` blocks of 32 inputs, 32 codes, 1 scale, 2 sums and their total.
+    // SAFETY: `blocks` blocks of 32 inputs, 32 codes, 1 scale, 2 sums, their total and a start for each centre.
     unsafe {
         for block in 0..blocks {
             let (low, high) = (S::load(x.add(block * BLOCK)), S::load(x.add(block * BLOCK + 16)));
@@ -229,6 +244,9 @@ unsafe fn quantize_body<S: Simd>(
             *sums.add(block * 2) = low as f32;
             *sums.add(block * 2 + 1) = high as f32;
             *totals.add(block) = (low + high) as f32;
+            for (i, centre) in CENTRES.into_iter().enumerate() {
+                *starts.add(block * CENTRES.len() + i) = -centre * (low + high);
+            }
         }
     }
 }

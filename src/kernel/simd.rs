@@ -132,6 +132,7 @@ pub(super) trait Simd: Copy {
     unsafe fn max_lane(a: Self::F) -> f32;
 
     unsafe fn zero_i() -> Self::I;
+    unsafe fn splat_i(x: i32) -> Self::I;
     unsafe fn to_f(a: Self::I) -> Self::F;
     /// Rounds 16 values in -127..=127 to i8 and stores them; returns their sum.
     unsafe fn store_i8(p: *mut i8, x: Self::F) -> i32;
@@ -269,6 +270,10 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn zero_i() -> Self::I {
         [0; 16]
+    }
+    #[inline(always)]
+    unsafe fn splat_i(x: i32) -> Self::I {
+        [x; 16]
     }
     #[inline(always)]
     unsafe fn to_f(a: Self::I) -> Self::F {
@@ -427,6 +432,10 @@ pub(super) mod x86 {
             _mm512_setzero_si512()
         }
         #[inline(always)]
+        unsafe fn splat_i(x: i32) -> __m512i {
+            _mm512_set1_epi32(x)
+        }
+        #[inline(always)]
         unsafe fn to_f(a: __m512i) -> __m512 {
             _mm512_cvtepi32_ps(a)
         }
@@ -569,6 +578,10 @@ pub(super) mod x86 {
         #[inline(always)]
         unsafe fn zero_i() -> Self::I {
             [_mm256_setzero_si256(); 2]
+        }
+        #[inline(always)]
+        unsafe fn splat_i(x: i32) -> Self::I {
+            [_mm256_set1_epi32(x); 2]
         }
         #[inline(always)]
         unsafe fn to_f(a: Self::I) -> Self::F {

@@ -111,7 +111,8 @@ fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, 
         max_rows: engine.step_tokens,
         max_sample_rows: (engine.max_running + SCORED_ROWS).min(engine.step_tokens),
     };
-    let progress = Progress { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() };
+    let progress =
+        Progress { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() };
     Decoder::open(&weights, spec, &options, &|done| progress.tell(done))
 }
 
@@ -127,7 +128,9 @@ struct Progress<'a> {
 impl Progress<'_> {
     fn tell(&self, done: f32) {
         let (seconds, told) = (self.begun.elapsed().as_secs(), self.told.load(Ordering::Relaxed));
-        if seconds < told + 2 || self.told.compare_exchange(told, seconds, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        if seconds < told + 2
+            || self.told.compare_exchange(told, seconds, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
             return;
         }
         let (percent, of_mb) = ((done * 100.0) as u32, self.bytes / 1_000_000);
