@@ -64,6 +64,7 @@ fn rows(c: &mut Criterion) {
                             seed: 1,
                             position,
                             seen: seen.as_ref(),
+                            ahead: &[],
                             logprobs,
                             mask: None,
                             given: None,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use neurond::base::{AccountId, DeviceId, ModelId, RequestId, SlotId};
 use neurond::engine::lane::Lane;
-use neurond::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
+use neurond::engine::scheduler::{Ask, DraftLimits, Limits, Plan, Pushed, Scheduler};
 use neurond::engine::sim::{SimRunner, SimSpec};
 use neurond::engine::{ModelSlot, Submit};
 use neurond::metrics::Metrics;
@@ -31,6 +31,7 @@ fn plan(c: &mut Criterion) {
         prefix_cache: true,
         prefill_stretch: 1.7,
         spill_slots: 0,
+        drafts: DraftLimits::default(),
     };
     let mut scheduler = Scheduler::new(limits, BLOCKS, 16);
     let accounts: Vec<AccountId> = (0..16).map(|at| AccountId::new(format!("account-{at}"))).collect();
@@ -49,6 +50,8 @@ fn plan(c: &mut Criterion) {
             salt: 0,
             adapter: None,
             scored: false,
+            drafts: None,
+            expected: vec![],
         };
         assert!(scheduler.submit(ask, now).is_ok());
     };
@@ -59,7 +62,7 @@ fn plan(c: &mut Criterion) {
     let mut step = |scheduler: &mut Scheduler| {
         scheduler.plan(now, &mut plan);
         scheduler.computed(&plan, now);
-        for part in &plan.sampled {
+        for part in plan.sampled.iter().map(|row| row.part) {
             if scheduler.push(part.sequence, 5) == Pushed::Full {
                 scheduler.finish(part.sequence);
                 join(scheduler, ANSWER);
@@ -90,6 +93,7 @@ fn lane(c: &mut Criterion) {
         prefix_cache: true,
         prefill_stretch: 1.7,
         spill: None,
+        speculation: Default::default(),
         metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
     });
     let mut receivers = Vec::new();
@@ -113,6 +117,8 @@ fn lane(c: &mut Criterion) {
             priority: 0,
             cache_salt: 0,
             adapter: None,
+            drafts: None,
+            expected: vec![],
             deadline: Instant::now() + Duration::from_secs(3600),
             received: Instant::now(),
             vocabulary: None,

@@ -189,6 +189,13 @@ pub struct EngineSection {
     /// time of a step without prompts. Smaller keeps the time between two tokens even, larger reads prompts sooner. When
     /// many prompts come at once beside few answers, up to four times as much is added. 0: no bound but `step_tokens`.
     pub prefill_stretch: f64,
+    /// Most tokens of one answer that are guessed ahead and verified in the same step (speculative decoding); 0 switches it
+    /// off. How many of them are tried follows from how often the guesses come true and from how full the step is. Answers are
+    /// the same with and without, only faster where text repeats itself. A request may ask for fewer: `"speculative.n_max"`.
+    pub draft_tokens: usize,
+    /// Guess from earlier text: where the last tokens of an answer occurred before, in the prompt or in the answer, what
+    /// followed there is tried.
+    pub prompt_lookup: bool,
 }
 
 impl Default for EngineSection {
@@ -202,6 +209,8 @@ impl Default for EngineSection {
             block_tokens: 16,
             prefix_cache: true,
             prefill_stretch: 1.7,
+            draft_tokens: 15,
+            prompt_lookup: true,
         }
     }
 }

@@ -184,6 +184,10 @@ pub struct Engine {
     pub prefix_cache: bool,
     /// How many times longer a step may take because of a prompt while others decode; 0: as long as it takes.
     pub prefill_stretch: f64,
+    /// Most tokens of one answer guessed ahead in a step; 0: none.
+    pub draft_tokens: usize,
+    /// Guess from earlier text of prompt and answer.
+    pub prompt_lookup: bool,
 }
 
 /// What is special about an account.

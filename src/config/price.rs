@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn cached_tokens_pay_their_own_price_or_the_full_one() {
-        let usage = Usage { prompt_tokens: 100, cached_tokens: 60, completion_tokens: 10 };
+        let usage = Usage { prompt_tokens: 100, cached_tokens: 60, completion_tokens: 10, ..Usage::default() };
         assert_eq!(price("input = 5\noutput = 7").unwrap().charge(&usage).micro(), 500 + 70);
         assert_eq!(price("input = 5\ncached_input = 1\noutput = 7").unwrap().charge(&usage).micro(), 200 + 60 + 70);
     }

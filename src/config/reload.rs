@@ -129,6 +129,8 @@ impl Changes {
             block_tokens,
             prefix_cache,
             prefill_stretch,
+            draft_tokens,
+            prompt_lookup,
         } = new;
         self.note("engine.threads", old.threads, *threads, Effect::Restart);
         self.note("engine.step_tokens", old.step_tokens, *step_tokens, Effect::Swap);
@@ -138,6 +140,8 @@ impl Changes {
         self.note("engine.block_tokens", old.block_tokens, *block_tokens, Effect::Swap);
         self.note("engine.prefix_cache", old.prefix_cache, *prefix_cache, Effect::Swap);
         self.note("engine.prefill_stretch", old.prefill_stretch, *prefill_stretch, Effect::Swap);
+        self.note("engine.draft_tokens", old.draft_tokens, *draft_tokens, Effect::Swap);
+        self.note("engine.prompt_lookup", old.prompt_lookup, *prompt_lookup, Effect::Swap);
     }
 
     fn accounts(&mut self, old: &[Account], new: &[Account]) {

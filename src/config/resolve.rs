@@ -23,6 +23,8 @@ use crate::base::{AccountId, Error, KeyId, Millis, Result};
 
 /// Bounds of the KV pool that is chosen for a model.
 const KV_POOL: (u64, u64) = (64 << 20, 2 << 30);
+/// Most tokens guessed ahead.
+const MOST_DRAFTS: usize = 64;
 /// Price of a model that only the command line names: as a small model of the catalog.
 const STAND_IN: (u64, u64) = (2457, 18252);
 
@@ -154,6 +156,10 @@ fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) ->
     if section.step_tokens > 1 << 20 {
         check.wrong("engine.step_tokens", section.step_tokens, "is more than 1048576; lower it");
     }
+    if section.draft_tokens > MOST_DRAFTS {
+        let remedy = format!("is more than {MOST_DRAFTS}, and guesses that deep are hardly ever right; lower it");
+        check.wrong("engine.draft_tokens", section.draft_tokens, &remedy);
+    }
     if !section.block_tokens.is_power_of_two() || !(4..=256).contains(&section.block_tokens) {
         check.wrong(
             "engine.block_tokens",
@@ -175,6 +181,8 @@ fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) ->
         block_tokens: section.block_tokens,
         prefix_cache: section.prefix_cache,
         prefill_stretch: stretch,
+        draft_tokens: section.draft_tokens,
+        prompt_lookup: section.prompt_lookup,
     }
 }
 

@@ -250,6 +250,10 @@ fn each_mistake_names_file_key_value_and_remedy() {
         ),
         ("[engine]\nmax_queue = 0", "engine.max_queue = 0: allows nothing"),
         (
+            "[engine]\ndraft_tokens = 65",
+            "engine.draft_tokens = 65: is more than 64, and guesses that deep are hardly ever right; lower it",
+        ),
+        (
             "[engine]\nblock_tokens = 24",
             "engine.block_tokens = 24: is not a power of two from 4 to 256; 16 is the default",
         ),

@@ -121,14 +121,15 @@ impl Answer {
         metrics.prefix_hits.inc_by(cached as u64);
     }
 
-    /// How the next token of a choice is drawn.
-    pub fn draw(&self, choice: u32) -> Draw<'_> {
+    /// How the next token of a choice is drawn, or the one after some drafts.
+    pub fn draw<'a>(&'a self, choice: u32, ahead: &'a [u32]) -> Draw<'a> {
         let of = &self.choices[choice as usize];
         Draw {
             sampling: &self.sampling,
             seed: self.seed.wrapping_add(u64::from(choice)),
-            position: u64::from(of.produced),
+            position: u64::from(of.produced) + ahead.len() as u64,
             seen: of.seen.as_ref(),
+            ahead,
             logprobs: self.logprobs,
             mask: of.matcher.as_ref().map(|matcher| matcher.mask(0)),
             given: None,
@@ -158,7 +159,16 @@ impl Answer {
     /// How a token of the prompt is looked up.
     pub fn look_up(&self, token: u32) -> Draw<'_> {
         let logprobs = self.prompt_logprobs;
-        Draw { sampling: &self.sampling, seed: 0, position: 0, seen: None, logprobs, mask: None, given: Some(token) }
+        Draw {
+            sampling: &self.sampling,
+            seed: 0,
+            position: 0,
+            seen: None,
+            ahead: &[],
+            logprobs,
+            mask: None,
+            given: Some(token),
+        }
     }
 
     /// The next token of the prompt was looked up.
@@ -168,6 +178,14 @@ impl Answer {
         let top = drawn.top.iter().map(|&(id, logprob)| (id, piece(id), logprob)).collect();
         let scored = Some(Scored { logprob: drawn.logprob, rank: drawn.rank, top });
         prompt.push(PromptToken { token, bytes: piece(token), scored });
+    }
+
+    /// So many drafts were verified, or came true.
+    pub fn count_drafts(&mut self, drafted: usize, accepted: usize, metrics: &EngineMetrics) {
+        self.usage.drafted_tokens += drafted as u32;
+        self.usage.accepted_tokens += accepted as u32;
+        metrics.drafted_tokens.inc_by(drafted as u64);
+        metrics.accepted_tokens.inc_by(accepted as u64);
     }
 
     /// Sends what a drawn token makes certain. `last` says that there may be no token after it. Returns whether the
@@ -436,6 +454,8 @@ mod tests {
             priority: 0,
             cache_salt: 0,
             adapter: None,
+            drafts: None,
+            expected: vec![],
             deadline: now,
             received: now,
             vocabulary: None,
@@ -444,8 +464,10 @@ mod tests {
         let metrics = crate::metrics::Metrics::new();
         let metrics = metrics.engine(&crate::base::ModelId::new("m"), crate::base::DeviceId(0));
         let mut answer = Answer::new(&submit, Arc::new(Vocabulary::new([b"a", b"b"], vec![])));
-        let numbers = |answer: &Answer| [0, 1].map(|choice| (answer.draw(choice).seed, answer.draw(choice).position));
+        let number = |draw: Draw<'_>| (draw.seed, draw.position);
+        let numbers = |answer: &Answer| [0, 1].map(|choice| number(answer.draw(choice, &[])));
         assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 0)]);
+        assert_eq!(number(answer.draw(1, &[1, 1])), (0, 2), "a row behind two drafts");
         let drawn = Drawn { token: Some(1), ..Drawn::default() };
         assert!(!answer.accept(1, 1, &drawn, false, now, &metrics));
         assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 1)]);

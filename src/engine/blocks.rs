@@ -222,7 +222,12 @@ impl Blocks {
     /// Gives a table's blocks back and empties it. The last block goes first, so that the ends of sequences are taken
     /// again before the beginnings that others may share.
     pub fn release(&mut self, table: &mut Vec<BlockId>) {
-        while let Some(id) = table.pop() {
+        self.shorten(table, 0);
+    }
+
+    /// Gives back all but a table's first `keep` blocks.
+    pub fn shorten(&mut self, table: &mut Vec<BlockId>, keep: usize) {
+        for id in table.drain(keep.min(table.len())..).rev() {
             let block = &mut self.blocks[id as usize];
             debug_assert!(block.refs > 0, "block {id} released more often than held");
             block.refs -= 1;

@@ -77,6 +77,10 @@ pub struct Submit {
     pub cache_salt: u64,
     /// The adapter to compute with, opened for this slot's model. Its requests share KV among themselves only.
     pub adapter: Option<Arc<Adapter>>,
+    /// Most tokens guessed ahead in a step, if fewer than the model's; changes the pace of the answer only.
+    pub drafts: Option<u32>,
+    /// Tokens of the text that the caller foresees; empty: nothing is known.
+    pub expected: Vec<u32>,
     /// When the answer is worth nothing any more.
     pub deadline: Instant,
     /// When the call came in, for queue time and TTFT.
@@ -122,8 +126,21 @@ pub struct ModelSlot {
     pub prefill_stretch: f64,
     /// Where KV goes that the pool has no room for.
     pub spill: Option<Store>,
+    /// How far answers are guessed ahead.
+    pub speculation: Speculation,
     /// Where to count.
     pub metrics: EngineMetrics,
+}
+
+/// How far a model's answers are guessed ahead. Default: not at all.
+#[derive(Default)]
+pub struct Speculation {
+    /// Most drafts of one sequence in a step; 0: none.
+    pub most: usize,
+    /// Most drafts in a step over all sequences; the runner computes logits for as many more rows.
+    pub rows: usize,
+    /// Guess from earlier text of prompt and answer.
+    pub lookup: bool,
 }
 
 /// What a device is doing, for dumps and the fleet.

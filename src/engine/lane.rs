@@ -16,8 +16,9 @@ use crate::base::{Error, Kind, Result, SlotId};
 use crate::engine::answer::Answer;
 use crate::engine::masks::Masks;
 use crate::engine::sampler::Sampler;
-use crate::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
+use crate::engine::scheduler::{Ask, DraftLimits, Limits, Plan, Pushed, Scheduler};
 use crate::engine::sequence::RequestKey;
+use crate::engine::speculate::agreed;
 use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, SlotStatus, Submit};
 use crate::task::Event;
@@ -54,6 +55,11 @@ impl Lane {
             prefix_cache: slot.prefix_cache,
             prefill_stretch: slot.prefill_stretch,
             spill_slots: slot.spill.as_ref().map_or(0, Store::slots),
+            drafts: DraftLimits {
+                most: slot.speculation.most,
+                rows: slot.speculation.rows,
+                lookup: slot.speculation.lookup,
+            },
         };
         let scheduler = Scheduler::new(limits, slot.runner.blocks(), slot.runner.block_tokens());
         slot.metrics.kv_total.set(scheduler.blocks().total() as i64);
@@ -126,6 +132,9 @@ impl Lane {
             salt: submit.cache_salt,
             adapter: submit.adapter,
             scored: submit.prompt_logprobs.is_some(),
+            // What a grammar allows behind a draft is not found out yet.
+            drafts: if submit.grammar.is_some() { Some(0) } else { submit.drafts },
+            expected: submit.expected,
         };
         let key = self.scheduler.submit(ask, now).map_err(|error| match error.kind() {
             Kind::Busy => error.with_retry_after(self.expected_wait()),
@@ -240,9 +249,10 @@ impl Lane {
         }
         let (answers, plan) = (&self.answers, &self.plan);
         self.sampler.pick(logits, |row| {
-            let part = plan.sampled[row];
+            let part = plan.sampled[row].part;
             let answer = answers[part.request as usize].as_ref()?;
-            Some(plan.given(row).map_or_else(|| answer.draw(part.choice), |token| answer.look_up(token)))
+            let draw = || answer.draw(part.choice, plan.ahead(row));
+            Some(plan.given(row).map_or_else(draw, |token| answer.look_up(token)))
         });
         Ok(())
     }
@@ -255,28 +265,42 @@ impl Lane {
         self.scheduler.computed(&self.plan, now);
         let metrics = &self.slot.metrics;
         metrics.steps.inc();
-        for (row, (&part, drawn)) in self.plan.sampled.iter().zip(self.sampler.drawn()).enumerate() {
+        let mut row = 0;
+        while let Some(first) = self.plan.sampled.get(row) {
+            let (part, drafts) = (first.part, self.plan.drafts(row));
+            let drawn = &self.sampler.drawn()[row..=row + drafts.len()];
+            let given = self.plan.given(row);
+            row += drawn.len();
             let Some(answer) = &mut self.answers[part.request as usize] else { continue };
-            if let Some(token) = self.plan.given(row) {
-                answer.looked_up(token, drawn);
+            if let Some(token) = given {
+                answer.looked_up(token, &drawn[0]);
                 continue;
             }
-            let Some(token) = drawn.token else {
-                self.unfit.push((part.request, Some(answer.no_token(part.choice))));
-                continue;
-            };
-            metrics.generation_tokens.inc();
-            let last = self.scheduler.push(part.sequence, token) == Pushed::Full;
-            if !answer.accept(part.choice, token, drawn, last, now, metrics) {
-                continue;
-            }
-            if self.scheduler.finish(part.sequence)
-                && let Some(answer) = self.answers[part.request as usize].take()
-            {
-                self.pace += PACE_WEIGHT * (answer.service_time(now).as_secs_f64() - self.pace);
-                answer.done(now, metrics);
+            answer.count_drafts(drafts.len(), 0, metrics);
+            // Rows behind a draft that did not come true are as if they had not been computed.
+            let count = agreed(drafts, drawn.iter().map_while(|drawn| drawn.token));
+            for (at, drawn) in drawn[..count].iter().enumerate() {
+                let Some(token) = drawn.token else {
+                    self.unfit.push((part.request, Some(answer.no_token(part.choice))));
+                    break;
+                };
+                metrics.generation_tokens.inc();
+                answer.count_drafts(0, usize::from(at + 1 < count), metrics);
+                let last = self.scheduler.push(part.sequence, token) == Pushed::Full;
+                if !answer.accept(part.choice, token, drawn, last, now, metrics) {
+                    continue;
+                }
+                if self.scheduler.finish(part.sequence)
+                    && let Some(answer) = self.answers[part.request as usize].take()
+                {
+                    self.pace += PACE_WEIGHT * (answer.service_time(now).as_secs_f64() - self.pace);
+                    answer.done(now, metrics);
+                }
+                // Whatever was drawn behind the end is not part of the answer.
+                break;
             }
         }
+        self.scheduler.settle(&self.plan);
         self.let_go();
         self.show();
     }
@@ -352,7 +376,7 @@ mod tests {
     use super::*;
     use crate::base::{AccountId, DeviceId, ModelId, RequestId};
     use crate::engine::sim::SimRunner;
-    use crate::engine::{Logits, Runner};
+    use crate::engine::{Logits, Runner, Speculation};
     use crate::kernel::Pool;
     use crate::metrics::Metrics;
     use crate::model::Batch;
@@ -398,6 +422,7 @@ mod tests {
             prefix_cache: true,
             prefill_stretch: 0.0,
             spill: None,
+            speculation: Speculation::default(),
             metrics: Metrics::new().engine(&ModelId::new("scripted"), DeviceId(0)),
         })
     }
@@ -421,6 +446,8 @@ mod tests {
             priority: 0,
             cache_salt: 0,
             adapter: None,
+            drafts: None,
+            expected: vec![],
             deadline: now + Duration::from_secs(9),
             received: now,
             vocabulary: None,

@@ -16,7 +16,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
 use crate::engine::answer::Answer;
-use crate::engine::scheduler::Planned;
+use crate::engine::scheduler::Sampled;
 use crate::engine::sequence::RequestKey;
 use crate::metrics::EngineMetrics;
 use crate::model::grammar::Matcher;
@@ -54,8 +54,8 @@ impl Masks {
     }
 
     /// Begins to prepare the masks of those of `sampled` that have a grammar.
-    pub(super) fn start(&mut self, answers: &mut [Option<Answer>], sampled: &[Planned]) {
-        for part in sampled {
+    pub(super) fn start(&mut self, answers: &mut [Option<Answer>], sampled: &[Sampled]) {
+        for part in sampled.iter().map(|row| row.part) {
             let Some(answer) = &mut answers[part.request as usize] else { continue };
             let Some(matcher) = answer.take_matcher(part.choice) else { continue };
             let job = Job { request: part.request, choice: part.choice, matcher };

@@ -5,11 +5,11 @@
 //! ```
 //!
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
-//! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`sequence`] is one answer's state,
-//! [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars allow, [`seen`] is what draws look back at,
-//! [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all of these for one model, and the loop around
-//! the lanes is in `run.rs`. [`oneshot`] is the lane of
-//! models that answer in one pass. [`sim`] is a device without weights.
+//! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`speculate`] guesses what an answer
+//! says next, [`sequence`] is one answer's state, [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars
+//! allow, [`seen`] is what draws look back at, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all
+//! of these for one model, and the loop around the lanes is in `run.rs`. [`oneshot`] is the lane of models that answer in
+//! one pass. [`sim`] is a device without weights.
 //!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
 
@@ -26,6 +26,7 @@ pub mod seen;
 pub mod sequence;
 pub mod sim;
 pub mod sim_encoder;
+pub mod speculate;
 pub mod spill;
 
 mod command;
@@ -34,6 +35,6 @@ mod run;
 mod runner;
 mod slab;
 
-pub use command::{Command, Engine, EngineStatus, ModelSlot, SlotStatus, Submit};
+pub use command::{Command, Engine, EngineStatus, ModelSlot, SlotStatus, Speculation, Submit};
 pub use run::start;
 pub use runner::{Logits, Runner};

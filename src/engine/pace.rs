@@ -19,6 +19,9 @@ const TILE: usize = 8;
 const RATE: f64 = 0.2;
 /// The fixed part of a step, in rows, as long as nothing is known of it; and its weight against rows in what is learnt.
 const FIXED_ROWS: f64 = 8.0;
+/// What a row adds to a step, in steps without rows, while nothing is known; and the least that is ever believed.
+const GUESSED_ROW: f64 = 0.2;
+const LEAST_ROW: f64 = 0.01;
 /// How much more prompts may add when as many prompts are read or wait as answers are written: a crowd that arrives at
 /// once would otherwise be let in one by one, each waiting for all before.
 const CROWD: f64 = 3.0;
@@ -63,6 +66,15 @@ impl Pace {
     /// What a step takes, as far as is known.
     pub fn seconds(&self, decode: usize, prompt: usize) -> f64 {
         self.fixed * FIXED_ROWS + self.decode * decode as f64 + self.prompt * prompt as f64
+    }
+
+    /// What a step takes, and what one more row that decodes adds to it. Not in seconds while nothing is known.
+    pub fn step(&self, decode: usize, prompt: usize) -> (f32, f32) {
+        let guess = Self { fixed: 1.0 / FIXED_ROWS, decode: GUESSED_ROW, prompt: GUESSED_ROW };
+        let pace = if self.is_known() { self } else { &guess };
+        // Nothing is free, whatever the clock says.
+        let least = LEAST_ROW * pace.fixed * FIXED_ROWS;
+        (pace.seconds(decode, prompt) as f32, pace.decode.max(least) as f32)
     }
 
     /// Prompt rows of a step with `decode` other rows, while `prompts` sequences read their prompts or wait to. At least a
@@ -144,6 +156,15 @@ mod tests {
         let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(8, prompts, 1.7)).into();
         assert!(rows[0] < rows[1] && rows[1] < rows[2], "{rows:?}");
         assert!(pace.seconds(8, rows[2]) < 5.0 * pace.seconds(16, 0));
+    }
+
+    #[test]
+    fn one_more_row_costs_what_was_learnt_and_never_nothing() {
+        assert_eq!(Pace::default().step(2, 0), (1.4, 0.2));
+        let (step, row) = Device(4_000.0, 1_000.0, 540.0).known().step(4, 0);
+        assert!((step - 0.008).abs() < 0.001 && (row - 0.001).abs() < 0.0002, "{step} {row}");
+        let free = Pace { fixed: 1.0, decode: 0.0, prompt: 1.0 };
+        assert_eq!(free.step(100, 0), (8.0, 0.08));
     }
 
     #[test]

@@ -280,6 +280,7 @@ mod tests {
             prefix_cache: true,
             prefill_stretch: 0.0,
             spill: None,
+            speculation: Default::default(),
             metrics: metrics(),
         }
     }
@@ -313,6 +314,8 @@ mod tests {
             priority: 0,
             cache_salt: 0,
             adapter: None,
+            drafts: None,
+            expected: vec![],
             deadline: Instant::now() + Duration::from_secs(60),
             received: Instant::now(),
             vocabulary: None,

@@ -37,6 +37,8 @@ pub struct Draw<'a> {
     pub position: u64,
     /// What it looks back at; needed only where [`Seen::needed`] says so.
     pub seen: Option<&'a Seen>,
+    /// Tokens behind those: drafts that this row stands on.
+    pub ahead: &'a [u32],
     /// `Some(k)`: report log-probabilities and `k` rivals.
     pub logprobs: Option<u32>,
     /// A bit a token, those set may be drawn; tokens beyond its end may not.
@@ -198,6 +200,9 @@ fn shape(row: &mut [f32], draw: &Draw<'_>) {
         }
     }
     let Some(seen) = draw.seen else { return };
+    // A row that stands on drafts sees them as if they had been said.
+    let later = (!draw.ahead.is_empty()).then(|| seen.after(draw.ahead));
+    let seen = later.as_ref().unwrap_or(seen);
     for &Counted { token, answered, .. } in seen.counted() {
         let Some(logit) = row.get_mut(token as usize) else { continue };
         if *logit > 0.0 {
@@ -625,13 +630,51 @@ mod tests {
         let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
         let mut sampler = Sampler::default();
         sampler.pick(rows, |_| {
-            Some(Draw { sampling, seed, position: 0, seen: Some(&past), logprobs, mask: None, given: None })
+            Some(Draw { sampling, seed, position: 0, seen: Some(&past), ahead: &[], logprobs, mask: None, given: None })
         });
         sampler.drawn()[0].clone()
     }
 
     fn greedy() -> Sampling {
         Sampling { temperature: 0.0, ..Sampling::default() }
+    }
+
+    #[test]
+    fn penalties_see_drafts_as_if_they_had_been_said() {
+        let sampling = Sampling {
+            repetition_penalty: 1.3,
+            frequency_penalty: 0.7,
+            presence_penalty: 0.3,
+            temperature: 0.5,
+            penalty_last_n: Some(5),
+            dry: Some(Dry { multiplier: 1.0, base: 2.0, allowed_length: 1, last_n: None, breakers: vec![] }),
+            ..Sampling::default()
+        };
+        let vocabulary = Arc::new(Vocabulary::new((0..40).map(|token| token.to_string()), vec![]));
+        let logits = noise(40, 4.0, 9);
+        for cut in 0..=6 {
+            let said = [3, 5, 3, 7, 5, 9];
+            let mut past = Seen::new(&[5, 11], &sampling, &vocabulary);
+            said[..cut].iter().for_each(|&token| past.push(token));
+            let mut row = logits.clone();
+            let draw = Draw {
+                sampling: &sampling,
+                seed: 1,
+                position: 6,
+                seen: Some(&past),
+                ahead: &said[cut..],
+                logprobs: None,
+                mask: None,
+                given: None,
+            };
+            shape(&mut row, &draw);
+            let mut all = Seen::new(&[5, 11], &sampling, &vocabulary);
+            said.iter().for_each(|&token| all.push(token));
+            let mut expected = logits.clone();
+            shape(&mut expected, &Draw { seen: Some(&all), ahead: &[], ..draw });
+            assert_eq!(row, expected, "{cut} of the tokens were said, the others are drafts");
+            assert_ne!(row, logits);
+        }
     }
 
     /// Values without pattern in `-spread..spread`.
@@ -697,7 +740,7 @@ mod tests {
             let mut data = logits.to_vec();
             let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
             let (seed, position) = (seed / 7, seed % 7);
-            let draw = Draw { sampling, seed, position, seen, logprobs: None, mask: None, given: None };
+            let draw = Draw { sampling, seed, position, seen, ahead: &[], logprobs: None, mask: None, given: None };
             sampler.pick(rows, |_| Some(Draw { ..draw }));
             counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
         }
@@ -847,6 +890,7 @@ mod tests {
             seed: 0,
             position: 0,
             seen: Some(&seen),
+            ahead: &[],
             logprobs: None,
             mask: None,
             given: None,
@@ -889,6 +933,7 @@ mod tests {
                 seed: 0,
                 position: 0,
                 seen: None,
+                ahead: &[],
                 logprobs: Some(2),
                 mask: None,
                 given: Some(token),
@@ -933,6 +978,7 @@ mod tests {
                     seed,
                     position: 0,
                     seen: None,
+                    ahead: &[],
                     logprobs: Some(3),
                     mask: None,
                     given: None,

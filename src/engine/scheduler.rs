@@ -19,6 +19,9 @@
 //! full blocks together; the block in which it ends, which each will write to, is copied for each, and only the last row
 //! of the prompt is computed again, since a token is drawn after it. Pure: knows nothing of devices, clocks or channels.
 //! `lane.rs` feeds it, a `Runner` executes the [`Plan`].
+//!
+//! Rows that nobody needs may go to drafts: guesses of what comes next ([`speculate`](crate::engine::speculate)), verified in
+//! the same step. They never cost another sequence its row or its block.
 
 mod coast;
 
@@ -32,6 +35,7 @@ use crate::engine::pace::Pace;
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
+use crate::engine::speculate::{Guesses, Source, Worth};
 use crate::engine::spill::{Index, Kept, SlotId};
 use crate::model::Batch;
 use crate::model::lora::Adapter;
@@ -76,6 +80,19 @@ pub struct Limits {
     pub prefill_stretch: f64,
     /// Blocks that can be kept outside the pool; 0: none.
     pub spill_slots: usize,
+    /// How far answers are guessed ahead.
+    pub drafts: DraftLimits,
+}
+
+/// How far answers are guessed ahead. Default: not at all.
+#[derive(Clone, Debug, Default)]
+pub struct DraftLimits {
+    /// Most drafts of one sequence in a step; 0: none.
+    pub most: usize,
+    /// Most drafts in a step over all sequences.
+    pub rows: usize,
+    /// Guess from earlier text of prompt and answer.
+    pub lookup: bool,
 }
 
 /// A request as the scheduler sees it.
@@ -98,6 +115,10 @@ pub struct Ask<'a> {
     pub adapter: Option<Arc<Adapter>>,
     /// Logits of all rows of the prompt are wanted: what the model thinks of its tokens.
     pub scored: bool,
+    /// Most drafts in a step, if fewer than the limits allow.
+    pub drafts: Option<u32>,
+    /// Tokens that each answer is expected to begin with or repeat; empty: nothing is known.
+    pub expected: Vec<u32>,
 }
 
 struct Request {
@@ -107,6 +128,8 @@ struct Request {
     root: BlockHash,
     adapter: Option<Arc<Adapter>>,
     most: usize,
+    drafts: usize,
+    expected: Vec<u32>,
     choices: u32,
     /// Choices that wait for choice 0 to compute the prompt.
     held: u32,
@@ -124,6 +147,37 @@ pub struct Planned {
     pub choice: u32,
 }
 
+/// A row after which a token is drawn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sampled {
+    /// Whose.
+    pub part: Planned,
+    /// Drafts between the last known token and this row, its own included. The rows of one sequence follow each other,
+    /// from 0 on.
+    pub ahead: u32,
+}
+
+/// How many rows of a step a part has.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    /// Known tokens.
+    rows: usize,
+    /// Drafts behind them.
+    drafts: usize,
+    source: Source,
+    /// Places of the prompt whose logits are wanted, the last token's aside.
+    scored: (usize, usize),
+}
+
+/// A part that could have another draft.
+#[derive(Clone, Copy, Debug)]
+struct Hope {
+    part: usize,
+    /// That all its drafts so far are right.
+    chance: f32,
+    source: Source,
+}
+
 /// One step, decided. Reused from step to step, so that planning allocates nothing.
 #[derive(Default)]
 pub struct Plan {
@@ -134,8 +188,8 @@ pub struct Plan {
     /// Blocks to be copied, one after the other: from where, to where. Whatever is to leave the pool leaves before that;
     /// nothing is brought back and no row is written before it, even if the owner has lost its place since.
     pub copies: Vec<(BlockId, BlockId)>,
-    /// Those after which a token is drawn or looked up, in the order of the batch's `sample_rows`.
-    pub sampled: Vec<Planned>,
+    /// Rows after which a token is drawn or looked up, in the order of the batch's `sample_rows`.
+    pub sampled: Vec<Sampled>,
     /// In the order of `sampled`: the token of the prompt that follows there, or [`DRAWN`].
     followed_by: Vec<u32>,
     /// Requests whose first token is computed in this step, with the prompt tokens found in the prefix cache.
@@ -156,6 +210,13 @@ pub struct Plan {
     pub given_up: usize,
     /// Sequences that began to follow another instead of computing the same blocks.
     pub followed: usize,
+    /// Drafts to be verified.
+    pub drafted: usize,
+    /// In the order of `parts`.
+    shares: Vec<Share>,
+    hopes: Vec<Hope>,
+    /// One part's tokens, where drafts follow the known ones.
+    tokens: Vec<u32>,
 }
 
 impl Plan {
@@ -168,12 +229,29 @@ impl Plan {
         self.begun.clear();
         self.prompt_rows = 0;
         self.adapted_rows = 0;
+        self.drafted = 0;
         self.preempted = 0;
         self.made_way = 0;
         self.spill.clear();
         self.fetch.clear();
         self.given_up = 0;
         self.followed = 0;
+        self.shares.clear();
+        self.hopes.clear();
+    }
+
+    /// The drafts behind a sampled row of a part, which must be its first.
+    pub fn drafts(&self, sampled: usize) -> &[u32] {
+        debug_assert_eq!(self.sampled[sampled].ahead, 0);
+        let count = self.sampled[sampled + 1..].iter().take_while(|row| row.ahead > 0).count();
+        let first = self.batch.sample_rows[sampled] as usize + 1;
+        &self.batch.tokens[first..first + count]
+    }
+
+    /// The drafts before a sampled row, its own included.
+    pub fn ahead(&self, sampled: usize) -> &[u32] {
+        let after = self.batch.sample_rows[sampled] as usize + 1;
+        &self.batch.tokens[after - self.sampled[sampled].ahead as usize..after]
     }
 }
 
@@ -210,7 +288,7 @@ impl Plan {
 
     /// Rows of prompts whose logits are wanted.
     fn scored_rows(&self) -> usize {
-        self.followed_by.iter().filter(|&&token| token != DRAWN).count()
+        self.shares.iter().map(|share| share.scored.1 - share.scored.0).sum()
     }
 }
 
@@ -318,6 +396,8 @@ impl Scheduler {
             },
             adapter: ask.adapter,
             most: ask.prompt.len().saturating_add(ask.max_tokens as usize).min(self.limits.context),
+            drafts: ask.drafts.map_or(self.limits.drafts.most, |most| self.limits.drafts.most.min(most as usize)),
+            expected: ask.expected,
             choices: ask.choices,
             held: ask.choices - 1,
             live: Vec::with_capacity(ask.choices as usize),
@@ -355,6 +435,7 @@ impl Scheduler {
             fetched: 0,
             preemptions: 0,
             root: request.root,
+            guesses: Guesses::new(request.drafts, self.limits.drafts.lookup, request.expected.clone()),
         });
         ticket.sequence = sequence;
         self.sequences[sequence].ticket = ticket;
@@ -380,6 +461,8 @@ impl Scheduler {
             }
         }
         self.read(rows.min(budget), plan);
+        self.draft(plan);
+        self.pack(plan);
         self.spill(plan);
     }
 
@@ -730,7 +813,7 @@ impl Scheduler {
         self.running.iter().copied().map(growth).sum::<usize>() + growth(newcomer)
     }
 
-    /// Puts as much of a sequence into the batch as the budget and its share allow. Returns how many tokens that is.
+    /// Gives a sequence as many rows as the budget and its share allow. Returns how many.
     fn place(&mut self, key: SequenceKey, budget: usize, plan: &mut Plan) -> usize {
         let sequence = &mut self.sequences[key];
         let mut rows = sequence.left().min(budget).min(self.limits.prefill_chunk);
@@ -744,20 +827,9 @@ impl Scheduler {
             return 0;
         }
         let (start, end) = (sequence.computed, sequence.computed + rows);
-        // A token is drawn after the last known one.
-        let samples = end == sequence.tokens.len();
-        let table = &sequence.table[..self.blocks.needed(end)];
-        let scored = first..end.clamp(first, last);
-        let wanted = scored.clone().map(|place| (place - start) as u32).chain(samples.then_some(rows as u32 - 1));
-        plan.batch.push(&sequence.tokens[start..end], start as u32, table, wanted);
-        if let Some(adapter) = &self.requests[sequence.request].adapter {
-            plan.batch.adapt(adapter);
-            plan.adapted_rows += rows;
-        }
-        let part = Planned { sequence: key, request: sequence.request, choice: sequence.choice };
-        plan.parts.push(part);
-        plan.sampled.extend(scored.clone().map(|_| part).chain(samples.then_some(part)));
-        plan.followed_by.extend(scored.map(|place| sequence.tokens[place + 1]).chain(samples.then_some(DRAWN)));
+        plan.parts.push(Planned { sequence: key, request: sequence.request, choice: sequence.choice });
+        let scored = (first, end.clamp(first, last));
+        plan.shares.push(Share { rows, drafts: 0, source: Source::Lookup, scored });
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
         sequence.computed = end;
         sequence.fed = self.step;
@@ -767,6 +839,87 @@ impl Scheduler {
     /// A step took this long.
     pub fn took(&mut self, plan: &Plan, time: Duration) {
         self.pace.learn(plan.batch.rows() - plan.prompt_rows, plan.prompt_rows, time);
+    }
+
+    /// Gives rows that are left to drafts, first to each sequence's first, then to each one's second, as long as they pay.
+    fn draft(&mut self, plan: &mut Plan) {
+        let limits = &self.limits.drafts;
+        let rows: usize = plan.shares.iter().map(|share| share.rows).sum();
+        let mut left = (self.limits.step_tokens - rows).min(limits.rows);
+        if limits.most == 0 || left == 0 {
+            return;
+        }
+        for (at, part) in plan.parts.iter().enumerate() {
+            let sequence = &mut self.sequences[part.sequence];
+            if sequence.left() > 0 || sequence.guesses.most() == 0 {
+                continue;
+            }
+            sequence.guesses.prepare(&sequence.tokens);
+            if let Some((source, _)) = sequence.guesses.source(false) {
+                plan.hopes.push(Hope { part: at, chance: 1.0, source });
+            }
+        }
+        let (step, row) = self.pace.step(rows - plan.prompt_rows, plan.prompt_rows);
+        let mut worth = Worth::of(step, rows, row);
+        for ahead in 0..limits.most {
+            plan.hopes.retain_mut(|hope| {
+                let sequence = &mut self.sequences[plan.parts[hope.part].sequence];
+                // The last token that may be drawn needs no draft.
+                let room = (sequence.most - sequence.tokens.len() - 1).min(sequence.guesses.most());
+                if left == 0 || ahead >= room {
+                    return false;
+                }
+                let Some(chance) = sequence.guesses.chance(hope.source, ahead) else { return false };
+                let lacks = self.blocks.needed(sequence.tokens.len() + ahead + 1) > sequence.table.len();
+                if lacks && self.blocks.free() == 0 || !worth.add(hope.chance * chance, 0.0) {
+                    return false;
+                }
+                let has = !lacks || self.blocks.take(1, &mut sequence.table);
+                debug_assert!(has, "there was a free block");
+                hope.chance *= chance;
+                plan.shares[hope.part].drafts += 1;
+                plan.shares[hope.part].source = hope.source;
+                plan.drafted += 1;
+                left -= 1;
+                true
+            });
+            if plan.hopes.is_empty() {
+                break;
+            }
+        }
+    }
+
+    /// Puts the rows of all parts into the batch.
+    fn pack(&mut self, plan: &mut Plan) {
+        for (part, share) in plan.parts.iter().zip(&plan.shares) {
+            let sequence = &mut self.sequences[part.sequence];
+            let (start, end) = (sequence.computed - share.rows, sequence.computed);
+            // A token is drawn after the last known one, and after each draft.
+            let samples = end == sequence.tokens.len();
+            let drafts = share.drafts;
+            sequence.computed = end + drafts;
+            let table = &sequence.table[..self.blocks.needed(end + drafts)];
+            let mut tokens = &sequence.tokens[start..end];
+            if drafts > 0 {
+                plan.tokens.clear();
+                plan.tokens.extend_from_slice(tokens);
+                plan.tokens.extend((0..drafts).filter_map(|ahead| sequence.guesses.guess(ahead)));
+                tokens = &plan.tokens;
+            }
+            let rows = share.rows as u32;
+            let sampled = if samples { rows - 1..rows + drafts as u32 } else { 0..0 };
+            let scored = share.scored.0..share.scored.1;
+            let wanted = scored.clone().map(|place| (place - start) as u32).chain(sampled.clone());
+            plan.batch.push(tokens, start as u32, table, wanted);
+            if let Some(adapter) = &self.requests[part.request].adapter {
+                plan.batch.adapt(adapter);
+                plan.adapted_rows += share.rows;
+            }
+            plan.sampled.extend(scored.clone().map(|_| Sampled { part: *part, ahead: 0 }));
+            plan.sampled.extend((0..sampled.len() as u32).map(|ahead| Sampled { part: *part, ahead }));
+            plan.followed_by.extend(scored.map(|place| sequence.tokens[place + 1]));
+            plan.followed_by.extend(sampled.map(|_| DRAWN));
+        }
     }
 
     /// The plan was computed: what it filled can be found by others, and choices that waited for a prompt join.
@@ -798,17 +951,36 @@ impl Scheduler {
         }
     }
 
-    /// The sequence's next token is known.
+    /// The sequence's next token is known. Where drafts were verified, one call for each that came true and one for what
+    /// came instead of the rest; then [`Scheduler::settle`].
     pub fn push(&mut self, key: SequenceKey, token: u32) -> Pushed {
         let sequence = &mut self.sequences[key];
-        debug_assert_eq!(sequence.left(), 0, "a token is drawn after all known ones are computed");
+        debug_assert!(sequence.computed >= sequence.tokens.len(), "a token is drawn after all known ones are computed");
         sequence.tokens.push(token);
+        sequence.guesses.push(token);
         self.queue.charge(sequence.ticket.account, 1);
         if sequence.tokens.len() >= sequence.most { Pushed::Full } else { Pushed::Open }
     }
 
+    /// All tokens of the step are known: drafts that did not come true are as if they had never been.
+    pub fn settle(&mut self, plan: &Plan) {
+        if plan.drafted == 0 {
+            return;
+        }
+        for (part, _) in plan.parts.iter().zip(&plan.shares).filter(|(_, share)| share.drafts > 0) {
+            // Gone if one of its tokens was the last.
+            if let Some(sequence) = self.sequences.get_mut(part.sequence) {
+                sequence.settle(&mut self.blocks);
+            }
+        }
+    }
+
     /// The sequence is complete; its blocks are free. Returns whether its request is complete too, and gone.
     pub fn finish(&mut self, key: SequenceKey) -> bool {
+        // Drafts that came true may have filled blocks that a follow-up of this answer will want.
+        if let Some(sequence) = self.sequences.get_mut(key) {
+            sequence.settle(&mut self.blocks);
+        }
         let Some(request) = self.remove(key) else { return false };
         let owner = &mut self.requests[request];
         owner.live.retain(|&other| other != key);
@@ -930,6 +1102,7 @@ fn is_stuck(leader: &Sequence, step: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::speculate::agreed;
 
     /// A request: name, prompt, tokens to produce; `at` is the step it arrives before. Prompts hold the name's letter
     /// unless `shared`, so equal names share prefixes.
@@ -973,11 +1146,13 @@ mod tests {
             prefix_cache: true,
             prefill_stretch: 0.0,
             spill_slots: 0,
+            drafts: DraftLimits::default(),
         }
     }
 
     /// Runs requests to their end over `blocks` blocks of 16 and compares the steps. In a step: `-b` lost its blocks,
-    /// `a[0..32]` several rows, `a` one row, `a*` one after a copied block; `a.` is complete. Choices are named `a0 a1`.
+    /// `a[0..32]` several rows, `a` one row, `a*` one after a copied block, `a+3` one with three drafts; `a.` is complete.
+    /// Choices are named `a0 a1`.
     fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Seq; N], expected: &str) {
         let mut scheduler = Scheduler::new(limits, blocks, 16);
         let (mut now, mut plan) = (Instant::now(), Plan::default());
@@ -999,6 +1174,8 @@ mod tests {
                         salt: 0,
                         adapter: None,
                         scored: false,
+                        drafts: None,
+                        expected: vec![],
                     };
                     match scheduler.submit(ask, now) {
                         Ok(new) => *key = Some(new),
@@ -1022,7 +1199,9 @@ mod tests {
             };
             let before = scheduler.running.clone();
             scheduler.plan(now, &mut plan);
-            scheduler.check().unwrap();
+            if plan.drafted == 0 {
+                scheduler.check().unwrap();
+            }
             assert!(plan.batch.rows() <= scheduler.limits.step_tokens);
             let mut line: Vec<String> = before
                 .iter()
@@ -1030,16 +1209,23 @@ mod tests {
                 .map(|&key| format!("-{}", name(key, &scheduler, &keys)))
                 .collect();
             assert_eq!(line.len(), plan.preempted + plan.made_way);
-            for (part, span) in plan.parts.iter().zip(&plan.batch.spans) {
-                let rows =
-                    if span.rows > 1 { format!("[{}..{}]", span.start, span.start + span.rows) } else { "".into() };
+            for ((part, span), share) in plan.parts.iter().zip(&plan.batch.spans).zip(&plan.shares) {
+                let (from, to) = (span.start, span.start + share.rows as u32);
+                let rows = if share.rows > 1 { format!("[{from}..{to}]") } else { "".into() };
+                let drafts = if share.drafts > 0 { format!("+{}", share.drafts) } else { "".into() };
                 let copied = plan.copies.iter().any(|(_, to)| plan.batch.table(span).contains(to));
                 let copied = if copied { "*" } else { "" };
-                line.push(name(part.sequence, &scheduler, &keys) + &rows + copied);
+                line.push(name(part.sequence, &scheduler, &keys) + &rows + copied + &drafts);
             }
             scheduler.computed(&plan, now);
-            let ended: Vec<_> =
-                plan.sampled.iter().filter(|part| scheduler.push(part.sequence, 7) == Pushed::Full).copied().collect();
+            // Every token is a 7.
+            let firsts = (0..plan.sampled.len()).filter(|&row| plan.sampled[row].ahead == 0);
+            let ended = firsts.filter_map(|row| {
+                let (part, count) = (plan.sampled[row].part, agreed(plan.drafts(row), std::iter::repeat(7)));
+                (0..count).any(|_| scheduler.push(part.sequence, 7) == Pushed::Full).then_some(part)
+            });
+            let ended: Vec<_> = ended.collect();
+            scheduler.settle(&plan);
             for part in ended {
                 line.push(name(part.sequence, &scheduler, &keys) + ".");
                 let complete = scheduler.finish(part.sequence);
@@ -1109,6 +1295,8 @@ mod tests {
                 salt: 0,
                 adapter: None,
                 scored: false,
+                drafts: None,
+                expected: vec![],
             };
             scheduler.submit(ask, now).unwrap();
         };
@@ -1116,7 +1304,7 @@ mod tests {
         let step = |scheduler: &mut Scheduler, plan: &mut Plan| {
             scheduler.plan(now, plan);
             scheduler.computed(plan, now);
-            for part in &plan.sampled {
+            for part in plan.sampled.iter().map(|row| row.part) {
                 scheduler.push(part.sequence, 9);
             }
             let rows = plan.batch.rows();
@@ -1225,6 +1413,8 @@ mod tests {
                     salt: 0,
                     adapter: None,
                     scored: false,
+                    drafts: None,
+                    expected: vec![],
                 };
                 scheduler.submit(ask, now).unwrap();
             }
@@ -1254,6 +1444,8 @@ mod tests {
                 salt: 0,
                 adapter: None,
                 scored: false,
+                drafts: None,
+                expected: vec![],
             };
             scheduler.submit(ask, now).unwrap()
         };
@@ -1269,7 +1461,7 @@ mod tests {
                 break;
             }
             scheduler.computed(&plan, now);
-            for part in plan.sampled.clone() {
+            for part in plan.sampled.iter().map(|row| row.part) {
                 scheduler.push(part.sequence, 0);
                 scheduler.finish(part.sequence);
             }
@@ -1322,6 +1514,8 @@ mod tests {
             salt: 0,
             adapter: None,
             scored: false,
+            drafts: None,
+            expected: vec![],
         };
         scheduler.submit(plain(prompt.clone(), 1, 0), now).unwrap();
         let (mut key, mut looked_at, mut drawn, mut preempted) = (None, Vec::new(), 0, 0);
@@ -1339,7 +1533,7 @@ mod tests {
             assert_eq!(plan.sampled.len(), plan.batch.sample_rows.len());
             preempted += plan.preempted;
             scheduler.computed(&plan, now);
-            for (row, part) in plan.sampled.clone().into_iter().enumerate() {
+            for (row, Sampled { part, .. }) in plan.sampled.clone().into_iter().enumerate() {
                 if let Some(token) = plan.given(row) {
                     assert_eq!((Some(part.request), part.choice), (key, 0));
                     let place = plan.batch.positions[plan.batch.sample_rows[row] as usize];
@@ -1356,6 +1550,33 @@ mod tests {
         assert!(preempted > 0 && scheduler.blocks.used() == 0);
         assert_eq!(looked_at, (0..149).collect::<Vec<_>>());
         assert_eq!(drawn, 60);
+    }
+
+    fn guessing(step_tokens: usize) -> Limits {
+        let drafts = DraftLimits { most: 4, rows: 8, lookup: true };
+        Limits { step_tokens, prefill_chunk: step_tokens, drafts, ..limits() }
+    }
+
+    #[test]
+    fn rows_that_are_left_verify_drafts_and_an_answer_ends_where_it_would_without() {
+        // The prompt expects a's, then the answer's 7s expect 7s; the last token needs no draft.
+        check(8, guessing(64), [seq("a", 8, 14)], "a[0..8] | a | a | a | a+1 | a+1 | a+2 | a+2 a.");
+    }
+
+    #[test]
+    fn drafts_take_no_row_from_a_prompt_or_another_sequence() {
+        check(
+            8,
+            guessing(4),
+            [seq("a", 3, 12), seq("b", 6, 2).at(5)],
+            "a[0..3] | a | a | a | a+1 | a b[0..3] | a b[3..6] | a+1 b b. | a+1 a.",
+        );
+    }
+
+    #[test]
+    fn drafts_take_free_blocks_only_and_give_back_what_did_not_come_true() {
+        // The fourth 7 expects another, but it would be the first of a block that b has.
+        check(2, guessing(64), [seq("a", 12, 6), seq("b", 2, 2).at(3)], "a[0..12] | a | a | a b[0..2] | a b b. | a a.");
     }
 
     #[test]
@@ -1433,6 +1654,8 @@ mod tests {
                 salt: 0,
                 adapter: None,
                 scored: false,
+                drafts: None,
+                expected: vec![],
             };
             scheduler.submit(ask, Instant::now()).map_or_else(|error| format!("{:?}", error.kind()), |_| "in".into())
         };

@@ -7,10 +7,12 @@
 //! ```
 //!
 //! `left` is all that scheduling looks at: a prompt in chunks, one token a step, a sequence that lost its blocks and a
-//! prefix that was found are all the same thing with another `left`.
+//! prefix that was found are all the same thing with another `left`. Drafts are tokens that nobody knows yet: while a step
+//! verifies them `computed` runs ahead of what is known, and [`Sequence::settle`] takes it back to what came true.
 
 use crate::engine::blocks::{BlockHash, BlockId, Blocks};
 use crate::engine::queue::Ticket;
+use crate::engine::speculate::Guesses;
 
 /// A sequence known to the scheduler.
 pub type SequenceKey = u32;
@@ -51,6 +53,8 @@ pub struct Sequence {
     pub preemptions: u32,
     /// The parent of its first block.
     pub root: BlockHash,
+    /// What it expects to say next.
+    pub guesses: Guesses,
 }
 
 impl Sequence {
@@ -73,9 +77,9 @@ impl Sequence {
         }
     }
 
-    /// Offers the blocks that are full and computed to others.
+    /// Offers the blocks that are full and computed to others. Drafts are not known and never offered.
     pub fn publish(&mut self, blocks: &mut Blocks) {
-        let full = self.computed / blocks.block_tokens();
+        let full = self.computed.min(self.tokens.len()) / blocks.block_tokens();
         if full == self.published {
             return;
         }
@@ -84,6 +88,15 @@ impl Sequence {
             blocks.publish(self.table[at], self.hashes[at]);
         }
         self.published = full;
+    }
+
+    /// Drafts were verified: K and V of those that did not come true count no more, and blocks taken for them go back.
+    pub fn settle(&mut self, blocks: &mut Blocks) {
+        // What was drawn last is not computed.
+        self.computed = self.computed.min(self.tokens.len() - 1);
+        self.publish(blocks);
+        let keep = blocks.needed(self.tokens.len());
+        blocks.shorten(&mut self.table, keep);
     }
 
     /// How hard this sequence is to throw out of the batch. Each time it was makes it one level harder, so that a

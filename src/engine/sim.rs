@@ -41,6 +41,10 @@ pub struct SimSpec {
     pub row_us: u64,
     /// An answer ends by itself with a chance of one in this at each token; 0: never.
     pub end_in: u32,
+    /// An answer repeats what was said so many tokens ago, but for one token in eight; 0: it never repeats.
+    pub period: u32,
+    /// How often, in percent, the best token is the same as on a device with 100: how good a draft model it is.
+    pub agree: u32,
     /// The step that fails, counted from 1; 0: none.
     pub fail_at: u64,
     /// The step that panics, counted from 1; 0: none.
@@ -61,6 +65,8 @@ impl Default for SimSpec {
             step_us: 0,
             row_us: 0,
             end_in: 64,
+            period: 0,
+            agree: 100,
             fail_at: 0,
             panic_at: 0,
             most_rows: 0,
@@ -77,8 +83,8 @@ impl FromStr for SimSpec {
         let wrong = |part: &str| {
             Error::bad_input(format!(
                 "{part:?} is no setting of a simulated device: write sim or sim:blocks=1024,block_tokens=16,step_us=0,\
-                 row_us=0,end_in=64,fail_at=0,panic_at=0,most_rows=0,verify=1,say=percent-encoded%20text, any of them \
-                 left out"
+                 row_us=0,end_in=64,period=0,agree=100,fail_at=0,panic_at=0,most_rows=0,verify=1,\
+                 say=percent-encoded%20text, any of them left out"
             ))
         };
         let mut spec = Self::default();
@@ -100,6 +106,8 @@ impl FromStr for SimSpec {
                 "step_us" => spec.step_us = value.into(),
                 "row_us" => spec.row_us = value.into(),
                 "end_in" => spec.end_in = value,
+                "period" => spec.period = value,
+                "agree" if value <= 100 => spec.agree = value,
                 "fail_at" => spec.fail_at = value.into(),
                 "panic_at" => spec.panic_at = value.into(),
                 "most_rows" => spec.most_rows = value as usize,
@@ -220,16 +228,25 @@ fn link(chain: u64, token: u32) -> u64 {
     x ^ (x >> 32)
 }
 
-/// The logits that follow a chain: one letter clearly the best, others possible, the end token now and then.
-fn logits(chain: u64, end_in: u32, row: &mut [f32]) {
+/// The logits that follow a chain: one letter clearly the best, others possible, the end token now and then. `repeated` is
+/// what was said a period ago.
+fn logits(spec: &SimSpec, chain: u64, repeated: Option<u32>, row: &mut [f32]) {
     row.fill(-30.0);
     let mut x = chain;
+    if spec.agree < 100 && link(chain, 1_000) % 100 >= u64::from(spec.agree) {
+        x = link(chain, 1_001);
+    }
+    let repeated = repeated.filter(|&token| LETTERS.iter().any(|&letter| u32::from(letter) == token));
+    let again = repeated.filter(|_| x == chain && !link(chain, 1_002).is_multiple_of(8));
     for &letter in LETTERS {
         x = link(x, u32::from(letter));
         row[letter as usize] = (x >> 40) as f32 / (1 << 22) as f32;
     }
+    if let Some(token) = again {
+        row[token as usize] = 8.0;
+    }
     x = link(x, END);
-    if end_in > 0 && x.is_multiple_of(u64::from(end_in)) {
+    if spec.end_in > 0 && x.is_multiple_of(u64::from(spec.end_in)) {
         row[END as usize] = 20.0;
     }
 }
@@ -272,8 +289,13 @@ impl Runner for SimRunner {
                 let at = self.cell(table, position)?;
                 self.cells[at] = Cell { token, place: position + 1, chain, said };
                 if batch.sample_rows.get(sampled) == Some(&row) {
+                    // The next position's token a period ago; its cell is written already.
+                    let repeated = match (position + 1).checked_sub(self.spec.period) {
+                        Some(place) if place <= position => Some(self.cells[self.cell(table, place)?].token),
+                        _ => None,
+                    };
                     let row = &mut self.logits[sampled * VOCABULARY..][..VOCABULARY];
-                    logits(chain, self.spec.end_in, row);
+                    logits(&self.spec, chain, repeated, row);
                     if !self.spec.say.is_empty() {
                         // Above every letter: said at any temperature that tests use, unless a grammar forbids it.
                         let next = self.spec.say.as_bytes().get(said as usize);

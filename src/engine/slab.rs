@@ -36,6 +36,10 @@ impl<T> Slab<T> {
         self.slots.get(key as usize)?.as_ref()
     }
 
+    pub(super) fn get_mut(&mut self, key: u32) -> Option<&mut T> {
+        self.slots.get_mut(key as usize)?.as_mut()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.slots.len() - self.vacant.len()
     }

@@ -31,8 +31,9 @@ use crate::gateway::route::Candidate;
 use crate::ledger::{Claim, Ledger};
 use crate::metrics::Metrics;
 use crate::model::lora::Adapter;
+use crate::model::text::TextModel;
 use crate::supervisor::{FleetView, Replica};
-use crate::task::{Event, Prompt, Usage};
+use crate::task::{Event, Prompt, TextInput, Usage};
 
 /// Prompts longer than this are tokenised on a blocking thread, so that a book does not hold up a worker.
 const INLINE_PROMPT_BYTES: usize = 4 * 1024;
@@ -110,7 +111,7 @@ impl Gateway {
             return Err(Error::new(Kind::Busy, "Capacity temporarily exceeded, please try again.")
                 .with_retry_after(Duration::from_secs(1)));
         }
-        let prompt = tokenize(call, replica).await?;
+        let (prompt, expected) = tokenize(call, replica).await?;
         let max_tokens = budget(call, replica, prompt.len())?;
         let grammar = match &call.input.grammar {
             Some(grammar) => Some(replica.text.grammars().compile(grammar, &replica.metrics).await?),
@@ -122,8 +123,8 @@ impl Gateway {
 
         let most = Usage {
             prompt_tokens: prompt.len() as u32,
-            cached_tokens: 0,
             completion_tokens: max_tokens.saturating_mul(call.input.choices),
+            ..Usage::default()
         };
         let claim = Claim {
             request: call.id,
@@ -155,6 +156,8 @@ impl Gateway {
             priority,
             cache_salt: route::cache_salt(&call.account),
             adapter,
+            drafts: call.input.speculation.most,
+            expected,
             deadline,
             received: call.received,
             vocabulary: calls.as_ref().and_then(|_| replica.text.vocabulary_with_markers().cloned()),
@@ -188,8 +191,9 @@ fn candidate<Half>(replica: &Replica<Half>) -> Candidate {
     Candidate { device: replica.device, waiting: count(metrics.queue.get()), running: count(metrics.running.get()) }
 }
 
-async fn tokenize(call: &Call, replica: &Replica) -> Result<Vec<u32>> {
-    let bytes = match &call.input.prompt {
+/// The tokens of the prompt, and of the answer that the caller foresees.
+async fn tokenize(call: &Call, replica: &Replica) -> Result<(Vec<u32>, Vec<u32>)> {
+    let prompt = match &call.input.prompt {
         Prompt::Chat { messages, .. } => {
             // A tool's description and schema are some hundred bytes, and work for the template besides.
             let tools = call.input.shown_tools().map_or(0, |tools| tools.list.len() * 1024);
@@ -198,18 +202,24 @@ async fn tokenize(call: &Call, replica: &Replica) -> Result<Vec<u32>> {
         Prompt::Raw(text) => text.len(),
         Prompt::Tokens(_) => 0,
     };
-    let tokens = if bytes <= INLINE_PROMPT_BYTES {
-        replica.text.input_tokens(&call.input)?
+    let both = |text: &TextModel, input: &TextInput| -> Result<_> {
+        let foreseen =
+            input.speculation.prediction.as_ref().map(|expected| text.encode(expected, false)).transpose()?;
+        Ok((text.input_tokens(input)?, foreseen.unwrap_or_default()))
+    };
+    let foreseen = call.input.speculation.prediction.as_ref().map_or(0, String::len);
+    let (tokens, expected) = if prompt + foreseen <= INLINE_PROMPT_BYTES {
+        both(&replica.text, &call.input)?
     } else {
         let (text, input) = (replica.text.clone(), call.input.clone());
-        tokio::task::spawn_blocking(move || text.input_tokens(&input))
+        tokio::task::spawn_blocking(move || both(&text, &input))
             .await
             .map_err(|error| Error::internal("The prompt could not be tokenised.").with_source(error))??
     };
     if tokens.is_empty() {
         return Err(Error::bad_input("The prompt is empty: send at least one character."));
     }
-    Ok(tokens)
+    Ok((tokens, expected))
 }
 
 /// How many tokens each choice may produce: what was asked, which has to fit; or the model's default, cut to what is left.

@@ -16,12 +16,22 @@ pub(super) struct UsageJson {
     completion_tokens: u32,
     total_tokens: u32,
     prompt_tokens_details: PromptDetails,
+    /// Left out where nothing was guessed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionDetails>,
     neurons: f64,
 }
 
 #[derive(Clone, Copy, Serialize)]
 struct PromptDetails {
     cached_tokens: u32,
+}
+
+/// What was guessed ahead. Unlike OpenAI's, rejected tokens are not billed.
+#[derive(Clone, Copy, Serialize)]
+struct CompletionDetails {
+    accepted_prediction_tokens: u32,
+    rejected_prediction_tokens: u32,
 }
 
 impl UsageJson {
@@ -31,6 +41,10 @@ impl UsageJson {
             completion_tokens: usage.completion_tokens,
             total_tokens: usage.total_tokens(),
             prompt_tokens_details: PromptDetails { cached_tokens: usage.cached_tokens },
+            completion_tokens_details: (usage.drafted_tokens > 0).then(|| CompletionDetails {
+                accepted_prediction_tokens: usage.accepted_tokens,
+                rejected_prediction_tokens: usage.drafted_tokens.saturating_sub(usage.accepted_tokens),
+            }),
             neurons: neurons.as_f64(),
         }
     }
@@ -91,6 +105,8 @@ pub(super) fn sum(a: Usage, b: Usage) -> Usage {
         prompt_tokens: a.prompt_tokens.saturating_add(b.prompt_tokens),
         cached_tokens: a.cached_tokens.saturating_add(b.cached_tokens),
         completion_tokens: a.completion_tokens.saturating_add(b.completion_tokens),
+        drafted_tokens: a.drafted_tokens.saturating_add(b.drafted_tokens),
+        accepted_tokens: a.accepted_tokens.saturating_add(b.accepted_tokens),
     }
 }
 

@@ -63,6 +63,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ChatRequest
         stop: text::stop(fields)?,
         logprobs: logprobs(fields)?,
         prompt_logprobs: text::prompt_logprobs(fields, stream)?,
+        speculation: text::speculation(fields)?,
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,

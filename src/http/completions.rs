@@ -130,6 +130,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<CompletionR
         // Ranking takes them, whoever else does.
         logprobs: if choices > n { logprobs.or(Some(0)) } else { logprobs },
         prompt_logprobs: if echo { logprobs.max(prompt_logprobs) } else { prompt_logprobs },
+        speculation: text::speculation(fields)?,
         echo,
         priority: text::priority(fields)?,
         tools: None,

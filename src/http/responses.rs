@@ -93,6 +93,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<ResponsesRe
         stop: text::stop(fields)?,
         logprobs: None,
         prompt_logprobs: None,
+        speculation: text::speculation(fields)?,
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,

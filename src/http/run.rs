@@ -106,6 +106,7 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
         stop: text::stop(fields)?,
         logprobs: chat::logprobs(fields)?,
         prompt_logprobs: text::prompt_logprobs(fields, stream)?,
+        speculation: text::speculation(fields)?,
         echo: false,
         priority: text::priority(fields)?,
         tools: tools::offered(fields)?,
@@ -415,7 +416,7 @@ mod tests {
         render.text(0, "", &[], &mut out);
         render.text(0, "2", &[], &mut out);
         render.finish(0, FinishReason::Stop, None, &mut out);
-        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2, ..Usage::default() };
         render.done(&usage, Neurons::from_micro(1_500), &mut out);
         let text = String::from_utf8(out.take().to_vec()).unwrap();
         let lines: Vec<&str> = text.split_terminator("\n\n").map(|line| line.strip_prefix("data: ").unwrap()).collect();

@@ -7,7 +7,7 @@ use crate::base::{Error, Result};
 use crate::config::CatalogEntry;
 use crate::http::fields::{Fields, integer, mismatch, number};
 use crate::http::tools;
-use crate::task::{Dry, Message, Role, Sampling};
+use crate::task::{Dry, Message, Role, Sampling, Speculation};
 
 /// Most answers to one prompt.
 pub(super) const MAX_CHOICES: i64 = 16;
@@ -28,6 +28,10 @@ pub(super) const MAX_TOP_LOGPROBS: i64 = 20;
 const MOST_PRIORITY: i64 = 100;
 /// How far the tiers `flex` and `priority` are from the default. A level that is passed over gains one a second.
 const TIER: i8 = 10;
+/// Most tokens guessed ahead that a caller may ask for; a model's own limit is far below.
+const MAX_DRAFTS: i64 = 1024;
+/// Longest foreseen text in bytes: it is indexed beside the prompt.
+const MAX_PREDICTION_BYTES: usize = 1 << 20;
 /// More tokens than any context has.
 pub(super) const MAX_TOKENS: i64 = 1 << 24;
 
@@ -106,6 +110,21 @@ fn breaker(fields: &Fields, name: &str, value: &Value) -> Result<String> {
         Value::String(_) => Err(fields.wrong(name, &format!("must hold strings of 1 to {MAX_BREAKER_BYTES} bytes"))),
         other => Err(mismatch(&fields.path(name), "an array of strings", other)),
     }
+}
+
+/// How far to guess ahead: llama-server's `speculative.n_max` (0 switches it off) and OpenAI's `prediction`.
+pub(super) fn speculation(fields: &Fields) -> Result<Speculation> {
+    let most = fields.integer("speculative.n_max", 0..=MAX_DRAFTS)?.map(|most| most as u32);
+    let Some(prediction) = fields.object("prediction")? else { return Ok(Speculation { most, prediction: None }) };
+    if prediction.required_text("type")? != "content" {
+        return Err(prediction.wrong("type", "must be `content`: other predictions are not known"));
+    }
+    let Some(value) = prediction.get("content") else { return Err(prediction.missing("content")) };
+    let text = content(&prediction.path("content"), value)?;
+    if text.len() > MAX_PREDICTION_BYTES {
+        return Err(prediction.wrong("content", &format!("may hold at most {MAX_PREDICTION_BYTES} bytes")));
+    }
+    Ok(Speculation { most, prediction: (!text.is_empty()).then_some(text) })
 }
 
 /// `{"token id": bias}` with biases from -100 to 100.

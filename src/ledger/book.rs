@@ -154,7 +154,7 @@ mod tests {
         let request = RequestId::random();
         book.reserve(claim(request, 100), Millis(0));
         assert_eq!(totals(&mut book, 0), [0, 0, 100]);
-        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2, ..Usage::default() };
         assert!(book.settle(request, &usage, Neurons::from_micro(40), Millis(1)));
         assert!(!book.settle(request, &usage, Neurons::from_micro(40), Millis(2)));
         assert_eq!(totals(&mut book, 2), [40, 40, 0]);

@@ -84,6 +84,8 @@ struct EngineVecs {
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
     adapted_tokens: IntCounterVec,
+    drafted_tokens: IntCounterVec,
+    accepted_tokens: IntCounterVec,
     preemptions: IntCounterVec,
     made_way: IntCounterVec,
     followed: IntCounterVec,
@@ -136,6 +138,10 @@ pub struct EngineMetrics {
     pub generation_tokens: IntCounter,
     /// Tokens computed with an adapter.
     pub adapted_tokens: IntCounter,
+    /// Tokens guessed ahead and verified.
+    pub drafted_tokens: IntCounter,
+    /// Of those, tokens that came true.
+    pub accepted_tokens: IntCounter,
     /// Sequences thrown out of the batch for want of KV, to be recomputed.
     pub preemptions: IntCounter,
     /// Sequences that made way for an account that had less of the batch, to be recomputed.
@@ -275,6 +281,16 @@ impl Metrics {
                     "Tokens computed with a LoRA adapter, of prompts and of answers.",
                     by_engine,
                 ),
+                drafted_tokens: r.counters(
+                    "neurond_spec_drafted_tokens_total",
+                    "Tokens guessed ahead (speculative decoding) and verified.",
+                    by_engine,
+                ),
+                accepted_tokens: r.counters(
+                    "neurond_spec_accepted_tokens_total",
+                    "Tokens guessed ahead that came true; by neurond_spec_drafted_tokens_total it is the acceptance rate.",
+                    by_engine,
+                ),
                 preemptions: r.counters(
                     "neurond_preemptions_total",
                     "Sequences thrown out of the batch for want of KV, to be recomputed.",
@@ -385,6 +401,8 @@ impl Metrics {
             prompt_tokens: v.prompt_tokens.with_label_values(l),
             generation_tokens: v.generation_tokens.with_label_values(l),
             adapted_tokens: v.adapted_tokens.with_label_values(l),
+            drafted_tokens: v.drafted_tokens.with_label_values(l),
+            accepted_tokens: v.accepted_tokens.with_label_values(l),
             preemptions: v.preemptions.with_label_values(l),
             made_way: v.made_way.with_label_values(l),
             followed: v.followed.with_label_values(l),

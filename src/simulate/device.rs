@@ -223,6 +223,8 @@ impl Device {
             salt,
             adapter: None,
             scored: false,
+            drafts: None,
+            expected: vec![],
         };
         let flight = Flight {
             call,
@@ -300,7 +302,7 @@ impl Device {
         self.scheduler.computed(&self.plan, self.at(now_ns));
         let mut context = 0;
         let (mut longest, mut going) = (usize::MAX, 0);
-        for part in &self.plan.sampled {
+        for part in self.plan.sampled.iter().map(|row| row.part) {
             let slot = &mut self.flights[part.request as usize];
             let Some(flight) = slot.as_mut() else {
                 return Err(format!("request {} gets a token, but is gone", part.request));
@@ -367,7 +369,7 @@ impl Device {
         let (cost, slow) = (self.cost, self.slow);
         let took = |step: usize| Duration::from_nanos(step_ns(&cost, slow, later(work, step)));
         self.scheduler.coast(steps, token, took);
-        for flight in self.plan.sampled.iter().map(|part| part.request as usize) {
+        for flight in self.plan.sampled.iter().map(|row| row.part.request as usize) {
             let Some(flight) = self.flights[flight].as_mut() else { continue };
             if flight.last_ns != begun_ns {
                 return Err(format!("call {} had no token when its stretch began", flight.call));

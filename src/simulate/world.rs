@@ -375,7 +375,7 @@ impl<'a> World<'a> {
             call.attempts += 1;
             call.device = at;
             let most =
-                Usage { prompt_tokens: call.prompt_tokens, cached_tokens: 0, completion_tokens: call.max_tokens };
+                Usage { prompt_tokens: call.prompt_tokens, completion_tokens: call.max_tokens, ..Usage::default() };
             let claim = Claim {
                 request: RequestId::from_number(call.number.into()),
                 account: account.clone(),
@@ -444,8 +444,12 @@ impl<'a> World<'a> {
         if heard == 0 {
             self.book.release(request);
         } else {
-            let usage =
-                Usage { prompt_tokens: call.prompt_tokens, cached_tokens: outcome.cached, completion_tokens: heard };
+            let usage = Usage {
+                prompt_tokens: call.prompt_tokens,
+                cached_tokens: outcome.cached,
+                completion_tokens: heard,
+                ..Usage::default()
+            };
             let used = self.setup.price.charge(&usage);
             if !self.book.settle(request, &usage, used, millis(self.now_ns)) {
                 return Err(format!("call {} had no reservation", call.number));

@@ -11,7 +11,7 @@ use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
 use crate::engine::scheduler::SCORED_ROWS;
 use crate::engine::sim::{SimRunner, SimSpec};
 use crate::engine::spill::Store;
-use crate::engine::{ModelSlot, Runner};
+use crate::engine::{ModelSlot, Runner, Speculation};
 use crate::kernel::{Isa, Pool};
 use crate::metrics::{EngineMetrics, Metrics};
 use crate::model::files::ModelFiles;
@@ -20,6 +20,8 @@ use crate::model::text::TextModel;
 use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
 
+/// Drafts in a step over all sequences. When more would pay, the step is so large that hardly any does.
+const DRAFT_ROWS: usize = 32;
 /// Context window of a simulated model.
 const SIM_CONTEXT: u32 = 32_768;
 
@@ -68,6 +70,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         prefix_cache: engine.prefix_cache,
         prefill_stretch: engine.prefill_stretch,
         spill,
+        speculation: Speculation { most: engine.draft_tokens, rows: draft_rows(engine), lookup: engine.prompt_lookup },
         metrics: metrics.clone(),
     };
     Ok(Ready { slot, text: Arc::new(text), shape, metrics })
@@ -78,6 +81,11 @@ struct Opened {
     text: TextModel,
     runner: Box<dyn Runner>,
     shape: Option<Shape>,
+}
+
+/// Rows with drafts in a step, over all sequences: each has logits, a row of the vocabulary in f32.
+fn draft_rows(engine: &EngineConfig) -> usize {
+    if engine.draft_tokens == 0 { 0 } else { DRAFT_ROWS.max(engine.draft_tokens) }
 }
 
 /// Both halves of a model at the same time: the text half is a quarter of a small model's load time.
@@ -109,7 +117,7 @@ fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, 
         kv_bytes: model.kv_bytes,
         block_tokens: engine.block_tokens,
         max_rows: engine.step_tokens,
-        max_sample_rows: (engine.max_running + SCORED_ROWS).min(engine.step_tokens),
+        max_sample_rows: (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens),
     };
     let progress =
         Progress { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() };

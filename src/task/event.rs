@@ -116,6 +116,12 @@ pub struct Usage {
     pub cached_tokens: u32,
     /// Tokens produced, over all choices, end tokens included.
     pub completion_tokens: u32,
+    /// Tokens that were guessed ahead and verified; they cost nothing.
+    #[serde(default)]
+    pub drafted_tokens: u32,
+    /// Of those, how many came true and are part of `completion_tokens`.
+    #[serde(default)]
+    pub accepted_tokens: u32,
 }
 
 impl Usage {

@@ -9,7 +9,7 @@ mod tools;
 pub use encode::{EncodeInput, Passage, Pooling, Want};
 pub use event::{Event, FinishReason, PromptToken, Scored, TokenLogprob, Usage};
 pub use grammar::Grammar;
-pub use text::{Dry, Message, Prompt, Role, Sampling, TextInput};
+pub use text::{Dry, Message, Prompt, Role, Sampling, Speculation, TextInput};
 pub use tools::{Tool, ToolCall, ToolChoice, ToolDelta, Tools};
 
 use serde::{Deserialize, Serialize};

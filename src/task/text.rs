@@ -26,6 +26,8 @@ pub struct TextInput {
     pub logprobs: Option<u32>,
     /// `Some(k)`: report the log-probability of each token of the prompt, and the `k` best in its place.
     pub prompt_logprobs: Option<u32>,
+    /// How far the answer may be guessed ahead.
+    pub speculation: Speculation,
     /// Give the prompt back in front of the answer (completions only).
     pub echo: bool,
     /// Higher is served first, -100 to 100; 0 is normal. The account may not be allowed as much.
@@ -98,6 +100,15 @@ impl Message {
     pub fn new(role: Role, content: impl Into<String>) -> Self {
         Self { role, content: content.into(), name: None, tool_call_id: None, tool_calls: None }
     }
+}
+
+/// What a caller says about guessing ahead (speculative decoding). It changes how fast an answer comes, never the answer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Speculation {
+    /// Most tokens guessed ahead; `None`: what the model is configured for; 0: none.
+    pub most: Option<u32>,
+    /// Text that the answer is expected to repeat for the most part.
+    pub prediction: Option<String>,
 }
 
 /// How the next token is drawn from the logits. Order of application: bias, penalties, DRY, temperature, top-k, typical,

@@ -541,3 +541,43 @@ async fn the_best_of_several_answers_is_given_and_all_are_counted() {
     assert_eq!(one["choices"][0]["text"], order[0]["text"]);
     assert_eq!(one["choices"][0]["logprobs"], order[0]["logprobs"]);
 }
+
+#[tokio::test]
+async fn guessing_ahead_shows_in_usage_and_never_in_the_text() {
+    // Answers repeat themselves, so what was said before is a good guess.
+    let daemon = Daemon::serving("sim:period=8,end_in=0", |_| {});
+    let ask = async |more: Value| {
+        let mut body = json!({"model": CLASSIC, "prompt": "once upon a time there was", "max_tokens": 120, "seed": 5});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = daemon.post("/v1/completions", body).await.json();
+        (answer["choices"][0]["text"].as_str().unwrap().to_owned(), answer["usage"].clone())
+    };
+    let (plain, none) = ask(json!({"speculative.n_max": 0})).await;
+    assert_eq!((plain.len(), &none["completion_tokens_details"]), (120, &Value::Null));
+    let (text, usage) = ask(json!({})).await;
+    assert_eq!(text, plain);
+    let details = &usage["completion_tokens_details"];
+    let count = |what: &str| details[what].as_u64().unwrap();
+    assert!(count("accepted_prediction_tokens") > 20, "{usage}");
+    assert!(count("rejected_prediction_tokens") > 0, "{usage}");
+    assert_eq!(usage["completion_tokens"], 120);
+    // Who foresees the answer gets it in fewer steps still.
+    let (text, foreseen) = ask(json!({"prediction": {"type": "content", "content": plain}})).await;
+    let accepted = foreseen["completion_tokens_details"]["accepted_prediction_tokens"].as_u64().unwrap();
+    assert_eq!(text, plain);
+    assert!(accepted > count("accepted_prediction_tokens"), "{foreseen} after {usage}");
+    let series = format!("neurond_spec_accepted_tokens_total{{device=\"0\",model=\"{CLASSIC}\"}}");
+    assert_eq!(daemon.metric(&series), (count("accepted_prediction_tokens") + accepted) as f64);
+    for (body, words) in [
+        (json!({"prediction": {"type": "image", "content": "x"}}), "prediction.type"),
+        (json!({"prediction": {"type": "content"}}), "prediction.content"),
+        (json!({"speculative.n_max": -1}), "speculative.n_max"),
+    ] {
+        let mut body = body;
+        body["model"] = json!(CLASSIC);
+        body["prompt"] = json!("x");
+        let answer = daemon.post("/v1/completions", body).await;
+        assert_eq!(answer.status, 400);
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains(words), "{}", answer.json());
+    }
+}

@@ -1,6 +1,6 @@
 //! Drives the real scheduler, block manager, sampler and delivery from seeds, without threads or clocks: random arrivals,
-//! lengths, shared prefixes, choices, stop strings, priorities, accounts, cancels, deadlines, a tiny KV pool, now and
-//! then a device that fails. The simulated device checks every cell of KV that it would read.
+//! lengths, shared prefixes, drafts that come true or not, choices, stop strings, priorities, accounts, cancels, deadlines,
+//! a tiny KV pool, now and then a device that fails. The simulated device checks every cell of KV that it would read.
 //!
 //! ```text
 //! cargo test --test sim                          all seeds
@@ -94,6 +94,8 @@ impl Tally {
             ("spilled", world.metrics.spill_stored.get()),
             ("fetched", world.metrics.spill_hits.get()),
             ("followed", world.metrics.followed.get()),
+            ("accepted", world.metrics.accepted_tokens.get()),
+            ("rejected", world.metrics.drafted_tokens.get() - world.metrics.accepted_tokens.get()),
             ("cancelled", world.metrics.cancelled.get()),
             ("busy", failed(Kind::Busy)),
             ("too long", failed(Kind::ContextLength)),
@@ -176,6 +178,12 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
     if request.prompt_logprobs.is_some() && usage.cached_tokens > 0 {
         return Err("a prompt that is looked at came out of the cache".into());
     }
+    if usage.accepted_tokens > usage.drafted_tokens
+        || usage.accepted_tokens >= usage.completion_tokens
+        || usage.drafted_tokens > 0 && (world.spec.drafts.0 == 0 || request.drafts == Some(0))
+    {
+        return Err(format!("usage {usage:?}"));
+    }
     if usage.cached_tokens >= usage.prompt_tokens || !world.spec.prefix_cache && usage.cached_tokens > 0 {
         return Err(format!("usage {usage:?}"));
     }
@@ -199,6 +207,8 @@ fn roomy() -> WorldSpec {
         spill: 0,
         end_in: 0,
         fail_at: 0,
+        drafts: (0, 0),
+        period: 0,
     }
 }
 
@@ -217,6 +227,8 @@ fn request(account: u8, priority: i8, step: usize) -> Request {
         logprobs: None,
         adapter: None,
         prompt_logprobs: None,
+        drafts: None,
+        expected: vec![],
         leaves: None,
         deadline: None,
     }

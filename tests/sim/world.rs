@@ -8,7 +8,7 @@ use neurond::config::Spill;
 use neurond::engine::lane::Lane;
 use neurond::engine::sim::{SimRunner, SimSpec};
 use neurond::engine::spill::Store;
-use neurond::engine::{ModelSlot, Runner, Submit};
+use neurond::engine::{ModelSlot, Runner, Speculation, Submit};
 use neurond::metrics::{EngineMetrics, Metrics};
 use neurond::model::lora::Adapter;
 use neurond::task::{Dry, Event, FinishReason, PromptToken, Sampling, Usage};
@@ -61,6 +61,10 @@ pub struct WorldSpec {
     pub spill: usize,
     pub end_in: u32,
     pub fail_at: u64,
+    /// Drafts of a sequence in a step, and of all.
+    pub drafts: (usize, usize),
+    /// Tokens after which answers repeat themselves.
+    pub period: u32,
 }
 
 impl WorldSpec {
@@ -80,6 +84,8 @@ impl WorldSpec {
             spill: rng.pick(&[0, 3, 20, 200]),
             end_in: rng.pick(&[0, 12, 80]),
             fail_at: if rng.one_in(8) { rng.within(1, 60) } else { 0 },
+            drafts: (rng.pick(&[0, 1, 4, 15]), rng.within(1, 32) as usize),
+            period: rng.pick(&[0, 3, 7, 20]),
         }
     }
 
@@ -89,6 +95,7 @@ impl WorldSpec {
             block_tokens: self.block_tokens,
             end_in: self.end_in,
             fail_at: self.fail_at,
+            period: self.period,
             most_rows: self.step_tokens,
             ..SimSpec::default()
         };
@@ -105,6 +112,7 @@ impl WorldSpec {
             prefix_cache: self.prefix_cache,
             prefill_stretch: self.prefill_stretch,
             spill: (self.spill > 0).then(|| store(self.spill, SimRunner::new(device.clone()).block_bytes())),
+            speculation: Speculation { most: self.drafts.0, rows: self.drafts.1, lookup: true },
             metrics,
         }
     }
@@ -136,6 +144,9 @@ pub struct Request {
     pub adapter: Option<u64>,
     /// What the model thinks of the prompt is asked for.
     pub prompt_logprobs: Option<u32>,
+    pub drafts: Option<u32>,
+    /// What its caller foresees.
+    pub expected: Vec<u32>,
     /// Steps after which its caller goes away.
     pub leaves: Option<usize>,
     /// From arrival.
@@ -149,6 +160,7 @@ impl Request {
         let (shared, own) = (rng.within(0, 24) as u32, rng.within(1, 16) as u32);
         let own_first = rng.within(0, 250) as u32;
         let prompt = (0..shared).map(|at| (family * 50 + at) % 256).chain((0..own).map(|at| (own_first + at) % 256));
+        let foreseen = rng.pick(&["", "", "", "the the the", "eeaattoo"]).bytes().map(u32::from);
         let letters = ["zj", "q", "a v", "or", "the", "ss", "  ", "xx"];
         Self {
             step: if rng.one_in(3) { 0 } else { rng.within(0, 80) as usize },
@@ -164,6 +176,8 @@ impl Request {
             logprobs: rng.pick(&[None, None, Some(0), Some(3)]),
             adapter: rng.pick(&[None, None, Some(0), Some(1)]),
             prompt_logprobs: rng.pick(&[None, None, None, Some(0), Some(2)]),
+            drafts: rng.pick(&[None, None, Some(0), Some(2)]),
+            expected: foreseen.collect(),
             leaves: rng.one_in(5).then(|| rng.within(0, 60) as usize),
             deadline: rng.one_in(8).then(|| STEP * rng.within(0, 100) as u32),
         }
@@ -218,6 +232,8 @@ impl Request {
             priority: self.priority,
             cache_salt: self.salt,
             adapter: self.adapter.map(|name| Arc::new(Adapter::hollow(name))),
+            drafts: self.drafts,
+            expected: self.expected.clone(),
             deadline: now + self.deadline.unwrap_or(Duration::from_secs(1_000_000)),
             received: now,
             vocabulary: None,
@@ -420,7 +436,7 @@ impl World {
         Ok(())
     }
 
-    /// One choice of a request by itself, with room for everything.
+    /// One choice of a request by itself, with room for everything and without a guess.
     pub fn alone(&self, request: &Request, choice: u32) -> Answer {
         let spec = WorldSpec {
             blocks: 256,
@@ -435,6 +451,8 @@ impl World {
             spill: 0,
             end_in: self.spec.end_in,
             fail_at: 0,
+            drafts: (0, 0),
+            period: self.spec.period,
         };
         let request = Request {
             step: 0,

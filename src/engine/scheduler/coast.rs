@@ -18,7 +18,9 @@ impl Scheduler {
     /// no prompt, no admission, no preemption, no sequence that becomes full. For simulations.
     pub fn steady(&self, most: usize) -> usize {
         // Blocks that are to be kept outside have to be copied step by step.
-        if self.waiting() > 0 || self.running.is_empty() || self.spilled.is_some() {
+        // So have guesses, which see every token.
+        let guesses = self.limits.drafts.most > 0;
+        if self.waiting() > 0 || self.running.is_empty() || self.spilled.is_some() || guesses {
             return 0;
         }
         let mut steps = most;
@@ -117,6 +119,7 @@ mod tests {
             prefix_cache: draw(4) > 0,
             prefill_stretch: [0.0, 1.5][draw(2)],
             spill_slots: 0,
+            drafts: Default::default(),
         };
         let (blocks, block_tokens) = (20 + draw(60), [1, 2, 4, 16][draw(4)]);
         let [mut single, mut coasting] = [(); 2].map(|()| Scheduler::new(limits.clone(), blocks, block_tokens));
@@ -140,6 +143,8 @@ mod tests {
                         salt,
                         adapter: None,
                         scored: false,
+                        drafts: None,
+                        expected: vec![],
                     };
                     let _ = scheduler.submit(ask, now);
                 }
@@ -174,7 +179,7 @@ mod tests {
     ) {
         scheduler.plan(now, plan);
         scheduler.computed(plan, now);
-        for part in &plan.sampled {
+        for part in plan.sampled.iter().map(|row| row.part) {
             let at = scheduler.sequence(part.sequence).unwrap().produced();
             if scheduler.push(part.sequence, token(part.request, at)) == Pushed::Full {
                 scheduler.finish(part.sequence);

@@ -365,7 +365,9 @@ fn is_exact(document: &Value) -> bool {
 #[test]
 fn documents_under_the_public_suites_schemas_are_valid() {
     let Some(folder) = std::env::var_os("NEUROND_TEST_JSON_SCHEMAS").map(PathBuf::from) else {
-        println!("SKIPPED: scripts/json_schema_suite.sh fetches the suite and names its folder in NEUROND_TEST_JSON_SCHEMAS");
+        println!(
+            "SKIPPED: scripts/json_schema_suite.sh fetches the suite and names its folder in NEUROND_TEST_JSON_SCHEMAS"
+        );
         return;
     };
     let grammars = bytes();

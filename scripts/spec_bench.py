@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""What guessing ahead brings one stream, and what it costs where nothing can be guessed.
+
+    for each text:    without guesses ── with ── without ── with ...    same server, same request but for speculative.n_max
+                      rate of decode = (tokens - 1) / time from the first to the last       ratio = with / without
+
+| text | what it is | goal |
+| copy | a passage twice, then its beginning: the answer goes on with it | >= 1.5 |
+| code | a function twice, then its beginning | >= 1.5 |
+| foreseen | a chat answer that the caller sends along as `prediction` | |
+| chat | an ordinary answer | |
+| adversarial | random tokens whose triples come again and again with another token behind, answered at temperature 1 | >= 0.95 |
+
+Both answers of a text must be equal to the letter, or the script fails.
+
+    scripts/spec_bench.py                    5 rounds, some minutes
+    scripts/spec_bench.py --draft FILE       with a draft model beside the lookup
+
+Build first: `cargo build --release`. Standard library only. Every process is ended by its id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import peer_bench as peer
+
+PASSAGE = """The harbour was quiet when the first boats came back. Three of them carried herring, one carried nothing at all,
+and the last, which had been out since Tuesday, carried a bell that nobody in the village had ever seen before. It was
+green with age and heavier than it looked. Old Marta, who kept the keys of the church, said that it had been lost in the
+great storm, when her grandmother was a girl, and that it should be hung again before the winter came. The council met
+in the evening, argued for two hours about the price of rope, and agreed with her in the end.
+"""
+CODE = '''def merge(left, right, key=None):
+    """Merges two sorted lists into one."""
+    result = []
+    i, j = 0, 0
+    while i < len(left) and j < len(right):
+        a = left[i] if key is None else key(left[i])
+        b = right[j] if key is None else key(right[j])
+        if a <= b:
+            result.append(left[i])
+            i += 1
+        else:
+            result.append(right[j])
+            j += 1
+    result.extend(left[i:])
+    result.extend(right[j:])
+    return result
+
+'''
+
+
+class Neurond(peer.Neurond):
+    def __init__(self, args, scratch: Path):
+        super().__init__(args, scratch, 1)
+
+    def command(self, streams: int) -> list:
+        config = self.scratch / "neurond.toml"
+        text = peer.CONFIG.format(
+            port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=8,
+            kv_bytes=16384 * peer.KV_BYTES,
+        )
+        if self.args.draft:
+            text += f'\n[model.draft]\npath = "{self.args.draft.resolve()}"\n'
+        config.write_text(text)
+        return [self.args.neurond, "serve", "--config", config]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=peer.MODEL)
+    parser.add_argument("--neurond", type=Path, default=peer.ROOT / "target" / "release" / "neurond")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--draft", type=Path, help="a draft model")
+    args = parser.parse_args()
+    for path, how in {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}.items():
+        if not path.is_file():
+            print(f"{path} is missing: {how}")
+            return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
+        peer.note(f"warning: the load is {os.getloadavg()[0]:.1f} already; figures taken now mean nothing")
+    missed = []
+    with tempfile.TemporaryDirectory() as scratch:
+        side = Neurond(args, Path(scratch))
+        with side.start(1):
+            peer.warm_up(side, random.Random(0))
+            model = peer.model_of(side)
+            print(f"\n{time.strftime('%Y-%m-%d')}, {peer.cpu()}, {args.threads} threads, {args.model.name}, {args.rounds} rounds\n")
+            print("| text | without, tok/s | with, tok/s | ratio (median of rounds) | drafted | accepted | goal |")
+            print("|---|---|---|---|---|---|---|")
+            for name, path, bodies, goal in texts(side, model, args):
+                rates: list[tuple[float, float]] = []
+                drafted = accepted = 0
+                for number in range(args.rounds):
+                    body = bodies(number)
+                    pair = {}
+                    order = (0, None) if number % 2 == 0 else (None, 0)
+                    for most in order:
+                        more = {} if most is None else {"speculative.n_max": 0}
+                        pair[most] = ask(side, path, body | more)
+                    if pair[0][0] != pair[None][0]:
+                        raise SystemExit(f"{name}: the answers differ:\n{pair[0][0]!r}\n{pair[None][0]!r}")
+                    rates.append((pair[0][1], pair[None][1]))
+                    drafted, accepted = drafted + pair[None][2], accepted + pair[None][3]
+                ratio = statistics.median(b / a for a, b in rates)
+                off, on = (statistics.median(rate) for rate in zip(*rates))
+                print(f"| {name} | {off:.0f} | {on:.0f} | {ratio:.2f} | {drafted} | {accepted} | {goal or ''} |", flush=True)
+                if goal and ratio < goal:
+                    missed.append(name)
+    print(f"\nmissed: {', '.join(missed) or 'nothing'}")
+    return 1 if missed else 0
+
+
+def texts(side, model: str, args):
+    greedy = {"model": model, "max_tokens": args.out, "temperature": 0, "ignore_eos": True}
+
+    def again(text: str):
+        # Another beginning each time, so that no prompt is found in the prefix cache whole.
+        return lambda number: greedy | {"prompt": f"{number}.\n{text}\n{text}\n" + text[: 40 + number]}
+
+    def adversarial(number: int) -> dict:
+        draw = random.Random(number)
+        triples = [peer.tokens(draw, 3) for _ in range(40)]
+        prompt = [token for _ in range(6) for triple in draw.sample(triples, 40) for token in [*triple, *peer.tokens(draw, 1)]]
+        return {"model": model, "max_tokens": args.out, "temperature": 1, "seed": number, "ignore_eos": True, "prompt": prompt}
+
+    def chat(number: int) -> dict:
+        question = f"Write a short story about the number {number + 3}."
+        return greedy | {"messages": [{"role": "user", "content": question}]}
+
+    def foreseen(number: int) -> dict:
+        answer = ask(side, "/v1/chat/completions", chat(number) | {"speculative.n_max": 0})[0]
+        return chat(number) | {"prediction": {"type": "content", "content": answer}}
+
+    yield "copy", "/v1/completions", again(PASSAGE), 1.5
+    yield "code", "/v1/completions", again(CODE), 1.5
+    yield "foreseen", "/v1/chat/completions", foreseen, None
+    yield "chat", "/v1/chat/completions", chat, None
+    yield "adversarial", "/v1/completions", adversarial, 0.95
+
+
+def ask(side, path: str, body: dict) -> tuple[str, float, int, int]:
+    """Text, tokens a second, drafts verified, drafts that came true."""
+    connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=300)
+    body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise SystemExit(f"{answer.status}: {answer.read()[:300]!r}")
+    text, first, last, usage = "", None, None, {}
+    for line in answer:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        usage = event.get("usage") or usage
+        for choice in event["choices"]:
+            piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            if piece:
+                last = time.perf_counter()
+                first = first or last
+                text += piece
+    connection.close()
+    details = usage.get("completion_tokens_details") or {}
+    accepted = details.get("accepted_prediction_tokens", 0)
+    drafted = accepted + details.get("rejected_prediction_tokens", 0)
+    return text, (usage["completion_tokens"] - 1) / max(last - first, 1e-9), drafted, accepted
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+//! Guessing ahead changes how fast an answer comes and nothing else.
+//!
+//! ```text
+//! distribution   50,000 answers through the real lane, their draws against the exact probabilities; rules of acceptance
+//!                that are broken on purpose fail the same test
+//! determinism    real kernels, seeds: alone = in a batch of 64 = preempted = prefix-cached = guessed ahead
+//! ```
+
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use neurond::base::{AccountId, DeviceId, ModelId, RequestId, Result, SlotId};
+use neurond::config::{KvType, Precision};
+use neurond::engine::lane::Lane;
+use neurond::engine::sampler::{Draw, Sampler};
+use neurond::engine::speculate::agreed;
+use neurond::engine::{Logits, ModelSlot, Runner, Speculation, Submit};
+use neurond::kernel::{Isa, Pool};
+use neurond::metrics::{EngineMetrics, Metrics};
+use neurond::model::weights::Weights;
+use neurond::model::{Batch, Decoder, DecoderOptions, Vocabulary};
+use neurond::task::{Event, Sampling, Usage};
+
+// ------------------------------------------------------------------------------------------------- distribution
+
+/// Tokens of the little language below.
+const WORDS: usize = 4;
+/// Tokens of an answer that are looked at together.
+const LENGTH: usize = 3;
+
+/// A language in which the next token depends on the last one alone, so that the chance of every answer is known.
+fn logits(last: u32) -> [f32; WORDS] {
+    let share = [[0.55, 0.25, 0.15, 0.05], [0.1, 0.6, 0.1, 0.2], [0.3, 0.3, 0.3, 0.1], [0.7, 0.1, 0.1, 0.1]];
+    share[last as usize].map(|share: f32| share.ln())
+}
+
+/// The exact chance of each answer to a prompt that ends with `last`; `shape` is what filters leave of a row.
+fn exact(last: u32, shape: fn([f64; WORDS]) -> [f64; WORDS]) -> Vec<f64> {
+    let mut chances = vec![1.0; WORDS.pow(LENGTH as u32)];
+    for (answer, chance) in chances.iter_mut().enumerate() {
+        let mut before = last;
+        for place in 0..LENGTH {
+            let token = answer / WORDS.pow(place as u32) % WORDS;
+            *chance *= shape(logits(before).map(|logit| f64::from(logit).exp()))[token];
+            before = token as u32;
+        }
+    }
+    chances
+}
+
+fn cell(answer: &[u32]) -> usize {
+    answer.iter().rev().fold(0, |cell, &token| cell * WORDS + token as usize)
+}
+
+/// Pearson's statistic in standard deviations from what it should be (Wilson-Hilferty), over cells of at least 5 expected.
+fn deviation(counts: &[u64], chances: &[f64]) -> f64 {
+    let draws: u64 = counts.iter().sum();
+    let (mut statistic, mut cells) = (0.0, 0);
+    for (&count, &chance) in counts.iter().zip(chances) {
+        let expected = chance * draws as f64;
+        if expected >= 5.0 {
+            statistic += (count as f64 - expected).powi(2) / expected;
+            cells += 1;
+        } else {
+            assert!(chance > 0.0 || count == 0, "an answer that cannot be");
+        }
+    }
+    let freedom = f64::from(cells - 1);
+    let spread = 2.0 / (9.0 * freedom);
+    ((statistic / freedom).cbrt() - (1.0 - spread)) / spread.sqrt()
+}
+
+/// The little language on a device.
+struct Little {
+    logits: Vec<f32>,
+    pool: Pool,
+}
+
+impl Runner for Little {
+    fn blocks(&self) -> usize {
+        256
+    }
+    fn block_tokens(&self) -> usize {
+        4
+    }
+    /// Nothing but the last token matters, so it keeps no KV.
+    fn copy(&mut self, _: u32, _: u32) {}
+    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+        self.logits.clear();
+        for &row in &batch.sample_rows {
+            self.logits.extend(logits(batch.tokens[row as usize]));
+        }
+        Ok(Logits { data: &mut self.logits, vocab: WORDS, pool: &self.pool })
+    }
+}
+
+fn lane(
+    runner: impl Runner + 'static,
+    vocabulary: Arc<Vocabulary>,
+    max_running: usize,
+    speculation: Speculation,
+) -> (Lane, EngineMetrics) {
+    let metrics = Metrics::new().engine(&ModelId::new("m"), DeviceId(0));
+    let lane = Lane::new(ModelSlot {
+        slot: SlotId::next(),
+        model: ModelId::new("m"),
+        vocabulary,
+        runner: Box::new(runner),
+        context: 1024,
+        step_tokens: 256,
+        prefill_chunk: 64,
+        max_running,
+        max_queue: 100_000,
+        prefix_cache: true,
+        prefill_stretch: 1.7,
+        spill: None,
+        speculation,
+        metrics: metrics.clone(),
+    });
+    (lane, metrics)
+}
+
+struct Asked {
+    prompt: Vec<u32>,
+    expected: Vec<u32>,
+    tokens: u32,
+    sampling: Sampling,
+    seed: u64,
+}
+
+/// Answers all, at once; tokens are told by their log-probabilities.
+fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
+    let now = Instant::now();
+    let submit = |lane: &mut Lane, asked: &Asked| {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(1, asked.tokens));
+        let submit = Submit {
+            request: RequestId::random(),
+            account: AccountId::new("a"),
+            weight: 1,
+            slot: lane.id(),
+            prompt: asked.prompt.clone(),
+            choices: 1,
+            max_tokens: asked.tokens,
+            sampling: Sampling { ignore_eos: true, ..asked.sampling.clone() },
+            seed: asked.seed,
+            stop: vec![],
+            logprobs: Some(0),
+            grammar: None,
+            prompt_logprobs: None,
+            priority: 0,
+            cache_salt: 0,
+            adapter: None,
+            vocabulary: None,
+            drafts: None,
+            expected: asked.expected.clone(),
+            deadline: now + Duration::from_secs(3600),
+            received: now,
+            events,
+        };
+        lane.submit(submit, now);
+        receiver
+    };
+    let receivers: Vec<_> = asked.iter().map(|asked| submit(lane, asked)).collect();
+    while !lane.is_idle() {
+        assert!(lane.plan(now));
+        lane.compute().expect("a step");
+        lane.deliver(now);
+        // Steps that all take the same time: rows cost next to nothing, so every guess is worth one.
+        lane.step_took(Duration::from_millis(10));
+    }
+    lane.check().expect("books");
+    let answer = |receiver: flume::Receiver<Event>| {
+        let (mut tokens, mut used) = (Vec::new(), None);
+        for event in receiver.try_iter() {
+            match event {
+                Event::Text { logprobs, .. } => tokens.extend(logprobs.iter().map(|token| token.token)),
+                Event::Finish { .. } | Event::Tool { .. } | Event::Prompt(_) => {}
+                Event::Done(usage) => used = Some(usage),
+                Event::Failed(error) => panic!("{error}"),
+            }
+        }
+        let used = used.expect("an end");
+        assert_eq!(tokens.len(), used.completion_tokens as usize);
+        (tokens, used)
+    };
+    receivers.into_iter().map(answer).collect()
+}
+
+fn plain(share: [f64; WORDS]) -> [f64; WORDS] {
+    share
+}
+
+/// Top-p 0.75 at temperature 1: the likeliest until 0.8 is reached; ties by id.
+fn top_p(share: [f64; WORDS]) -> [f64; WORDS] {
+    let mut order: Vec<usize> = (0..WORDS).collect();
+    order.sort_by(|&a, &b| share[b].total_cmp(&share[a]).then(a.cmp(&b)));
+    let (mut kept, mut total) = ([0.0; WORDS], 0.0);
+    for id in order {
+        if total < 0.75 {
+            kept[id] = share[id];
+            total += share[id];
+        }
+    }
+    kept.map(|share| share / total)
+}
+
+#[test]
+fn sampled_answers_have_the_models_own_distribution_however_they_were_guessed() {
+    const ANSWERS: u64 = 50_000;
+    let vocabulary = Arc::new(Vocabulary::new([b"a", b"b", b"c", b"d"], vec![]));
+    let hot = Sampling { top_p: 0.75, ..Sampling::default() };
+    for (sampling, shape) in [(Sampling::default(), plain as fn(_) -> _), (hot, top_p)] {
+        let speculation = Speculation { most: 4, rows: 64, lookup: true };
+        let (mut lane, metrics) =
+            lane(Little { logits: vec![], pool: Pool::new(1) }, vocabulary.clone(), 8, speculation);
+        let asked: Vec<Asked> = (0..ANSWERS)
+            .map(|seed| Asked {
+                // The caller foresees a likely answer, so that drafts are tried at all three places.
+                prompt: vec![1, 0],
+                expected: vec![0, 0, 1, 1],
+                tokens: LENGTH as u32,
+                sampling: sampling.clone(),
+                seed,
+            })
+            .collect();
+        let mut counts = vec![0; WORDS.pow(LENGTH as u32)];
+        for (answer, _) in answers(&mut lane, &asked) {
+            counts[cell(&answer)] += 1;
+        }
+        let (drafted, accepted) = (metrics.drafted_tokens.get(), metrics.accepted_tokens.get());
+        assert!(accepted > ANSWERS / 4 && drafted > accepted + ANSWERS / 4, "{accepted} of {drafted} came true");
+        let off = deviation(&counts, &exact(0, shape));
+        assert!(off.abs() < 4.0, "{off} standard deviations off: {counts:?}");
+    }
+}
+
+/// How many tokens of a step count, given drafts and what was drawn after each; and which they are.
+type Rule = fn(&[u32], &[u32]) -> Vec<u32>;
+
+/// Answers of the little language to a prompt that ends with 0, with drafts verified by `rule`; three steps at most.
+fn verified(rule: Rule, answers: u64) -> Vec<u64> {
+    let (mut sampler, pool, sampling) = (Sampler::default(), Pool::new(1), Sampling::default());
+    let mut counts = vec![0; WORDS.pow(LENGTH as u32)];
+    for seed in 0..answers {
+        let mut answer: Vec<u32> = Vec::new();
+        while answer.len() < LENGTH {
+            let drafts: Vec<u32> = [0, 1, 1][..LENGTH - 1 - answer.len()].to_vec();
+            let last = answer.last().copied().unwrap_or(0);
+            let mut rows: Vec<f32> = std::iter::once(last).chain(drafts.iter().copied()).flat_map(logits).collect();
+            let from = answer.len() as u64;
+            sampler.pick(Logits { data: &mut rows, vocab: WORDS, pool: &pool }, |row| {
+                let position = from + row as u64;
+                Some(Draw {
+                    sampling: &sampling,
+                    seed,
+                    position,
+                    seen: None,
+                    ahead: &[],
+                    logprobs: None,
+                    mask: None,
+                    given: None,
+                })
+            });
+            let drawn: Vec<u32> = sampler.drawn().iter().map(|drawn| drawn.token.unwrap()).collect();
+            answer.extend(rule(&drafts, &drawn));
+        }
+        counts[cell(&answer[..LENGTH])] += 1;
+    }
+    counts
+}
+
+#[test]
+fn a_broken_rule_of_acceptance_fails_the_test_that_the_rule_in_force_passes() {
+    let right: Rule = |drafts, drawn| drawn[..agreed(drafts, drawn.iter().copied())].to_vec();
+    // Keeps what was drawn behind a draft that did not come true.
+    let keeps_all: Rule = |_, drawn| drawn.to_vec();
+    // One token too many.
+    let one_more: Rule = |drafts, drawn| {
+        let count = agreed(drafts, drawn.iter().copied());
+        drawn[..(count + 1).min(drawn.len())].to_vec()
+    };
+    // Takes a likely draft for the token drawn.
+    let believes: Rule = |drafts, drawn| {
+        let count = agreed(drafts, drawn.iter().copied());
+        let mut kept = drawn[..count].to_vec();
+        if drafts.get(count - 1) == Some(&0) {
+            kept[count - 1] = 0;
+        }
+        kept
+    };
+    for (rule, holds) in [(right, true), (keeps_all, false), (one_more, false), (believes, false)] {
+        let off = deviation(&verified(rule, 50_000), &exact(0, plain));
+        assert_eq!(off.abs() < 4.0, holds, "{off} standard deviations off");
+    }
+}
+
+// -------------------------------------------------------------------------------------------------- determinism
+
+fn tiny(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(file)
+}
+
+/// A lane over real kernels.
+fn real(path: &Path, blocks: usize, max_running: usize, speculation: Speculation) -> (Lane, EngineMetrics) {
+    let weights = Weights::open(path).expect("the weights open");
+    let spec = weights.spec().expect("a decoder");
+    let mut options = DecoderOptions {
+        pool: Arc::new(Pool::new(2)),
+        isa: Isa::detect(),
+        precision: Precision::Fast,
+        kv: KvType::F16,
+        kv_bytes: 0,
+        block_tokens: 8,
+        max_rows: 256,
+        max_sample_rows: 128,
+    };
+    options.kv_bytes = blocks * options.kv_block_bytes(&spec);
+    let words = spec.vocab as u32;
+    let decoder = Decoder::open(&weights, spec, &options, &|_| ()).expect("a decoder");
+    let pieces = (0..words).map(|token| format!("{token} ").into_bytes());
+    lane(decoder, Arc::new(Vocabulary::new(pieces, vec![])), max_running, speculation)
+}
+
+fn guessing() -> Speculation {
+    Speculation { most: 6, rows: 48, lookup: true }
+}
+
+/// 64 requests from a seed: a few beginnings that are shared, prompts that repeat themselves, all kinds of sampling.
+fn crowd(seed: u64, words: u32) -> Vec<Asked> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut below = move |bound: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x % bound
+    };
+    let plain = Sampling::default();
+    let kinds = [
+        Sampling { temperature: 0.0, ..plain.clone() },
+        plain.clone(),
+        Sampling { temperature: 0.7, top_k: 20, top_p: 0.9, ..plain.clone() },
+        Sampling { repetition_penalty: 1.2, frequency_penalty: 0.3, temperature: 0.4, ..plain },
+    ];
+    (0..64)
+        .map(|_| {
+            let (family, own) = (below(3) as u32, below(u64::from(words)) as u32);
+            let shared = below(30) as u32;
+            let tail = 1 + below(12) as u32;
+            let period = 2 + below(5) as u32;
+            let prompt =
+                (0..shared).map(|at| (family * 31 + at) % words).chain((0..tail).map(|at| (own + at % period) % words));
+            Asked {
+                prompt: prompt.collect(),
+                expected: if below(4) == 0 { vec![own; 8] } else { vec![] },
+                tokens: 1 + below(40) as u32,
+                sampling: kinds[below(4) as usize].clone(),
+                seed: below(1 << 40),
+            }
+        })
+        .collect()
+}
+
+/// The property, for one model and one seed.
+fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 4]) {
+    let words = Weights::open(path).unwrap().spec().unwrap().vocab as u32;
+    let mut asked = crowd(seed, words);
+    let (mut alone, _) = real(path, 64, 1, Speculation::default());
+    let expected: Vec<Vec<u32>> =
+        asked.iter().map(|one| answers(&mut alone, std::slice::from_ref(one)).remove(0).0).collect();
+    // Some callers foresee their answer, but for one token.
+    for (asked, answer) in asked.iter_mut().zip(&expected).step_by(4) {
+        asked.expected = answer.clone();
+        asked.expected[answer.len() / 2] = 0;
+    }
+    // All at once: with and without guesses, with room for all and with so little that sequences lose their blocks.
+    for (blocks, guesses) in [(1024, false), (1024, true), (20, false), (20, true)] {
+        let speculation = if guesses { guessing() } else { Speculation::default() };
+        let (mut crowded, metrics) = real(path, blocks, 64, speculation);
+        for (at, ((answer, _), expected)) in answers(&mut crowded, &asked).iter().zip(&expected).enumerate() {
+            assert_eq!(answer, expected, "seed {seed}, request {at}, {blocks} blocks, guesses: {guesses}");
+        }
+        // Once more, one by one, with what the others left in the prefix cache.
+        for (at, expected) in expected.iter().enumerate().step_by(7) {
+            let (answer, usage) = answers(&mut crowded, &asked[at..=at]).remove(0);
+            assert_eq!(&answer, expected, "seed {seed}, request {at} again, guesses: {guesses}");
+            tally[0] += u64::from(usage.cached_tokens);
+        }
+        tally[1] += metrics.preemptions.get();
+        tally[2] += metrics.accepted_tokens.get();
+        tally[3] += metrics.drafted_tokens.get() - metrics.accepted_tokens.get();
+    }
+}
+
+#[test]
+fn tokens_are_the_same_alone_in_a_batch_of_64_preempted_cached_and_guessed() {
+    for model in ["tiny-gguf/legacy.gguf", "tiny-gguf/k.gguf", "tiny-llama"] {
+        // Tokens cached, sequences preempted, drafts that came true, drafts that did not.
+        let mut tally = [0; 4];
+        (0..4).for_each(|seed| check_seed(&tiny(model), seed, &mut tally));
+        assert!(tally.iter().all(|&times| times > 10), "{model}: not everything happened: {tally:?}");
+    }
+}
