@@ -4,7 +4,7 @@
 //! ```text
 //! forced                       start: calls
 //! free, with strict tools      start: calls, or text and calls, or text       (what opens a call decides)
-//! free, a document otherwise   start: calls | document, or a schema of either where calls are documents too
+//! free, a document otherwise   start: calls | document                      (where calls begin with a marker)
 //! ```
 
 use std::fmt::Write;
@@ -31,16 +31,13 @@ impl ToolFormat {
             (true, _) => "start: calls\n".to_owned(),
             (false, None) if !strict => return Ok(None),
             (false, None) => self.text_or_calls(),
-            (false, Some(other @ (Grammar::Json | Grammar::JsonSchema(_)))) => {
+            // Where calls begin with a marker they cannot be taken for documents.
+            (false, Some(other @ (Grammar::Json | Grammar::JsonSchema(_)))) if self.has_marker() => {
                 let schema = match other {
-                    Grammar::JsonSchema(schema) => schema.clone(),
-                    _ => json!({ "type": "object" }),
+                    Grammar::JsonSchema(schema) => prepare(schema)?,
+                    _ => prepare(&json!({ "type": "object" }))?,
                 };
-                // Where calls begin as documents do, a call is a document of another kind.
-                if matches!(self.family, Family::Llama | Family::Json) {
-                    return Ok(Some(Grammar::JsonSchema(self.call_or(tools, schema))));
-                }
-                format!("start: calls | document\ndocument: %json {}\n", prepare(&schema)?)
+                format!("start: calls | document\ndocument: %json {schema}\n")
             }
             (false, Some(_)) => {
                 let message = "A grammar for the answer does not go with tools that may be called or not: set \
@@ -64,16 +61,8 @@ impl ToolFormat {
         Ok(Some(Grammar::Lark(text)))
     }
 
-    /// The schema of one call or of a document.
-    fn call_or(&self, tools: &Tools, document: Value) -> Value {
-        let field = self.arguments_field();
-        let call = |tool: &Tool| {
-            let properties = json!({ "name": { "const": tool.name }, field: narrowed(tool) });
-            let required = json!(["name", field]);
-            json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": false })
-        };
-        let any: Vec<_> = tools.callable().map(call).chain([document]).collect();
-        json!({ "anyOf": any })
+    fn has_marker(&self) -> bool {
+        matches!(self.family, Family::Hermes | Family::Mistral { .. })
     }
 
     /// `calls`, and `call`, which is one of the functions.
@@ -354,15 +343,11 @@ mod tests {
     fn a_document_and_calls_are_told_apart() {
         let free = tools(ToolChoice::Auto, true);
         let schema = json!({"type": "object", "properties": {"answer": {"type": "integer"}}, "required": ["answer"], "additionalProperties": false});
-        for format in all() {
+        for format in all().into_iter().filter(ToolFormat::has_marker) {
             let other = Grammar::JsonSchema(schema.clone());
             assert!(accepts(&format, &free, Some(&other), r#"{"answer": 1}"#), "{format:?}");
             assert!(!accepts(&format, &free, Some(&other), "Hello"), "{format:?}");
         }
-        let plain = format(Family::Json, false);
-        let schema = Grammar::JsonSchema(schema);
-        assert!(accepts(&plain, &free, Some(&schema), r#"{"name": "weather", "arguments": {"city": "Oslo"}}"#));
-        assert!(!accepts(&plain, &free, Some(&schema), r#"{"name": "weather", "arguments": {"town": "Oslo"}}"#));
         let hermes = format(Family::Hermes, false);
         let call = "<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
         assert!(accepts(&hermes, &free, Some(&Grammar::Json), call));
