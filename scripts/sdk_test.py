@@ -226,8 +226,100 @@ def unicode_survives(server: Server) -> None:
     assert text and "\ufffd" not in text, text
 
 
-def tools_of_other_kinds_are_refused_clearly(server: Server) -> None:
-    refused(lambda: server.chat(tools=[{"type": "web_search"}]), openai.BadRequestError, "tool")
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Paris", "Oslo"]}, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+        },
+    },
+}
+ASK_WEATHER = [{"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+def arguments_hold(text: str) -> dict:
+    arguments = json.loads(text)
+    assert arguments["city"] in ("Paris", "Oslo") and arguments["unit"] in ("C", "F"), arguments
+    return arguments
+
+
+def a_required_call_is_made_and_its_result_is_read(server: Server) -> None:
+    ask = {"messages": ASK_WEATHER, "tools": [WEATHER], "max_tokens": 100, "parallel_tool_calls": False}
+    choice = server.chat(**ask, tool_choice="required").choices[0]
+    assert choice.finish_reason == "tool_calls", choice
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.function.name == "get_weather" and call.id
+    arguments_hold(call.function.arguments)
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    again = server.chat(**ask, tool_choice=named).choices[0].message.tool_calls[0]
+    assert again.function.name == "get_weather" and again.id != call.id
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Snow, -3 degrees"}
+    answer = server.chat(messages=[*ASK_WEATHER, choice.message, result], tools=[WEATHER], max_tokens=40).choices[0]
+    assert answer.message.content or answer.message.tool_calls, answer
+
+
+def a_streamed_call_adds_up_to_the_whole_one(server: Server) -> None:
+    ask = {"messages": ASK_WEATHER, "tools": [WEATHER], "max_tokens": 100, "tool_choice": "required"}
+    whole = server.chat(**ask, parallel_tool_calls=False).choices[0].message.tool_calls
+    calls: dict[int, dict] = {}
+    finish = None
+    for chunk in server.chat(**ask, parallel_tool_calls=False, stream=True):
+        for choice in chunk.choices:
+            finish = choice.finish_reason or finish
+            assert not choice.delta.content
+            for delta in choice.delta.tool_calls or []:
+                call = calls.setdefault(delta.index, {"id": delta.id, "name": delta.function.name, "arguments": ""})
+                call["arguments"] += delta.function.arguments or ""
+    assert finish == "tool_calls" and len(calls) == len(whole) == 1
+    assert (calls[0]["name"], calls[0]["arguments"]) == (whole[0].function.name, whole[0].function.arguments)
+    assert calls[0]["id"].startswith("call_")
+    # The SDK's own accumulator agrees.
+    stream = server.client.chat.completions.stream(
+        model=server.model, temperature=0, **ask, parallel_tool_calls=False
+    )
+    with stream as events:
+        final = events.get_final_completion()
+    assert final.choices[0].message.tool_calls[0].function.arguments == whole[0].function.arguments
+
+
+def responses_call_functions(server: Server) -> None:
+    tool = {"type": "function", **WEATHER["function"], "strict": False}
+    ask = {"model": server.model, "tools": [tool], "tool_choice": "required", "max_output_tokens": 100, "temperature": 0}
+    ask |= {"parallel_tool_calls": False}
+    answer = server.client.responses.create(**ask, input=ASK_WEATHER)
+    (call,) = [item for item in answer.output if item.type == "function_call"]
+    arguments_hold(call.arguments)
+    events = list(server.client.responses.create(**ask, input=ASK_WEATHER, stream=True))
+    deltas = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+    assert deltas == call.arguments
+    (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert done.arguments == deltas
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Snow"}
+    ask |= {"tool_choice": "none"}
+    said = server.client.responses.create(**ask, input=[*ASK_WEATHER, call.model_dump(exclude_none=True), result])
+    assert said.output_text and said.usage.input_tokens > answer.usage.input_tokens
+
+
+def mistakes_in_tools_name_the_field(server: Server) -> None:
+    twice = [WEATHER, WEATHER]
+    refused(lambda: server.chat(tools=twice), openai.BadRequestError, "tools.1.function.name")
+    other = {"type": "function", "function": {"name": "other"}}
+    refused(lambda: server.chat(tools=[WEATHER], tool_choice=other), openai.BadRequestError, "tool_choice")
+
+
+def cloudflare_gets_arguments_as_objects(server: Server) -> None:
+    flat = WEATHER["function"]
+    result = server.cloudflare.ai.run(
+        server.model, account_id=ACCOUNT, messages=ASK_WEATHER, tools=[flat], max_tokens=100,
+        extra_body={"temperature": 0, "tool_choice": "required", "parallel_tool_calls": False},
+    )
+    (call,) = result["tool_calls"]
+    assert call["name"] == "get_weather" and call["arguments"]["city"] in ("Paris", "Oslo"), call
+    assert not result["response"] and "id" not in call, result
 
 
 def embeddings_are_refused_clearly(server: Server) -> None:
@@ -330,7 +422,11 @@ CHECKS = [
     a_conversation_is_remembered,
     the_cache_is_seen_in_the_usage,
     unicode_survives,
-    tools_of_other_kinds_are_refused_clearly,
+    a_required_call_is_made_and_its_result_is_read,
+    a_streamed_call_adds_up_to_the_whole_one,
+    responses_call_functions,
+    mistakes_in_tools_name_the_field,
+    cloudflare_gets_arguments_as_objects,
     embeddings_are_refused_clearly,
     mistakes_name_the_field,
     a_client_that_leaves_frees_its_place,

@@ -32,8 +32,9 @@ use crate::ledger::{Claim, Ledger};
 use crate::metrics::Metrics;
 use crate::model::lora::Adapter;
 use crate::model::text::TextModel;
+use crate::model::tools::ToolFormat;
 use crate::supervisor::{FleetView, Replica};
-use crate::task::{Event, Prompt, TextInput, Usage};
+use crate::task::{Event, Grammar, Prompt, TextInput, Tools, Usage};
 
 /// Prompts longer than this are tokenised on a blocking thread, so that a book does not hold up a worker.
 const INLINE_PROMPT_BYTES: usize = 4 * 1024;
@@ -113,8 +114,9 @@ impl Gateway {
         }
         let (prompt, expected) = tokenize(call, replica).await?;
         let max_tokens = budget(call, replica, prompt.len())?;
-        let grammar = match &call.input.grammar {
-            Some(grammar) => Some(replica.text.grammars().compile(grammar, &replica.metrics).await?),
+        let tools = call.input.shown_tools().zip(replica.text.tool_format());
+        let grammar = match grammar(&call.input, tools)? {
+            Some(grammar) => Some(replica.text.grammars().compile(&grammar, &replica.metrics).await?),
             None => None,
         };
         check_prompt_logprobs(call, prompt.len())?;
@@ -136,8 +138,7 @@ impl Gateway {
 
         let (weight, priority) = self.standing(call);
         let echo = call.input.echo.then(|| echo(replica, &prompt));
-        let calls = call.input.shown_tools().zip(replica.text.tool_format());
-        let calls = calls.map(|(tools, format)| Calls::new(format, tools, call.input.choices, call.id.low_bits()));
+        let calls = tools.map(|(tools, format)| Calls::new(format, tools, call.input.choices, call.id.low_bits()));
         let (sender, events) = flume::bounded(Submit::event_capacity(call.input.choices, max_tokens));
         replica.engine.submit(Submit {
             request: call.id,
@@ -189,6 +190,16 @@ fn candidate<Half>(replica: &Replica<Half>) -> Candidate {
     let count = |gauge: i64| u64::try_from(gauge).unwrap_or(0);
     let metrics = &replica.metrics;
     Candidate { device: replica.device, waiting: count(metrics.queue.get()), running: count(metrics.running.get()) }
+}
+
+/// What the answer must look like: what the caller asked for, and calls where they are forced or promised to be exact.
+fn grammar(input: &TextInput, tools: Option<(&Arc<Tools>, &ToolFormat)>) -> Result<Option<Arc<Grammar>>> {
+    if let Some((tools, format)) = tools
+        && let Some(grammar) = format.grammar(tools, input.grammar.as_deref())?
+    {
+        return Ok(Some(Arc::new(grammar)));
+    }
+    Ok(input.grammar.clone())
 }
 
 /// The tokens of the prompt, and of the answer that the caller foresees.

@@ -227,9 +227,10 @@ impl<'a> ClassicResult<'a> {
             true => calls.iter().map(tools::function_call).collect(),
             false => calls.iter().filter_map(classic_call).collect(),
         };
-        let response = match json {
-            true => Some(Response::Json(document(text, finish)?)),
-            false => Some(Response::Text(text)).filter(|_| !text.is_empty() || tool_calls.is_empty()),
+        let response = match text.is_empty() && !tool_calls.is_empty() {
+            true => None,
+            false if json => Some(Response::Json(document(text, finish)?)),
+            false => Some(Response::Text(text)),
         };
         Ok(Self { response, tool_calls, usage: UsageJson::new(&answer.usage, answer.neurons) })
     }

@@ -110,10 +110,6 @@ fn choice(fields: &Fields, names: &HashSet<String>) -> Result<ToolChoice> {
     if names.is_empty() && choice == ToolChoice::Required {
         return Err(fields.wrong("tool_choice", "asks for a call, but there are no `tools`"));
     }
-    if !matches!(choice, ToolChoice::Auto | ToolChoice::None) {
-        let message = "Calls cannot be forced in this build: leave `tool_choice` at auto.";
-        return Err(Error::unsupported(message).with_param(fields.path("tool_choice")));
-    }
     Ok(choice)
 }
 
@@ -227,6 +223,9 @@ mod tests {
         };
         check(json!("auto"), ToolChoice::Auto);
         check(json!("none"), ToolChoice::None);
+        check(json!("required"), ToolChoice::Required);
+        check(json!({"type": "function", "function": {"name": "weather"}}), ToolChoice::Named("weather".into()));
+        check(json!({"type": "function", "name": "weather"}), ToolChoice::Named("weather".into()));
     }
 
     #[test]

@@ -330,3 +330,130 @@ async fn what_is_wrong_with_tools_is_said_by_field_on_every_surface() {
     assert_eq!((native.status, &native.json()["errors"][0]["code"]), (400, &json!(5006)));
     assert!(native.text.contains("Functions with code are not run here"), "{}", native.text);
 }
+
+/// Two tools whose arguments come to an end by themselves, also when a device draws nothing but letters.
+fn bounded(more: Value) -> Value {
+    let weather = json!({"type": "object", "properties": {
+        "city": {"enum": ["Oslo", "Paris"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}, "warm": {"type": "boolean"},
+        "where": {"type": "object", "properties": {"unit": {"const": "C"}}, "required": ["unit"], "additionalProperties": false}},
+        "required": ["city", "days", "where"]});
+    let tools = json!([
+        {"type": "function", "function": {"name": "get_weather", "parameters": weather}},
+        {"type": "function", "function": {"name": "now"}},
+    ]);
+    let mut body = ask(json!({ "tools": tools, "max_tokens": 400, "parallel_tool_calls": false }));
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    body
+}
+
+#[track_caller]
+fn is_weather(arguments: &Value) {
+    assert!(["Oslo", "Paris"].contains(&arguments["city"].as_str().unwrap()), "{arguments}");
+    assert!((1..=9).contains(&arguments["days"].as_i64().unwrap()), "{arguments}");
+    assert_eq!(arguments["where"], json!({"unit": "C"}));
+    assert!(arguments.as_object().unwrap().keys().all(|key| ["city", "days", "warm", "where"].contains(&key.as_str())));
+}
+
+#[tokio::test]
+async fn whoever_must_call_does_and_by_the_schema() {
+    let daemon = Daemon::serving("sim", |_| {});
+    let named = json!({"type": "function", "function": {"name": "get_weather"}});
+    for seed in 1..4 {
+        let more = json!({"tool_choice": named, "temperature": 1.5, "seed": seed});
+        let whole = daemon.post(CHAT, bounded(more.clone())).await.json();
+        let choice = &whole["choices"][0];
+        let calls = choice["message"]["tool_calls"].as_array().unwrap_or_else(|| panic!("{whole}"));
+        assert_eq!(
+            (&choice["message"]["content"], &choice["finish_reason"], calls.len()),
+            (&Value::Null, &json!("tool_calls"), 1)
+        );
+        assert_eq!(calls[0]["function"]["name"], "get_weather");
+        is_weather(&serde_json::from_str(calls[0]["function"]["arguments"].as_str().unwrap()).unwrap());
+
+        let mut streaming = bounded(more.clone());
+        streaming["stream"] = json!(true);
+        let chunks = daemon.post(CHAT, streaming).await.chunks();
+        let (text, streamed, finish) = assembled(&chunks, 0);
+        assert_eq!((text.as_str(), finish.as_str()), ("", "tool_calls"));
+        assert_eq!(without_ids(&streamed), without_ids(calls));
+
+        let native = daemon.post(&format!("{RUN}/{CLASSIC}"), bounded(more)).await.json();
+        is_weather(&native["result"]["tool_calls"][0]["arguments"]);
+        assert_eq!(native["result"]["response"], Value::Null);
+    }
+    let now = json!({"type": "function", "function": {"name": "now"}});
+    let whole = daemon.post(CHAT, bounded(json!({ "tool_choice": now }))).await.json();
+    let call = &whole["choices"][0]["message"]["tool_calls"][0]["function"];
+    let arguments = serde_json::from_str::<Value>(call["arguments"].as_str().unwrap()).unwrap();
+    assert_eq!((&call["name"], arguments), (&json!("now"), json!({})), "a function without parameters gets none");
+}
+
+#[tokio::test]
+async fn a_required_call_is_one_of_those_offered_on_every_surface() {
+    let daemon = Daemon::serving("sim", |_| {});
+    let required = json!({"tool_choice": "required", "n": 3, "temperature": 1.2, "seed": 5});
+    let whole = daemon.post(CHAT, bounded(required)).await.json();
+    for choice in whole["choices"].as_array().unwrap() {
+        let calls = choice["message"]["tool_calls"].as_array().unwrap();
+        assert_eq!((calls.len(), &choice["finish_reason"]), (1, &json!("tool_calls")), "{choice}");
+        let function = &calls[0]["function"];
+        let arguments: Value = serde_json::from_str(function["arguments"].as_str().unwrap()).unwrap();
+        match function["name"].as_str().unwrap() {
+            "get_weather" => is_weather(&arguments),
+            name => assert_eq!((name, arguments), ("now", json!({}))),
+        }
+    }
+    let mut body = bounded(json!({"tool_choice": "required", "input": "Weather?"}));
+    body.as_object_mut().unwrap().remove("messages");
+    let response = daemon.post("/v1/responses", body).await.json();
+    let [call] = &response["output"].as_array().unwrap()[..] else { panic!("{response}") };
+    assert_eq!((&call["type"], &response["tool_choice"]), (&json!("function_call"), &json!("required")));
+    // The device says something else, and may not.
+    let stubborn = saying("I would rather not.");
+    let forced = stubborn.post(CHAT, bounded(json!({"tool_choice": "required"}))).await.json();
+    assert_eq!(forced["choices"][0]["finish_reason"], "tool_calls", "{forced}");
+}
+
+#[tokio::test]
+async fn a_strict_tool_keeps_its_schema_where_the_model_is_free() {
+    let wrong = r#"{"name": "get_weather", "arguments": {"town": "Oslo"}}"#;
+    let daemon = saying(wrong);
+    let strict = |strict: bool| {
+        let mut body = bounded(json!({}));
+        body["tools"][0]["function"]["strict"] = json!(strict);
+        body
+    };
+    let call = async |body: Value| {
+        let answer = daemon.post(CHAT, body).await.json();
+        let arguments = answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"].clone();
+        serde_json::from_str::<Value>(arguments.as_str().unwrap_or_else(|| panic!("{answer}"))).unwrap()
+    };
+    assert_eq!(call(strict(false)).await, json!({"town": "Oslo"}));
+    is_weather(&call(strict(true)).await);
+    let daemon = saying("Just words.");
+    let answer = daemon.post(CHAT, strict(true)).await.json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "Just words.");
+    let mut odd = strict(true);
+    odd["tools"][0]["function"]["parameters"]["properties"]["days"] = json!({"type": "array", "uniqueItems": true});
+    let refused = daemon.post(CHAT, odd).await;
+    assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("tools")), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_structured_answer_and_tools_that_may_be_called_or_not_are_told_apart_or_refused() {
+    let daemon = Daemon::serving("sim", |_| {});
+    // This model's calls are JSON without a marker, as is the document.
+    for more in [json!({"guided_regex": "[0-9]+"}), json!({"response_format": {"type": "json_object"}})] {
+        let mixed = daemon.post(CHAT, bounded(more)).await;
+        assert_eq!((mixed.status, &mixed.json()["error"]["param"]), (400, &json!("tool_choice")), "{mixed:?}");
+    }
+    let none = bounded(json!({"guided_regex": "[0-9]{3}", "tool_choice": "none"}));
+    let answer = daemon.post(CHAT, none).await.json();
+    assert_eq!(answer["choices"][0]["message"]["content"].as_str().map(str::len), Some(3), "{answer}");
+    let forced = bounded(json!({"response_format": {"type": "json_object"}, "tool_choice": "required"}));
+    let answer = daemon.post(&format!("{RUN}/{CLASSIC}"), forced).await.json();
+    assert_eq!(
+        (&answer["result"]["response"], answer["result"]["tool_calls"].as_array().unwrap().len()),
+        (&Value::Null, 1)
+    );
+}

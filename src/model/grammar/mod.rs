@@ -11,6 +11,8 @@
 mod gbnf;
 mod schema;
 
+pub use schema::prepare;
+
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};

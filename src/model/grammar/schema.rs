@@ -74,7 +74,7 @@ const DIALECTS: [&str; 6] = [
 ///
 /// # Errors
 /// `Unsupported` for what cannot be kept, `BadInput` for what is no schema; the message names keyword and place.
-pub(super) fn prepare(schema: &Value) -> Result<Value> {
+pub fn prepare(schema: &Value) -> Result<Value> {
     let mut walk = Walk::default();
     let mut ready = match schema {
         Value::Bool(true) => json!({}),
