@@ -45,13 +45,7 @@ pub(super) fn grammar(fields: &Fields) -> Result<Option<Arc<Grammar>>> {
     }
     found.add(fields.path("json_schema"), json(fields, "json_schema")?)?;
     found.add(fields.path("grammar"), fields.text("grammar")?.filter(|text| !text.is_empty()).map(notation))?;
-    let Some((path, grammar)) = found.field else { return Ok(None) };
-    let shows_tools = fields.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty())
-        && fields.get("tool_choice").is_none_or(|choice| choice != "none");
-    if shows_tools {
-        let message = format!("'{path}' leaves no room for calls of `tools`: send one of them, or `tool_choice` none");
-        return Err(Error::bad_field(path, message));
-    }
+    let Some((_, grammar)) = found.field else { return Ok(None) };
     if fields.get("stop").is_some_and(|stop| stop.as_array().is_none_or(|stops| !stops.is_empty())) {
         return Err(fields.wrong("stop", "does not go with a structured answer, which ends where it is whole"));
     }
@@ -211,7 +205,6 @@ mod tests {
             (json!({"guided_choice": ["a", ""]}), "none of them empty"),
             (json!({"guided_regex": "a", "guided_choice": ["a"]}), "'guided_regex' and 'guided_choice' both say"),
             (json!({"guided_regex": "a", "stop": "b"}), "'stop' does not go with"),
-            (json!({"guided_regex": "a", "tools": [{}]}), "'guided_regex' leaves no room for calls"),
         ] {
             assert!(read(body.clone()).contains(words), "{body}: {}", read(body.clone()));
         }
