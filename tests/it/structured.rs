@@ -64,8 +64,8 @@ async fn every_choice_is_a_valid_document_whole_and_streamed() {
 
 #[tokio::test]
 async fn sequences_that_lose_their_blocks_keep_to_their_grammar() {
-    // Room for little more than one of the sequences: they take each other's blocks all the time.
-    let daemon = Daemon::serving("sim:blocks=14,block_tokens=16,end_in=0", |_| {});
+    // Room for little more than one of the sequences, and steps long enough for all to be there: they take each other's blocks all the time.
+    let daemon = Daemon::serving("sim:blocks=14,block_tokens=16,end_in=0,step_us=300", |_| {});
     let body = |seed: i64| {
         chat(json!({"seed": seed, "max_tokens": 120, "temperature": 2, "response_format": openai_format()}))
     };
