@@ -13,7 +13,7 @@
 //!
 //! Rows of prompts go out in order of admission, but a prompt of more than a chunk leaves half of them to shorter ones
 //! behind it. A prompt that begins like one that is being computed follows it ([`Coming`]) and finds its blocks. An
-//! account that has less of the batch than another takes places and blocks from it: see [`Scheduler::make_way`].
+//! account that has less of the batch than another takes places and blocks from it: see `Scheduler::make_way`.
 //!
 //! The choices of a request share the prompt: choice 0 computes it alone, the others join when it is there. They hold its
 //! full blocks together; the block in which it ends, which each will write to, is copied for each, and only the last row
