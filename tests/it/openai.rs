@@ -14,6 +14,8 @@ async fn what_is_not_available_says_so_in_openais_shape() {
         assert!(error["message"].as_str().unwrap().contains(words), "{path}: {error}");
     };
     let hi = json!([{"role": "user", "content": "hi"}]);
+    check("/v1/embeddings", json!({"model": "x", "input": "y"}), 404, json!("model_not_found"), "`x` or task").await;
+    check("/v1/moderations", json!({}), 400, json!("unsupported"), "Moderation is not available").await;
     check("/v1/audio/speech", json!({}), 400, json!("unsupported"), "Speech is not available").await;
     check("/v1/nothing", json!({}), 404, json!("not_found"), "nothing at this path").await;
     check("/v1/chat/completions", json!({"messages": hi}), 400, json!(null), "'model' is required").await;
