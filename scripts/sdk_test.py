@@ -301,7 +301,8 @@ def responses_call_functions(server: Server) -> None:
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "Snow"}
     ask |= {"tool_choice": "none"}
     said = server.client.responses.create(**ask, input=[*ASK_WEATHER, call.model_dump(exclude_none=True), result])
-    assert said.output_text and said.usage.input_tokens > answer.usage.input_tokens
+    bare = server.client.responses.create(**ask, input=ASK_WEATHER)
+    assert said.output_text and said.usage.input_tokens > bare.usage.input_tokens
 
 
 def mistakes_in_tools_name_the_field(server: Server) -> None:
