@@ -14,7 +14,6 @@
 Both answers of a text must be equal to the letter, or the script fails.
 
     scripts/spec_bench.py                    5 rounds, some minutes
-    scripts/spec_bench.py --draft FILE       with a draft model beside the lookup
 
 Build first: `cargo build --release`. Standard library only. Every process is ended by its id.
 """
@@ -71,8 +70,6 @@ class Neurond(peer.Neurond):
             port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=8,
             kv_bytes=16384 * peer.KV_BYTES,
         )
-        if self.args.draft:
-            text += f'\n[model.draft]\npath = "{self.args.draft.resolve()}"\n'
         config.write_text(text)
         return [self.args.neurond, "serve", "--config", config]
 
@@ -84,7 +81,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--draft", type=Path, help="a draft model")
     args = parser.parse_args()
     for path, how in {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}.items():
         if not path.is_file():
