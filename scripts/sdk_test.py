@@ -323,11 +323,11 @@ def cloudflare_gets_arguments_as_objects(server: Server) -> None:
     assert not result["response"] and "id" not in call, result
 
 
-def embeddings_are_refused_clearly(server: Server) -> None:
+def a_model_that_writes_makes_no_vectors(server: Server) -> None:
     def embed():
         server.client.embeddings.create(model=server.model, input="x")
 
-    refused(embed, openai.APIStatusError, "embeddings")
+    refused(embed, openai.NotFoundError, "no such model", "or task")
 
 
 def mistakes_name_the_field(server: Server) -> None:
@@ -428,7 +428,7 @@ CHECKS = [
     responses_call_functions,
     mistakes_in_tools_name_the_field,
     cloudflare_gets_arguments_as_objects,
-    embeddings_are_refused_clearly,
+    a_model_that_writes_makes_no_vectors,
     mistakes_name_the_field,
     a_client_that_leaves_frees_its_place,
     a_client_that_gives_up_frees_its_place,
