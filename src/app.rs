@@ -18,7 +18,7 @@ use crate::adapters::Adapters;
 use crate::base::{DeviceId, Error, Phase, Result};
 use crate::config::{self, Config, Live, Overrides};
 use crate::gateway::Gateway;
-use crate::http::{self, Listener, Services};
+use crate::http::{self, Batches, Listener, Services};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::signal::{self, Notifier, Signal, Signals};
@@ -100,9 +100,12 @@ impl App {
             ledger: ledger.clone(),
             metrics: metrics.clone(),
         };
+        let folder = live.get().batches.clone();
+        let batches = folder.map(|folder| Batches::start(&folder, gateway.clone())).transpose()?;
         let services = Services {
             config: live.clone(),
             gateway,
+            batches,
             fleet,
             vault: vault.clone(),
             metrics: metrics.clone(),

@@ -11,6 +11,7 @@ pub mod config;
 pub mod kernel;
 pub mod metrics;
 pub mod net;
+pub mod store;
 
 pub mod ledger;
 pub mod model;

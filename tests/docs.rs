@@ -19,12 +19,13 @@ const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 11] = [
+const SECTIONS: [(&str, &str, bool, bool); 12] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
     ("auth.token", "TokenSection", true, false),
     ("engine", "EngineSection", false, true),
+    ("batch", "BatchSection", false, true),
     ("account", "AccountSection", true, false),
     ("model", "ModelSection", true, false),
     ("lora", "LoraSection", false, true),

@@ -36,6 +36,8 @@ pub struct File {
     pub auth: AuthSection,
     /// How the device computes, for all models.
     pub engine: EngineSection,
+    /// Work that nobody waits for.
+    pub batch: BatchSection,
     /// One block an account that is not like all others.
     pub account: Vec<AccountSection>,
     /// One block a model to be loaded, in this order.
@@ -213,6 +215,18 @@ impl Default for EngineSection {
             prompt_lookup: true,
         }
     }
+}
+
+/// `[batch]`: work that nobody waits for.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct BatchSection {
+    /// Folder of the batches that were put in line (`?queueRequest=true`): what was asked, and the answers for a day. The
+    /// daemon makes it and writes to it; whoever can read it can read them. Left out: `batches` in the folder that systemd
+    /// gives the unit as its state (`$STATE_DIRECTORY`); without that there is no line, and such requests are refused.
+    /// Example: `"/var/lib/neurond/batches"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
 }
 
 /// `[[account]]`: an account that is not like all others. Accounts need not be written to be served.

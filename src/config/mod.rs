@@ -43,6 +43,8 @@ pub struct Config {
     pub auth: Auth,
     /// How devices compute.
     pub engine: Engine,
+    /// Where batches lie that wait in line; `None`: there is no line.
+    pub batches: Option<PathBuf>,
     /// Accounts of which something is said.
     pub accounts: Vec<Account>,
     /// Which models are loaded, in the order written.

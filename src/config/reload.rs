@@ -54,6 +54,8 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.note("binding", binding(old), binding(new), Effect::Restart);
     changes.auth(&old.auth, &new.auth);
     changes.engine(&old.engine, &new.engine);
+    let folder = |config: &Config| config.batches.as_ref().map(|folder| folder.display().to_string());
+    changes.note("batch.folder", folder(old), folder(new), Effect::Restart);
     changes.accounts(&old.accounts, &new.accounts);
     changes.models(&old.models, &new.models);
     changes.lora(&old.lora, &new.lora);

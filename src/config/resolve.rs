@@ -47,6 +47,12 @@ pub(super) fn resolve(
     });
     let auth = auth(&mut check, &file, folder, machine);
     let engine = engine(&mut check, &file.engine, machine);
+    let batches = match (&file.batch.folder, (machine.variable)("STATE_DIRECTORY")) {
+        (Some(written), _) => Some(folder.join(written)),
+        // systemd lists several with colons between them; the unit has one.
+        (None, Some(state)) => state.split(':').next().map(|state| Path::new(state).join("batches")),
+        (None, None) => None,
+    };
     let accounts = accounts(&mut check, &file.account);
     let models = models(&mut check, &file.model, &catalog, folder, machine);
     let lora = lora(&mut check, &file.lora, folder, machine);
@@ -86,7 +92,7 @@ pub(super) fn resolve(
         }
     }
     let origin = origin.map(Path::to_path_buf);
-    Ok(Config { server, binding, auth, engine, accounts, models, lora, catalog, log, origin, warnings })
+    Ok(Config { server, binding, auth, engine, batches, accounts, models, lora, catalog, log, origin, warnings })
 }
 
 /// The command line wins; its models follow in [`catalog`], once aliases are known.

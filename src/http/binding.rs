@@ -23,8 +23,9 @@ pub(super) async fn serve(services: &Services, ask: &Ask) -> Result<HttpResponse
     }
     let fields = ask.fields()?;
     let Some(inputs) = fields.object("inputs")? else { return Err(fields.missing("inputs")) };
+    let mut queue = false;
     if let Some(options) = fields.object("options")? {
-        options.refuse("queueRequest", "Batches are not available in this build: send one request at a time.")?;
+        queue = options.bool("queueRequest")?.unwrap_or(false);
         options.refuse("websocket", "WebSockets are not available in this build.")?;
         options.refuse("gateway", "AI Gateway is not available in this build: leave out `options.gateway`.")?;
     }
@@ -37,5 +38,5 @@ pub(super) async fn serve(services: &Services, ask: &Ask) -> Result<HttpResponse
     // `<prefix>:<model>` where the caller set options.prefix; no model id of ours has a colon before its name.
     let known = services.config.get().catalog.resolve(header).is_some();
     let model = if known { header } else { header.split_once(':').map_or(header, |(_, model)| model) };
-    run::infer(services, ask, model, &inputs, text::reject_if_busy(&fields)?).await
+    run::infer(services, ask, model, &inputs, text::reject_if_busy(&fields)?, queue).await
 }

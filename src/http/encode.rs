@@ -43,10 +43,8 @@ pub(super) async fn infer(
     fields: &Fields<'_>,
     reject_if_busy: bool,
 ) -> Result<HttpResponse> {
-    for field in ["requests", "request_id"] {
-        if fields.has(field) {
-            return Err(run::no_batches(field));
-        }
+    if fields.has("requests") {
+        return Err(run::no_batches("requests"));
     }
     let truncate = fields.bool("truncate_inputs")?;
     let surface = ask.surface;

@@ -10,6 +10,7 @@
 mod answer;
 mod ask;
 mod auth;
+mod batch;
 mod binding;
 mod chat;
 mod completions;
@@ -33,6 +34,7 @@ mod tools;
 #[cfg(test)]
 mod tests;
 
+pub use batch::Batches;
 pub use route::Listener;
 pub use server::start;
 
@@ -65,6 +67,8 @@ pub struct Services {
     pub config: Live,
     /// Serves calls.
     pub gateway: Gateway,
+    /// Batches in line, if there is a folder for them.
+    pub batches: Option<Batches>,
     /// What is loaded.
     pub fleet: FleetView,
     /// Who may call.

@@ -11,6 +11,7 @@ use crate::config::{CatalogEntry, ResultShape};
 use crate::gateway::Answer;
 use crate::http::answer::{self, UsageJson};
 use crate::http::ask::Ask;
+use crate::http::batch;
 use crate::http::chat::{self, CallDelta, ChatStream};
 use crate::http::fields::Fields;
 use crate::http::format;
@@ -32,13 +33,11 @@ const OPENAI_CALLS: [&str; 2] =
 
 /// Runs the model named in the path.
 pub(super) async fn run(services: &Services, ask: &Ask, model: &str) -> Result<HttpResponse> {
-    if ask.query.get("queueRequest").is_some_and(|value| value == "true") {
-        return Err(no_batches("queueRequest"));
-    }
+    let queue = ask.query.get("queueRequest").is_some_and(|value| value == "true");
     check_tags(ask.query.get("tags").map(String::as_str))?;
     let fields = ask.fields()?;
     let busy = text::reject_if_busy(&fields)?;
-    infer(services, ask, model, &fields, busy).await
+    infer(services, ask, model, &fields, busy, queue).await
 }
 
 /// Runs the model named in the body: `{"model", "input"}`.
@@ -47,7 +46,7 @@ pub(super) async fn run_unified(services: &Services, ask: &Ask) -> Result<HttpRe
     let model = fields.required_text("model")?;
     let Some(input) = fields.object("input")? else { return Err(fields.missing("input")) };
     let busy = text::reject_if_busy(&fields)? || text::reject_if_busy(&input)?;
-    infer(services, ask, model, &input, busy).await
+    infer(services, ask, model, &input, busy, false).await
 }
 
 /// Runs a model on inputs from wherever, and wraps the result as the surface wants it.
@@ -57,11 +56,18 @@ pub(super) async fn infer(
     model: &str,
     inputs: &Fields<'_>,
     reject_if_busy: bool,
+    queue: bool,
 ) -> Result<HttpResponse> {
+    if inputs.has("request_id") {
+        return batch::poll(services, ask, inputs).await;
+    }
     let tasks = [Task::TextGeneration, Task::TextEmbeddings, Task::TextClassification];
     let entry = ask.model_for(services, model, &tasks)?;
     if entry.task != Task::TextGeneration {
         return encode::infer(services, ask, &entry, inputs, reject_if_busy).await;
+    }
+    if queue || inputs.has("requests") {
+        return batch::run(services, ask, &entry, inputs, reject_if_busy, queue).await;
     }
     let request = parse(inputs, &entry)?;
     let choices = request.input.choices;
@@ -116,7 +122,6 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
     if input.tools.is_some() && !matches!(input.prompt, Prompt::Chat { .. }) {
         return Err(fields.wrong("tools", "need the model's template: leave out `raw`"));
     }
-    let stream = fields.bool("stream")?.unwrap_or(false);
     if entry.shape == ResultShape::Classic {
         if stream && input.grammar.as_ref().is_some_and(|grammar| grammar.is_json()) {
             return Err(fields.wrong("stream", "does not go with JSON Mode, whose `response` is one object"));
@@ -141,9 +146,6 @@ pub(super) fn parse(fields: &Fields, entry: &CatalogEntry) -> Result<RunRequest>
 
 /// Exactly one of `prompt`, `messages`, `requests`.
 fn prompt(fields: &Fields) -> Result<Prompt> {
-    if fields.has("request_id") {
-        return Err(no_batches("request_id"));
-    }
     let raw = fields.bool("raw")?.unwrap_or(false);
     match (fields.has("prompt"), fields.has("messages"), fields.has("requests")) {
         (false, false, false) => Err(Error::bad_input(
@@ -164,7 +166,9 @@ fn prompt(fields: &Fields) -> Result<Prompt> {
         (false, true, false) => {
             Ok(Prompt::Chat { messages: text::messages(fields)?, template_kwargs: text::template_kwargs(fields)? })
         }
-        (false, false, true) => Err(no_batches("requests")),
+        (false, false, true) => {
+            Err(fields.wrong("requests", "stands at the top of the body, not within another request"))
+        }
         (prompt, messages, requests) => {
             let matches = usize::from(prompt) + usize::from(messages) + usize::from(requests);
             Err(Error::bad_input(format!(
@@ -175,7 +179,7 @@ fn prompt(fields: &Fields) -> Result<Prompt> {
 }
 
 pub(super) fn no_batches(param: &str) -> Error {
-    Error::unsupported("Batches are not available in this build: send one request at a time.").with_param(param)
+    Error::unsupported("Batches are there for text generation only: send one request at a time.").with_param(param)
 }
 
 /// `tags=a,b`, checked and then dropped: nothing here attributes costs by tag yet.
@@ -193,7 +197,7 @@ fn check_tags(tags: Option<&str>) -> Result<()> {
 }
 
 /// The envelope, or nothing around it on the binding.
-fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<HttpResponse> {
+pub(super) fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<HttpResponse> {
     match surface {
         Surface::Binding => answer::metered(result, neurons),
         _ => answer::metered(&Envelope::new(result), neurons),
@@ -201,7 +205,7 @@ fn wrap(surface: Surface, result: &impl Serialize, neurons: Neurons) -> Result<H
 }
 
 #[derive(Serialize)]
-struct ClassicResult<'a> {
+pub(super) struct ClassicResult<'a> {
     response: Option<Response<'a>>,
     tool_calls: Vec<Value>,
     usage: UsageJson,
@@ -218,7 +222,7 @@ enum Response<'a> {
 impl<'a> ClassicResult<'a> {
     /// # Errors
     /// In JSON mode, when the answer was cut before the document was whole.
-    fn new(answer: &'a Answer, entry: &CatalogEntry, json: bool) -> Result<Self> {
+    pub(super) fn new(answer: &'a Answer, entry: &CatalogEntry, json: bool) -> Result<Self> {
         let (text, finish, calls) = match answer.choices.first() {
             Some(choice) => (choice.text.as_str(), Some(choice.finish), choice.calls.as_slice()),
             None => ("", None, &[][..]),

@@ -291,7 +291,7 @@ fn native_inputs_are_exactly_one_of_prompt_and_messages() {
     refuses(Wire::Run, with(hello(), json!({"prompt": "x"})), Kind::BadInput, "");
     refuses(Wire::Run, json!({"prompt": ""}), Kind::BadInput, "prompt");
     refuses(Wire::Run, with(hello(), json!({"raw": true})), Kind::BadInput, "raw");
-    refuses(Wire::Run, json!({"requests": [{"prompt": "x"}]}), Kind::Unsupported, "requests");
+    refuses(Wire::Run, json!({"requests": [{"prompt": "x"}]}), Kind::BadInput, "requests");
     refuses(Wire::Run, json!({"prompt": "x", "top_k": 51}), Kind::BadInput, "top_k");
     refuses(Wire::Run, json!({"prompt": "x", "seed": 0}), Kind::BadInput, "seed");
     refuses(Wire::Run, json!({"prompt": "x", "n": 2}), Kind::Unsupported, "n");

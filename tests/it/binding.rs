@@ -36,10 +36,10 @@ async fn errors_have_the_names_the_shim_reads() {
     check(
         "?version=3",
         Some(CLASSIC),
-        json!({"inputs": {"prompt": "a"}, "options": {"queueRequest": true}}),
+        json!({"inputs": {"requests": [{"prompt": "a"}]}, "options": {"queueRequest": true}}),
         400,
         5006,
-        "Batches",
+        "keeps no batches",
     )
     .await;
     check("?version=3&userInputs=%7B%7D", Some(CLASSIC), inputs, 400, 5006, "streams").await;

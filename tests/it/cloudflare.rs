@@ -42,7 +42,9 @@ async fn errors_have_the_envelope_the_code_and_the_request_in_the_text() {
     check("/run/@cf/openai/whisper", json!({"audio": []}), 400, 5007, "or task").await;
     check("/run", json!({"model": "@cf/no/model", "input": {"prompt": "a"}}), 400, 5007, "No such model").await;
     check("/run", json!({"model": CLASSIC}), 400, 5006, "'input' is required").await;
-    check(&format!("{run}?queueRequest=true"), json!({"requests": []}), 400, 5006, "Batches").await;
+    check(&format!("{run}?queueRequest=true"), json!({"requests": [{"prompt": "a"}]}), 400, 5006, "keeps no batches")
+        .await;
+    check(&run, json!({"requests": []}), 400, 5006, "must hold 1 to 100 requests, not 0").await;
     check(&format!("{run}?tags=a,,b"), json!({"prompt": "a"}), 400, 5006, "(at '/tags')").await;
     check("/run/dynamic/route", json!({}), 404, 7000, "No route for that URI").await;
     check("/tomarkdown", json!({}), 400, 5006, "Markdown conversion is not available").await;

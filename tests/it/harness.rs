@@ -9,7 +9,7 @@ use neurond::adapters::Adapters;
 use neurond::base::{AccountId, DeviceId, KeyId, ModelId, Phase};
 use neurond::config::{Binding, Config, KvType, Live, Model, Precision, Token};
 use neurond::gateway::Gateway;
-use neurond::http::{self, Listener, Services};
+use neurond::http::{self, Batches, Listener, Services};
 use neurond::ledger::Ledger;
 use neurond::metrics::Metrics;
 use neurond::net::sse::{Decoder, SseEvent};
@@ -102,7 +102,8 @@ impl Daemon {
                 let adapters = Adapters::start(config.clone(), metrics.clone());
                 let (fleet_view, series) = (fleet.clone(), metrics.clone());
                 let gateway = Gateway { config: config.clone(), fleet: fleet_view, adapters, ledger, metrics: series };
-                let services = Services { config, gateway, fleet, vault, metrics, phase: phases };
+                let batches = wanted.batches.as_deref().map(|folder| Batches::start(folder, gateway.clone()).unwrap());
+                let services = Services { config, gateway, batches, fleet, vault, metrics, phase: phases };
                 let api = http::start(services.clone(), api, Listener::Api).unwrap();
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
                 sender.send((services, vec![api.handle(), binding.handle()])).unwrap();
