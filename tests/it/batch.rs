@@ -94,9 +94,8 @@ async fn a_batch_in_line_is_answered_when_there_is_room_and_kept() {
     let unknown = daemon.post(&path(""), json!({"request_id": "0e8c6b5e-6f0d-4b7e-9a53-0d7c1f2a3b4c"})).await;
     assert_eq!(unknown.status, 404, "{}", unknown.text);
     assert_eq!(daemon.post(&path(""), json!({"request_id": "nonsense"})).await.status, 404);
-    let other =
-        daemon.post(&format!("/client/v4/accounts/local/ai/run/{CLASSIC}?queueRequest=true"), json!({"prompt": "x"}));
-    assert_eq!(other.await.status, 400);
+    let other = format!("/client/v4/accounts/local/ai/run/{CLASSIC}?queueRequest=true");
+    assert_eq!(daemon.post(&other, json!({"prompt": "x"})).await.status, 400);
 }
 
 #[tokio::test]
