@@ -35,7 +35,7 @@ use crate::engine::pace::Pace;
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
-use crate::engine::speculate::{Guesses, Source, Worth};
+use crate::engine::speculate::{Guesses, Worth};
 use crate::engine::spill::{Index, Kept, SlotId};
 use crate::model::Batch;
 use crate::model::lora::Adapter;
@@ -164,7 +164,6 @@ struct Share {
     rows: usize,
     /// Drafts behind them.
     drafts: usize,
-    source: Source,
     /// Places of the prompt whose logits are wanted, the last token's aside.
     scored: (usize, usize),
 }
@@ -175,7 +174,6 @@ struct Hope {
     part: usize,
     /// That all its drafts so far are right.
     chance: f32,
-    source: Source,
 }
 
 /// One step, decided. Reused from step to step, so that planning allocates nothing.
@@ -829,7 +827,7 @@ impl Scheduler {
         let (start, end) = (sequence.computed, sequence.computed + rows);
         plan.parts.push(Planned { sequence: key, request: sequence.request, choice: sequence.choice });
         let scored = (first, end.clamp(first, last));
-        plan.shares.push(Share { rows, drafts: 0, source: Source::Lookup, scored });
+        plan.shares.push(Share { rows, drafts: 0, scored });
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
         sequence.computed = end;
         sequence.fed = self.step;
@@ -855,8 +853,8 @@ impl Scheduler {
                 continue;
             }
             sequence.guesses.prepare(&sequence.tokens);
-            if let Some((source, _)) = sequence.guesses.source(false) {
-                plan.hopes.push(Hope { part: at, chance: 1.0, source });
+            if sequence.guesses.chance(0).is_some() {
+                plan.hopes.push(Hope { part: at, chance: 1.0 });
             }
         }
         let (step, row) = self.pace.step(rows - plan.prompt_rows, plan.prompt_rows);
@@ -869,16 +867,15 @@ impl Scheduler {
                 if left == 0 || ahead >= room {
                     return false;
                 }
-                let Some(chance) = sequence.guesses.chance(hope.source, ahead) else { return false };
+                let Some(chance) = sequence.guesses.chance(ahead) else { return false };
                 let lacks = self.blocks.needed(sequence.tokens.len() + ahead + 1) > sequence.table.len();
-                if lacks && self.blocks.free() == 0 || !worth.add(hope.chance * chance, 0.0) {
+                if lacks && self.blocks.free() == 0 || !worth.add(hope.chance * chance) {
                     return false;
                 }
                 let has = !lacks || self.blocks.take(1, &mut sequence.table);
                 debug_assert!(has, "there was a free block");
                 hope.chance *= chance;
                 plan.shares[hope.part].drafts += 1;
-                plan.shares[hope.part].source = hope.source;
                 plan.drafted += 1;
                 left -= 1;
                 true

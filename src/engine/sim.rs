@@ -43,8 +43,6 @@ pub struct SimSpec {
     pub end_in: u32,
     /// An answer repeats what was said so many tokens ago, but for one token in eight; 0: it never repeats.
     pub period: u32,
-    /// How often, in percent, the best token is the same as on a device with 100: how good a draft model it is.
-    pub agree: u32,
     /// The step that fails, counted from 1; 0: none.
     pub fail_at: u64,
     /// The step that panics, counted from 1; 0: none.
@@ -66,7 +64,6 @@ impl Default for SimSpec {
             row_us: 0,
             end_in: 64,
             period: 0,
-            agree: 100,
             fail_at: 0,
             panic_at: 0,
             most_rows: 0,
@@ -83,7 +80,7 @@ impl FromStr for SimSpec {
         let wrong = |part: &str| {
             Error::bad_input(format!(
                 "{part:?} is no setting of a simulated device: write sim or sim:blocks=1024,block_tokens=16,step_us=0,\
-                 row_us=0,end_in=64,period=0,agree=100,fail_at=0,panic_at=0,most_rows=0,verify=1,\
+                 row_us=0,end_in=64,period=0,fail_at=0,panic_at=0,most_rows=0,verify=1,\
                  say=percent-encoded%20text, any of them left out"
             ))
         };
@@ -107,7 +104,6 @@ impl FromStr for SimSpec {
                 "row_us" => spec.row_us = value.into(),
                 "end_in" => spec.end_in = value,
                 "period" => spec.period = value,
-                "agree" if value <= 100 => spec.agree = value,
                 "fail_at" => spec.fail_at = value.into(),
                 "panic_at" => spec.panic_at = value.into(),
                 "most_rows" => spec.most_rows = value as usize,
@@ -233,11 +229,8 @@ fn link(chain: u64, token: u32) -> u64 {
 fn logits(spec: &SimSpec, chain: u64, repeated: Option<u32>, row: &mut [f32]) {
     row.fill(-30.0);
     let mut x = chain;
-    if spec.agree < 100 && link(chain, 1_000) % 100 >= u64::from(spec.agree) {
-        x = link(chain, 1_001);
-    }
     let repeated = repeated.filter(|&token| LETTERS.iter().any(|&letter| u32::from(letter) == token));
-    let again = repeated.filter(|_| x == chain && !link(chain, 1_002).is_multiple_of(8));
+    let again = repeated.filter(|_| !link(chain, 1_002).is_multiple_of(8));
     for &letter in LETTERS {
         x = link(x, u32::from(letter));
         row[letter as usize] = (x >> 40) as f32 / (1 << 22) as f32;

@@ -14,12 +14,10 @@
 //! very token. So an answer is the same to the last token with guesses and without, greedy or seeded, whoever guesses
 //! (drafter-invariance: Daliri, Musco, Suresh, "Coupling without Communication and Drafter-Invariant Speculative
 //! Decoding", 2024). For a guess without a distribution of its own, which a lookup is, that accepts with the same chance
-//! p(draft) as rejection sampling does (Leviathan et al., Chen et al., 2023). A draft model draws with the target's random
-//! number and the target's filters, so both pick the same place of nearly the same distribution: what they agree on is
-//! accepted at any temperature.
+//! p(draft) as rejection sampling does (Leviathan et al., Chen et al., 2023).
 //!
-//! **Trust** is measured, by length of match for lookups and as one number for a draft model. A lookup's guess is compared
-//! with what comes even when it was not worth a row, so it costs nothing to see that it would pay again.
+//! **Trust** is measured by length of match. A guess is compared with what comes even when it was not worth a row, so it
+//! costs nothing to see that it would pay again.
 //!
 //! Pure: knows nothing of batches, blocks or clocks.
 
@@ -33,11 +31,8 @@ const PLACES: usize = 16;
 const CLASSES: usize = 5;
 /// What a guess is trusted before anything was seen of this answer.
 const LOOKUP_TRUST: [f32; CLASSES] = [0.35, 0.5, 0.7, 0.8, 0.9];
-const MODEL_TRUST: f32 = 0.7;
 /// How much the newest outcome counts.
 const LESSON: f32 = 0.1;
-/// Steps after which a draft model that is not trusted any more is tried again.
-const PROBE: u32 = 64;
 /// No trust is complete: the deepest drafts stay bounded.
 const MOST_TRUST: f32 = 0.98;
 
@@ -151,15 +146,6 @@ fn class(length: usize) -> usize {
     (length.max(SHORTEST) - 1).ilog2().saturating_sub(1).min(CLASSES as u32 - 1) as usize
 }
 
-/// Where a sequence's drafts of a step come from.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Source {
-    /// Text that was seen before.
-    Lookup,
-    /// A smaller model.
-    Model,
-}
-
 /// What one sequence expects of itself, and how often it was right.
 pub struct Guesses {
     /// Most drafts in a step; 0: none, ever.
@@ -169,24 +155,13 @@ pub struct Guesses {
     looks_up: bool,
     expected: Vec<u32>,
     lookup_trust: [f32; CLASSES],
-    model_trust: f32,
-    /// Steps since the model was last asked.
-    unasked: u32,
 }
 
 impl Guesses {
     /// At most `most` drafts in a step. `looks_up` says whether earlier text is looked at, `expected` is text that the
     /// caller foresees.
     pub fn new(most: usize, looks_up: bool, expected: Vec<u32>) -> Self {
-        Self {
-            most,
-            lookup: None,
-            looks_up,
-            expected,
-            lookup_trust: LOOKUP_TRUST,
-            model_trust: MODEL_TRUST,
-            unasked: 0,
-        }
+        Self { most, lookup: None, looks_up, expected, lookup_trust: LOOKUP_TRUST }
     }
 
     /// Most drafts in a step.
@@ -201,37 +176,15 @@ impl Guesses {
         }
     }
 
-    /// The better source of the next draft, and the chance that it is right. `model` says whether there is a draft model.
-    pub fn source(&self, model: bool) -> Option<(Source, f32)> {
-        let lookup = self.chance(Source::Lookup, 0).map(|chance| (Source::Lookup, chance));
-        // Asking costs a pass of the draft model, a lookup nothing: the model has to be clearly better.
-        let model = model.then_some((Source::Model, self.model_trust));
-        match (lookup, model) {
-            (Some(lookup), Some(model)) if model.1 * 0.8 <= lookup.1 => Some(lookup),
-            (lookup, model) => model.or(lookup),
-        }
-    }
-
-    /// The chance that the draft after `ahead` others is right if they are.
-    pub fn chance(&self, source: Source, ahead: usize) -> Option<f32> {
-        match source {
-            Source::Model => Some(self.model_trust),
-            Source::Lookup => {
-                let length = self.lookup.as_ref()?.length();
-                (length > 0).then(|| self.lookup_trust[class(length + ahead)])
-            }
-        }
+    /// The chance that the draft after `ahead` others is right if they are; `None` where nothing is expected.
+    pub fn chance(&self, ahead: usize) -> Option<f32> {
+        let length = self.lookup.as_ref()?.length();
+        (length > 0).then(|| self.lookup_trust[class(length + ahead)])
     }
 
     /// The lookup's draft after `ahead` others.
     pub fn guess(&self, ahead: usize) -> Option<u32> {
         self.lookup.as_ref()?.guess(ahead)
-    }
-
-    /// Whether a draft model that was not worth its cost is to be tried again, this once.
-    pub fn probes(&mut self) -> bool {
-        self.unasked += 1;
-        self.unasked.is_multiple_of(PROBE)
     }
 
     /// The next token is known: what a lookup expected is compared with it.
@@ -241,14 +194,6 @@ impl Guesses {
             learn(&mut self.lookup_trust[class(lookup.length())], guess == token);
         }
         lookup.push(token);
-    }
-
-    /// Of `drafts` drafts of the draft model, the first `accepted` were right.
-    pub fn judge_model(&mut self, drafts: usize, accepted: usize) {
-        self.unasked = 0;
-        for at in 0..drafts.min(accepted + 1) {
-            learn(&mut self.model_trust, at < accepted);
-        }
     }
 }
 
@@ -282,20 +227,14 @@ impl Worth {
         Self { row, cost: step, tokens: rows as f32 }
     }
 
-    /// Adds a draft that is right with this chance if it raises tokens by time. `asking` is what the guess itself costs.
-    pub fn add(&mut self, chance: f32, asking: f32) -> bool {
-        let cost = self.row + asking;
-        let pays = chance * self.cost > cost * self.tokens * Self::MARGIN;
+    /// Adds a draft that is right with this chance if it raises tokens by time.
+    pub fn add(&mut self, chance: f32) -> bool {
+        let pays = chance * self.cost > self.row * self.tokens * Self::MARGIN;
         if pays {
-            self.force(chance, asking);
+            self.cost += self.row;
+            self.tokens += chance;
         }
         pays
-    }
-
-    /// Adds a draft in any case.
-    pub fn force(&mut self, chance: f32, asking: f32) {
-        self.cost += self.row + asking;
-        self.tokens += chance;
     }
 }
 
@@ -375,9 +314,9 @@ mod tests {
 
     #[test]
     fn trust_follows_what_comes_true_by_length_of_match() {
-        let chance = |guesses: &Guesses, ahead| guesses.chance(Source::Lookup, ahead);
+        let chance = |guesses: &Guesses, ahead| guesses.chance(ahead);
         let mut guesses = Guesses::new(4, true, vec![]);
-        assert_eq!((chance(&guesses, 0), guesses.source(false)), (None, None), "nothing was prepared");
+        assert_eq!(chance(&guesses, 0), None, "nothing was prepared");
         guesses.prepare(&[1, 2, 3, 4, 1, 2, 3]);
         assert_eq!(chance(&guesses, 0), Some(LOOKUP_TRUST[0]));
         assert!(chance(&guesses, 2) > chance(&guesses, 1), "a longer match is trusted more");
@@ -410,13 +349,13 @@ mod tests {
     fn a_draft_pays_by_its_chance_its_cost_and_the_company() {
         // One stream, a row a fifth of a step: likely drafts pay, and each makes the next one harder.
         let mut one = Worth::of(1.2, 1, 0.2);
-        assert!(one.add(0.9, 0.0) && one.add(0.8, 0.0) && !one.add(0.1, 0.0));
-        // Asking a model that costs as much as the step itself does not.
-        assert!(!Worth::of(1.2, 1, 0.2).add(0.95, 1.0));
+        assert!(one.add(0.9) && one.add(0.8) && !one.add(0.1));
+        // A row that costs as much as the step itself does not.
+        assert!(!Worth::of(1.2, 1, 1.2).add(0.95));
         // A full batch is bound by rows: only near certainty pays.
         let mut full = Worth::of(13.8, 64, 0.2);
-        assert!(!full.add(0.95, 0.0));
+        assert!(!full.add(0.95));
         // Rows that are nearly free, as on a GPU: nearly anything does.
-        assert!(Worth::of(1.05, 16, 0.003).add(0.2, 0.0));
+        assert!(Worth::of(1.05, 16, 0.003).add(0.2));
     }
 }
