@@ -93,7 +93,7 @@ class Neurond(peer.Neurond):
     def command(self, streams: int) -> list:
         config = self.scratch / "neurond.toml"
         text = peer.CONFIG.format(
-            port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=streams + 8,
+            port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=streams + 8, drafts=0,
             kv_bytes=(streams * (OWN_PROMPT + self.args.out) + self.args.prompt + 1024) * peer.KV_BYTES,
         )
         if self.args.stretch is not None:

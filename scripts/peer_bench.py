@@ -60,6 +60,8 @@ def main() -> int:
     parser.add_argument("--streams", default="1,4,16,32,64")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--waves", type=int, default=2, help="requests of each stream")
+    drafts = "tokens neurond guesses ahead; not by default, since greedy answers to random prompts repeat themselves"
+    parser.add_argument("--drafts", type=int, default=0, help=drafts)
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
     wanted = {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}
@@ -193,6 +195,7 @@ class Neurond(Server):
         config = self.scratch / "neurond.toml"
         kv_bytes = max(self.most * CONTEXT * KV_BYTES, 64 << 20)
         values = {"port": self.port, "model": self.args.model.resolve(), "threads": self.args.threads}
+        values["drafts"] = self.args.drafts
         config.write_text(CONFIG.format(**values, running=max(self.most, 16), kv_bytes=kv_bytes))
         return [self.args.neurond, "serve", "--config", config]
 
@@ -217,6 +220,7 @@ anonymous = "local"
 [engine]
 threads = {threads}
 max_running = {running}
+draft_tokens = {drafts}
 
 [[model]]
 id = "@cf/huggingfacetb/smollm2-135m-instruct"

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 /// Rows of a kernel's largest tile: a step whose rows are a multiple of it has no short tile at its end.
 const TILE: usize = 8;
+/// Rows that prompts have in any case, so that they always move on.
+const LEAST_PROMPT: usize = 4;
 /// How far one measured step moves the model towards itself.
 const RATE: f64 = 0.2;
 /// The fixed part of a step, in rows, as long as nothing is known of it; and its weight against rows in what is learnt.
@@ -24,7 +26,7 @@ const GUESSED_ROW: f64 = 0.2;
 const LEAST_ROW: f64 = 0.01;
 /// How much more prompts may add when as many prompts are read or wait as answers are written: a crowd that arrives at
 /// once would otherwise be let in one by one, each waiting for all before.
-const CROWD: f64 = 3.0;
+const CROWD: f64 = 8.0;
 
 /// What steps cost on this device, learnt as they go by.
 #[derive(Default)]
@@ -38,24 +40,29 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// A step of so many rows took this long. Moves the model a part of the way to where it would have said so, most
-    /// along what the step had most of; steps of different mixtures pin down all three numbers.
+    /// A step of so many rows took this long. Steps without prompts teach what those cost who decode, and what is left of
+    /// others teaches what prompts cost: were it divided among all, a prompt whose rows become dearer as it grows would
+    /// raise the very pace that it is measured by.
     pub fn learn(&mut self, decode: usize, prompt: usize, took: Duration) {
-        let (rows, took) = ([FIXED_ROWS, decode as f64, prompt as f64], took.as_secs_f64());
+        let (decode_rows, prompt_rows, took) = (decode as f64, prompt as f64, took.as_secs_f64());
         if took <= 0.0 || decode + prompt == 0 {
             return;
         }
         if !self.is_known() {
-            let unit = took / rows.iter().sum::<f64>();
+            let unit = took / (FIXED_ROWS + decode_rows + prompt_rows);
             (self.fixed, self.decode, self.prompt) = (unit, unit, unit);
             return;
         }
         let expected = self.seconds(decode, prompt);
         // A step that the system interrupted says little about the next one.
-        let surprise = (took - expected).clamp(-expected, expected);
-        let pull = RATE * surprise / rows.iter().map(|rows| rows * rows).sum::<f64>();
-        for (cost, rows) in [&mut self.fixed, &mut self.decode, &mut self.prompt].into_iter().zip(rows) {
-            *cost = (*cost + pull * rows).max(0.0);
+        let lesson = RATE * (took - expected).clamp(-expected, expected);
+        if prompt > 0 {
+            self.prompt = (self.prompt + lesson / prompt_rows).max(0.0);
+        } else {
+            // Most along what the step had most of: steps of different sizes pin down both numbers.
+            let pull = lesson / (FIXED_ROWS * FIXED_ROWS + decode_rows * decode_rows);
+            self.fixed = (self.fixed + pull * FIXED_ROWS).max(0.0);
+            self.decode = (self.decode + pull * decode_rows).max(0.0);
         }
     }
 
@@ -77,8 +84,8 @@ impl Pace {
         (pace.seconds(decode, prompt) as f32, pace.decode.max(least) as f32)
     }
 
-    /// Prompt rows of a step with `decode` other rows, while `prompts` sequences read their prompts or wait to. At least a
-    /// tile, so that prompts always move on; as many as you like while nothing is known.
+    /// Prompt rows of a step with `decode` other rows, while `prompts` sequences read their prompts or wait to. At least
+    /// [`LEAST_PROMPT`]; as many as you like while nothing is known.
     pub fn prompt_rows(&self, decode: usize, prompts: usize, stretch: f64) -> usize {
         if !self.is_known() {
             return usize::MAX;
@@ -89,8 +96,9 @@ impl Pace {
         if rows.is_nan() || rows >= (1 << 20) as f64 {
             return usize::MAX;
         }
-        let whole = (decode + rows.max(0.0) as usize) / TILE * TILE;
-        whole.saturating_sub(decode).max(TILE)
+        let rows = (rows.max(0.0) as usize).max(LEAST_PROMPT);
+        let whole = ((decode + rows) / TILE * TILE).saturating_sub(decode);
+        if whole > 0 { whole } else { rows }
     }
 }
 
@@ -124,10 +132,10 @@ mod tests {
         let rows = pace.prompt_rows(decode, 1, stretch);
         let even = device.seconds(decode + 1, 0);
         let took = device.seconds(decode, rows);
-        assert!(took <= even * stretch * 1.1 || rows == TILE, "{decode} + {rows} rows take {took}, alone {even}");
+        assert!(took <= even * stretch * 1.1 || rows == LEAST_PROMPT, "{decode} + {rows} rows take {took}, alone {even}");
         let more = device.seconds(decode, rows + 2 * TILE);
         assert!(more > even * stretch * 0.9, "{decode} + {rows} rows could be more: {more} of {}", even * stretch);
-        assert!((decode + rows).is_multiple_of(TILE) || rows == TILE);
+        assert!((decode + rows).is_multiple_of(TILE) || rows < TILE);
     }
 
     #[test]
@@ -144,7 +152,7 @@ mod tests {
     fn prompts_always_move_on_and_nothing_is_bounded_before_anything_is_known() {
         assert_eq!(Pace::default().prompt_rows(16, 1, 1.5), usize::MAX);
         let dear = Device(10.0, 1.0, 10_000.0).known();
-        assert_eq!(dear.prompt_rows(16, 1, 1.5), TILE);
+        assert_eq!(dear.prompt_rows(16, 1, 1.5), LEAST_PROMPT);
         let mut free = Pace::default();
         (0..100).for_each(|_| free.learn(16, 0, Duration::from_millis(1)));
         assert!(free.prompt_rows(16, 1, 2.0) >= TILE);
@@ -155,7 +163,7 @@ mod tests {
         let pace = Device(4_000.0, 1_000.0, 540.0).known();
         let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(8, prompts, 1.7)).into();
         assert!(rows[0] < rows[1] && rows[1] < rows[2], "{rows:?}");
-        assert!(pace.seconds(8, rows[2]) < 5.0 * pace.seconds(16, 0));
+        assert!(pace.seconds(8, rows[2]) < 8.0 * pace.seconds(16, 0));
     }
 
     #[test]
@@ -165,6 +173,20 @@ mod tests {
         assert!((step - 0.008).abs() < 0.001 && (row - 0.001).abs() < 0.0002, "{step} {row}");
         let free = Pace { fixed: 1.0, decode: 0.0, prompt: 1.0 };
         assert_eq!(free.step(100, 0), (8.0, 0.08));
+    }
+
+    #[test]
+    fn a_prompt_that_becomes_dearer_does_not_raise_the_pace_it_is_measured_by() {
+        let mut pace = Device(4_000.0, 1_000.0, 540.0).known();
+        let even = pace.seconds(17, 0);
+        for step in 0..400 {
+            let device = Device(4_000.0, 1_000.0, 540.0 + 5.0 * f64::from(step));
+            let rows = pace.prompt_rows(16, 1, 1.5);
+            let took = device.seconds(16, rows);
+            assert!(took < 1.6 * even || rows <= LEAST_PROMPT, "step {step}: {rows} rows take {took}");
+            pace.learn(16, rows, Duration::from_secs_f64(took));
+        }
+        assert_eq!(pace.seconds(17, 0), even);
     }
 
     #[test]
