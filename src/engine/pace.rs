@@ -1,15 +1,16 @@
 //! How many rows of prompts a step may take while others wait for their next token.
 //!
 //! ```text
-//! seconds of a step = fixed + decode * rows that decode + prompt * rows of prompts       learnt from measured steps
+//! seconds of a step = fixed + decode rows + their context + prompt rows + their context      learnt from measured steps
 //!
 //!   even  |=== decode ===|                      a step in which everybody decodes
 //!   most  |=== decode ===|~~ prompt rows ~~|    even * stretch: what a step may take with prompts in it
 //! ```
 //!
 //! A step lasts as long as all of its rows, and everybody in it waits for the slowest. So the pace of those who decode is
-//! kept by bounding what prompts add, not by a number of rows, which would mean something else on every machine.
-//! Pure: times come in as values.
+//! kept by bounding what prompts add, not by a number of rows, which would mean something else on every machine. Context
+//! counts by itself, since it makes the same rows dearer as a text grows: were it not known, a long prompt would seem to
+//! make decoding dear, and raise the very pace that it is measured by. Pure: times come in as values.
 
 use std::time::Duration;
 
@@ -19,8 +20,13 @@ const TILE: usize = 8;
 const LEAST_PROMPT: usize = 4;
 /// How far one measured step moves the model towards itself.
 const RATE: f64 = 0.2;
+/// How much less a step with prompts teaches about those who decode.
+const MIXED: f64 = 0.1;
 /// The fixed part of a step, in rows, as long as nothing is known of it; and its weight against rows in what is learnt.
 const FIXED_ROWS: f64 = 8.0;
+/// Context that weighs as much as a row in what is learnt; and what it costs beside a row while nothing is known.
+const CONTEXT: f64 = 256.0;
+const GUESSED_CONTEXT: f64 = 0.25;
 /// What a row adds to a step, in steps without rows, while nothing is known; and the least that is ever believed.
 const GUESSED_ROW: f64 = 0.2;
 const LEAST_ROW: f64 = 0.01;
@@ -28,71 +34,102 @@ const LEAST_ROW: f64 = 0.01;
 /// once would otherwise be let in one by one, each waiting for all before.
 const CROWD: f64 = 8.0;
 
+/// What a step computes.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Load {
+    /// Rows of sequences that decode.
+    pub decode: usize,
+    /// Tokens that those attend to, over all rows.
+    pub decode_context: usize,
+    /// Rows of prompts.
+    pub prompt: usize,
+    /// Tokens that those attend to, over all rows.
+    pub prompt_context: usize,
+}
+
+impl Load {
+    /// One more row of a sequence that decodes, after `context` tokens.
+    pub fn decodes(&mut self, rows: usize, context: usize) {
+        self.decode += rows;
+        self.decode_context += rows * context;
+    }
+
+    /// `rows` more rows of a prompt of which `context` tokens are computed.
+    pub fn reads(&mut self, rows: usize, context: usize) {
+        self.prompt += rows;
+        self.prompt_context += rows * (context + rows / 2);
+    }
+
+    fn terms(&self) -> [f64; 5] {
+        let Self { decode, decode_context, prompt, prompt_context } = *self;
+        [FIXED_ROWS, decode as f64, decode_context as f64 / CONTEXT, prompt as f64, prompt_context as f64 / CONTEXT]
+    }
+}
+
 /// What steps cost on this device, learnt as they go by.
 #[derive(Default)]
 pub struct Pace {
-    /// Seconds that any step takes, by [`FIXED_ROWS`].
-    fixed: f64,
-    /// Seconds a row that decodes adds.
-    decode: f64,
-    /// Seconds a row of a prompt adds.
-    prompt: f64,
+    /// Seconds that each of [`Load::terms`] adds by one.
+    costs: [f64; 5],
 }
 
 impl Pace {
-    /// A step of so many rows took this long. Steps without prompts teach what those cost who decode, and what is left of
-    /// others teaches what prompts cost: were it divided among all, a prompt whose rows become dearer as it grows would
-    /// raise the very pace that it is measured by.
-    pub fn learn(&mut self, decode: usize, prompt: usize, took: Duration) {
-        let (decode_rows, prompt_rows, took) = (decode as f64, prompt as f64, took.as_secs_f64());
-        if took <= 0.0 || decode + prompt == 0 {
+    /// A step took this long. Moves the model a part of the way to where it would have said so, most along what the step
+    /// had most of; steps of different mixtures pin down all numbers (normalised least mean squares).
+    pub fn learn(&mut self, load: Load, took: Duration) {
+        let (terms, took) = (load.terms(), took.as_secs_f64());
+        if took <= 0.0 || load.decode + load.prompt == 0 {
             return;
         }
         if !self.is_known() {
-            let unit = took / (FIXED_ROWS + decode_rows + prompt_rows);
-            (self.fixed, self.decode, self.prompt) = (unit, unit, unit);
+            let guess = [1.0, 1.0, GUESSED_CONTEXT, 1.0, GUESSED_CONTEXT];
+            let unit = took / dot(guess, terms);
+            self.costs = guess.map(|guess| guess * unit);
             return;
         }
-        let expected = self.seconds(decode, prompt);
+        let weights = if load.prompt > 0 { [MIXED, MIXED, MIXED, 1.0, 1.0] } else { [1.0, 1.0, 1.0, 0.0, 0.0] };
+        let pulls: [f64; 5] = std::array::from_fn(|at| weights[at] * terms[at]);
+        let expected = self.seconds(load);
         // A step that the system interrupted says little about the next one.
-        let lesson = RATE * (took - expected).clamp(-expected, expected);
-        if prompt > 0 {
-            self.prompt = (self.prompt + lesson / prompt_rows).max(0.0);
-        } else {
-            // Most along what the step had most of: steps of different sizes pin down both numbers.
-            let pull = lesson / (FIXED_ROWS * FIXED_ROWS + decode_rows * decode_rows);
-            self.fixed = (self.fixed + pull * FIXED_ROWS).max(0.0);
-            self.decode = (self.decode + pull * decode_rows).max(0.0);
+        let surprise = RATE * (took - expected).clamp(-expected, expected) / dot(pulls, terms);
+        for (cost, pull) in self.costs.iter_mut().zip(pulls) {
+            *cost = (*cost + surprise * pull).max(0.0);
         }
     }
 
     fn is_known(&self) -> bool {
-        self.fixed + self.decode + self.prompt > 0.0
+        self.costs.iter().sum::<f64>() > 0.0
     }
 
     /// What a step takes, as far as is known.
-    pub fn seconds(&self, decode: usize, prompt: usize) -> f64 {
-        self.fixed * FIXED_ROWS + self.decode * decode as f64 + self.prompt * prompt as f64
+    pub fn seconds(&self, load: Load) -> f64 {
+        dot(self.costs, load.terms())
     }
 
     /// What a step takes, and what one more row that decodes adds to it. Not in seconds while nothing is known.
-    pub fn step(&self, decode: usize, prompt: usize) -> (f32, f32) {
-        let guess = Self { fixed: 1.0 / FIXED_ROWS, decode: GUESSED_ROW, prompt: GUESSED_ROW };
+    pub fn step(&self, load: Load) -> (f32, f32) {
+        let guess = Self { costs: [1.0 / FIXED_ROWS, GUESSED_ROW, 0.0, GUESSED_ROW, 0.0] };
         let pace = if self.is_known() { self } else { &guess };
         // Nothing is free, whatever the clock says.
-        let least = LEAST_ROW * pace.fixed * FIXED_ROWS;
-        (pace.seconds(decode, prompt) as f32, pace.decode.max(least) as f32)
+        let least = LEAST_ROW * pace.costs[0] * FIXED_ROWS;
+        (pace.seconds(load) as f32, pace.costs[1].max(least) as f32)
     }
 
-    /// Prompt rows of a step with `decode` other rows, while `prompts` sequences read their prompts or wait to. At least
-    /// [`LEAST_PROMPT`]; as many as you like while nothing is known.
-    pub fn prompt_rows(&self, decode: usize, prompts: usize, stretch: f64) -> usize {
+    /// Prompt rows of a step that decodes `load`, while `prompts` sequences read their prompts or wait to, the first of
+    /// them after `context` tokens. At least [`LEAST_PROMPT`]; as many as you like while nothing is known.
+    pub fn prompt_rows(&self, load: Load, prompts: usize, context: usize, stretch: f64) -> usize {
         if !self.is_known() {
             return usize::MAX;
         }
+        let decode = load.decode;
         let crowd = (prompts.saturating_sub(1) as f64 / decode.max(1) as f64).min(1.0);
-        let most = self.seconds(decode + prompts, 0) * (1.0 + (stretch - 1.0) * (1.0 + CROWD * crowd));
-        let rows = (most - self.seconds(decode, 0)) / self.prompt;
+        let mut all = load;
+        all.decodes(prompts, load.decode_context / decode.max(1));
+        let most = self.seconds(all) * (1.0 + (stretch - 1.0) * (1.0 + CROWD * crowd));
+        // What is left = rows * first + rows^2 * more, since each row attends to those before it.
+        let (left, [.., row, attended]) = (most - self.seconds(load), self.costs);
+        let (first, more) = (row + attended * context as f64 / CONTEXT, attended / (2.0 * CONTEXT));
+        let rows = 2.0 * left / (first + (first * first + 4.0 * more * left.max(0.0)).sqrt());
         if rows.is_nan() || rows >= (1 << 20) as f64 {
             return usize::MAX;
         }
@@ -102,102 +139,131 @@ impl Pace {
     }
 }
 
+fn dot(a: [f64; 5], b: [f64; 5]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A device whose steps take `fixed + decode * rows + prompt * rows` µs, now and then much longer.
-    struct Device(f64, f64, f64);
+    /// A device: microseconds of a step, of a row that decodes, of a row of a prompt, and of 256 tokens of context.
+    #[derive(Clone, Copy)]
+    struct Device(f64, f64, f64, f64);
+
+    const CPU: Device = Device(4_000.0, 700.0, 540.0, 130.0);
+
+    fn decode(rows: usize, context: usize) -> Load {
+        Load { decode: rows, decode_context: rows * context, ..Load::default() }
+    }
+
+    fn with(mut load: Load, rows: usize, context: usize) -> Load {
+        load.reads(rows, context);
+        load
+    }
 
     impl Device {
-        fn seconds(&self, decode: usize, prompt: usize) -> f64 {
-            (self.0 + self.1 * decode as f64 + self.2 * prompt as f64) * 1e-6
+        fn seconds(&self, load: Load) -> f64 {
+            let context = (load.decode_context + load.prompt_context) as f64 / 256.0;
+            (self.0 + self.1 * load.decode as f64 + self.2 * load.prompt as f64 + self.3 * context) * 1e-6
         }
 
         /// A pace that has seen prompts alone, answers alone, and both.
         fn known(&self) -> Pace {
             let mut pace = Pace::default();
             for step in 0..600 {
-                let (decode, prompt) = [(0, 512), (16, 0), (4, 0), (16, 40), (8, 24), (1, 0)][step % 6];
+                let load = match step % 6 {
+                    0 => with(Load::default(), 512, 0),
+                    1 => decode(16, 300),
+                    2 => decode(4, 100),
+                    3 => with(decode(16, 200), 40, 500),
+                    4 => with(decode(8, 400), 24, 100),
+                    _ => decode(1, 50),
+                };
                 let hiccup = if step % 50 == 11 { 5.0 } else { 1.0 };
-                pace.learn(decode, prompt, Duration::from_secs_f64(self.seconds(decode, prompt) * hiccup));
+                pace.learn(load, Duration::from_secs_f64(self.seconds(load) * hiccup));
             }
             pace
         }
     }
 
     /// What `prompt_rows` allows makes a step of at most `stretch` times one in which all decode, and wastes little.
-    fn check(device: &Device, decode: usize, stretch: f64) {
-        let pace = device.known();
-        let rows = pace.prompt_rows(decode, 1, stretch);
-        let even = device.seconds(decode + 1, 0);
-        let took = device.seconds(decode, rows);
-        assert!(took <= even * stretch * 1.1 || rows == LEAST_PROMPT, "{decode} + {rows} rows take {took}, alone {even}");
-        let more = device.seconds(decode, rows + 2 * TILE);
-        assert!(more > even * stretch * 0.9, "{decode} + {rows} rows could be more: {more} of {}", even * stretch);
-        assert!((decode + rows).is_multiple_of(TILE) || rows < TILE);
+    fn check(device: &Device, rows: usize, stretch: f64) {
+        let (pace, load) = (device.known(), decode(rows, 200));
+        let read = pace.prompt_rows(load, 1, 100, stretch);
+        let even = device.seconds(decode(rows + 1, 200));
+        let took = device.seconds(with(load, read, 100));
+        assert!(took <= even * stretch * 1.15 || read == LEAST_PROMPT, "{rows} + {read} rows take {took}, alone {even}");
+        let more = device.seconds(with(load, read + 2 * TILE, 100));
+        assert!(more > even * stretch * 0.85, "{rows} + {read} rows could be more: {more} of {}", even * stretch);
+        assert!((rows + read).is_multiple_of(TILE) || read < TILE);
     }
 
     #[test]
     fn a_step_with_prompts_takes_at_most_so_many_times_one_without() {
-        for device in [Device(4_000.0, 1_000.0, 540.0), Device(3_000.0, 20.0, 15.0), Device(100.0, 100.0, 100.0)] {
-            for decode in [1, 4, 16, 64] {
-                check(&device, decode, 1.7);
-                check(&device, decode, 3.0);
+        for device in [CPU, Device(3_000.0, 20.0, 15.0, 1.0), Device(100.0, 100.0, 100.0, 10.0)] {
+            for rows in [1, 4, 16, 64] {
+                check(&device, rows, 1.7);
+                check(&device, rows, 3.0);
             }
         }
     }
 
     #[test]
     fn prompts_always_move_on_and_nothing_is_bounded_before_anything_is_known() {
-        assert_eq!(Pace::default().prompt_rows(16, 1, 1.5), usize::MAX);
-        let dear = Device(10.0, 1.0, 10_000.0).known();
-        assert_eq!(dear.prompt_rows(16, 1, 1.5), LEAST_PROMPT);
+        assert_eq!(Pace::default().prompt_rows(decode(16, 10), 1, 0, 1.5), usize::MAX);
+        let dear = Device(10.0, 1.0, 10_000.0, 0.0).known();
+        assert_eq!(dear.prompt_rows(decode(16, 10), 1, 0, 1.5), LEAST_PROMPT);
         let mut free = Pace::default();
-        (0..100).for_each(|_| free.learn(16, 0, Duration::from_millis(1)));
-        assert!(free.prompt_rows(16, 1, 2.0) >= TILE);
+        (0..100).for_each(|_| free.learn(decode(16, 10), Duration::from_millis(1)));
+        assert!(free.prompt_rows(decode(16, 10), 1, 0, 2.0) >= TILE);
     }
 
     #[test]
     fn a_crowd_of_prompts_is_allowed_more_than_a_single_one() {
-        let pace = Device(4_000.0, 1_000.0, 540.0).known();
-        let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(8, prompts, 1.7)).into();
+        let pace = CPU.known();
+        let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(decode(8, 100), prompts, 0, 1.7)).into();
         assert!(rows[0] < rows[1] && rows[1] < rows[2], "{rows:?}");
-        assert!(pace.seconds(8, rows[2]) < 8.0 * pace.seconds(16, 0));
-    }
-
-    #[test]
-    fn one_more_row_costs_what_was_learnt_and_never_nothing() {
-        assert_eq!(Pace::default().step(2, 0), (1.4, 0.2));
-        let (step, row) = Device(4_000.0, 1_000.0, 540.0).known().step(4, 0);
-        assert!((step - 0.008).abs() < 0.001 && (row - 0.001).abs() < 0.0002, "{step} {row}");
-        let free = Pace { fixed: 1.0, decode: 0.0, prompt: 1.0 };
-        assert_eq!(free.step(100, 0), (8.0, 0.08));
+        assert!(pace.seconds(with(decode(8, 100), rows[2], 0)) < 8.0 * pace.seconds(decode(16, 100)));
     }
 
     #[test]
     fn a_prompt_that_becomes_dearer_does_not_raise_the_pace_it_is_measured_by() {
-        let mut pace = Device(4_000.0, 1_000.0, 540.0).known();
-        let even = pace.seconds(17, 0);
-        for step in 0..400 {
-            let device = Device(4_000.0, 1_000.0, 540.0 + 5.0 * f64::from(step));
-            let rows = pace.prompt_rows(16, 1, 1.5);
-            let took = device.seconds(16, rows);
-            assert!(took < 1.6 * even || rows <= LEAST_PROMPT, "step {step}: {rows} rows take {took}");
-            pace.learn(16, rows, Duration::from_secs_f64(took));
+        let mut pace = CPU.known();
+        let (mut read, mut own) = (0, 200);
+        while read < 4_000 {
+            let load = decode(16, own);
+            let rows = pace.prompt_rows(load, 1, read, 1.5);
+            let took = CPU.seconds(with(load, rows, read));
+            let even = CPU.seconds(decode(17, own));
+            assert!(took < 1.7 * even || rows <= LEAST_PROMPT, "after {read}: {rows} rows take {took} beside {even}");
+            assert!(took > 1.2 * even, "after {read}: {rows} rows take {took} beside {even}");
+            pace.learn(with(load, rows, read), Duration::from_secs_f64(took));
+            (read, own) = (read + rows, own + 1);
         }
-        assert_eq!(pace.seconds(17, 0), even);
+        let says = pace.seconds(decode(16, own)) / CPU.seconds(decode(16, own));
+        assert!((0.85..1.15).contains(&says), "{says}");
+    }
+
+    #[test]
+    fn one_more_row_costs_what_was_learnt_and_never_nothing() {
+        assert_eq!(Pace::default().step(decode(2, 100)), (1.4, 0.2));
+        let (step, row) = CPU.known().step(decode(4, 100));
+        assert!((step - 0.007).abs() < 0.001 && (row - 0.0007).abs() < 0.0003, "{step} {row}");
+        let free = Pace { costs: [1.0, 0.0, 0.0, 1.0, 0.0] };
+        assert_eq!(free.step(decode(100, 100)), (8.0, 0.08));
     }
 
     #[test]
     fn the_model_follows_a_device_that_becomes_slower() {
-        let mut pace = Device(4_000.0, 1_000.0, 540.0).known();
-        let slower = Device(8_000.0, 2_000.0, 1_080.0);
+        let mut pace = CPU.known();
+        let slower = Device(8_000.0, 1_400.0, 1_080.0, 260.0);
         for step in 0..120 {
-            let (decode, prompt) = [(16, 0), (16, 24), (0, 256)][step % 3];
-            pace.learn(decode, prompt, Duration::from_secs_f64(slower.seconds(decode, prompt)));
+            let load = [decode(16, 200), with(decode(16, 200), 24, 100), with(Load::default(), 256, 0)][step % 3];
+            pace.learn(load, Duration::from_secs_f64(slower.seconds(load)));
         }
-        let (says, is) = (pace.seconds(16, 24), slower.seconds(16, 24));
+        let load = with(decode(16, 200), 24, 100);
+        let (says, is) = (pace.seconds(load), slower.seconds(load));
         assert!((says / is - 1.0).abs() < 0.1, "{says} for {is}");
     }
 }

@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use crate::base::{AccountId, Error, Kind, Result};
 use crate::engine::blocks::{BlockHash, BlockId, Blocks};
 use crate::engine::coming::{Coming, Follower};
-use crate::engine::pace::Pace;
+use crate::engine::pace::{Load, Pace};
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
@@ -194,6 +194,8 @@ pub struct Plan {
     pub begun: Vec<(RequestKey, usize)>,
     /// Tokens computed that belong to prompts.
     pub prompt_rows: usize,
+    /// What the step costs, drafts aside.
+    load: Load,
     /// Tokens computed with an adapter.
     pub adapted_rows: usize,
     /// Sequences that lost their blocks for want of blocks.
@@ -226,6 +228,7 @@ impl Plan {
         self.followed_by.clear();
         self.begun.clear();
         self.prompt_rows = 0;
+        self.load = Load::default();
         self.adapted_rows = 0;
         self.drafted = 0;
         self.preempted = 0;
@@ -448,9 +451,12 @@ impl Scheduler {
         self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
         self.release_followers(now);
         self.grow(now, plan);
-        let decode = self.running.iter().filter(|&&key| self.sequences[key].left() == 1).count();
+        let mut decode = Load::default();
+        for sequence in self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| sequence.left() == 1) {
+            decode.decodes(1, sequence.computed);
+        }
         let mut budget = self.limits.step_tokens;
-        let rows = self.prompt_rows(decode).min(budget - decode);
+        let rows = self.prompt_rows(decode).min(budget - decode.decode);
         // Before anything is placed: what was placed must keep its blocks.
         self.let_in(rows, now, plan);
         for at in 0..self.running.len() {
@@ -464,14 +470,15 @@ impl Scheduler {
         self.spill(plan);
     }
 
-    /// Rows that prompts may have beside `decode` others.
-    fn prompt_rows(&self, decode: usize) -> usize {
-        if decode == 0 || self.limits.prefill_stretch == 0.0 {
+    /// Rows that prompts may have beside others that decode.
+    fn prompt_rows(&self, decode: Load) -> usize {
+        if decode.decode == 0 || self.limits.prefill_stretch == 0.0 {
             return usize::MAX;
         }
-        let reading = self.running.iter().filter(|&&key| self.sequences[key].left() > 1).count();
+        let reading = self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| sequence.left() > 1);
         let coming = self.queue.len().min(self.limits.max_running.saturating_sub(self.running.len()));
-        self.pace.prompt_rows(decode, reading + coming, self.limits.prefill_stretch)
+        let context = reading.clone().next().map_or(0, |first| first.computed);
+        self.pace.prompt_rows(decode, reading.count() + coming, context, self.limits.prefill_stretch)
     }
 
     /// Whether this much is read in several steps.
@@ -829,6 +836,10 @@ impl Scheduler {
         let scored = (first, end.clamp(first, last));
         plan.shares.push(Share { rows, drafts: 0, scored });
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
+        match rows {
+            1 => plan.load.decodes(1, start),
+            rows => plan.load.reads(rows, start),
+        }
         sequence.computed = end;
         sequence.fed = self.step;
         rows
@@ -836,7 +847,9 @@ impl Scheduler {
 
     /// A step took this long.
     pub fn took(&mut self, plan: &Plan, time: Duration) {
-        self.pace.learn(plan.batch.rows() - plan.prompt_rows, plan.prompt_rows, time);
+        let mut load = plan.load;
+        load.decode += plan.drafted;
+        self.pace.learn(load, time);
     }
 
     /// Gives rows that are left to drafts, first to each sequence's first, then to each one's second, as long as they pay.
@@ -857,7 +870,7 @@ impl Scheduler {
                 plan.hopes.push(Hope { part: at, chance: 1.0 });
             }
         }
-        let (step, row) = self.pace.step(rows - plan.prompt_rows, plan.prompt_rows);
+        let (step, row) = self.pace.step(plan.load);
         let mut worth = Worth::of(step, rows, row);
         for ahead in 0..limits.most {
             plan.hopes.retain_mut(|hope| {

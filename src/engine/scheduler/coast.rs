@@ -11,6 +11,7 @@
 use std::time::Duration;
 
 use super::{GROWTH_DECAY, GROWTH_LEAST, Scheduler};
+use crate::engine::pace::Load;
 use crate::engine::sequence::RequestKey;
 
 impl Scheduler {
@@ -55,9 +56,11 @@ impl Scheduler {
         let block_tokens = self.blocks.block_tokens();
         // Where in its last block each sequence is when a step is planned.
         let mut filled = Vec::with_capacity(self.running.len());
+        let mut load = Load::default();
         for &key in &self.running {
             let sequence = &mut self.sequences[key];
             filled.push(sequence.tokens.len() % block_tokens);
+            load.decodes(1, sequence.computed);
             let (request, produced) = (sequence.request, sequence.produced());
             sequence.tokens.extend((produced..produced + steps).map(|at| token(request, at)));
             // One by one, since each is rounded by the account's weight.
@@ -65,7 +68,8 @@ impl Scheduler {
         }
         self.step += steps as u64;
         for step in 0..steps {
-            self.pace.learn(self.running.len(), 0, took(step));
+            self.pace.learn(load, took(step));
+            load.decode_context += load.decode;
             if self.growth > GROWTH_LEAST {
                 self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
             }
@@ -193,7 +197,8 @@ mod tests {
         coasting.check().unwrap();
         assert_eq!(coasting.running, single.running);
         assert_eq!((coasting.growth.to_bits(), coasting.step), (single.growth.to_bits(), single.step));
-        assert_eq!(coasting.pace.seconds(3, 5).to_bits(), single.pace.seconds(3, 5).to_bits());
+        let load = Load { decode: 3, decode_context: 50, prompt: 5, prompt_context: 100 };
+        assert_eq!(coasting.pace.seconds(load).to_bits(), single.pace.seconds(load).to_bits());
         assert_eq!(coasting.blocks.free_list(), single.blocks.free_list());
         for (key, sequence) in single.sequences.iter() {
             let other = &coasting.sequences[key];
