@@ -1,4 +1,5 @@
-//! What a step costs beside the model: deciding it and delivering it. Drawing its tokens: `benches/sampler.rs`.
+//! What a step costs beside the model: deciding it and delivering it. Drawing its tokens: `benches/sampler.rs`. Delivery is
+//! measured in time of the engine's thread, with answers written on it and beside it, while callers wait for each token.
 //!
 //! ```text
 //! cargo bench --bench scheduler
@@ -6,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use neurond::base::{AccountId, DeviceId, ModelId, RequestId, SlotId};
 use neurond::engine::lane::Lane;
 use neurond::engine::scheduler::{Ask, DraftLimits, Limits, Plan, Pushed, Scheduler};
@@ -76,11 +77,11 @@ fn plan(c: &mut Criterion) {
     group.finish();
 }
 
-/// The same with delivery, sampling over 257 tokens and a device that takes no time.
-fn lane(c: &mut Criterion) {
-    let device = SimSpec { blocks: BLOCKS, end_in: 0, verify: false, ..SimSpec::default() };
+/// A lane on a device whose steps take so long.
+fn sim(step_us: u64) -> Lane {
+    let device = SimSpec { blocks: BLOCKS, step_us, end_in: 0, verify: false, ..SimSpec::default() };
     let metrics = Metrics::new();
-    let mut lane = Lane::new(ModelSlot {
+    Lane::new(ModelSlot {
         slot: SlotId::next(),
         model: ModelId::new("sim"),
         vocabulary: SimRunner::vocabulary(),
@@ -95,36 +96,46 @@ fn lane(c: &mut Criterion) {
         spill: None,
         speculation: Default::default(),
         metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
-    });
+    })
+}
+
+/// One more answer, whose prompt is like no other's.
+fn join(lane: &mut Lane, which: u32, max_tokens: u32) -> flume::Receiver<Event> {
+    let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
+    let submit = Submit {
+        request: RequestId::random(),
+        account: AccountId::new("account"),
+        weight: 1,
+        slot: lane.id(),
+        prompt: (0..PROMPT as u32).map(|at| (at * 7 + which) % 256).collect(),
+        choices: 1,
+        max_tokens,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        seed: 1,
+        stop: vec!["\n\n".into()],
+        logprobs: None,
+        grammar: None,
+        prompt_logprobs: None,
+        priority: 0,
+        cache_salt: 0,
+        adapter: None,
+        drafts: None,
+        expected: vec![],
+        deadline: Instant::now() + Duration::from_secs(3600),
+        received: Instant::now(),
+        vocabulary: None,
+        events,
+    };
+    lane.submit(submit, Instant::now());
+    receiver
+}
+
+/// The same with delivery, sampling over 257 tokens and a device that takes no time.
+fn lane(c: &mut Criterion) {
+    let mut lane = sim(0);
     let mut receivers = Vec::new();
     let join = |lane: &mut Lane, receivers: &mut Vec<flume::Receiver<Event>>, max_tokens: u32| {
-        let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
-        receivers.push(receiver);
-        let submit = Submit {
-            request: RequestId::random(),
-            account: AccountId::new("account"),
-            weight: 1,
-            slot: lane.id(),
-            prompt: (0..PROMPT as u32).map(|at| (at * 7 + receivers.len() as u32) % 256).collect(),
-            choices: 1,
-            max_tokens,
-            sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-            seed: 1,
-            stop: vec!["\n\n".into()],
-            logprobs: None,
-            grammar: None,
-            prompt_logprobs: None,
-            priority: 0,
-            cache_salt: 0,
-            adapter: None,
-            drafts: None,
-            expected: vec![],
-            deadline: Instant::now() + Duration::from_secs(3600),
-            received: Instant::now(),
-            vocabulary: None,
-            events,
-        };
-        lane.submit(submit, Instant::now());
+        receivers.push(join(lane, 1 + receivers.len() as u32, max_tokens));
     };
     for at in 0..RUNNING as u32 {
         join(&mut lane, &mut receivers, 1 + at * ANSWER / RUNNING as u32);
@@ -147,5 +158,49 @@ fn lane(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, plan, lane);
+/// Time that this thread has computed.
+fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the clock is there on every Linux, and `time` outlives the call.
+    let failed = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    assert_eq!(failed, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// What delivery takes of the engine's thread in a step of 64 sequences. Every caller waits for its next token, as the
+/// handlers of a server do, so each event wakes one.
+fn deliver(c: &mut Criterion) {
+    const DECODING: usize = 64;
+    let mut group = c.benchmark_group("deliver 64 tokens");
+    group.throughput(Throughput::Elements(DECODING as u64));
+    for (name, lane) in [("on the engine's thread", sim(400)), ("beside it", sim(400).with_scribe())] {
+        let mut lane = lane;
+        let (callers, waiting) = std::sync::mpsc::channel::<flume::Receiver<Event>>();
+        let server = std::thread::spawn(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().build() else { panic!("no runtime") };
+            let tasks = tokio::task::LocalSet::new();
+            for caller in waiting.iter().take(DECODING) {
+                tasks.spawn_local(async move { while caller.recv_async().await.is_ok() {} });
+            }
+            runtime.block_on(tasks);
+        });
+        for at in 0..DECODING as u32 {
+            assert!(callers.send(join(&mut lane, at, 7_000)).is_ok());
+        }
+        let mut step = || {
+            assert!(lane.plan(Instant::now()), "answers are too short for this bench");
+            assert!(lane.compute().is_ok());
+            let before = thread_time();
+            lane.deliver(Instant::now());
+            thread_time() - before
+        };
+        let _warm: Duration = (0..40).map(|_| step()).sum();
+        group.sample_size(20).bench_function(name, |b| b.iter_custom(|steps| (0..steps).map(|_| step()).sum()));
+        drop(lane);
+        assert!(server.join().is_ok());
+    }
+    group.finish();
+}
+
+criterion_group!(benches, plan, lane, deliver);
 criterion_main!(benches);

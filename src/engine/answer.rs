@@ -1,29 +1,28 @@
-//! A request's way out: drawn tokens become text, text becomes events.
+//! What decides an answer's next token: how it is drawn, what its grammar allows, and the ends that need no text to be seen.
 //!
 //! ```text
-//! token ─ detokenise ─> [ sent ........ | held: could begin a stop string ] ─> Text … Finish ─> Done
+//!           ┌──────────── Answer ────────────┐        ┌─ Reply, with the scribe ─┐
+//! draw ──> token ──> produced, seen, matcher, end? ──> text, stop strings, events ──> caller
 //! ```
 //!
-//! Text is sent as soon as it cannot be the beginning of a stop string any more. The stop string that is complete first
-//! wins, the longest if several are at the same character, so where the answer is cut does not depend on how the model
-//! happened to cut its tokens. Knows nothing of scheduling; never waits, since the channel has room for every event.
+//! All of it is known at once, so the next step never waits for text. Knows nothing of scheduling.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::base::{Error, RequestId};
 use crate::engine::Submit;
-use crate::engine::sampler::{Draw, Drawn};
+use crate::engine::sampler::Draw;
 use crate::engine::seen::Seen;
 use crate::metrics::EngineMetrics;
+use crate::model::Vocabulary;
 use crate::model::grammar::Matcher;
-use crate::model::{Detokenizer, Vocabulary};
-use crate::task::{Event, FinishReason, PromptToken, Sampling, Scored, TokenLogprob, Usage};
+use crate::task::{Event, Sampling};
 
 /// A request being answered.
 pub struct Answer {
     request: RequestId,
+    /// Looked at, to see whether anybody still listens.
     events: flume::Sender<Event>,
     received: Instant,
     begun: Option<Instant>,
@@ -32,41 +31,44 @@ pub struct Answer {
     seed: u64,
     logprobs: Option<u32>,
     prompt_logprobs: Option<u32>,
-    /// The prompt's tokens until they are sent, if they are wanted.
-    prompt: Option<Vec<PromptToken>>,
+    prompt_tokens: usize,
     vocabulary: Arc<Vocabulary>,
-    stops: Arc<Stops>,
     choices: Vec<Choice>,
-    usage: Usage,
-    /// Whether a token was drawn.
-    spoke: bool,
 }
 
 /// One of the answers.
 struct Choice {
-    writer: Writer,
-    /// Kept only where draws look back.
     /// Away while its masks are computed.
     matcher: Option<Box<Matcher>>,
-    /// Kept only where a penalty is in force.
+    /// Kept only where draws look back.
     seen: Option<Seen>,
     produced: u32,
-    /// When its newest token was drawn.
-    last: Option<Instant>,
+    complete: bool,
+}
+
+/// Whether a token is the last of its choice, as far as can be told without its text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Last {
+    /// Another may follow.
+    No,
+    /// An end token, which prints nothing.
+    EndToken,
+    /// The grammar allows nothing more.
+    Whole,
+    /// There may be no other: `max_tokens`, or the context window.
+    Limit,
 }
 
 impl Answer {
-    /// Keeps what delivery needs of a submission; the scheduler gets the rest.
+    /// Keeps what draws need of a submission; the scheduler and the scribe get the rest. `vocabulary` says which tokens end
+    /// an answer.
     pub fn new(submit: &Submit, vocabulary: Arc<Vocabulary>) -> Self {
-        let stops = Arc::new(Stops::new(&submit.stop));
-        let vocabulary = submit.vocabulary.clone().unwrap_or(vocabulary);
         let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling, &vocabulary));
         let choice = || Choice {
-            writer: Writer::new(vocabulary.clone(), stops.clone()),
             matcher: submit.grammar.as_ref().map(|grammar| Box::new(grammar.matcher())),
             seen: seen.clone(),
             produced: 0,
-            last: None,
+            complete: false,
         };
         Self {
             request: submit.request,
@@ -78,16 +80,8 @@ impl Answer {
             seed: submit.seed,
             logprobs: submit.logprobs,
             prompt_logprobs: submit.prompt_logprobs,
-            prompt: submit.prompt_logprobs.and(submit.prompt.first()).map(|&token| {
-                let first = PromptToken { token, bytes: vocabulary.piece(token).to_vec(), scored: None };
-                let mut prompt = Vec::with_capacity(submit.prompt.len());
-                prompt.push(first);
-                prompt
-            }),
+            prompt_tokens: submit.prompt.len(),
             choices: (0..submit.choices).map(|_| choice()).collect(),
-            usage: Usage { prompt_tokens: submit.prompt.len() as u32, ..Usage::default() },
-            spoke: false,
-            stops,
             vocabulary,
         }
     }
@@ -114,10 +108,9 @@ impl Answer {
 
     /// Its first token is being computed, `cached` tokens of the prompt came out of the prefix cache.
     pub fn begin(&mut self, cached: usize, now: Instant, metrics: &EngineMetrics) {
-        self.usage.cached_tokens = cached as u32;
         self.begun = Some(now);
         metrics.queue_time.observe(seconds(self.received, now));
-        metrics.prefix_queries.inc_by(u64::from(self.usage.prompt_tokens));
+        metrics.prefix_queries.inc_by(self.prompt_tokens as u64);
         metrics.prefix_hits.inc_by(cached as u64);
     }
 
@@ -171,47 +164,10 @@ impl Answer {
         }
     }
 
-    /// The next token of the prompt was looked up.
-    pub fn looked_up(&mut self, token: u32, drawn: &Drawn) {
-        let Some(prompt) = &mut self.prompt else { return };
-        let piece = |token: u32| self.vocabulary.piece(token).to_vec();
-        let top = drawn.top.iter().map(|&(id, logprob)| (id, piece(id), logprob)).collect();
-        let scored = Some(Scored { logprob: drawn.logprob, rank: drawn.rank, top });
-        prompt.push(PromptToken { token, bytes: piece(token), scored });
-    }
-
-    /// So many drafts were verified, or came true.
-    pub fn count_drafts(&mut self, drafted: usize, accepted: usize, metrics: &EngineMetrics) {
-        self.usage.drafted_tokens += drafted as u32;
-        self.usage.accepted_tokens += accepted as u32;
-        metrics.drafted_tokens.inc_by(drafted as u64);
-        metrics.accepted_tokens.inc_by(accepted as u64);
-    }
-
-    /// Sends what a drawn token makes certain. `last` says that there may be no token after it. Returns whether the
-    /// choice is complete.
-    pub fn accept(
-        &mut self,
-        choice: u32,
-        token: u32,
-        drawn: &Drawn,
-        last: bool,
-        now: Instant,
-        metrics: &EngineMetrics,
-    ) -> bool {
-        if !self.spoke {
-            self.spoke = true;
-            metrics.ttft.observe(seconds(self.received, now));
-        }
-        if let Some(prompt) = self.prompt.take() {
-            self.send(Event::Prompt(prompt));
-        }
+    /// A choice has one more token; `full` says that there may be none after it.
+    pub fn accept(&mut self, choice: u32, token: u32, full: bool) -> Last {
         let of = &mut self.choices[choice as usize];
-        if let Some(before) = of.last.replace(now) {
-            metrics.inter_token.observe(seconds(before, now));
-        }
         of.produced += 1;
-        self.usage.completion_tokens += 1;
         if let Some(seen) = &mut of.seen {
             seen.push(token);
         }
@@ -221,221 +177,39 @@ impl Answer {
         });
         // Under a grammar the end token is allowed only where the answer is whole.
         let ends = self.vocabulary.is_end(token) && (whole.is_some() || !self.sampling.ignore_eos);
-        let whole = whole.unwrap_or(false);
-        let mut stop = None;
-        if !ends {
-            let logprob = self.logprobs.map(|_| TokenLogprob {
-                token,
-                bytes: self.vocabulary.piece(token).to_vec(),
-                logprob: drawn.logprob,
-                top: drawn.top.iter().map(|&(id, logprob)| (id, self.vocabulary.piece(id).to_vec(), logprob)).collect(),
-            });
-            stop = of.writer.push(token, logprob);
-        }
-        let complete = ends || whole || stop.is_some() || last;
-        if complete && stop.is_none() {
-            // Cut by a limit, the beginning of a character is left out; a model that stops inside one gets its mark.
-            of.writer.finish(ends);
-        }
-        let (text, logprobs) = of.writer.release();
-        if !text.is_empty() || !logprobs.is_empty() {
-            self.send(Event::Text { choice, text, logprobs, usage: self.usage });
-        }
-        if !complete {
-            return false;
-        }
-        let reason = if ends || whole || stop.is_some() { FinishReason::Stop } else { FinishReason::Length };
-        match reason {
-            FinishReason::Stop | FinishReason::ToolCalls => metrics.finished_stop.inc(),
-            FinishReason::Length => metrics.finished_length.inc(),
-        }
-        let stop = stop.map(|at| self.stops.0[at].text.clone());
-        self.send(Event::Finish { choice, reason, stop });
-        true
+        let last = match (ends, whole) {
+            (true, _) => Last::EndToken,
+            (false, Some(true)) => Last::Whole,
+            _ if full => Last::Limit,
+            _ => Last::No,
+        };
+        of.complete = last != Last::No;
+        last
     }
 
-    /// All choices are complete.
-    pub fn done(self, now: Instant, metrics: &EngineMetrics) {
-        metrics.request_time.observe(seconds(self.received, now));
-        self.send(Event::Done(self.usage));
+    /// A choice is complete: its text says so.
+    pub fn complete(&mut self, choice: u32) {
+        self.choices[choice as usize].complete = true;
     }
 
-    /// The request failed; what was sent stands.
-    pub fn fail(self, error: Error) {
-        self.send(Event::Failed(error));
-    }
-
-    fn send(&self, event: Event) {
-        if let Err(flume::TrySendError::Full(_)) = self.events.try_send(event) {
-            // Only a submission whose channel is smaller than `Submit::event_capacity` gets here.
-            tracing::error!(request = %self.request, "an event found no room in its channel and was lost");
-        }
+    /// Whether a choice is known to be complete.
+    pub fn is_complete(&self, choice: u32) -> bool {
+        self.choices[choice as usize].complete
     }
 }
 
-fn seconds(from: Instant, to: Instant) -> f64 {
+/// How long it took.
+pub(super) fn seconds(from: Instant, to: Instant) -> f64 {
     to.saturating_duration_since(from).as_secs_f64()
-}
-
-/// Stop strings, prepared for matching a byte at a time.
-struct Stops(Vec<Stop>);
-
-struct Stop {
-    text: String,
-    /// `back[n]`: the longest beginning of the string that is also the end of its first `n` bytes, itself left out.
-    back: Vec<u32>,
-}
-
-impl Stops {
-    fn new(texts: &[String]) -> Self {
-        Self(texts.iter().filter(|text| !text.is_empty()).map(|text| Stop::new(text)).collect())
-    }
-}
-
-impl Stop {
-    fn new(text: &str) -> Self {
-        let mut stop = Self { text: text.to_owned(), back: vec![0; text.len() + 1] };
-        for (at, &byte) in text.as_bytes().iter().enumerate().skip(1) {
-            stop.back[at + 1] = stop.advance(stop.back[at], byte);
-        }
-        stop
-    }
-
-    /// How many bytes of the string the text ends with after `byte`, if it ended with `matched` before.
-    fn advance(&self, mut matched: u32, byte: u8) -> u32 {
-        loop {
-            if self.text.as_bytes().get(matched as usize) == Some(&byte) {
-                return matched + 1;
-            }
-            if matched == 0 {
-                return 0;
-            }
-            matched = self.back[matched as usize];
-        }
-    }
-}
-
-/// The text of one choice: what is certain, what is held back, and the log-probabilities that belong to it.
-struct Writer {
-    detokenizer: Detokenizer,
-    stops: Arc<Stops>,
-    /// How much of each stop string the text ends with.
-    matched: Vec<u32>,
-    /// Text not sent yet.
-    text: String,
-    /// Of `text`, bytes that may be sent.
-    certain: usize,
-    /// Bytes sent.
-    sent: usize,
-    /// Where each token's text begins, and whether it has any.
-    logprobs: VecDeque<(usize, bool, TokenLogprob)>,
-}
-
-impl Writer {
-    fn new(vocabulary: Arc<Vocabulary>, stops: Arc<Stops>) -> Self {
-        Self {
-            detokenizer: Detokenizer::new(vocabulary),
-            matched: vec![0; stops.0.len()],
-            stops,
-            text: String::new(),
-            certain: 0,
-            sent: 0,
-            logprobs: VecDeque::new(),
-        }
-    }
-
-    /// Appends a token. Returns which stop string is complete, if one is; the text ends before it then.
-    fn push(&mut self, token: u32, logprob: Option<TokenLogprob>) -> Option<usize> {
-        let from = self.text.len();
-        self.detokenizer.push(token, &mut self.text);
-        if let Some(logprob) = logprob {
-            self.logprobs.push_back((self.sent + from, !logprob.bytes.is_empty(), logprob));
-        }
-        if self.stops.0.is_empty() {
-            self.certain = self.text.len();
-            return None;
-        }
-        for (at, &byte) in self.text.as_bytes().iter().enumerate().skip(from) {
-            let mut complete: Option<usize> = None;
-            for (which, (stop, matched)) in self.stops.0.iter().zip(&mut self.matched).enumerate() {
-                *matched = stop.advance(*matched, byte);
-                let longer = complete.is_none_or(|other| stop.text.len() > self.stops.0[other].text.len());
-                if *matched as usize == stop.text.len() && longer {
-                    complete = Some(which);
-                }
-            }
-            if let Some(which) = complete {
-                self.text.truncate(at + 1 - self.stops.0[which].text.len());
-                self.certain = self.text.len();
-                let end = self.sent + self.certain;
-                self.logprobs.retain(|&(start, ..)| start < end);
-                return complete;
-            }
-        }
-        let held = self.matched.iter().max().copied().unwrap_or(0);
-        self.certain = self.text.len() - held as usize;
-        None
-    }
-
-    /// The answer ends here: nothing held back can become anything else. `marked`: an unfinished character shows as U+FFFD.
-    fn finish(&mut self, marked: bool) {
-        if marked {
-            self.detokenizer.finish(&mut self.text);
-        }
-        // Tokens whose text is left out have their log-probabilities all the same.
-        self.logprobs.iter_mut().for_each(|(_, shows, _)| *shows = false);
-        self.certain = self.text.len();
-    }
-
-    /// Takes what is certain: text, and the log-probabilities of the tokens that it begins or shows. A token without
-    /// text of its own follows the one before it.
-    fn release(&mut self) -> (String, Vec<TokenLogprob>) {
-        let rest = self.text.split_off(self.certain);
-        let text = std::mem::replace(&mut self.text, rest);
-        self.sent += self.certain;
-        self.certain = 0;
-        let due = |&(start, shows, _): &(usize, bool, TokenLogprob)| start < self.sent || !shows && start == self.sent;
-        let count = self.logprobs.iter().take_while(|entry| due(entry)).count();
-        (text, self.logprobs.drain(..count).map(|(.., logprob)| logprob).collect())
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Feeds pieces as tokens `0..`, with `stops`; the result lists what each step sends with its log-probabilities'
-    /// token ids, and the stop string that ended it.
-    fn check(pieces: &[&[u8]], stops: &[&str], expected: &str) {
-        let vocabulary = Arc::new(Vocabulary::new(pieces.iter(), vec![]));
-        let stops: Vec<String> = stops.iter().map(|&stop| stop.to_owned()).collect();
-        let mut writer = Writer::new(vocabulary.clone(), Arc::new(Stops::new(&stops)));
-        let mut steps = Vec::new();
-        let mut show = |writer: &mut Writer| {
-            let (text, logprobs) = writer.release();
-            let tokens: Vec<_> = logprobs.iter().map(|logprob| logprob.token.to_string()).collect();
-            steps.push(format!("{text}:{}", tokens.join(",")));
-        };
-        let mut stopped = None;
-        for token in 0..pieces.len() as u32 {
-            let bytes = vocabulary.piece(token).to_vec();
-            stopped = writer.push(token, Some(TokenLogprob { token, bytes, logprob: 0.0, top: vec![] }));
-            show(&mut writer);
-            if stopped.is_some() {
-                break;
-            }
-        }
-        if stopped.is_none() {
-            writer.finish(true);
-            show(&mut writer);
-        }
-        let end = stopped.map_or("end".into(), |at| format!("stop {}", stops[at]));
-        assert_eq!(format!("{} | {end}", steps.join(" | ")), expected, "{pieces:?} {stops:?}");
-    }
-
     #[test]
     fn every_draw_of_a_request_has_a_random_number_of_its_own() {
-        let (events, receiver) = flume::bounded(Submit::event_capacity(2, 9));
+        let (events, _receiver) = flume::bounded(Submit::event_capacity(2, 9));
         let now = Instant::now();
         let submit = Submit {
             request: RequestId::random(),
@@ -461,99 +235,14 @@ mod tests {
             vocabulary: None,
             events,
         };
-        let metrics = crate::metrics::Metrics::new();
-        let metrics = metrics.engine(&crate::base::ModelId::new("m"), crate::base::DeviceId(0));
         let mut answer = Answer::new(&submit, Arc::new(Vocabulary::new([b"a", b"b"], vec![])));
         let number = |draw: Draw<'_>| (draw.seed, draw.position);
         let numbers = |answer: &Answer| [0, 1].map(|choice| number(answer.draw(choice, &[])));
         assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 0)]);
         assert_eq!(number(answer.draw(1, &[1, 1])), (0, 2), "a row behind two drafts");
-        let drawn = Drawn { token: Some(1), ..Drawn::default() };
-        assert!(!answer.accept(1, 1, &drawn, false, now, &metrics));
+        assert_eq!(answer.accept(1, 1, false), Last::No);
         assert_eq!(numbers(&answer), [(u64::MAX, 0), (0, 1)]);
-        assert!(answer.accept(1, 1, &drawn, true, now, &metrics), "the last token completes a choice");
-        answer.fail(Error::internal("x"));
-        assert_eq!(receiver.len(), 4, "two texts, a finish, a failure");
-    }
-
-    #[test]
-    fn text_without_stop_strings_leaves_at_once() {
-        check(&[b"a", b"bc"], &[], "a:0 | bc:1 | : | end");
-    }
-
-    #[test]
-    fn only_what_could_begin_a_stop_string_is_held_back() {
-        check(
-            &[b"one <", b"|e", b"x two"],
-            &["<|end|>"],
-            "one :0 |  | <|ex two:1,2 | : | end".replace("  |", " : |").as_str(),
-        );
-        check(&[b"ab", b"ab", b"c"], &["abc"], ": | ab:0 | : | stop abc");
-        check(&[b"aab", b"aa"], &["aac"], "aab:0 | : | aa:1 | end");
-    }
-
-    #[test]
-    fn a_stop_string_is_cut_exactly_even_across_tokens() {
-        check(&[b"x EN", b"D y"], &["END"], "x :0 | : | stop END");
-        check(&[b"x END y"], &["END"], "x :0 | stop END");
-        check(&[b"END"], &["END"], ": | stop END");
-        check(&["grün".as_bytes(), "e ü".as_bytes()], &["ne"], "grü:0 | : | stop ne");
-        check(&[b"\xc3", b"\xbcx"], &["üx"], ": | : | stop üx");
-    }
-
-    #[test]
-    fn the_stop_string_that_is_complete_first_wins_and_the_longest_among_equals() {
-        check(&[b"abcd"], &["abcd", "bc"], "a:0 | stop bc");
-        check(&[b"abcd"], &["cd", "bcd"], "a:0 | stop bcd");
-        check(&[b"a", b"b", b"c", b"d"], &["abcd", "bc"], ": | : | a:0 | stop bc");
-    }
-
-    #[test]
-    fn log_probabilities_leave_with_the_text_that_their_token_begins() {
-        check(&[b"a", b"\xf0\x9f", b"\x98\x80", b"b"], &[], "a:0 | : | 😀:1,2 | b:3 | : | end");
-        check(&[b"a", b"", b"b"], &[], "a:0 | :1 | b:2 | : | end");
-        check(&[b"ab", b"\xe2\x82"], &[], "ab:0 | : | \u{fffd}:1 | end");
-        check(&[b"ok E", b"N", b"Q"], &["END"], "ok :0 | : | ENQ:1,2 | : | end");
-    }
-
-    #[test]
-    fn where_an_answer_is_cut_does_not_depend_on_how_its_tokens_are_cut() {
-        let (text, stops) = ("aabaabaaabcabacabab", ["aaabc", "abab", "caba"].map(str::to_owned));
-        let whole = |cuts: u32| {
-            let mut pieces: Vec<Vec<u8>> = vec![vec![]];
-            for (at, byte) in text.bytes().enumerate() {
-                pieces.last_mut().unwrap().push(byte);
-                if cuts >> at & 1 == 1 {
-                    pieces.push(vec![]);
-                }
-            }
-            let vocabulary = Arc::new(Vocabulary::new(pieces.iter(), vec![]));
-            let mut writer = Writer::new(vocabulary, Arc::new(Stops::new(&stops)));
-            let mut out = String::new();
-            for token in 0..pieces.len() as u32 {
-                let stop = writer.push(token, None);
-                out += &writer.release().0;
-                if stop.is_some() {
-                    return (out, stop);
-                }
-            }
-            panic!("no stop")
-        };
-        for cuts in 0..4096 {
-            assert_eq!(whole(cuts * 61), ("aabaab".to_owned(), Some(0)));
-        }
-    }
-
-    #[test]
-    fn an_answer_cut_inside_a_character_ends_before_it_and_keeps_the_log_probabilities() {
-        let vocabulary = Arc::new(Vocabulary::new([b"ab".as_slice(), b"\xe2\x82"], vec![]));
-        let mut writer = Writer::new(vocabulary, Arc::new(Stops::new(&[])));
-        let logprob = |token| TokenLogprob { token, bytes: vec![1], logprob: 0.0, top: vec![] };
-        for token in 0..2 {
-            writer.push(token, Some(logprob(token)));
-        }
-        writer.finish(false);
-        let (text, logprobs) = writer.release();
-        assert_eq!((text.as_str(), logprobs.len()), ("ab", 2));
+        assert_eq!(answer.accept(1, 1, true), Last::Limit, "the last token completes a choice");
+        assert_eq!([0, 1].map(|choice| answer.is_complete(choice)), [false, true]);
     }
 }

@@ -243,7 +243,8 @@ fn full() -> Error {
         .with_retry_after(Duration::from_secs(1))
 }
 
-fn lost() -> Error {
+/// The thread of a device is gone.
+pub(super) fn lost() -> Error {
     Error::new(Kind::EngineLost, "The device of this model went away; try again in a moment.")
         .with_retry_after(Duration::from_secs(2))
 }

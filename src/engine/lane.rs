@@ -1,22 +1,24 @@
 //! One installed model at work: its scheduler, its runner, and the answers under way.
 //!
 //! ```text
-//! submit ──> [ plan(now) ──> compute() ──> deliver(now) ] ──events──> callers
-//!              cancels,       forward,        tokens to text,
-//!              deadlines,     sample          finish, publish blocks
-//!              schedule
+//! submit ──> [ plan(now) ──> compute() ──> deliver(now) ] ──page──> scribe ──events──> callers
+//!              cancels,       forward,        count, finish,            │
+//!              deadlines,     sample,         publish blocks            │
+//!              schedule       join <──────── stop strings ──────────────┘
 //! ```
 //!
 //! The three parts of a step are separate and take `now`, so a simulation can drive the real thing from a seed. No
-//! threads and no channels but the answers' own; the loop is in `run.rs`.
+//! threads unless [`Lane::with_scribe`] asks for one; the loop is in `run.rs`.
 
 use std::time::{Duration, Instant};
 
 use crate::base::{Error, Kind, Result, SlotId};
-use crate::engine::answer::Answer;
+use crate::engine::answer::{Answer, Last};
 use crate::engine::masks::Masks;
+use crate::engine::reply::{Reply, Said};
 use crate::engine::sampler::Sampler;
-use crate::engine::scheduler::{Ask, DraftLimits, Limits, Plan, Pushed, Scheduler};
+use crate::engine::scheduler::{Ask, DraftLimits, Limits, Plan, Planned, Pushed, Scheduler};
+use crate::engine::scribe::Scribe;
 use crate::engine::sequence::RequestKey;
 use crate::engine::speculate::agreed;
 use crate::engine::spill::Store;
@@ -32,9 +34,12 @@ pub struct Lane {
     scheduler: Scheduler,
     sampler: Sampler,
     masks: Masks,
+    scribe: Scribe,
     plan: Plan,
     /// By the scheduler's request key.
     answers: Vec<Option<Answer>>,
+    /// Choices that a step completed.
+    ended: Vec<Planned>,
     /// Requests found unfit while others are being looked at.
     unfit: Vec<(RequestKey, Option<Error>)>,
     steps: u64,
@@ -65,16 +70,24 @@ impl Lane {
         slot.metrics.kv_total.set(scheduler.blocks().total() as i64);
         Self {
             masks: Masks::new(slot.max_running, slot.metrics.clone()),
+            scribe: Scribe::new(slot.metrics.clone()),
             slot,
             scheduler,
             sampler: Sampler::default(),
             plan: Plan::default(),
             answers: Vec::new(),
+            ended: Vec::new(),
             unfit: Vec::new(),
             steps: 0,
             retiring: false,
             pace: 1.0,
         }
+    }
+
+    /// Answers are written on a thread of their own from now on, while the device computes the next step.
+    pub fn with_scribe(mut self) -> Self {
+        self.scribe.move_out();
+        self
     }
 
     /// Which slot.
@@ -121,7 +134,8 @@ impl Lane {
         if submit.adapter.as_ref().is_some_and(|adapter| !self.slot.runner.takes(adapter)) {
             return Err(Error::internal("an adapter that was opened for another model"));
         }
-        let answer = Answer::new(&submit, vocabulary.clone());
+        let vocabulary = submit.vocabulary.as_ref().unwrap_or(vocabulary);
+        let (answer, reply) = (Answer::new(&submit, vocabulary.clone()), Reply::new(&submit, vocabulary));
         let ask = Ask {
             account: &submit.account,
             weight: submit.weight,
@@ -143,6 +157,7 @@ impl Lane {
         let at = key as usize;
         self.answers.resize_with(self.answers.len().max(at + 1), || None);
         self.answers[at] = Some(answer);
+        self.scribe.open(key, reply);
         self.slot.metrics.requests.inc();
         Ok(())
     }
@@ -156,6 +171,8 @@ impl Lane {
     /// Begins a step: lets go of whoever left or is late, then decides what to compute. Returns whether there is
     /// anything; if so, [`Lane::compute`] and [`Lane::deliver`] must follow.
     pub fn plan(&mut self, now: Instant) -> bool {
+        self.scribe.collect();
+        self.finish_stopped();
         for (key, answer) in self.answers.iter().enumerate() {
             let Some(answer) = answer else { continue };
             if answer.is_unwanted() {
@@ -166,7 +183,13 @@ impl Lane {
                 self.unfit.push((key as RequestKey, Some(Error::new(Kind::Timeout, late))));
             }
         }
-        self.let_go();
+        if !self.unfit.is_empty() {
+            // Who has left because the answer is whole has not left. An error shows when the step is computed.
+            let _ = self.scribe.join();
+            self.finish_stopped();
+            self.let_go();
+            self.scribe.post(now);
+        }
         loop {
             self.scheduler.plan(now, &mut self.plan);
             self.move_blocks();
@@ -182,6 +205,7 @@ impl Lane {
         for &(key, cached) in &self.plan.begun {
             if let Some(answer) = &mut self.answers[key as usize] {
                 answer.begin(cached, now, metrics);
+                self.scribe.begin(key, cached);
             }
         }
         let rows = self.plan.batch.rows();
@@ -225,20 +249,19 @@ impl Lane {
         while let Some((key, error)) = self.unfit.pop() {
             let Some(answer) = self.answers[key as usize].take() else { continue };
             self.scheduler.cancel(key);
-            match error {
-                Some(error) => answer.fail(error),
-                None => {
-                    tracing::debug!(request = %answer.request(), "cancelled: the caller went away");
-                    self.slot.metrics.cancelled.inc();
-                }
+            if error.is_none() {
+                tracing::debug!(request = %answer.request(), "cancelled: the caller went away");
+                self.slot.metrics.cancelled.inc();
             }
+            self.scribe.end(key, error);
         }
     }
 
-    /// Computes the planned step and draws its tokens.
+    /// Computes the planned step and draws its tokens; meanwhile the scribe writes those of the step before.
     ///
     /// # Errors
-    /// The runner's: nothing of this device can be trusted any more. [`Lane::fail`] is all that may follow.
+    /// The runner's: nothing of this device can be trusted any more; or nobody writes any more. [`Lane::fail`] is all that
+    /// may follow.
     pub fn compute(&mut self) -> Result<()> {
         self.masks.start(&mut self.answers, &self.plan.sampled);
         let logits = self.slot.runner.forward(&self.plan.batch);
@@ -254,15 +277,16 @@ impl Lane {
             let draw = || answer.draw(part.choice, plan.ahead(row));
             Some(plan.given(row).map_or_else(draw, |token| answer.look_up(token)))
         });
-        Ok(())
+        self.scribe.join()
     }
 
-    /// Ends a step: tokens become text and events, complete sequences leave.
+    /// Ends a step: complete sequences leave, the scribe gets what there is to tell.
     pub fn deliver(&mut self, now: Instant) {
         self.steps += 1;
         // Whoever hears that its answer is complete may count on the adapter being idle.
         self.plan.batch.adapters.clear();
         self.scheduler.computed(&self.plan, now);
+        self.finish_stopped();
         let metrics = &self.slot.metrics;
         metrics.steps.inc();
         let mut row = 0;
@@ -273,10 +297,14 @@ impl Lane {
             row += drawn.len();
             let Some(answer) = &mut self.answers[part.request as usize] else { continue };
             if let Some(token) = given {
-                answer.looked_up(token, &drawn[0]);
+                self.scribe.looked_up(part.request, token, &drawn[0]);
                 continue;
             }
-            answer.count_drafts(drafts.len(), 0, metrics);
+            // A stop string had ended it when the row was planned already.
+            if answer.is_complete(part.choice) {
+                continue;
+            }
+            metrics.drafted_tokens.inc_by(drafts.len() as u64);
             // Rows behind a draft that did not come true are as if they had not been computed.
             let count = agreed(drafts, drawn.iter().map_while(|drawn| drawn.token));
             for (at, drawn) in drawn[..count].iter().enumerate() {
@@ -284,25 +312,50 @@ impl Lane {
                     self.unfit.push((part.request, Some(answer.no_token(part.choice))));
                     break;
                 };
-                metrics.generation_tokens.inc();
-                answer.count_drafts(0, usize::from(at + 1 < count), metrics);
-                let last = self.scheduler.push(part.sequence, token) == Pushed::Full;
-                if !answer.accept(part.choice, token, drawn, last, now, metrics) {
-                    continue;
+                let full = self.scheduler.push(part.sequence, token) == Pushed::Full;
+                let last = answer.accept(part.choice, token, full);
+                let drafted = if at == 0 { drafts.len() as u32 } else { 0 };
+                let said = Said { token, logprob: drawn.logprob, drafted, accepted: at + 1 < count, last };
+                self.scribe.say(part, said, drawn);
+                if last != Last::No {
+                    self.ended.push(part);
+                    // Whatever was drawn behind the end is not part of the answer.
+                    break;
                 }
-                if self.scheduler.finish(part.sequence)
-                    && let Some(answer) = self.answers[part.request as usize].take()
-                {
-                    self.pace += PACE_WEIGHT * (answer.service_time(now).as_secs_f64() - self.pace);
-                    answer.done(now, metrics);
-                }
-                // Whatever was drawn behind the end is not part of the answer.
-                break;
             }
         }
         self.scheduler.settle(&self.plan);
+        let mut ended = std::mem::take(&mut self.ended);
+        ended.drain(..).for_each(|part| self.finish(part, now));
+        self.ended = ended;
         self.let_go();
+        self.scribe.post(now);
+        self.scribe.collect();
+        self.finish_stopped();
         self.show();
+    }
+
+    /// A choice is complete, and with it its sequence.
+    fn finish(&mut self, part: Planned, now: Instant) {
+        if self.scheduler.finish(part.sequence)
+            && let Some(answer) = self.answers[part.request as usize].take()
+        {
+            self.pace += PACE_WEIGHT * (answer.service_time(now).as_secs_f64() - self.pace);
+        }
+    }
+
+    /// The same for choices that were ended by a stop string, as far as the scribe has said so.
+    fn finish_stopped(&mut self) {
+        while let Some(stopped) = self.scribe.next_stopped() {
+            let part = stopped.part;
+            // In the meantime its caller may have left, or a token of the same step may have been the last.
+            let answer = self.answers[part.request as usize].as_mut();
+            let answer = answer.filter(|answer| answer.request() == stopped.request);
+            if let Some(answer) = answer.filter(|answer| !answer.is_complete(part.choice)) {
+                answer.complete(part.choice);
+                self.finish(part, stopped.drawn);
+            }
+        }
     }
 
     /// Counts a step's time, from plan to delivery.
@@ -329,14 +382,18 @@ impl Lane {
         &self.scheduler
     }
 
-    /// Ends every request with this error.
+    /// Ends every request with this error, unless it has its whole answer. Everybody has heard it when this returns.
     pub fn fail(&mut self, error: &Error) {
         for key in 0..self.answers.len() {
-            if let Some(answer) = self.answers[key].take() {
+            if self.answers[key].take().is_some() {
                 self.scheduler.cancel(key as RequestKey);
-                answer.fail(error.clone());
+                self.scribe.end(key as RequestKey, Some(error.clone()));
             }
         }
+        self.scribe.post(Instant::now());
+        // Whoever is lost with the scribe was told by it.
+        let _ = self.scribe.join();
+        self.finish_stopped();
         self.show();
     }
 
@@ -428,8 +485,18 @@ mod tests {
     }
 
     fn submit(lane: &mut Lane, token: u32, max_tokens: u32, now: Instant) -> flume::Receiver<Event> {
+        submit_with(lane, token, max_tokens, now, |_| ())
+    }
+
+    fn submit_with(
+        lane: &mut Lane,
+        token: u32,
+        max_tokens: u32,
+        now: Instant,
+        change: impl FnOnce(&mut Submit),
+    ) -> flume::Receiver<Event> {
         let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
-        let submit = Submit {
+        let mut submit = Submit {
             request: RequestId::random(),
             account: AccountId::new("a"),
             weight: 1,
@@ -453,6 +520,7 @@ mod tests {
             vocabulary: None,
             events,
         };
+        change(&mut submit);
         lane.submit(submit, now);
         receiver
     }
@@ -485,6 +553,73 @@ mod tests {
         lane.fail(&error);
         assert!(matches!(last(&receiver), Event::Failed(_)));
         assert!(lane.is_idle());
+        lane.check().unwrap();
+    }
+
+    fn step(lane: &mut Lane, now: Instant) -> Result<bool> {
+        let planned = lane.plan(now);
+        if planned {
+            lane.compute()?;
+            lane.deliver(now);
+        }
+        lane.check().unwrap();
+        Ok(planned)
+    }
+
+    #[test]
+    fn a_caller_that_leaves_is_gone_before_the_next_step() {
+        let (mut lane, now) = (lane(0).with_scribe(), Instant::now());
+        let metrics = lane.slot.metrics.clone();
+        let (leaves, stays) = (submit(&mut lane, 0, 20, now), submit(&mut lane, 0, 9, now));
+        (0..3).for_each(|_| assert!(step(&mut lane, now).unwrap()));
+        drop(leaves);
+        assert!(step(&mut lane, now).unwrap());
+        assert_eq!((metrics.cancelled.get(), lane.scheduler.running()), (1, 1));
+        while step(&mut lane, now).unwrap() {}
+        assert!(lane.is_idle() && lane.scheduler.blocks().used() == 0);
+        assert!(matches!(stays.iter().last(), Some(Event::Done(usage)) if usage.completion_tokens == 9));
+    }
+
+    #[test]
+    fn an_answer_that_a_stop_string_ended_was_not_left_by_its_caller() {
+        let (mut lane, now) = (lane(0).with_scribe(), Instant::now());
+        let metrics = lane.slot.metrics.clone();
+        // Greedy says token 2, a control character, time and again.
+        let receiver = submit_with(&mut lane, 0, 20, now, |submit| submit.stop = vec!["\u{2}\u{2}\u{2}".to_owned()]);
+        let mut steps = 0;
+        let mut ended = None;
+        while !lane.is_idle() {
+            assert!(step(&mut lane, now).unwrap() || lane.is_idle());
+            steps += 1;
+            if steps == 3 {
+                // Heard, and the caller goes, before the lane knows.
+                ended = receiver.iter().find(|event| matches!(event, Event::Done(_)));
+            }
+        }
+        assert!(matches!(ended, Some(Event::Done(usage)) if usage.completion_tokens == 3), "{ended:?}");
+        assert!((3..=4).contains(&steps), "{steps} steps");
+        assert_eq!((metrics.cancelled.get(), metrics.finished_stop.get(), metrics.generation_tokens.get()), (0, 1, 3));
+        assert_eq!(lane.scheduler.blocks().used(), 0);
+    }
+
+    #[test]
+    fn a_scribe_that_dies_ends_every_request_once_and_the_lane() {
+        let (mut lane, now) = (lane(0).with_scribe(), Instant::now());
+        let mut receivers: Vec<_> = (0..2).map(|_| submit(&mut lane, 0, 20, now)).collect();
+        (0..2).for_each(|_| assert!(step(&mut lane, now).unwrap()));
+        // A line that no step writes: there is no such choice.
+        let part = Planned { sequence: 0, request: 0, choice: 7 };
+        let said = Said { token: 0, logprob: 0.0, drafted: 0, accepted: false, last: Last::No };
+        lane.scribe.say(part, said, &crate::engine::sampler::Drawn::default());
+        receivers.push(submit(&mut lane, 0, 20, now));
+        let error = (0..3).find_map(|_| step(&mut lane, now).err()).expect("the lane must hear of it");
+        receivers.push(submit(&mut lane, 0, 20, now));
+        lane.fail(&Error::new(Kind::EngineLost, error.to_string()));
+        for receiver in receivers {
+            let ends: Vec<_> = receiver.iter().filter(|event| !matches!(event, Event::Text { .. })).collect();
+            assert!(matches!(&ends[..], [Event::Failed(error)] if error.kind() == Kind::EngineLost), "{ends:?}");
+        }
+        assert!(lane.is_idle() && lane.compute().is_err());
         lane.check().unwrap();
     }
 

@@ -7,8 +7,9 @@
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
 //! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`speculate`] guesses what an answer
 //! says next, [`sequence`] is one answer's state, [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars
-//! allow, [`seen`] is what draws look back at, [`sampler`] draws tokens, [`answer`] turns them into events, [`lane`] is all
-//! of these for one model, and the loop around the lanes is in `run.rs`. [`oneshot`] is the lane of models that answer in
+//! allow, [`seen`] is what draws look back at, [`sampler`] draws tokens, [`answer`] says how and when they end, `reply.rs`
+//! turns them into events, which `scribe.rs` has done on another thread, [`lane`] is all of these for one model, and the loop
+//! around the lanes is in `run.rs`. [`oneshot`] is the lane of models that answer in
 //! one pass. [`sim`] is a device without weights.
 //!
 //! The thread knows nobody above it. Callers hold an [`Engine`], which is the sending end of its inbox and a heartbeat.
@@ -31,8 +32,10 @@ pub mod spill;
 
 mod command;
 mod masks;
+mod reply;
 mod run;
 mod runner;
+mod scribe;
 mod slab;
 
 pub use command::{Command, Engine, EngineStatus, ModelSlot, SlotStatus, Speculation, Submit};

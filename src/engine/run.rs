@@ -187,7 +187,8 @@ impl Loop {
             }
             Command::Install(slot) => {
                 tracing::info!(device = %self.device, slot = slot.slot.0, model = %slot.model, blocks = slot.runner.blocks(), "installed");
-                self.lanes.push(Busy { lane: AnyLane::Text(Box::new(Lane::new(*slot))), done: Vec::new() });
+                self.lanes
+                    .push(Busy { lane: AnyLane::Text(Box::new(Lane::new(*slot).with_scribe())), done: Vec::new() });
             }
             Command::Retire { slot, done } => {
                 if let Some(busy) = self.lanes.iter_mut().find(|busy| busy.lane.id() == slot) {

@@ -105,6 +105,7 @@ struct EngineVecs {
     grammar_refused: IntCounterVec,
     mask_time: HistogramVec,
     mask_wait: HistogramVec,
+    scribe_wait: HistogramVec,
 }
 
 /// The series of one model on one device, resolved when the model is installed.
@@ -182,6 +183,8 @@ pub struct EngineMetrics {
     pub mask_time: Histogram,
     /// Seconds that a step waited for masks after its forward pass.
     pub mask_wait: Histogram,
+    /// Seconds that a step waited until the answers' text of the one before was written, if it had to.
+    pub scribe_wait: Histogram,
 }
 
 impl Metrics {
@@ -373,6 +376,12 @@ impl Metrics {
                     by_engine,
                     MASK,
                 ),
+                scribe_wait: r.histograms(
+                    "neurond_scribe_wait_seconds",
+                    "How long a step waited for the text and events of the step before, where they were not written by the end of its forward pass.",
+                    by_engine,
+                    MASK,
+                ),
             },
             registry: registry.clone(),
         };
@@ -423,6 +432,7 @@ impl Metrics {
             grammar_refused: v.grammar_refused.with_label_values(l),
             mask_time: v.mask_time.with_label_values(l),
             mask_wait: v.mask_wait.with_label_values(l),
+            scribe_wait: v.scribe_wait.with_label_values(l),
         }
     }
 

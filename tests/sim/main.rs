@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use neurond::base::Kind;
+use neurond::metrics::EngineMetrics;
 use neurond::task::FinishReason;
 
 use world::{Answer, Request, Rng, STEP, World, WorldSpec};
@@ -114,6 +115,102 @@ impl Tally {
     fn least(&self) -> u64 {
         self.0.values().min().copied().unwrap_or(0)
     }
+}
+
+/// What was said, whenever it was: each choice on its own, and what is billed.
+fn said(request: &Request, answer: &Answer) -> String {
+    let billed = answer.done.map(|usage| (usage.prompt_tokens, usage.completion_tokens));
+    let choices = (0..request.choices).map(|choice| format!("{:?} {:?}", answer.text(choice), answer.finish(choice)));
+    format!("{} {billed:?} {:?} {:?}", choices.collect::<Vec<_>>().join(" | "), answer.failed, answer.prompt)
+}
+
+/// Plays the same with answers written between the steps and beside them. A crowd hears the same, if not at the same
+/// time, since places come free a step later behind a stop string; whoever is alone hears the same to the last event.
+fn check_scribe(spec: &WorldSpec, requests: &[Request], tally: &mut [u64; 3]) -> Result<(), String> {
+    let play = |requests: &[Request]| -> [Result<(Vec<Answer>, EngineMetrics), String>; 2] {
+        let worlds = [World::new(spec.clone()), World::new(spec.clone()).with_scribe()];
+        worlds.map(|mut world| {
+            let answers = world.play(requests, 100_000, false)?;
+            world.is_empty()?;
+            Ok((answers, world.metrics))
+        })
+    };
+    let [here, beside] = play(requests);
+    let ((here, before), (beside, metrics)) = (here?, beside?);
+    for (at, (request, (here, beside))) in requests.iter().zip(here.iter().zip(&beside)).enumerate() {
+        let (expected, heard) = (said(request, here), said(request, beside));
+        if expected != heard {
+            return Err(format!("request {at} heard {heard}, not {expected}"));
+        }
+        tally[0] += (0..request.choices)
+            .filter(|&choice| here.finish(choice).is_some_and(|end| end.1.is_some()))
+            .count() as u64;
+    }
+    let counts = |of: &EngineMetrics| {
+        (
+            of.generation_tokens.get(),
+            of.finished_stop.get(),
+            of.finished_length.get(),
+            of.inter_token.get_sample_count(),
+        )
+    };
+    if counts(&before) != counts(&metrics) || metrics.cancelled.get() > 0 {
+        return Err(format!("{:?} were counted, not {:?}", counts(&metrics), counts(&before)));
+    }
+    tally[1] += metrics.accepted_tokens.get();
+    tally[2] += metrics.scribe_wait.get_sample_count();
+    for request in requests.iter().filter(|request| request.choices == 1) {
+        let alone = Request { step: 0, ..request.clone() };
+        let [expected, heard] =
+            play(&[alone]).map(|outcome| outcome.map(|(answers, _)| format!("{:?}", answers[0].events)));
+        if expected != heard {
+            return Err(format!("alone {heard:?} was heard, not {expected:?}"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn answers_written_beside_the_device_are_those_written_between_its_steps() {
+    // Stop strings, drafts that came true, steps that waited.
+    let mut tally = [0; 3];
+    for seed in 0..number("SIM_SEEDS").unwrap_or(150) {
+        let mut rng = Rng::new(!seed);
+        // Nothing that depends on when something is heard.
+        let spec = WorldSpec { fail_at: 0, max_queue: 1_000, ..WorldSpec::random(&mut rng) };
+        let often = ["e", "t", " ", "ta", "he", "zj", "q", "eta", "o "];
+        let one = |rng: &mut Rng| Request {
+            stop: (0..rng.within(0, 2)).map(|_| rng.pick(&often).to_owned()).collect(),
+            leaves: None,
+            deadline: None,
+            ..Request::random(rng, &spec)
+        };
+        let requests: Vec<Request> = (0..rng.within(1, 12)).map(|_| one(&mut rng)).collect();
+        check_scribe(&spec, &requests, &mut tally).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    }
+    println!("{tally:?}");
+    assert!(tally[0] > 100 && tally[1] > 100, "{tally:?}");
+}
+
+#[test]
+fn a_scribe_that_is_slow_holds_the_device_up_and_loses_nothing() {
+    let mut tally = [0; 3];
+    let mut rng = Rng::new(5);
+    // Each byte is held against thousands of strings, which takes longer than a step.
+    let stop: Vec<String> = (0..10_000).map(|at| format!("never {at}")).chain(["ee".to_owned()]).collect();
+    let spec = WorldSpec { blocks: 256, drafts: (4, 16), period: 7, ..roomy() };
+    let requests: Vec<Request> = (0..4)
+        .map(|at| Request {
+            stop: stop.clone(),
+            logprobs: Some(1),
+            max_tokens: 60,
+            seed: at,
+            kind: (at % 3) as u8,
+            ..request(at as u8, 0, rng.within(0, 9) as usize)
+        })
+        .collect();
+    check_scribe(&spec, &requests, &mut tally).unwrap();
+    assert!(tally[2] > 20, "it was not slow: {tally:?}");
 }
 
 /// What may come of a request, given what it was.

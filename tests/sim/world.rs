@@ -255,6 +255,8 @@ pub struct Answer {
     pub failed: Option<Kind>,
     /// The step after which it ended.
     pub ended: usize,
+    /// Everything, as it came.
+    pub events: Vec<Event>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -289,6 +291,7 @@ impl Answer {
         if self.is_over() {
             return Err(format!("{event:?} came after the end"));
         }
+        self.events.push(event.clone());
         match event {
             Event::Prompt(tokens) => {
                 if self.prompt.is_some() || !self.is_blank() || request.prompt_logprobs.is_none() {
@@ -360,6 +363,11 @@ impl World {
         Self { lane: Lane::new(spec.slot(metrics.clone())), spec, metrics, now: Instant::now() }
     }
 
+    /// The same with a thread of its own to write answers.
+    pub fn with_scribe(self) -> Self {
+        Self { lane: self.lane.with_scribe(), ..self }
+    }
+
     /// The longest sequence, as the pool allows it.
     pub fn context(&self) -> usize {
         self.lane.scheduler().limits().context
@@ -413,7 +421,11 @@ impl World {
                 return Err(format!("not over after {step} steps"));
             }
         }
-        for (at, (answer, caller)) in answers.iter().zip(&callers).enumerate() {
+        for (at, ((request, caller), answer)) in requests.iter().zip(&callers).zip(&mut answers).enumerate() {
+            // A scribe of its own may be writing still.
+            while let Some(Ok(event)) = caller.as_ref().map(|caller| caller.recv_timeout(Duration::from_secs(20))) {
+                answer.hear(event, request).map_err(|error| format!("at the end: {error}"))?;
+            }
             if caller.is_some() && !answer.is_over() {
                 return Err(format!("request {at} never ended"));
             }
