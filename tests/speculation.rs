@@ -4,6 +4,7 @@
 //! distribution   50,000 answers through the real lane, their draws against the exact probabilities; rules of acceptance
 //!                that are broken on purpose fail the same test
 //! determinism    real kernels, seeds: alone = in a batch of 64 = preempted = prefix-cached = guessed ahead
+//! grammars       the same under a grammar, and nothing but what it allows
 //! ```
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
@@ -20,9 +21,10 @@ use neurond::engine::speculate::agreed;
 use neurond::engine::{Logits, ModelSlot, Runner, Speculation, Submit};
 use neurond::kernel::{Isa, Pool};
 use neurond::metrics::{EngineMetrics, Metrics};
+use neurond::model::grammar::{CompiledGrammar, Grammars, allows};
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions, Vocabulary};
-use neurond::task::{Event, Sampling, Usage};
+use neurond::task::{Event, Grammar, Sampling, Usage};
 
 // ------------------------------------------------------------------------------------------------- distribution
 
@@ -123,9 +125,11 @@ fn lane(
     (lane, metrics)
 }
 
+#[derive(Clone)]
 struct Asked {
     prompt: Vec<u32>,
     expected: Vec<u32>,
+    grammar: Option<CompiledGrammar>,
     tokens: u32,
     sampling: Sampling,
     seed: u64,
@@ -148,7 +152,7 @@ fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
             seed: asked.seed,
             stop: vec![],
             logprobs: Some(0),
-            grammar: None,
+            grammar: asked.grammar.clone(),
             prompt_logprobs: None,
             priority: 0,
             cache_salt: 0,
@@ -172,7 +176,7 @@ fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
         lane.step_took(Duration::from_millis(10));
     }
     lane.check().expect("books");
-    let answer = |receiver: flume::Receiver<Event>| {
+    let answer = |(receiver, asked): (flume::Receiver<Event>, &Asked)| {
         let (mut tokens, mut used) = (Vec::new(), None);
         for event in receiver.try_iter() {
             match event {
@@ -183,10 +187,12 @@ fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
             }
         }
         let used = used.expect("an end");
-        assert_eq!(tokens.len(), used.completion_tokens as usize);
+        // The end token of a grammar is not told.
+        let ended = asked.grammar.is_some() && tokens.len() + 1 == used.completion_tokens as usize;
+        assert!(ended || tokens.len() == used.completion_tokens as usize);
         (tokens, used)
     };
-    receivers.into_iter().map(answer).collect()
+    receivers.into_iter().zip(asked).map(answer).collect()
 }
 
 fn plain(share: [f64; WORDS]) -> [f64; WORDS] {
@@ -221,6 +227,7 @@ fn sampled_answers_have_the_models_own_distribution_however_they_were_guessed() 
                 // The caller foresees a likely answer, so that drafts are tried at all three places.
                 prompt: vec![1, 0],
                 expected: vec![0, 0, 1, 1],
+                grammar: None,
                 tokens: LENGTH as u32,
                 sampling: sampling.clone(),
                 seed,
@@ -305,6 +312,19 @@ fn tiny(file: &str) -> PathBuf {
 
 /// A lane over real kernels.
 fn real(path: &Path, blocks: usize, max_running: usize, speculation: Speculation) -> (Lane, EngineMetrics) {
+    let words = Weights::open(path).unwrap().spec().unwrap().vocab as u32;
+    let pieces = (0..words).map(|token| format!("{token} ").into_bytes());
+    real_with(path, Arc::new(Vocabulary::new(pieces, vec![])), blocks, max_running, speculation)
+}
+
+/// The same, and these are the texts of its tokens.
+fn real_with(
+    path: &Path,
+    vocabulary: Arc<Vocabulary>,
+    blocks: usize,
+    max_running: usize,
+    speculation: Speculation,
+) -> (Lane, EngineMetrics) {
     let weights = Weights::open(path).expect("the weights open");
     let spec = weights.spec().expect("a decoder");
     let mut options = DecoderOptions {
@@ -318,10 +338,8 @@ fn real(path: &Path, blocks: usize, max_running: usize, speculation: Speculation
         max_sample_rows: 128,
     };
     options.kv_bytes = blocks * options.kv_block_bytes(&spec);
-    let words = spec.vocab as u32;
     let decoder = Decoder::open(&weights, spec, &options, &|_| ()).expect("a decoder");
-    let pieces = (0..words).map(|token| format!("{token} ").into_bytes());
-    lane(decoder, Arc::new(Vocabulary::new(pieces, vec![])), max_running, speculation)
+    lane(decoder, vocabulary, max_running, speculation)
 }
 
 fn guessing() -> Speculation {
@@ -355,6 +373,7 @@ fn crowd(seed: u64, words: u32) -> Vec<Asked> {
             Asked {
                 prompt: prompt.collect(),
                 expected: if below(4) == 0 { vec![own; 8] } else { vec![] },
+                grammar: None,
                 tokens: 1 + below(40) as u32,
                 sampling: kinds[below(4) as usize].clone(),
                 seed: below(1 << 40),
@@ -402,4 +421,99 @@ fn tokens_are_the_same_alone_in_a_batch_of_64_preempted_cached_and_guessed() {
         (0..4).for_each(|seed| check_seed(&tiny(model), seed, &mut tally));
         assert!(tally.iter().all(|&times| times > 10), "{model}: not everything happened: {tally:?}");
     }
+}
+
+// ------------------------------------------------------------------------------------------------------ grammars
+
+/// Tokens of which documents are made, and some that no document needs; the last one ends an answer.
+fn document_tokens(words: u32) -> Arc<Vocabulary> {
+    let parts = [
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        ":",
+        ",",
+        "\"size\":",
+        "{\"",
+        "\"color\"",
+        "},{",
+        ":\"",
+        "red",
+        "re",
+        "d\"",
+        "gre",
+        "en",
+    ];
+    let parts = parts.iter().map(|part| part.to_string()).chain(('0'..='9').chain('a'..='z').map(String::from));
+    let pieces: Vec<String> =
+        parts.chain((0..words).map(|token| format!("<{token}>"))).take(words as usize - 1).collect();
+    Arc::new(Vocabulary::new(pieces.iter().map(String::as_str).chain([""]), vec![words - 1]))
+}
+
+fn document_schema() -> serde_json::Value {
+    serde_json::json!({
+        "type": "array", "minItems": 3, "maxItems": 8,
+        "items": {
+            "type": "object", "additionalProperties": false, "required": ["size", "color"],
+            "properties": {"size": {"type": "integer", "minimum": 0, "maximum": 99}, "color": {"enum": ["red", "green"]}},
+        },
+    })
+}
+
+/// Whether a grammar allows an answer, token by token.
+fn keeps_to(grammar: &CompiledGrammar, answer: &[u32]) -> bool {
+    let mut matcher = grammar.matcher();
+    answer.iter().all(|&token| {
+        matcher.prepare(&[]);
+        let allowed = allows(matcher.mask(0), token);
+        matcher.accept(token);
+        allowed
+    })
+}
+
+#[test]
+fn documents_are_valid_and_the_same_however_far_they_were_guessed() {
+    // Whole documents, cut ones, drafts that came true, drafts that did not.
+    let mut tally = [0; 4];
+    for model in ["tiny-gguf/legacy.gguf", "tiny-llama"] {
+        let path = tiny(model);
+        let words = Weights::open(&path).unwrap().spec().unwrap().vocab as u32;
+        let vocabulary = document_tokens(words);
+        let schema = document_schema();
+        let grammars = Grammars::new(vocabulary.clone(), vec![]);
+        let grammar = grammars.compile_now(&Grammar::JsonSchema(schema.clone())).unwrap();
+        for seed in 0..3 {
+            let mut asked = crowd(seed, words - 1);
+            for (at, asked) in asked.iter_mut().enumerate() {
+                asked.grammar = Some(grammar.clone());
+                asked.tokens = if at % 3 == 0 { 1 + at as u32 } else { 300 };
+            }
+            let (mut plain, _) = real_with(&path, vocabulary.clone(), 4096, 64, Speculation::default());
+            let expected = answers(&mut plain, &asked);
+            // Some callers foresee their document, but for one token.
+            for (asked, (answer, _)) in asked.iter_mut().zip(&expected).step_by(4) {
+                asked.expected = answer.clone();
+                asked.expected[answer.len() / 2] = 0;
+            }
+            let speculation = Speculation { most: 15, rows: 64, lookup: true };
+            let (mut guessing, metrics) = real_with(&path, vocabulary.clone(), 4096, 64, speculation);
+            let guessed = answers(&mut guessing, &asked);
+            for (at, ((answer, usage), (plain, _))) in guessed.iter().zip(&expected).enumerate() {
+                assert_eq!(answer, plain, "{model}, seed {seed}, request {at}");
+                assert!(keeps_to(&grammar, answer), "{model}, seed {seed}, request {at}: {answer:?}");
+                let text: Vec<u8> = answer.iter().flat_map(|&token| vocabulary.piece(token)).copied().collect();
+                let whole = usage.completion_tokens < asked[at].tokens;
+                if whole {
+                    let document = serde_json::from_slice(&text).expect("a document");
+                    assert!(jsonschema::is_valid(&schema, &document), "{document}");
+                }
+                tally[usize::from(!whole)] += 1;
+            }
+            tally[2] += metrics.accepted_tokens.get();
+            tally[3] += metrics.drafted_tokens.get() - metrics.accepted_tokens.get();
+        }
+    }
+    assert!(tally.iter().all(|&times| times > 50), "not everything happened: {tally:?}");
 }

@@ -124,7 +124,7 @@ impl Answer {
             seen: of.seen.as_ref(),
             ahead,
             logprobs: self.logprobs,
-            mask: of.matcher.as_ref().map(|matcher| matcher.mask(0)),
+            mask: of.matcher.as_ref().map(|matcher| matcher.mask(ahead.len())),
             given: None,
         }
     }

@@ -146,8 +146,7 @@ impl Lane {
             salt: submit.cache_salt,
             adapter: submit.adapter,
             scored: submit.prompt_logprobs.is_some(),
-            // What a grammar allows behind a draft is not found out yet.
-            drafts: if submit.grammar.is_some() { Some(0) } else { submit.drafts },
+            drafts: submit.drafts,
             expected: submit.expected,
         };
         let key = self.scheduler.submit(ask, now).map_err(|error| match error.kind() {
@@ -263,7 +262,7 @@ impl Lane {
     /// The runner's: nothing of this device can be trusted any more; or nobody writes any more. [`Lane::fail`] is all that
     /// may follow.
     pub fn compute(&mut self) -> Result<()> {
-        self.masks.start(&mut self.answers, &self.plan.sampled);
+        self.masks.start(&mut self.answers, &self.plan);
         let logits = self.slot.runner.forward(&self.plan.batch);
         self.masks.join(&mut self.answers);
         let logits = logits?;
@@ -309,7 +308,10 @@ impl Lane {
             let count = agreed(drafts, drawn.iter().map_while(|drawn| drawn.token));
             for (at, drawn) in drawn[..count].iter().enumerate() {
                 let Some(token) = drawn.token else {
-                    self.unfit.push((part.request, Some(answer.no_token(part.choice))));
+                    // Behind drafts it is drawn once more without them, and an error only then.
+                    if at == 0 {
+                        self.unfit.push((part.request, Some(answer.no_token(part.choice))));
+                    }
                     break;
                 };
                 let full = self.scheduler.push(part.sequence, token) == Pushed::Full;

@@ -8,6 +8,7 @@
 //!
 //! A matcher is lent to a thread of its own for the time of a forward pass, which needs none of it. Threads are started
 //! by the first grammar. Matchers travel in boxes through channels with room for all, so a step allocates nothing here.
+//! Rows that stand on drafts have masks like any other: what may follow if the drafts come true.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
@@ -16,7 +17,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 
 use crate::engine::answer::Answer;
-use crate::engine::scheduler::Sampled;
+use crate::engine::scheduler::Plan;
 use crate::engine::sequence::RequestKey;
 use crate::metrics::EngineMetrics;
 use crate::model::grammar::Matcher;
@@ -34,6 +35,8 @@ pub(super) struct Masks {
     workers: Option<Workers>,
     /// Matchers lent out and not back yet.
     away: usize,
+    /// Room for drafts that go with a matcher.
+    spare: Vec<Vec<u32>>,
 }
 
 struct Workers {
@@ -46,19 +49,26 @@ struct Job {
     request: RequestKey,
     choice: u32,
     matcher: Box<Matcher>,
+    drafts: Vec<u32>,
 }
 
 impl Masks {
     pub(super) fn new(room: usize, metrics: EngineMetrics) -> Self {
-        Self { room, metrics, workers: None, away: 0 }
+        Self { room, metrics, workers: None, away: 0, spare: Vec::new() }
     }
 
-    /// Begins to prepare the masks of those of `sampled` that have a grammar.
-    pub(super) fn start(&mut self, answers: &mut [Option<Answer>], sampled: &[Sampled]) {
-        for part in sampled.iter().map(|row| row.part) {
+    /// Begins to prepare the masks of all rows after which a token is drawn under a grammar.
+    pub(super) fn start(&mut self, answers: &mut [Option<Answer>], plan: &Plan) {
+        for (row, first) in plan.sampled.iter().enumerate().filter(|(_, sampled)| sampled.ahead == 0) {
+            let part = first.part;
             let Some(answer) = &mut answers[part.request as usize] else { continue };
+            if plan.given(row).is_some() {
+                continue;
+            }
             let Some(matcher) = answer.take_matcher(part.choice) else { continue };
-            let job = Job { request: part.request, choice: part.choice, matcher };
+            let mut drafts = self.spare.pop().unwrap_or_default();
+            drafts.extend_from_slice(plan.drafts(row));
+            let job = Job { request: part.request, choice: part.choice, matcher, drafts };
             if self.workers.is_none() {
                 self.workers = Workers::start(self.room, &self.metrics);
             }
@@ -72,7 +82,9 @@ impl Masks {
                 },
                 None => job,
             };
-            answer.return_matcher(part.choice, unsent.done(&self.metrics).matcher);
+            let job = unsent.done(&self.metrics);
+            answer.return_matcher(part.choice, job.matcher);
+            self.spare.push(job.drafts);
         }
     }
 
@@ -84,6 +96,7 @@ impl Masks {
             if let Some(answer) = &mut answers[job.request as usize] {
                 answer.return_matcher(job.choice, job.matcher);
             }
+            self.spare.push(job.drafts);
         }
         self.away = 0;
         self.metrics.mask_wait.observe(started.elapsed().as_secs_f64());
@@ -94,9 +107,10 @@ impl Job {
     fn done(mut self, metrics: &EngineMetrics) -> Self {
         let started = Instant::now();
         // A thread that died would be waited for forever.
-        if catch_unwind(AssertUnwindSafe(|| self.matcher.prepare(&[]))).is_err() {
+        if catch_unwind(AssertUnwindSafe(|| self.matcher.prepare(&self.drafts))).is_err() {
             self.matcher.fail(&"the compiler panicked");
         }
+        self.drafts.clear();
         metrics.mask_time.observe(started.elapsed().as_secs_f64());
         self
     }

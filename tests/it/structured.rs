@@ -57,24 +57,57 @@ async fn every_choice_is_a_valid_document_whole_and_streamed() {
     }
     let masks = daemon.metric(&format!(r#"neurond_grammar_mask_seconds_count{{device="0",model="{CLASSIC}"}}"#));
     let tokens = daemon.metric(&format!(r#"neurond_generation_tokens_total{{device="0",model="{CLASSIC}"}}"#));
-    assert_eq!(masks, tokens, "a mask a token");
+    let accepted = daemon.metric(&format!(r#"neurond_spec_accepted_tokens_total{{device="0",model="{CLASSIC}"}}"#));
+    assert_eq!(masks, tokens - accepted, "once for each token, and for the drafts before it that came true");
     let hits = daemon.metric(&format!(r#"neurond_grammar_cache_hits_total{{device="0",model="{CLASSIC}"}}"#));
     assert_eq!(hits, 11.0, "compiled once");
 }
 
 #[tokio::test]
 async fn sequences_that_lose_their_blocks_keep_to_their_grammar() {
-    // Room for little more than one of the sequences, and steps long enough for all to be there: they take each other's blocks all the time.
+    // Room for little more than one of the sequences, and so many that admission becomes brave: they take each other's blocks time and again.
     let daemon = Daemon::serving("sim:blocks=14,block_tokens=16,end_in=0,step_us=300", |_| {});
     let body = |seed: i64| {
         chat(json!({"seed": seed, "max_tokens": 120, "temperature": 2, "response_format": openai_format()}))
     };
-    let asked = (0..12).map(|seed| daemon.post(CHAT, body(seed)));
+    let asked = (0..60).map(|seed| daemon.post(CHAT, body(seed)));
     for answer in futures_util::future::join_all(asked).await {
         let text = answer.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
         assert!(is_valid(&text), "{text}");
     }
     assert!(daemon.metric(&format!(r#"neurond_preemptions_total{{device="0",model="{CLASSIC}"}}"#)) > 0.0);
+}
+
+#[tokio::test]
+async fn a_document_that_can_be_guessed_is_the_same_in_fewer_steps() {
+    let document = json!({"kind": "cat", "legs": 4, "names": ["Minka", "Mau"]}).to_string();
+    let say: String = document.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let daemon = Daemon::serving(&format!("sim:end_in=0,say={say}"), |_| {});
+    let ask = async |more: Value| {
+        let words = format!("Say this again: {document}");
+        let body = json!({"model": CLASSIC, "messages": [{"role": "user", "content": words}], "max_tokens": 400});
+        let answer =
+            daemon.post(CHAT, with(with(body, more), json!({"response_format": openai_format()}))).await.json();
+        let choice = &answer["choices"][0];
+        let accepted = &answer["usage"]["completion_tokens_details"]["accepted_prediction_tokens"];
+        let text = choice["message"]["content"].as_str().unwrap().to_owned();
+        (text, choice["finish_reason"].clone(), accepted.as_u64().unwrap_or(0))
+    };
+    let (plain, finish, none) = ask(json!({"speculative.n_max": 0})).await;
+    assert_eq!((plain.as_str(), finish.as_str(), none), (document.as_str(), Some("stop"), 0));
+    let (text, finish, repeated) = ask(json!({})).await;
+    assert_eq!((text, finish.as_str()), (plain.clone(), Some("stop")));
+    assert!(repeated > 20, "{repeated} came true");
+    let (text, _, foreseen) = ask(json!({"prediction": {"type": "content", "content": plain}})).await;
+    assert_eq!(text, plain);
+    assert!(foreseen > 20, "{foreseen} came true");
+    // A guess that the grammar forbids is no token of the answer, and a limit cuts where it would without guesses.
+    for limit in 1..plain.len() {
+        let prediction = plain.replace("cat", "cow").replace('4', "4.5");
+        let cut = json!({"prediction": {"type": "content", "content": prediction}, "max_tokens": limit});
+        let (text, finish, _) = ask(cut).await;
+        assert_eq!((text.as_str(), finish.as_str()), (&plain[..limit], Some("length")));
+    }
 }
 
 #[tokio::test]

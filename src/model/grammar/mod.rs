@@ -286,9 +286,11 @@ impl CompiledGrammar {
     pub fn matcher(&self) -> Matcher {
         Matcher {
             inner: self.template.lock().deep_clone(),
-            rolls_back: self.rolls_back,
+            grammar: self.clone(),
+            answer: Vec::new(),
             masks: Vec::new(),
             prepared: 0,
+            looks_ahead: true,
             failed: None,
         }
     }
@@ -303,10 +305,13 @@ impl CompiledGrammar {
 /// ```
 pub struct Matcher {
     inner: llguidance::Matcher,
-    rolls_back: bool,
+    grammar: CompiledGrammar,
+    answer: Vec<u32>,
     masks: Vec<SimpleVob>,
     /// Of `masks`, how many count.
     prepared: usize,
+    /// No draft has led into an error so far.
+    looks_ahead: bool,
     failed: Option<Error>,
 }
 
@@ -317,27 +322,41 @@ impl Matcher {
         if self.failed.is_some() {
             return;
         }
-        let saved = (!drafts.is_empty() && !self.rolls_back).then(|| self.inner.clone());
+        let drafts = if self.looks_ahead { drafts } else { &[] };
+        let saved = (!drafts.is_empty() && !self.grammar.rolls_back).then(|| self.inner.clone());
         let mut taken = 0;
         loop {
             match self.inner.compute_mask_or_eos() {
                 Ok(mask) => self.keep(mask),
                 // A draft may lead where no token goes on; only the answer itself may not.
-                Err(error) if self.prepared == 0 => return self.fail(&error),
-                Err(_) => break,
+                Err(error) if taken == 0 => return self.fail(&error),
+                Err(_) => return self.forget_drafts(),
             }
             let Some(&draft) = drafts.get(taken) else { break };
             if !allows(self.mask(taken), draft) || self.inner.is_stopped() {
                 break;
             }
-            if let Err(error) = self.inner.consume_token(draft) {
-                return self.fail(&error);
+            if self.inner.consume_token(draft).is_err() {
+                return self.forget_drafts();
             }
             taken += 1;
         }
         match saved {
-            Some(saved) if taken > 0 => self.inner = saved,
-            _ => self.take_back(taken),
+            _ if taken == 0 => {}
+            Some(saved) => self.inner = saved,
+            None if self.inner.rollback(taken).is_err() => self.forget_drafts(),
+            None => {}
+        }
+    }
+
+    /// A draft led into an error, out of which nothing leads back. It must not cost the answer anything but time: the
+    /// answer is followed again from its beginning, and no draft from now on.
+    fn forget_drafts(&mut self) {
+        self.looks_ahead = false;
+        self.prepared = self.prepared.min(1);
+        self.inner = self.grammar.template.lock().deep_clone();
+        if let Err(error) = self.inner.consume_tokens(&self.answer) {
+            self.fail(&error);
         }
     }
 
@@ -350,7 +369,7 @@ impl Matcher {
     }
 
     /// A bit a token, those allowed set: after the answer and the first `row` prepared drafts. Empty, so that nothing is
-    /// allowed, behind a draft that was not, or when the matcher failed.
+    /// allowed, behind a draft that was not or could not be followed, or when the matcher failed.
     pub fn mask(&self, row: usize) -> &[u32] {
         if row < self.prepared { self.masks[row].as_slice() } else { &[] }
     }
@@ -358,6 +377,7 @@ impl Matcher {
     /// The answer has one more token. One that the mask does not allow makes the matcher fail.
     pub fn accept(&mut self, token: u32) {
         self.prepared = 0;
+        self.answer.push(token);
         if self.failed.is_none()
             && let Err(error) = self.inner.consume_token(token)
         {
@@ -368,13 +388,8 @@ impl Matcher {
     /// Takes the last `tokens` of the answer back.
     pub fn rollback(&mut self, tokens: usize) {
         self.prepared = 0;
-        if self.failed.is_none() {
-            self.take_back(tokens);
-        }
-    }
-
-    fn take_back(&mut self, tokens: usize) {
-        if tokens > 0
+        self.answer.truncate(self.answer.len().saturating_sub(tokens));
+        if self.failed.is_none()
             && let Err(error) = self.inner.rollback(tokens)
         {
             self.fail(&error);

@@ -183,6 +183,29 @@ fn a_draft_has_a_mask_a_row_and_leaves_no_trace() {
     assert!(matcher.mask(0).is_empty());
 }
 
+#[test]
+fn a_draft_that_leads_into_an_error_costs_the_answer_nothing_but_drafts() {
+    let compiled = bytes().compile_now(&Grammar::Regex("ab(c|d)e".to_owned())).unwrap();
+    let (mut matcher, mut other) = (compiled.matcher(), compiled.matcher());
+    for token in "ab".bytes().map(u32::from) {
+        matcher.accept(token);
+        other.accept(token);
+    }
+    other.prepare(&[u32::from(b'c')]);
+    assert!(allows(other.mask(1), u32::from(b'e')));
+    matcher.prepare(&[]);
+    // What such an error leaves behind, and what is made of it.
+    assert!(matcher.inner.test_trigger_lexer_error().is_err() && matcher.inner.is_error());
+    matcher.forget_drafts();
+    assert_eq!(matcher.mask(0), other.mask(0));
+    for token in "ce".bytes().map(u32::from) {
+        matcher.prepare(&[token]);
+        assert!(allows(matcher.mask(0), token) && matcher.mask(1).is_empty());
+        matcher.accept(token);
+    }
+    assert!(matcher.is_complete());
+}
+
 #[tokio::test]
 async fn a_grammar_is_compiled_once_and_the_cache_is_bounded() {
     let grammars = Arc::new(bytes());
