@@ -14,6 +14,7 @@ use neurond::engine::seen::Seen;
 use neurond::kernel::Pool;
 use neurond::model::Vocabulary;
 use neurond::task::{Dry, Sampling};
+use parking_lot::Mutex;
 
 /// Tokens of prompt and answer in front of a draw that looks back.
 const HISTORY: u32 = 8192;
@@ -52,7 +53,7 @@ fn rows(c: &mut Criterion) {
             ("greedy, 5 logprobs", Sampling { temperature: 0.0, ..plain.clone() }, Some(5)),
         ] {
             let prompt: Vec<u32> = (0..HISTORY).map(|at| word(at, vocab)).collect();
-            let seen = Seen::needed(&sampling).then(|| Seen::new(&prompt, &sampling, &pieces));
+            let seen = Seen::needed(&sampling).then(|| Mutex::new(Seen::new(&prompt, &sampling, &pieces)));
             let mut position = 0;
             group.bench_function(format!("{name}, {vocab}"), |b| {
                 b.iter_batched_ref(
@@ -92,6 +93,11 @@ fn looking_back(c: &mut Criterion) {
     ] {
         let mut seen = Seen::new(&prompt, &sampling, &vocabulary(vocab));
         let mut at = HISTORY;
+        // The deepest of fifteen drafts looks at all those before it, and leaves no trace.
+        let drafts: Vec<u32> = (at..at + 15).map(|at| word(at, vocab)).collect();
+        group.bench_function(format!("{name}, ahead of 15 drafts"), |b| {
+            b.iter(|| seen.behind(&drafts, |seen| black_box(seen.counted().len() + seen.repeats().len())))
+        });
         group.bench_function(name, |b| {
             b.iter(|| {
                 at += 1;

@@ -10,6 +10,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use crate::base::{Error, RequestId};
 use crate::engine::Submit;
 use crate::engine::sampler::Draw;
@@ -41,7 +43,7 @@ struct Choice {
     /// Away while its masks are computed.
     matcher: Option<Box<Matcher>>,
     /// Kept only where draws look back.
-    seen: Option<Seen>,
+    seen: Option<Mutex<Seen>>,
     produced: u32,
     complete: bool,
 }
@@ -66,7 +68,7 @@ impl Answer {
         let seen = Seen::needed(&submit.sampling).then(|| Seen::new(&submit.prompt, &submit.sampling, &vocabulary));
         let choice = || Choice {
             matcher: submit.grammar.as_ref().map(|grammar| Box::new(grammar.matcher())),
-            seen: seen.clone(),
+            seen: seen.clone().map(Mutex::new),
             produced: 0,
             complete: false,
         };
@@ -169,7 +171,7 @@ impl Answer {
         let of = &mut self.choices[choice as usize];
         of.produced += 1;
         if let Some(seen) = &mut of.seen {
-            seen.push(token);
+            seen.get_mut().push(token);
         }
         let whole = of.matcher.as_mut().map(|matcher| {
             matcher.accept(token);

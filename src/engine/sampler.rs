@@ -35,8 +35,8 @@ pub struct Draw<'a> {
     pub seed: u64,
     /// Tokens that the answer has already.
     pub position: u64,
-    /// What it looks back at; needed only where [`Seen::needed`] says so.
-    pub seen: Option<&'a Seen>,
+    /// What it looks back at; needed only where [`Seen::needed`] says so. Rows of one sequence take turns.
+    pub seen: Option<&'a Mutex<Seen>>,
     /// Tokens behind those: drafts that this row stands on.
     pub ahead: &'a [u32],
     /// `Some(k)`: report log-probabilities and `k` rivals.
@@ -199,10 +199,13 @@ fn shape(row: &mut [f32], draw: &Draw<'_>) {
             *logit += bias;
         }
     }
-    let Some(seen) = draw.seen else { return };
-    // A row that stands on drafts sees them as if they had been said.
-    let later = (!draw.ahead.is_empty()).then(|| seen.after(draw.ahead));
-    let seen = later.as_ref().unwrap_or(seen);
+    if let Some(seen) = draw.seen {
+        // A row that stands on drafts sees them as if they had been said.
+        seen.lock().behind(draw.ahead, |seen| penalise(row, sampling, seen));
+    }
+}
+
+fn penalise(row: &mut [f32], sampling: &Sampling, seen: &Seen) {
     for &Counted { token, answered, .. } in seen.counted() {
         let Some(logit) = row.get_mut(token as usize) else { continue };
         if *logit > 0.0 {
@@ -626,6 +629,7 @@ mod tests {
         let mut data = logits.to_vec();
         let mut past = Seen::new(&[], sampling, &Arc::new(Vocabulary::new(["a", "b", "c", "d", "\n"], vec![])));
         seen.iter().for_each(|&token| past.push(token));
+        let past = Mutex::new(past);
         let pool = Pool::new(1);
         let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
         let mut sampler = Sampler::default();
@@ -656,6 +660,7 @@ mod tests {
             let said = [3, 5, 3, 7, 5, 9];
             let mut past = Seen::new(&[5, 11], &sampling, &vocabulary);
             said[..cut].iter().for_each(|&token| past.push(token));
+            let past = Mutex::new(past);
             let mut row = logits.clone();
             let draw = Draw {
                 sampling: &sampling,
@@ -670,6 +675,7 @@ mod tests {
             shape(&mut row, &draw);
             let mut all = Seen::new(&[5, 11], &sampling, &vocabulary);
             said.iter().for_each(|&token| all.push(token));
+            let all = Mutex::new(all);
             let mut expected = logits.clone();
             shape(&mut expected, &Draw { seen: Some(&all), ahead: &[], ..draw });
             assert_eq!(row, expected, "{cut} of the tokens were said, the others are drafts");
@@ -732,7 +738,7 @@ mod tests {
     }
 
     /// Nothing outside the kept set, chi-square inside it.
-    fn draws(logits: &[f32], sampling: &Sampling, seen: Option<&Seen>, chances: &[f64]) {
+    fn draws(logits: &[f32], sampling: &Sampling, seen: Option<&Mutex<Seen>>, chances: &[f64]) {
         const DRAWS: usize = 10_000;
         let mut counts = vec![0usize; logits.len()];
         let (pool, mut sampler) = (Pool::new(1), Sampler::default());
@@ -884,6 +890,7 @@ mod tests {
         let vocabulary = Arc::new(Vocabulary::new((0..12).map(|_| "x"), vec![]));
         let mut seen = Seen::new(&prompt, &sampling, &vocabulary);
         answer.into_iter().for_each(|token| seen.push(token));
+        let seen = Mutex::new(seen);
         let mut row = logits.clone();
         let draw = Draw {
             sampling: &sampling,

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Both move along with the text, so a draw finds them ready: one entry for each token that loses something, never a
-//! pass over the vocabulary.
+//! pass over the vocabulary. They move back as well, which is what rows that stand on drafts need: a few tokens forward, a
+//! look, and back again, in place.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -67,11 +68,31 @@ impl Seen {
         }
     }
 
-    /// As it will be behind these tokens, if they come true: for rows that stand on drafts.
-    pub fn after(&self, ahead: &[u32]) -> Self {
-        let mut after = self.clone();
-        ahead.iter().for_each(|&token| after.push(token));
-        after
+    /// Looks at it as it will be behind these tokens, if they come true: for rows that stand on drafts.
+    pub fn behind<R>(&mut self, ahead: &[u32], look: impl FnOnce(&Self) -> R) -> R {
+        if ahead.is_empty() {
+            return look(self);
+        }
+        self.repeats.iter_mut().for_each(|repeats| repeats.trying = true);
+        ahead.iter().for_each(|&token| self.push(token));
+        let seen = look(self);
+        ahead.iter().for_each(|_| self.pop());
+        if let Some(repeats) = &mut self.repeats {
+            repeats.trying = false;
+            repeats.find(&self.history);
+        }
+        seen
+    }
+
+    /// Takes the newest token back.
+    fn pop(&mut self) {
+        if let Some(window) = &mut self.window {
+            window.pop(&self.history, self.prompt);
+        }
+        if let Some(repeats) = &mut self.repeats {
+            repeats.pop(&self.history);
+        }
+        self.history.pop();
     }
 
     /// The tokens that penalties look at, each once, in no particular order.
@@ -123,6 +144,14 @@ impl Window {
         self.enter(history[history.len() - 1], true);
     }
 
+    /// The reverse, with the newest token still there.
+    fn pop(&mut self, history: &[u32], prompt: usize) {
+        self.leave(history[history.len() - 1], true);
+        if let Some(place) = self.left_out(history, prompt) {
+            self.enter(history[place], place >= prompt);
+        }
+    }
+
     /// The token that the newest one pushes out of the window.
     fn left_out(&self, history: &[u32], prompt: usize) -> Option<usize> {
         let place = history.len().checked_sub(self.length.checked_add(1)?)?;
@@ -172,6 +201,10 @@ struct Repeats {
     /// Places of tokens that complete a breaker, ascending.
     breaks: Vec<u32>,
     found: Vec<(u32, u32)>,
+    /// While tokens are tried: what they changed in `lengths`, as place and value, and where the changes of each begin.
+    tried: Vec<(u32, u32)>,
+    marks: Vec<u32>,
+    trying: bool,
     /// Work memory.
     text: Vec<u8>,
 }
@@ -187,6 +220,9 @@ impl Repeats {
             lengths: Vec::new(),
             breaks: Vec::new(),
             found: Vec::new(),
+            tried: Vec::new(),
+            marks: Vec::new(),
+            trying: false,
             text: Vec::new(),
         };
         (1..=prompt.len()).for_each(|end| repeats.chain(&prompt[..end]));
@@ -196,24 +232,50 @@ impl Repeats {
     }
 
     fn push(&mut self, history: &[u32]) {
+        if self.trying {
+            self.marks.push(self.tried.len() as u32);
+        }
         self.chain(history);
         let (end, start) = (history.len() - 1, self.start(history));
         // From the end to the front, so that each left neighbour still says what was true before this token.
         let mut place = self.before[end];
         while place != NONE && place as usize >= start {
             let at = place as usize;
-            self.lengths[at] = 1 + if at == 0 { 0 } else { self.lengths[at - 1] };
+            self.set(at, 1 + if at == 0 { 0 } else { self.lengths[at - 1] });
             place = self.before[at];
         }
         // The places of the token before end nothing any more, unless they were just counted anew.
         if end > 0 && history[end - 1] != history[end] {
             let mut place = self.before[end - 1];
             while place != NONE && place as usize + 1 >= start {
-                self.lengths[place as usize] = 0;
+                self.set(place as usize, 0);
                 place = self.before[place as usize];
             }
         }
         self.find(history);
+    }
+
+    /// The reverse of a push while trying, with the newest token still there; `found` is left as it is.
+    fn pop(&mut self, history: &[u32]) {
+        let from = self.marks.pop().unwrap_or(0) as usize;
+        // A place may have been changed twice.
+        for (place, length) in self.tried.drain(from..).rev() {
+            self.lengths[place as usize] = length;
+        }
+        let place = history.len() - 1;
+        self.lengths.pop();
+        match self.before.pop() {
+            Some(before) if before != NONE => drop(self.newest.insert(history[place], before)),
+            _ => drop(self.newest.remove(&history[place])),
+        }
+        self.breaks.pop_if(|last| *last as usize == place);
+    }
+
+    fn set(&mut self, place: usize, length: u32) {
+        if self.trying {
+            self.tried.push((place as u32, self.lengths[place]));
+        }
+        self.lengths[place] = length;
     }
 
     /// Where the window begins.
@@ -333,6 +395,11 @@ mod tests {
         text.bytes().map(|byte| if byte == b'\n' { 26 } else { u32::from(byte - b'a') }).collect()
     }
 
+    fn said(mut seen: Seen, answer: &str) -> Seen {
+        tokens(answer).into_iter().for_each(|token| seen.push(token));
+        seen
+    }
+
     fn dry(allowed_length: u32, last_n: Option<u32>, breakers: &[&str]) -> Sampling {
         let breakers = breakers.iter().map(|&text| text.to_owned()).collect();
         let dry = Dry { multiplier: 0.8, base: 1.75, allowed_length, last_n, breakers };
@@ -341,7 +408,7 @@ mod tests {
 
     /// What would be repeated after `prompt` and `answer`, as `token length`.
     fn check(sampling: &Sampling, prompt: &str, answer: &str, expected: &str) {
-        let seen = Seen::new(&tokens(prompt), sampling, &vocabulary()).after(&tokens(answer));
+        let seen = said(Seen::new(&tokens(prompt), sampling, &vocabulary()), answer);
         let found = seen.repeats().iter().map(|&(token, length)| format!("{} {length}", (b'a' + token as u8) as char));
         assert_eq!(found.collect::<Vec<_>>().join(", "), expected, "{prompt:?} {answer:?}");
     }
@@ -379,7 +446,7 @@ mod tests {
         let counted = |penalty_last_n, repetition_penalty, prompt: &str, answer: &str| {
             let sampling =
                 Sampling { penalty_last_n, repetition_penalty, presence_penalty: 1.0, ..Sampling::default() };
-            let seen = Seen::new(&tokens(prompt), &sampling, &vocabulary()).after(&tokens(answer));
+            let seen = said(Seen::new(&tokens(prompt), &sampling, &vocabulary()), answer);
             let mut counted = seen.counted().to_vec();
             counted.sort();
             let show = |of: &Counted| format!("{}{}{}", (b'a' + of.token as u8) as char, of.times, of.answered);
@@ -444,6 +511,7 @@ mod tests {
             answer in prop::collection::vec(prop_oneof![6 => 0u32..3, 1 => Just(26)], 0..40),
             last_n in prop_oneof![Just(None), (1u32..20).prop_map(Some)],
             allowed in 1u32..4,
+            drafts in prop::collection::vec(prop_oneof![6 => 0u32..3, 1 => Just(26)], 0..8),
         ) {
             let sampling = Sampling {
                 repetition_penalty: 1.1,
@@ -452,12 +520,22 @@ mod tests {
             };
             let mut seen = Seen::new(&prompt, &sampling, &vocabulary());
             let mut history = prompt.clone();
+            let state = |seen: &Seen| {
+                let mut counted = seen.counted().to_vec();
+                counted.sort();
+                (counted, seen.repeats().to_vec())
+            };
             for token in answer {
                 seen.push(token);
                 history.push(token);
-                let mut counted = seen.counted().to_vec();
-                counted.sort();
-                prop_assert_eq!((counted, seen.repeats().to_vec()), slowly(&history, prompt.len(), &sampling));
+                prop_assert_eq!(state(&seen), slowly(&history, prompt.len(), &sampling));
+                // A look ahead and back.
+                let known = history.len();
+                history.extend(&drafts);
+                let behind = seen.behind(&drafts, state);
+                prop_assert_eq!(behind, slowly(&history, prompt.len(), &sampling));
+                history.truncate(known);
+                prop_assert_eq!(state(&seen), slowly(&history, prompt.len(), &sampling));
             }
         }
     }
