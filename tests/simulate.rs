@@ -86,7 +86,8 @@ fn every_seed_keeps_its_books_and_stretches_change_nothing() {
     let mut seen = [0u64; 10];
     for seed in 0..seeds {
         let stretched = troubled(seed);
-        let single = Setup { coasts: false, ..stretched.clone() };
+        // Step by step, and on several threads.
+        let single = Setup { coasts: false, threads: 2 + seed as usize % 3, ..stretched.clone() };
         let outcome = std::panic::catch_unwind(|| (run(&stretched, &mut |_| ()), run(&single, &mut |_| ())));
         let (one, other) = match outcome {
             Ok((Ok(one), Ok(other))) => (one, other),
@@ -112,6 +113,20 @@ fn every_seed_keeps_its_books_and_stretches_change_nothing() {
     println!("{seeds} seeds: done, preempted, cached, retried, busy, late, lost, left, made way, followed: {seen:?}");
     // The seeds are worth something only if everything happens in them.
     assert!(seeds < SEEDS || seen.iter().all(|&count| count >= 20), "{seen:?}");
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_report() {
+    let day = |threads| {
+        let mut setup = Setup::new(&PRESETS[3], &PROFILES[2], 24);
+        setup.faults = Faults { death_every_s: 600.0, slow_every_s: 600.0, ..Faults::BAD_DAY };
+        (setup.duration_s, setup.threads, setup.shape.affinity) = (900.0, threads, 0.5);
+        play(&setup).json().to_string()
+    };
+    let alone = day(1);
+    for threads in [2, 3, 24] {
+        assert_eq!(day(threads), alone, "on {threads} threads");
+    }
 }
 
 #[test]

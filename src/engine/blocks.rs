@@ -49,6 +49,22 @@ impl BlockHash {
         name
     }
 
+    /// As [`BlockHash::then`] in a fraction of the time, but whoever wants two contents of one name can find them: for
+    /// simulations, whose callers want nothing.
+    pub fn then_quickly(self, tokens: &[u32]) -> Self {
+        let fold = |one: u64, other: u64| {
+            let product = u128::from(one) * u128::from(other);
+            product as u64 ^ (product >> 64) as u64
+        };
+        let (mut low, mut high) = (self.0 as u64, (self.0 >> 64) as u64);
+        for pair in tokens.chunks(2) {
+            let word = u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or_default()) << 32;
+            low = fold(low ^ word, 0x9e37_79b9_7f4a_7c15);
+            high = fold(high ^ word, 0xd6e8_feb8_6659_fd93).wrapping_add(low);
+        }
+        Self(u128::from(fold(low ^ high, 0xa076_1d64_78bd_642f)) | u128::from(high) << 64)
+    }
+
     fn of(input: &[u8]) -> Self {
         let digest = blake3::hash(input);
         let mut low = [0; 16];
@@ -421,13 +437,29 @@ mod tests {
 
     #[test]
     fn a_chain_names_everything_before_it_and_its_salt() {
-        let root = BlockHash::root(0, 1);
-        assert_eq!(root.then(&[1, 2]).then(&[3, 4]), root.then(&[1, 2]).then(&[3, 4]));
-        assert_ne!(root.then(&[1, 2]).then(&[3, 4]), root.then(&[2, 1]).then(&[3, 4]));
-        assert_ne!(root.then(&[1, 2]), BlockHash::root(0, 2).then(&[1, 2]));
-        assert_ne!(root.then(&[1, 2]), BlockHash::root(1, 1).then(&[1, 2]));
-        let long: Vec<u32> = (0..100).collect();
-        assert_ne!(root.then(&long), root.then(&long[..99]));
+        for then in [BlockHash::then, BlockHash::then_quickly] {
+            let root = BlockHash::root(0, 1);
+            let two = |one: [u32; 2], other: [u32; 2]| then(then(root, &one), &other);
+            assert_eq!(two([1, 2], [3, 4]), two([1, 2], [3, 4]));
+            assert_ne!(two([1, 2], [3, 4]), two([2, 1], [3, 4]));
+            assert_ne!(then(root, &[1, 2]), then(BlockHash::root(0, 2), &[1, 2]));
+            assert_ne!(then(root, &[1, 2]), then(BlockHash::root(1, 1), &[1, 2]));
+            let long: Vec<u32> = (0..100).collect();
+            assert_ne!(then(root, &long), then(root, &long[..99]));
+        }
+    }
+
+    #[test]
+    fn quick_names_do_not_meet_by_chance() {
+        let mut seen = std::collections::HashSet::new();
+        for first in 0..2_000u32 {
+            let mut name = BlockHash::root(0, 1);
+            for block in 0..50 {
+                let tokens: Vec<u32> = (0..16).map(|at| first * 3 + block * 16 + at).collect();
+                name = name.then_quickly(&tokens);
+                assert!(seen.insert(name.0 as u64), "in the half that the map looks at");
+            }
+        }
     }
 
     #[test]

@@ -315,6 +315,7 @@ pub struct Scheduler {
     held: usize,
     growth: f32,
     pace: Pace,
+    names_quickly: bool,
     coming: Coming,
     spilled: Option<Index>,
     /// Blocks that are being filled, and those before them, so that nobody takes them meanwhile.
@@ -349,6 +350,7 @@ impl Scheduler {
             held: 0,
             growth: GROWTH_START,
             pace: Pace::default(),
+            names_quickly: false,
             coming: Coming::default(),
             spilled,
             fetching: Vec::new(),
@@ -431,6 +433,7 @@ impl Scheduler {
             table: Vec::new(),
             published: 0,
             hashes: Vec::new(),
+            named_quickly: self.names_quickly,
             admitted: 0,
             fed: 0,
             fetched: 0,

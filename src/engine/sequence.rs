@@ -43,6 +43,8 @@ pub struct Sequence {
     pub published: usize,
     /// Names of full blocks, as far as they were needed. Survives preemption.
     pub hashes: Vec<BlockHash>,
+    /// They are named by [`BlockHash::then_quickly`].
+    pub named_quickly: bool,
     /// Counts up with each admission; 0 while waiting.
     pub admitted: u64,
     /// The plan that last gave it rows, or admitted it.
@@ -73,7 +75,8 @@ impl Sequence {
         while self.hashes.len() < count {
             let from = self.hashes.len() * block_tokens;
             let parent = self.hashes.last().copied().unwrap_or(self.root);
-            self.hashes.push(parent.then(&self.tokens[from..from + block_tokens]));
+            let tokens = &self.tokens[from..from + block_tokens];
+            self.hashes.push(if self.named_quickly { parent.then_quickly(tokens) } else { parent.then(tokens) });
         }
     }
 

@@ -58,7 +58,7 @@ impl Gateway {
         let fleet = self.fleet.get();
         let replicas = fleet.encoders.get(&call.entry.id).map(Vec::as_slice).unwrap_or_default();
         // No cache to meet again: a session is served like anybody.
-        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), None);
+        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), None, &call.account);
         let replica = chosen.and_then(|at| replicas.get(at));
         replica.cloned().ok_or_else(|| self.absent(&call.entry.id))
     }

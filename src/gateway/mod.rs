@@ -81,7 +81,7 @@ impl Gateway {
         let fleet = self.fleet.get();
         let replicas = fleet.models.get(&call.entry.id).map(Vec::as_slice).unwrap_or_default();
         let affinity = call.affinity.as_ref().map(|session| route::affinity(session, &call.account));
-        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), affinity);
+        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), affinity, &call.account);
         if let Some(replica) = chosen.and_then(|at| replicas.get(at)) {
             return Ok(replica.clone());
         }

@@ -41,12 +41,19 @@ pub fn affinity(session: &str, account: &AccountId) -> u64 {
 /// The candidate that answers: the least loaded, or the one its affinity names as long as that is not overloaded. `None`
 /// if there are none.
 ///
+/// Among the least loaded each account has its own order too: accounts share no prefix, so one that asks now and then
+/// meets its own again, and idle devices are not all passed over for the first.
+///
 /// Every session has its own order of devices, so that a device that comes or goes moves only the sessions that it gets
 /// or had, and a session that finds its device overloaded always finds the same other one.
-pub fn choose(candidates: &[Candidate], affinity: Option<u64>) -> Option<usize> {
-    let least = (0..candidates.len()).min_by_key(|&at| candidates[at].load())?;
-    let Some(affinity) = affinity else { return Some(least) };
-    let bearable = 2 * candidates[least].load() + PATIENCE;
+pub fn choose(candidates: &[Candidate], affinity: Option<u64>, account: &AccountId) -> Option<usize> {
+    let least = candidates.iter().map(Candidate::load).min()?;
+    let Some(affinity) = affinity else {
+        let own = self::affinity("", account);
+        let equals = (0..candidates.len()).filter(|&at| candidates[at].load() == least);
+        return equals.max_by_key(|&at| preference(own, candidates[at].device));
+    };
+    let bearable = 2 * least + PATIENCE;
     let calm = |&at: &usize| candidates[at].waiting == 0 || candidates[at].load() <= bearable;
     (0..candidates.len()).filter(calm).max_by_key(|&at| preference(affinity, candidates[at].device))
 }
@@ -76,6 +83,10 @@ pub fn cache_salt(account: &AccountId) -> u64 {
 mod tests {
     use super::*;
 
+    fn choose(candidates: &[Candidate], affinity: Option<u64>) -> Option<usize> {
+        super::choose(candidates, affinity, &AccountId::new("acme"))
+    }
+
     /// Chooses among devices with these loads, waiting and running.
     fn check(loads: &[(u64, u64)], affinity: Option<u64>, expected: Option<usize>) {
         let candidates: Vec<Candidate> = (0..)
@@ -86,10 +97,22 @@ mod tests {
     }
 
     #[test]
-    fn the_least_loaded_answers_and_the_first_among_equals() {
+    fn the_least_loaded_answers() {
         check(&[], None, None);
-        check(&[(0, 3), (1, 1), (0, 2)], None, Some(1));
+        check(&[(0, 3), (1, 1), (0, 1)], None, Some(2));
         check(&[(5, 0), (0, 4), (3, 2)], None, Some(1));
+    }
+
+    #[test]
+    fn among_equals_each_account_has_its_own_first() {
+        let (idle, mut counts) = ([0, 1, 2, 3].map(idle), [0; 4]);
+        for account in 0..1_000 {
+            let account = AccountId::new(format!("account-{account}"));
+            let at = super::choose(&idle, None, &account).unwrap();
+            assert_eq!(super::choose(&idle, None, &account), Some(at));
+            counts[at] += 1;
+        }
+        assert!(counts.iter().all(|count| (200..=300).contains(count)), "{counts:?}");
     }
 
     /// Where each of 1,000 sessions goes among these devices, all of them idle.

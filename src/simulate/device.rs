@@ -8,14 +8,17 @@
 //! What `run.rs` and `lane.rs` do, with every wait replaced by a number: messages are looked at between two steps, a
 //! token is heard when its step ends, the load is told when `Lane::show` would tell it. A message that arrives in a
 //! stretch cuts it at the end of the step that is then under way, so stretches change nothing but the time it takes.
+//!
+//! A device sees nothing but its own messages, so it can be advanced as far as they are known, on any thread.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::base::{AccountId, Error, Kind};
 use crate::engine::scheduler::{Ask, Limits, Plan, Pushed, Scheduler};
 use crate::simulate::cost::{Cost, Work};
 use crate::simulate::report::Tally;
-use crate::simulate::traffic::Piece;
+use crate::simulate::traffic::{self, Piece};
 
 /// A call, as the world knows it.
 pub type CallKey = u32;
@@ -28,6 +31,10 @@ pub enum Message {
     Cancel(CallKey),
     /// From now on a step takes so many times as long.
     Slow(f64),
+    /// It dies.
+    Die,
+    /// It is back, with an empty pool.
+    Renew,
 }
 
 /// A request on its way to a device.
@@ -39,7 +46,7 @@ pub struct Submission {
     /// Index of the account.
     pub account_at: u32,
     /// What is asked.
-    pub prompt: Vec<u32>,
+    pub prompt: Vec<Piece>,
     /// Where the answer's tokens come from.
     pub answer: Piece,
     /// Tokens after which the model ends it.
@@ -56,6 +63,8 @@ pub struct Submission {
 
 /// What became of a call on this device.
 pub struct Outcome {
+    /// When.
+    pub at_ns: u64,
     /// Whose.
     pub call: CallKey,
     /// Tokens that its caller got.
@@ -84,9 +93,9 @@ struct Flight {
 }
 
 impl Flight {
-    fn end(&self, failed: Option<Kind>) -> Outcome {
+    fn end(&self, at_ns: u64, failed: Option<Kind>) -> Outcome {
         let Self { call, produced, cached, last_ns, .. } = *self;
-        Outcome { call, produced, cached, last_ns, failed }
+        Outcome { at_ns, call, produced, cached, last_ns, failed }
     }
 }
 
@@ -96,38 +105,56 @@ enum Doing {
     Nothing,
     /// A planned step.
     Step,
-    /// So many steps like the one before, begun at a time.
+    /// As many steps like the one before as there are `times`, begun at a time.
     Stretch {
         begun_ns: u64,
-        steps: usize,
         work: Work,
     },
 }
 
+/// What a device is made of, each time it is new.
+#[derive(Clone)]
+pub struct Make {
+    /// What its scheduler is allowed.
+    pub limits: Limits,
+    /// Blocks of its pool, and tokens in a block.
+    pub blocks: usize,
+    /// Tokens in a block.
+    pub block_tokens: usize,
+    /// What a step takes.
+    pub cost: Cost,
+    /// Whether stretches of equal steps are computed at once.
+    pub coasts: bool,
+    /// Check the books each so many steps; 0 never.
+    pub check_every: u64,
+}
+
 /// A device of the fleet.
 pub struct Device {
+    make: Make,
     scheduler: Scheduler,
     plan: Plan,
     flights: Vec<Option<Flight>>,
+    /// Messages on their way, in order of time.
+    post: VecDeque<(u64, Message)>,
+    /// Messages that have come, but were not looked at.
     inbox: Vec<Message>,
     doing: Doing,
     /// How long the planned step takes.
     step_time_ns: u64,
-    cost: Cost,
+    /// How long each step of a stretch takes.
+    times: Vec<u64>,
     slow: f64,
-    coasts: bool,
     /// The scheduler's clock at time 0.
     epoch: Instant,
     /// When it wants its turn.
-    pub next_ns: u64,
-    /// Waiting and running, as the router sees them.
-    pub load: (u64, u64),
+    next_ns: u64,
+    /// Waiting and running, as `Lane::show` would tell.
+    load: (u64, u64),
+    /// What has ended since it was last asked, in order of time.
+    ended: Vec<Outcome>,
     /// Time spent computing.
     pub busy_ns: u64,
-    /// Steps computed.
-    pub steps: u64,
-    /// Check the books each so many steps; 0 never.
-    check_every: u64,
     unchecked: u64,
 }
 
@@ -136,47 +163,97 @@ pub const NEVER: u64 = u64::MAX;
 
 impl Device {
     /// An idle device with an empty pool.
-    pub fn new(limits: Limits, cost: Cost, blocks: usize, block_tokens: usize, coasts: bool, check_every: u64) -> Self {
+    pub fn new(make: Make) -> Self {
         Self {
-            scheduler: Scheduler::new(limits, blocks, block_tokens),
+            scheduler: scheduler(&make),
+            make,
             plan: Plan::default(),
             flights: Vec::new(),
+            post: VecDeque::new(),
             inbox: Vec::new(),
             doing: Doing::Nothing,
             step_time_ns: 0,
-            cost,
+            times: Vec::new(),
             slow: 1.0,
-            coasts,
             epoch: Instant::now(),
             next_ns: NEVER,
             load: (0, 0),
+            ended: Vec::new(),
             busy_ns: 0,
-            steps: 0,
-            check_every,
             unchecked: 0,
         }
     }
 
-    /// Puts a message into the inbox; it is looked at when the step under way has ended.
-    pub fn tell(&mut self, message: Message, now_ns: u64) {
-        self.inbox.push(message);
-        match self.doing {
-            Doing::Nothing => self.next_ns = now_ns,
-            Doing::Step => {}
-            Doing::Stretch { begun_ns, steps, work } => {
-                let (mut end_ns, mut done) = (begun_ns, 0);
-                while done < steps && end_ns < now_ns {
-                    end_ns += self.step_ns(later(work, done));
-                    done += 1;
-                }
-                self.doing = Doing::Stretch { begun_ns, steps: done, work };
-                self.next_ns = end_ns;
+    /// Sends a message, which arrives at `at_ns`: not before the last one, and not before a time it was advanced to.
+    pub fn tell(&mut self, message: Message, at_ns: u64) {
+        debug_assert!(self.post.back().is_none_or(|&(last_ns, _)| last_ns <= at_ns), "messages keep their order");
+        self.post.push_back((at_ns, message));
+    }
+
+    /// When something happens here next.
+    pub fn due_ns(&self) -> u64 {
+        self.post.front().map_or(NEVER, |&(at_ns, _)| at_ns).min(self.next_ns)
+    }
+
+    /// Waiting and running, as the router sees them: what was sent here and is not looked at yet counts as running.
+    pub fn load(&self) -> (u64, u64) {
+        let coming = self.inbox.iter().filter(|message| matches!(message, Message::Submit(_))).count();
+        (self.load.0, self.load.1 + coming as u64)
+    }
+
+    /// What has ended since the last call, in order of time.
+    pub fn ended(&mut self) -> impl Iterator<Item = Outcome> {
+        self.ended.drain(..)
+    }
+
+    /// Does everything that happens here before `until_ns`. At equal times messages go before the device's own turn.
+    ///
+    /// # Errors
+    /// The first invariant that does not hold, with the time.
+    pub fn advance(&mut self, until_ns: u64, tally: &mut Tally) -> Result<(), (u64, String)> {
+        loop {
+            let due_ns = self.due_ns();
+            if due_ns >= until_ns {
+                return Ok(());
             }
+            let comes = self.post.front().is_some_and(|&(at_ns, _)| at_ns == due_ns);
+            let done = match if comes { self.post.pop_front() } else { None } {
+                Some((at_ns, message)) => self.receive(message, at_ns, tally),
+                None => self.turn(tally),
+            };
+            done.map_err(|broken| (due_ns, broken))?;
         }
     }
 
+    /// Puts a message into the inbox; it is looked at when the step under way has ended.
+    fn receive(&mut self, message: Message, now_ns: u64, tally: &mut Tally) -> Result<(), String> {
+        match message {
+            Message::Die => return self.die(now_ns, tally),
+            Message::Renew => {
+                (self.scheduler, self.slow) = (scheduler(&self.make), 1.0);
+                return Ok(());
+            }
+            message => self.inbox.push(message),
+        }
+        match self.doing {
+            Doing::Nothing => self.next_ns = now_ns,
+            Doing::Step => {}
+            Doing::Stretch { begun_ns, .. } => {
+                let (mut end_ns, mut done) = (begun_ns, 0);
+                while done < self.times.len() && end_ns < now_ns {
+                    end_ns += self.times[done];
+                    done += 1;
+                }
+                self.times.truncate(done);
+                self.next_ns = end_ns;
+            }
+        }
+        Ok(())
+    }
+
     fn step_ns(&self, work: Work) -> u64 {
-        step_ns(&self.cost, self.slow, work)
+        let time = self.make.cost.step_ns(work);
+        if self.slow == 1.0 { time } else { (time as f64 * self.slow) as u64 }
     }
 
     fn at(&self, ns: u64) -> Instant {
@@ -184,15 +261,12 @@ impl Device {
     }
 
     /// Does what is due at `next_ns` and says when it wants to be called again by setting it.
-    ///
-    /// # Errors
-    /// The first invariant that does not hold.
-    pub fn turn(&mut self, tally: &mut Tally, ended: &mut Vec<Outcome>) -> Result<(), String> {
+    fn turn(&mut self, tally: &mut Tally) -> Result<(), String> {
         let now_ns = self.next_ns;
         match std::mem::replace(&mut self.doing, Doing::Nothing) {
             Doing::Nothing => {}
-            Doing::Step => self.deliver(now_ns, tally, ended)?,
-            Doing::Stretch { begun_ns, steps, work } => self.coast(begun_ns, steps, work, now_ns, tally)?,
+            Doing::Step => self.deliver(now_ns, tally)?,
+            Doing::Stretch { begun_ns, work } => self.coast(begun_ns, work, now_ns, tally)?,
         }
         if let Doing::Stretch { .. } = self.doing {
             return Ok(());
@@ -200,18 +274,20 @@ impl Device {
         let mut inbox = std::mem::take(&mut self.inbox);
         for message in inbox.drain(..) {
             match message {
-                Message::Submit(submission) => self.submit(*submission, now_ns, ended),
-                Message::Cancel(call) => self.cancel(call, ended),
+                Message::Submit(submission) => self.submit(*submission, now_ns),
+                Message::Cancel(call) => self.cancel(call, now_ns),
                 Message::Slow(factor) => self.slow = factor,
+                Message::Die | Message::Renew => return Err("a device looks at its own death".into()),
             }
         }
         self.inbox = inbox;
         self.plan(now_ns, tally)
     }
 
-    fn submit(&mut self, submission: Submission, now_ns: u64, ended: &mut Vec<Outcome>) {
+    fn submit(&mut self, submission: Submission, now_ns: u64) {
         let Submission { call, account, account_at, prompt, answer, output, max_tokens, priority, salt, received_ns } =
             submission;
+        let prompt = traffic::tokens(&prompt);
         let prompt_tokens = prompt.len() as u32;
         let ask = Ask {
             account: &account,
@@ -244,18 +320,18 @@ impl Device {
                 self.flights.resize_with(self.flights.len().max(at + 1), || None);
                 self.flights[at] = Some(flight);
             }
-            Err(error) => ended.push(flight.end(Some(Error::kind(&error)))),
+            Err(error) => self.ended.push(flight.end(now_ns, Some(Error::kind(&error)))),
         }
         self.show();
     }
 
-    fn cancel(&mut self, call: CallKey, ended: &mut Vec<Outcome>) {
+    fn cancel(&mut self, call: CallKey, now_ns: u64) {
         let is_this = |flight: &Option<Flight>| flight.as_ref().is_some_and(|flight| flight.call == call);
         // It may have ended in the step that was under way.
         let Some(key) = self.flights.iter().position(is_this) else { return };
         if let Some(flight) = self.flights[key].take() {
             self.scheduler.cancel(key as u32);
-            ended.push(flight.end(None));
+            self.ended.push(flight.end(now_ns, None));
         }
     }
 
@@ -297,8 +373,7 @@ impl Device {
     }
 
     /// The step under way has ended.
-    fn deliver(&mut self, now_ns: u64, tally: &mut Tally, ended: &mut Vec<Outcome>) -> Result<(), String> {
-        self.steps += 1;
+    fn deliver(&mut self, now_ns: u64, tally: &mut Tally) -> Result<(), String> {
         self.scheduler.computed(&self.plan, self.at(now_ns));
         let mut context = 0;
         let (mut longest, mut going) = (usize::MAX, 0);
@@ -321,7 +396,7 @@ impl Device {
                 return Err(format!("request {} got {} tokens of {}", part.request, flight.produced, flight.output));
             }
             if full || flight.produced == flight.output {
-                ended.push(flight.end(None));
+                self.ended.push(flight.end(now_ns, None));
                 *slot = None;
                 if !self.scheduler.finish(part.sequence) {
                     return Err(format!("request {} has ended, but is not gone", part.request));
@@ -336,39 +411,35 @@ impl Device {
         self.show();
         self.check(1)?;
         // Who runs and had no row in this step has no token that the next one could follow in time.
-        if !self.coasts || !self.inbox.is_empty() || going != self.scheduler.running() as u64 {
+        if !self.make.coasts || !self.inbox.is_empty() || going != self.scheduler.running() as u64 {
             return Ok(());
         }
         let steps = self.scheduler.steady(longest);
         if steps > 0 {
             let work = Work::decode(going, context);
-            self.doing = Doing::Stretch { begun_ns: now_ns, steps, work };
-            self.next_ns = (0..steps).fold(now_ns, |end, step| end + self.step_ns(later(work, step)));
+            let mut times = std::mem::take(&mut self.times);
+            times.clear();
+            times.extend((0..steps).map(|step| self.step_ns(later(work, step))));
+            self.times = times;
+            self.doing = Doing::Stretch { begun_ns: now_ns, work };
+            self.next_ns = now_ns + self.times.iter().sum::<u64>();
         }
         Ok(())
     }
 
     /// The stretch under way has ended, or was cut.
-    fn coast(&mut self, begun_ns: u64, steps: usize, work: Work, now_ns: u64, tally: &mut Tally) -> Result<(), String> {
-        let mut end_ns = begun_ns;
-        for step in 0..steps {
-            let work = later(work, step);
-            let time = self.step_ns(work);
-            tally.step(end_ns, time, 0, &work);
-            end_ns += time;
-            tally.next_tokens(end_ns, time, work.drawn);
-        }
+    fn coast(&mut self, begun_ns: u64, work: Work, now_ns: u64, tally: &mut Tally) -> Result<(), String> {
+        let (times, steps) = (&self.times, self.times.len());
+        tally.stretch(begun_ns, times, work.drawn);
+        let end_ns = begun_ns + times.iter().sum::<u64>();
         if end_ns != now_ns {
             return Err(format!("a stretch ended at {end_ns} ns, not at {now_ns}"));
         }
-        self.steps += steps as u64;
         self.busy_ns += now_ns - begun_ns;
         let flights = &self.flights;
         let token =
             |request: u32, at: usize| flights[request as usize].as_ref().map_or(0, |flight| flight.answer.token(at));
-        let (cost, slow) = (self.cost, self.slow);
-        let took = |step: usize| Duration::from_nanos(step_ns(&cost, slow, later(work, step)));
-        self.scheduler.coast(steps, token, took);
+        self.scheduler.coast(steps, token, |step| Duration::from_nanos(times[step]));
         for flight in self.plan.sampled.iter().map(|row| row.part.request as usize) {
             let Some(flight) = self.flights[flight].as_mut() else { continue };
             if flight.last_ns != begun_ns {
@@ -384,45 +455,45 @@ impl Device {
 
     fn check(&mut self, steps: u64) -> Result<(), String> {
         self.unchecked += steps;
-        if self.check_every == 0 || self.unchecked < self.check_every {
+        if self.make.check_every == 0 || self.unchecked < self.make.check_every {
             return Ok(());
         }
         self.unchecked = 0;
         self.scheduler.check()
     }
 
-    /// As `Lane::show`: from now on the router sees this load.
+    /// As `Lane::show`: from now on others see this load.
     fn show(&mut self) {
         self.load = (self.scheduler.waiting() as u64, self.scheduler.running() as u64);
     }
 
-    /// The device is dead: everything on it and on its way to it is lost. What was produced before is told.
-    pub fn die(&mut self, ended: &mut Vec<Outcome>, tally: &mut Tally, now_ns: u64) -> Result<(), String> {
+    /// The device is dead: everything on it and on its way to it is lost. What was produced before is told. Its load is
+    /// what it told last, since the dead tell nothing.
+    fn die(&mut self, now_ns: u64, tally: &mut Tally) -> Result<(), String> {
         self.cut(now_ns, tally)?;
         let failed = Some(Kind::EngineLost);
         for (key, slot) in self.flights.iter_mut().enumerate() {
             if let Some(flight) = slot.take() {
                 self.scheduler.cancel(key as u32);
-                ended.push(flight.end(failed));
+                self.ended.push(flight.end(now_ns, failed));
             }
         }
         for message in self.inbox.drain(..) {
             if let Message::Submit(lost) = message {
-                ended.push(Outcome { call: lost.call, produced: 0, cached: 0, last_ns: lost.received_ns, failed });
+                let (call, last_ns) = (lost.call, lost.received_ns);
+                self.ended.push(Outcome { at_ns: now_ns, call, produced: 0, cached: 0, last_ns, failed });
             }
         }
         self.doing = Doing::Nothing;
         self.next_ns = NEVER;
-        self.show();
         self.is_empty()
     }
 
     /// Applies the steps of a stretch that ended before `now_ns`: their tokens were heard.
     fn cut(&mut self, now_ns: u64, tally: &mut Tally) -> Result<(), String> {
-        let Doing::Stretch { begun_ns, steps, work } = self.doing else { return Ok(()) };
+        let Doing::Stretch { begun_ns, work } = self.doing else { return Ok(()) };
         let (mut end_ns, mut done) = (begun_ns, 0);
-        while done < steps {
-            let time = self.step_ns(later(work, done));
+        while let Some(&time) = self.times.get(done) {
             // What happens at the end of a step happens before it.
             if end_ns + time >= now_ns {
                 tally.step(end_ns, time, 0, &later(work, done));
@@ -431,7 +502,8 @@ impl Device {
             }
             (end_ns, done) = (end_ns + time, done + 1);
         }
-        self.coast(begun_ns, done, work, end_ns, tally)
+        self.times.truncate(done);
+        self.coast(begun_ns, work, end_ns, tally)
     }
 
     /// Nothing is left behind.
@@ -448,9 +520,11 @@ impl Device {
     }
 }
 
-fn step_ns(cost: &Cost, slow: f64, work: Work) -> u64 {
-    let time = cost.step_ns(work);
-    if slow == 1.0 { time } else { (time as f64 * slow) as u64 }
+fn scheduler(make: &Make) -> Scheduler {
+    let mut scheduler = Scheduler::new(make.limits.clone(), make.blocks, make.block_tokens);
+    // No caller here tries to make two prompts of one name.
+    scheduler.name_quickly();
+    scheduler
 }
 
 /// The work of a decode step, `steps` steps later: every sequence is that much longer.

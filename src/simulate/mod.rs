@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Time is a number of nanoseconds that jumps from one event to the next; the same [`Setup`] gives the same [`Report`]
-//! to the last digit. Whatever must hold is checked on the way and at the end, and a run that breaks it is an error.
+//! to the last digit, on any number of threads. Whatever must hold is checked on the way and at the end, and a run that breaks it is an error.
 
 pub mod cost;
 pub mod report;
@@ -61,6 +61,8 @@ pub struct Setup {
     pub check_every: usize,
     /// Compute stretches of equal steps at once. Changes how long a run takes and nothing else.
     pub coasts: bool,
+    /// Threads that devices are computed on. Changes how long a run takes and nothing else.
+    pub threads: usize,
 }
 
 /// The `[engine]` keys of the configuration that scheduling depends on.
@@ -164,6 +166,7 @@ impl Setup {
             seed: 1,
             check_every: 0,
             coasts: true,
+            threads: 1,
         }
     }
 

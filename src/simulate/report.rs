@@ -1,6 +1,7 @@
 //! What came of a simulated day: counted while it runs, summed up at its end.
 //!
-//! Everything counted is an integer, so the order in which devices are looked at cannot change a digit.
+//! Everything counted is an integer, so neither the order in which devices are looked at nor how many count at the same
+//! time, each for itself, can change a digit.
 
 use std::collections::BTreeMap;
 
@@ -45,6 +46,11 @@ impl Times {
         self.0.mean() / 1_000.0
     }
 
+    fn absorb(&mut self, other: &Self) {
+        // Counts of equal bounds, so this cannot fail.
+        let _ = self.0.add(&other.0);
+    }
+
     fn json(&self) -> Value {
         if self.0.is_empty() {
             return Value::Null;
@@ -81,6 +87,18 @@ pub struct AccountTally {
 }
 
 impl AccountTally {
+    fn absorb(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.done += other.done;
+        self.prompt_tokens += other.prompt_tokens;
+        self.cached_tokens += other.cached_tokens;
+        self.completion_tokens += other.completion_tokens;
+        self.produced += other.produced;
+        self.neurons = self.neurons + other.neurons;
+        self.ttft.absorb(&other.ttft);
+        self.speed += other.speed;
+    }
+
     /// Mean pace of its answers, 1 where each had a device for itself.
     pub fn pace(&self) -> f64 {
         self.speed as f64 / WHOLE as f64 / self.done.max(1) as f64
@@ -99,6 +117,16 @@ pub struct Part {
     pub open: u64,
     /// Time to first token of those that came in it.
     pub ttft: Times,
+}
+
+impl Part {
+    fn absorb(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.tokens += other.tokens;
+        self.busy_ns += other.busy_ns;
+        self.open = self.open.max(other.open);
+        self.ttft.absorb(&other.ttft);
+    }
 }
 
 /// Why a request got no whole answer.
@@ -224,10 +252,78 @@ impl Tally {
         }
     }
 
+    /// Nothing yet, of the same run.
+    pub fn empty(&self) -> Self {
+        let accounts = self.accounts.iter().map(|account| account.name.clone()).collect();
+        Self { part_ns: self.part_ns, ..Self::new(accounts, 1) }
+    }
+
     /// What runs on behind the end counts to the last part.
+    fn place(&self, at_ns: u64) -> usize {
+        ((at_ns / self.part_ns) as usize).min(PARTS - 1)
+    }
+
     fn part(&mut self, at_ns: u64) -> &mut Part {
-        let at = ((at_ns / self.part_ns) as usize).min(PARTS - 1);
+        let at = self.place(at_ns);
         &mut self.parts[at]
+    }
+
+    /// Adds what another has counted of the same run.
+    pub fn absorb(&mut self, other: &Self) {
+        // No `..`: a new counter is not to be forgotten here.
+        let Self {
+            part_ns: _,
+            requests,
+            done,
+            lacking,
+            retried,
+            steps,
+            rows,
+            prompt_rows,
+            recomputed_rows,
+            preemptions,
+            made_way,
+            followed,
+            prompt_tokens,
+            cached_tokens,
+            drawn,
+            queued,
+            ttft,
+            itl,
+            total,
+            accounts,
+            parts,
+            deaths,
+            slow_spells,
+        } = other;
+        for (sum, more) in [
+            (&mut self.requests, requests),
+            (&mut self.done, done),
+            (&mut self.retried, retried),
+            (&mut self.steps, steps),
+            (&mut self.rows, rows),
+            (&mut self.prompt_rows, prompt_rows),
+            (&mut self.recomputed_rows, recomputed_rows),
+            (&mut self.preemptions, preemptions),
+            (&mut self.made_way, made_way),
+            (&mut self.followed, followed),
+            (&mut self.prompt_tokens, prompt_tokens),
+            (&mut self.cached_tokens, cached_tokens),
+            (&mut self.drawn, drawn),
+            (&mut self.deaths, deaths),
+            (&mut self.slow_spells, slow_spells),
+        ] {
+            *sum += more;
+        }
+        for (&lack, count) in lacking {
+            *self.lacking.entry(lack).or_default() += count;
+        }
+        self.queued.absorb(queued);
+        self.ttft.absorb(ttft);
+        self.itl.absorb(itl);
+        self.total.absorb(total);
+        self.accounts.iter_mut().zip(accounts).for_each(|(own, other)| own.absorb(other));
+        self.parts.iter_mut().zip(parts).for_each(|(own, other)| own.absorb(other));
     }
 
     /// A request is sent while `open` others have no end yet.
@@ -253,6 +349,30 @@ impl Tally {
         self.prompt_rows += prompt_rows as u64;
         self.drawn += work.drawn;
         self.part(at_ns).busy_ns += time_ns;
+    }
+
+    /// As many steps as `times`, in each of which `drawn` sequences get their next token and nothing else happens.
+    pub fn stretch(&mut self, begun_ns: u64, times: &[u64], drawn: u64) {
+        let (steps, took_ns) = (times.len() as u64, times.iter().sum::<u64>());
+        self.steps += steps;
+        self.rows += steps * drawn;
+        self.drawn += steps * drawn;
+        if self.place(begun_ns) == self.place(begun_ns + took_ns) {
+            let part = self.part(begun_ns);
+            part.busy_ns += took_ns;
+            part.tokens += steps * drawn;
+        } else {
+            let mut at_ns = begun_ns;
+            for time_ns in times {
+                self.part(at_ns).busy_ns += time_ns;
+                at_ns += time_ns;
+                self.part(at_ns).tokens += drawn;
+            }
+        }
+        // Neighbours are alike to the microsecond more often than not.
+        for alike in times.chunk_by(|one, other| one / 1_000 == other / 1_000) {
+            self.itl.add(alike[0], alike.len() as u64 * drawn);
+        }
     }
 
     /// Rows that had been computed before.
@@ -443,6 +563,28 @@ mod tests {
         assert!((report(&[1_000, 0, 0, 0]).fairness() - 0.25).abs() < 1e-9);
         let some = report(&[1_000, 500]).fairness();
         assert!(some > 0.5 && some < 1.0, "{some}");
+    }
+
+    #[test]
+    fn a_stretch_counts_as_its_steps_and_parts_of_a_run_add_up() {
+        let new = || Tally::new(vec!["a".into()], 24_000);
+        let times = [1_900, 1_100, 2_050, 700, 700];
+        let (mut single, mut whole, mut parts) = (new(), new(), [new(), new()]);
+        let mut at_ns = 21_900;
+        for (step, &time_ns) in times.iter().enumerate() {
+            for tally in [&mut single, &mut parts[step % 2]] {
+                tally.step(at_ns, time_ns, 0, &Work::decode(3, 100));
+                tally.next_tokens(at_ns + time_ns, time_ns, 3);
+            }
+            at_ns += time_ns;
+        }
+        whole.stretch(21_900, &times, 3);
+        let [mut sum, other] = parts;
+        sum.absorb(&other);
+        let figures = |tally: Tally| Report { tally, ..report(&[]) }.json().to_string();
+        let expected = figures(single);
+        assert_eq!(figures(whole), expected);
+        assert_eq!(figures(sum), expected);
     }
 
     #[test]

@@ -1,16 +1,28 @@
-//! Everything around the devices: callers, the router, the ledger, and what goes wrong. One clock, one event at a time.
+//! Everything around the devices: callers, the router, the ledger, and what goes wrong.
 //!
-//! At equal times the world goes before the devices, and what a device causes happens at least a nanosecond later. So
-//! the order in which devices have their turns cannot be seen from outside.
+//! ```text
+//! tick   the world: who asks, leaves, is late, dies     messages with their times ──┐
+//!        the devices, each for itself, on all threads   <───────────────────────────┘ ──> what ended, and its time ──┐
+//!        the world hears: charges, goes on, routes again; sees the loads   <─────────────────────────────────────────┘
+//! tick   …
+//! ```
+//!
+//! Within a tick nobody needs to know what happens elsewhere in it: callers act on answers of earlier ticks, and the
+//! router on loads of the last one and on what it has sent since. Everything keeps its own time to the nanosecond; at
+//! equal times the world goes before the devices. So neither the order in which devices have their turns nor the number
+//! of threads can be seen from outside.
 
 use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
+
+use parking_lot::Mutex;
 
 use crate::base::{AccountId, DeviceId, Error, Kind, Millis, Neurons, RequestId, Result};
 use crate::gateway::route::{self, Candidate};
+use crate::kernel::Pool;
 use crate::ledger::{Book, Claim};
 use crate::simulate::Setup;
-use crate::simulate::device::{CallKey, Device, Message, NEVER, Outcome, Submission};
+use crate::simulate::device::{CallKey, Device, Make, Message, NEVER, Outcome, Submission};
 use crate::simulate::report::{Lack, Report, Tally};
 use crate::simulate::rng::Rng;
 use crate::simulate::traffic::{self, Made, Request, Source};
@@ -20,8 +32,14 @@ use crate::task::Usage;
 const NOTICED_NS: u64 = 250_000_000;
 /// How long a client that was refused waits.
 const AFTER_FAILURE_NS: u64 = 1_000_000_000;
-/// Events between two reports of progress.
-const PROGRESS_EVERY: u64 = 20_000;
+/// A tick: how old the loads are at most that the router sees, and the shortest time from an answer to what follows it.
+const TICK_NS: u64 = 100_000_000;
+/// With callers that ask again at once: as long as an answer and a question are under way.
+const SHORT_TICK_NS: u64 = 1_000_000;
+/// Fewer devices than this have had their turns before another thread has woken up.
+const WORTH_WAKING: usize = 4;
+/// Ticks between two reports of progress.
+const PROGRESS_EVERY: u64 = 2_000;
 
 /// Streams of the seed.
 const FAULTS: u64 = 11;
@@ -37,13 +55,16 @@ struct Call {
     device: usize,
     /// When its caller went away.
     left_ns: Option<u64>,
-    late: bool,
+    /// When its time was over.
+    late_ns: Option<u64>,
 }
+
+/// A call among those that have had its key.
+type CallName = (CallKey, u64);
 
 enum Event {
     Ask(Box<Request>),
-    Leave(CallKey, u64),
-    Late(CallKey, u64),
+    Leave(CallName),
     Die(usize),
     /// The fleet learns that a device is dead.
     Unlist(usize),
@@ -76,11 +97,13 @@ impl Ord for Entry {
     }
 }
 
+/// What the world knows of a device.
 struct Seat {
-    device: Device,
     alive: bool,
     listed: bool,
     faults: Rng,
+    /// Waiting and running when it was last looked at, and what was sent since.
+    load: (u64, u64),
 }
 
 /// A fleet and its callers.
@@ -91,19 +114,29 @@ pub struct World<'a> {
     source: Source,
     upcoming: Option<Request>,
     seats: Vec<Seat>,
-    /// When each device wants its turn.
+    /// Whoever advances one holds it; nobody ever waits for another.
+    devices: Vec<Mutex<Device>>,
+    /// When something happens next on each device.
     due: Vec<u64>,
+    /// Devices on which something happens in this tick.
+    turns: Vec<usize>,
+    threads: Pool,
+    tick_ns: u64,
     candidates: Vec<Candidate>,
     calls: Vec<Option<Call>>,
     vacant: Vec<CallKey>,
     open: u64,
     events: BinaryHeap<Reverse<Entry>>,
     planned: u64,
+    /// When calls are late, in order of time, as far as they may still be open.
+    deadlines: VecDeque<(u64, CallName)>,
     /// Events that will bring another request.
     to_come: u64,
     accounts: Vec<(AccountId, u64)>,
     book: Book,
     tally: Tally,
+    /// Those that threads count with while they have a device: as many as ever counted at the same time.
+    tallies: Mutex<Vec<Tally>>,
     ended: Vec<Outcome>,
     now_ns: u64,
     last_end_ns: u64,
@@ -125,30 +158,40 @@ impl<'a> World<'a> {
             None => (setup.duration_s * 1e9) as u64,
         };
         let accounts = source.accounts();
-        let seats = (0..setup.devices)
-            .map(|at| Seat {
-                device: fresh(setup),
-                alive: true,
-                listed: true,
-                faults: Rng::stream(setup.seed ^ FAULTS, at as u64),
-            })
-            .collect();
+        let seat = |at| {
+            let faults = Rng::stream(setup.seed ^ FAULTS, at);
+            Seat { alive: true, listed: true, faults, load: (0, 0) }
+        };
+        let make = Make {
+            limits: setup.engine.limits(),
+            blocks: setup.blocks(),
+            block_tokens: setup.engine.block_tokens,
+            cost: setup.cost,
+            coasts: setup.coasts,
+            check_every: setup.check_every as u64,
+        };
         Self {
             setup,
             end_ns: duration_ns,
             timeout_ns: (setup.request_timeout_s * 1e9) as u64,
             source,
             upcoming: None,
-            seats,
+            seats: (0..setup.devices as u64).map(seat).collect(),
+            devices: (0..setup.devices).map(|_| Mutex::new(Device::new(make.clone()))).collect(),
             due: vec![NEVER; setup.devices],
+            turns: Vec::with_capacity(setup.devices),
+            threads: Pool::new(setup.threads.clamp(1, setup.devices)),
+            tick_ns: if setup.shape.clients > 0 { SHORT_TICK_NS } else { TICK_NS },
             candidates: Vec::with_capacity(setup.devices),
             calls: Vec::new(),
             vacant: Vec::new(),
             open: 0,
             events: BinaryHeap::new(),
             planned: 0,
+            deadlines: VecDeque::new(),
             to_come: 0,
             tally: Tally::new(accounts.clone(), duration_ns),
+            tallies: Mutex::default(),
             accounts: accounts
                 .iter()
                 .map(|name| {
@@ -172,53 +215,44 @@ impl<'a> World<'a> {
             self.plan_fault(at, self.setup.faults.death_every_s, Event::Die(at));
             self.plan_fault(at, self.setup.faults.slow_every_s, Event::Slow(at));
         }
-        let mut steps = 0u64;
+        let mut ticks = 0u64;
         while self.upcoming.is_some() || self.open > 0 || self.to_come > 0 {
-            if steps.is_multiple_of(PROGRESS_EVERY) {
+            if ticks.is_multiple_of(PROGRESS_EVERY) {
                 progress((self.now_ns as f64 / self.end_ns as f64).min(1.0));
             }
-            steps += 1;
-            self.step().map_err(|broken| {
+            ticks += 1;
+            self.tick().map_err(|broken| {
                 let (seconds, seed) = (self.now_ns as f64 / 1e9, self.setup.seed);
                 Error::internal(format!("seed {seed} at {seconds:.6} s: {broken}"))
             })?;
+        }
+        for tally in self.tallies.get_mut().drain(..) {
+            self.tally.absorb(&tally);
         }
         self.finish().map_err(|broken| Error::internal(format!("seed {} at the end: {broken}", self.setup.seed)))?;
         Ok(self.report())
     }
 
-    /// The next thing that happens.
-    fn step(&mut self) -> Result<(), String> {
-        let request_ns = self.upcoming.as_ref().map_or(NEVER, |request| request.at_ns);
-        let event_ns = self.events.peek().map_or(NEVER, |Reverse(entry)| entry.at_ns);
-        let (mut device_ns, mut device) = (NEVER, 0);
-        for (at, &due_ns) in self.due.iter().enumerate() {
-            if due_ns < device_ns {
-                (device_ns, device) = (due_ns, at);
-            }
-        }
-        let next_ns = request_ns.min(event_ns).min(device_ns);
+    /// The next tick in which anything happens.
+    fn tick(&mut self) -> Result<(), String> {
+        let next_ns = self.due.iter().copied().min().unwrap_or(NEVER).min(self.due_ns());
         if next_ns == NEVER {
             return Err(format!("{} calls are open, but nobody works on them", self.open));
         }
         if next_ns < self.now_ns {
             return Err(format!("time went back to {next_ns} ns"));
         }
-        self.now_ns = next_ns;
-        if event_ns == next_ns {
-            if let Some(Reverse(entry)) = self.events.pop() {
-                self.happen(entry.event)?;
+        let until_ns = (next_ns / self.tick_ns + 1) * self.tick_ns;
+        loop {
+            let next_ns = self.due_ns();
+            if next_ns >= until_ns {
+                break;
             }
-        } else if request_ns == next_ns {
-            if let Some(request) = self.upcoming.take() {
-                self.upcoming = self.source.next_request();
-                self.ask(request)?;
-            }
-        } else {
-            let device_at = &mut self.seats[device].device;
-            device_at.turn(&mut self.tally, &mut self.ended).map_err(|broken| format!("device {device}: {broken}"))?;
-            self.due[device] = device_at.next_ns;
+            self.now_ns = next_ns;
+            self.next_event()?;
         }
+        self.advance(until_ns)?;
+        self.now_ns = until_ns;
         let mut ended = std::mem::take(&mut self.ended);
         for outcome in ended.drain(..) {
             self.hear(outcome)?;
@@ -227,10 +261,75 @@ impl<'a> World<'a> {
         Ok(())
     }
 
+    /// When something happens in the world next.
+    fn due_ns(&self) -> u64 {
+        let request_ns = self.upcoming.as_ref().map_or(NEVER, |request| request.at_ns);
+        let event_ns = self.events.peek().map_or(NEVER, |Reverse(entry)| entry.at_ns);
+        let deadline_ns = self.deadlines.front().map_or(NEVER, |&(at_ns, _)| at_ns);
+        request_ns.min(event_ns).min(deadline_ns)
+    }
+
+    /// What happens in the world now.
+    fn next_event(&mut self) -> Result<(), String> {
+        let now_ns = self.now_ns;
+        if let Some(&(at_ns, name)) = self.deadlines.front()
+            && at_ns == now_ns
+        {
+            self.deadlines.pop_front();
+            if let Some(call) = self.call(name) {
+                call.late_ns = Some(now_ns);
+                let device = call.device;
+                self.tell(device, Message::Cancel(name.0));
+            }
+        } else if self.events.peek().is_some_and(|Reverse(entry)| entry.at_ns == now_ns) {
+            if let Some(Reverse(entry)) = self.events.pop() {
+                self.happen(entry.event)?;
+            }
+        } else if let Some(request) = self.upcoming.take() {
+            self.upcoming = self.source.next_request();
+            self.ask(request)?;
+        }
+        Ok(())
+    }
+
+    /// All devices do what happens on them before `until_ns`.
+    fn advance(&mut self, until_ns: u64) -> Result<(), String> {
+        let due = self.due.iter().enumerate().filter(|&(_, &due_ns)| due_ns < until_ns);
+        self.turns.clear();
+        self.turns.extend(due.map(|(at, _)| at));
+        let (devices, turns, tallies, broken) = (&self.devices, &self.turns, &self.tallies, Mutex::new(Vec::new()));
+        let empty = || self.tally.empty();
+        let work = |turn: usize| {
+            let mut tally = tallies.lock().pop().unwrap_or_else(empty);
+            if let Err((at_ns, what)) = devices[turns[turn]].lock().advance(until_ns, &mut tally) {
+                broken.lock().push((at_ns, turns[turn], what));
+            }
+            tallies.lock().push(tally);
+        };
+        if turns.len() < WORTH_WAKING {
+            (0..turns.len()).for_each(work);
+        } else {
+            self.threads.each(turns.len(), 1, work);
+        }
+        if let Some((at_ns, device, what)) = broken.into_inner().into_iter().min() {
+            self.now_ns = at_ns;
+            return Err(format!("device {device}: {what}"));
+        }
+        for &at in &self.turns {
+            let device = self.devices[at].get_mut();
+            self.due[at] = device.due_ns();
+            self.seats[at].load = device.load();
+            self.ended.extend(device.ended());
+        }
+        // Stable: at equal times by device.
+        self.ended.sort_by_key(|outcome| outcome.at_ns);
+        Ok(())
+    }
+
     fn tell(&mut self, at: usize, message: Message) {
-        let device = &mut self.seats[at].device;
+        let device = self.devices[at].get_mut();
         device.tell(message, self.now_ns);
-        self.due[at] = device.next_ns;
+        self.due[at] = device.due_ns();
     }
 
     fn plan(&mut self, at_ns: u64, event: Event) {
@@ -246,37 +345,26 @@ impl<'a> World<'a> {
                 self.to_come -= 1;
                 self.ask(*request)?;
             }
-            Event::Leave(key, number) => {
-                if let Some(call) = self.call(key, number) {
+            Event::Leave(name) => {
+                if let Some(call) = self.call(name) {
                     call.left_ns = Some(now_ns);
                     let device = call.device;
-                    self.tell(device, Message::Cancel(key));
-                }
-            }
-            Event::Late(key, number) => {
-                if let Some(call) = self.call(key, number) {
-                    call.late = true;
-                    let device = call.device;
-                    self.tell(device, Message::Cancel(key));
+                    self.tell(device, Message::Cancel(name.0));
                 }
             }
             Event::Die(at) => {
                 self.tally.deaths += 1;
-                let seat = &mut self.seats[at];
-                seat.alive = false;
-                seat.device.die(&mut self.ended, &mut self.tally, now_ns)?;
-                self.due[at] = NEVER;
+                self.seats[at].alive = false;
+                self.tell(at, Message::Die);
                 let repair_ns = (self.seats[at].faults.exponential(self.setup.faults.repair_s) * 1e9) as u64;
                 self.plan(now_ns + NOTICED_NS, Event::Unlist(at));
                 self.plan(now_ns + NOTICED_NS + 1 + repair_ns, Event::Repaired(at));
             }
             Event::Unlist(at) => self.seats[at].listed = false,
             Event::Repaired(at) => {
+                self.tell(at, Message::Renew);
                 let seat = &mut self.seats[at];
-                let (busy_ns, steps) = (seat.device.busy_ns, seat.device.steps);
-                seat.device = fresh(self.setup);
-                (seat.device.busy_ns, seat.device.steps) = (busy_ns, steps);
-                (seat.alive, seat.listed) = (true, true);
+                (seat.alive, seat.listed, seat.load) = (true, true, (0, 0));
                 self.plan_fault(at, self.setup.faults.death_every_s, Event::Die(at));
             }
             Event::Slow(at) => {
@@ -304,7 +392,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn call(&mut self, key: CallKey, number: u64) -> Option<&mut Call> {
+    fn call(&mut self, (key, number): CallName) -> Option<&mut Call> {
         self.calls[key as usize].as_mut().filter(|call| call.number == number)
     }
 
@@ -332,7 +420,7 @@ impl<'a> World<'a> {
             attempts: 0,
             device: 0,
             left_ns: None,
-            late: false,
+            late_ns: None,
         };
         self.open += 1;
         let key = match self.vacant.pop() {
@@ -346,9 +434,9 @@ impl<'a> World<'a> {
             }
         };
         if let Some(leaves_ns) = leaves_ns {
-            self.plan(now_ns + leaves_ns, Event::Leave(key, number));
+            self.plan(now_ns + leaves_ns, Event::Leave((key, number)));
         }
-        self.plan(now_ns + self.timeout_ns, Event::Late(key, number));
+        self.deadlines.push_back((now_ns + self.timeout_ns, (key, number)));
         self.route(key)
     }
 
@@ -365,12 +453,12 @@ impl<'a> World<'a> {
             self.candidates.clear();
             let listed = (0..).zip(&self.seats).filter(|(_, seat)| seat.listed);
             self.candidates.extend(listed.map(|(at, seat)| {
-                let (waiting, running) = seat.device.load;
+                let (waiting, running) = seat.load;
                 Candidate { device: DeviceId(at), waiting, running }
             }));
             let (account, salt) = &self.accounts[call.request.account as usize];
             let affinity = call.request.session.map(|session| route::affinity(&format!("{session:x}"), account));
-            let Some(chosen) = route::choose(&self.candidates, affinity) else { break };
+            let Some(chosen) = route::choose(&self.candidates, affinity, account) else { break };
             let at = usize::from(self.candidates[chosen].device.0);
             call.attempts += 1;
             call.device = at;
@@ -392,7 +480,7 @@ impl<'a> World<'a> {
                 call: key,
                 account: account.clone(),
                 account_at: call.request.account,
-                prompt: traffic::tokens(&call.request.prompt),
+                prompt: call.request.prompt.clone(),
                 answer: call.request.answer,
                 output: call.request.output,
                 max_tokens: call.max_tokens,
@@ -401,6 +489,7 @@ impl<'a> World<'a> {
                 received_ns: call.request.at_ns,
             };
             self.tell(at, Message::Submit(Box::new(submission)));
+            self.seats[at].load.1 += 1;
             return Ok(());
         }
         self.close(key, lack)
@@ -422,7 +511,7 @@ impl<'a> World<'a> {
         let request = RequestId::from_number(call.number.into());
         // The first token is the point of no return.
         let lost = outcome.failed.is_some_and(route::is_worth_another);
-        if lost && outcome.produced == 0 && call.left_ns.is_none() && !call.late {
+        if lost && outcome.produced == 0 && call.left_ns.is_none() && call.late_ns.is_none() {
             self.book.release(request);
             self.tally.retried += u64::from(call.attempts < route::ATTEMPTS);
             return match call.attempts < route::ATTEMPTS {
@@ -430,10 +519,13 @@ impl<'a> World<'a> {
                 false => self.close(key, Lack::Lost),
             };
         }
+        // What its caller did after the end does not count.
+        call.left_ns = call.left_ns.filter(|&left_ns| left_ns <= outcome.at_ns);
+        call.late_ns = call.late_ns.filter(|&late_ns| late_ns <= outcome.at_ns);
         let Some(call) = self.calls[key as usize].take() else { return Err("a call has ended twice".into()) };
         self.vacant.push(key);
         self.open -= 1;
-        self.last_end_ns = self.last_end_ns.max(self.now_ns);
+        self.last_end_ns = self.last_end_ns.max(outcome.at_ns);
 
         // A token of the step that was under way when its caller left was never heard.
         let unheard = call.left_ns.is_some_and(|left_ns| outcome.produced > 0 && outcome.last_ns > left_ns);
@@ -451,7 +543,7 @@ impl<'a> World<'a> {
                 ..Usage::default()
             };
             let used = self.setup.price.charge(&usage);
-            if !self.book.settle(request, &usage, used, millis(self.now_ns)) {
+            if !self.book.settle(request, &usage, used, millis(outcome.at_ns)) {
                 return Err(format!("call {} had no reservation", call.number));
             }
             let account = &mut self.tally.accounts[call.request.account as usize];
@@ -471,36 +563,37 @@ impl<'a> World<'a> {
             Some(Kind::ContextLength) => Lack::TooLong,
             Some(Kind::EngineLost) => Lack::Lost,
             Some(kind) => return Err(format!("call {} failed with {}", call.number, kind.as_str())),
-            None if whole => return self.answered(call, outcome.produced),
-            None if call.late => Lack::Late,
+            None if whole => return self.answered(call, &outcome),
+            None if call.late_ns.is_some() => Lack::Late,
             None => return Err(format!("call {} has ended after {} tokens", call.number, outcome.produced)),
         };
         self.tally.lacks(lack);
         // A client that only counts answers asks again, but not at once.
         if self.setup.shape.clients > 0 {
-            self.goes_on(call.request, 0, AFTER_FAILURE_NS);
+            self.goes_on(call.request, 0, outcome.at_ns + AFTER_FAILURE_NS);
         }
         Ok(())
     }
 
-    fn answered(&mut self, call: Call, produced: u32) -> Result<(), String> {
-        let alone_ns = self.setup.cost.alone_ns(call.prompt_tokens.into(), produced.into());
-        self.tally.done(call.request.account, self.now_ns - call.request.at_ns, alone_ns);
-        self.goes_on(call.request, produced, 0);
+    fn answered(&mut self, call: Call, outcome: &Outcome) -> Result<(), String> {
+        let alone_ns = self.setup.cost.alone_ns(call.prompt_tokens.into(), outcome.produced.into());
+        self.tally.done(call.request.account, outcome.at_ns - call.request.at_ns, alone_ns);
+        self.goes_on(call.request, outcome.produced, outcome.at_ns);
         Ok(())
     }
 
-    /// After an answer comes the next question.
-    fn goes_on(&mut self, request: Request, produced: u32, pause_ns: u64) {
-        if let Some(next) = self.source.follow(request, produced, self.now_ns + pause_ns) {
+    /// After an answer comes the next question, in a later tick.
+    fn goes_on(&mut self, request: Request, produced: u32, at_ns: u64) {
+        if let Some(mut next) = self.source.follow(request, produced, at_ns) {
+            next.at_ns = next.at_ns.max(self.now_ns);
             self.plan(next.at_ns, Event::Ask(Box::new(next)));
         }
     }
 
     /// What must hold when all is over.
     fn finish(&mut self) -> Result<(), String> {
-        for (at, seat) in self.seats.iter().enumerate() {
-            seat.device.is_empty().map_err(|left| format!("device {at}: {left}"))?;
+        for (at, device) in self.devices.iter_mut().enumerate() {
+            device.get_mut().is_empty().map_err(|left| format!("device {at}: {left}"))?;
         }
         let lacking: u64 = self.tally.lacking.values().sum();
         if self.tally.done + lacking != self.tally.requests {
@@ -538,7 +631,7 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    fn report(self) -> Report {
+    fn report(mut self) -> Report {
         let mut setup = self.setup.clone();
         let wall_ns = match (&setup.trace, setup.shape.clients) {
             (None, 0) => self.last_end_ns.max(self.end_ns),
@@ -548,16 +641,11 @@ impl<'a> World<'a> {
             settings: setup.knobs().iter().map(|knob| (knob.name, knob.value())).collect(),
             title: format!("{} of {}, {}, seed {}", setup.devices, setup.device, setup.model, setup.seed),
             wall_ns,
-            utilisation: self.seats.iter().map(|seat| seat.device.busy_ns as f64 / wall_ns as f64).collect(),
+            utilisation: self.devices.iter_mut().map(|device| device.get_mut().busy_ns as f64 / wall_ns as f64).collect(),
             blocks: setup.blocks(),
             tally: self.tally,
         }
     }
-}
-
-fn fresh(setup: &Setup) -> Device {
-    let (blocks, block_tokens) = (setup.blocks(), setup.engine.block_tokens);
-    Device::new(setup.engine.limits(), setup.cost, blocks, block_tokens, setup.coasts, setup.check_every as u64)
 }
 
 fn millis(ns: u64) -> Millis {

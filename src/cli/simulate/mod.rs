@@ -5,6 +5,7 @@
 //!
 //!     table.rs   the report for people (pure)
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -70,6 +71,9 @@ pub struct Args {
     /// Compare the books each N steps of a device, not only at the end
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1000")]
     check: Option<usize>,
+    /// Threads to compute on; the report is the same on any number [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
     /// Change a setting (`--list` names them); several with commas
     #[arg(long, short, value_name = "NAME=VALUE", value_delimiter = ',')]
     set: Vec<String>,
@@ -97,8 +101,11 @@ pub fn run(args: Args) -> Result<()> {
         setups[0].0 = "as is".into();
         setups.push((args.compare.join(" "), other));
     }
-    for (_, setup) in &setups {
+    let threads = args.threads.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get);
+    let each = threads.div_ceil(setups.len());
+    for (_, setup) in &mut setups {
         setup.check()?;
+        setup.threads = each;
     }
     let begun = Instant::now();
     let reports = run_all(&setups)?;
@@ -148,7 +155,7 @@ fn change(setup: &mut Setup, flag: &str, changes: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Each setup on a thread of its own, while this one shows how far they are.
+/// Each setup beside the others, while this thread shows how far they are.
 fn run_all(setups: &[(String, Setup)]) -> Result<Vec<(String, Report)>> {
     let done: Vec<AtomicU64> = setups.iter().map(|_| AtomicU64::new(0)).collect();
     let bar = progress();

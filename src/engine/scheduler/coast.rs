@@ -15,6 +15,11 @@ use crate::engine::pace::Load;
 use crate::engine::sequence::RequestKey;
 
 impl Scheduler {
+    /// From now on blocks of new requests have names that are found quickly and could be forged. For simulations.
+    pub fn name_quickly(&mut self) {
+        self.names_quickly = true;
+    }
+
     /// How many of the next `most` steps would each place one token of every running sequence and do nothing else:
     /// no prompt, no admission, no preemption, no sequence that becomes full. For simulations.
     pub fn steady(&self, most: usize) -> usize {
