@@ -11,13 +11,14 @@
 //!
 //! Pure book-keeping: the memory itself belongs to the runner.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::Hasher;
 
 /// Index of a block in the runner's KV pool.
 pub type BlockId = u32;
 
 const NONE: BlockId = BlockId::MAX;
+/// In the place of a link: this block is in no chain.
+const UNNAMED: BlockId = BlockId::MAX - 1;
 /// Tokens hashed at a time, so that the hash input fits a small stack buffer.
 const PIECE: usize = 32;
 
@@ -91,19 +92,30 @@ impl Hasher for Uniform {
     }
 }
 
+/// Half a cache line: most of what is done here is to look at a block that nobody has looked at for a while.
+#[repr(align(32))]
 struct Block {
+    /// What it can be found by while it is in a chain.
+    hash: BlockHash,
     refs: u32,
     /// Neighbours in the free list; [`NONE`] at its ends and outside of it.
     prev: BlockId,
     next: BlockId,
-    /// Set while the block can be found by its content.
-    hash: Option<BlockHash>,
+    /// The next block in the chain of its hash; [`NONE`] at its end, [`UNNAMED`] outside of it.
+    chain: BlockId,
+}
+
+impl Block {
+    fn is_named(&self) -> bool {
+        self.chain != UNNAMED
+    }
 }
 
 /// All blocks of one KV pool. Nothing is allocated after [`Blocks::new`].
 pub struct Blocks {
     blocks: Vec<Block>,
-    by_hash: HashMap<BlockHash, BlockId, BuildHasherDefault<Uniform>>,
+    /// Where the chain of each remainder of a hash begins.
+    chains: Vec<BlockId>,
     head: BlockId,
     tail: BlockId,
     free: usize,
@@ -117,8 +129,10 @@ impl Blocks {
     /// A pool of `total` free blocks of `tokens` tokens each.
     pub fn new(total: usize, tokens: usize) -> Self {
         let mut pool = Self {
-            blocks: (0..total).map(|_| Block { refs: 0, prev: NONE, next: NONE, hash: None }).collect(),
-            by_hash: HashMap::with_capacity_and_hasher(2 * total, BuildHasherDefault::default()),
+            blocks: (0..total)
+                .map(|_| Block { hash: BlockHash(0), refs: 0, prev: NONE, next: NONE, chain: UNNAMED })
+                .collect(),
+            chains: vec![NONE; total.next_power_of_two()],
             head: NONE,
             tail: NONE,
             free: 0,
@@ -164,7 +178,36 @@ impl Blocks {
 
     /// The block with this content, if there is one.
     pub fn find(&self, hash: BlockHash) -> Option<BlockId> {
-        self.by_hash.get(&hash).copied()
+        let mut id = self.chains[self.chain_of(hash)];
+        while id != NONE && self.blocks[id as usize].hash != hash {
+            id = self.blocks[id as usize].chain;
+        }
+        (id != NONE).then_some(id)
+    }
+
+    /// A name is uniform already.
+    fn chain_of(&self, hash: BlockHash) -> usize {
+        hash.0 as usize & (self.chains.len() - 1)
+    }
+
+    /// From now on the block cannot be found. Returns its name, if it had one.
+    fn unname(&mut self, id: BlockId) -> Option<BlockHash> {
+        let Block { hash, chain, .. } = self.blocks[id as usize];
+        if chain == UNNAMED {
+            return None;
+        }
+        self.blocks[id as usize].chain = UNNAMED;
+        let first = self.chain_of(hash);
+        if self.chains[first] == id {
+            self.chains[first] = chain;
+            return Some(hash);
+        }
+        let mut before = self.chains[first];
+        while self.blocks[before as usize].chain != id {
+            before = self.blocks[before as usize].chain;
+        }
+        self.blocks[before as usize].chain = chain;
+        Some(hash)
     }
 
     /// Whether no table holds the block.
@@ -176,7 +219,7 @@ impl Blocks {
     pub fn adopt(&mut self, id: BlockId) {
         if self.is_free(id) {
             self.unlink(id);
-            self.cached -= usize::from(self.blocks[id as usize].hash.is_some());
+            self.cached -= usize::from(self.blocks[id as usize].is_named());
         }
         self.blocks[id as usize].refs += 1;
     }
@@ -190,10 +233,8 @@ impl Blocks {
         for _ in 0..count {
             let id = self.head;
             self.unlink(id);
-            let block = &mut self.blocks[id as usize];
-            block.refs = 1;
-            if let Some(hash) = block.hash.take() {
-                self.by_hash.remove(&hash);
+            self.blocks[id as usize].refs = 1;
+            if let Some(hash) = self.unname(id) {
                 self.cached -= 1;
                 self.evicted.iter_mut().for_each(|evicted| evicted.push((id, hash)));
             }
@@ -205,10 +246,12 @@ impl Blocks {
     /// Makes a full block findable. Where another block already has this content, that one stays the one to find.
     pub fn publish(&mut self, id: BlockId, hash: BlockHash) {
         debug_assert!(!self.is_free(id), "only held blocks are published");
-        debug_assert!(self.blocks[id as usize].hash.is_none(), "a block is published once");
-        if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
-            entry.insert(id);
-            self.blocks[id as usize].hash = Some(hash);
+        debug_assert!(!self.blocks[id as usize].is_named(), "a block is published once");
+        if self.find(hash).is_none() {
+            let chain = self.chain_of(hash);
+            let first = std::mem::replace(&mut self.chains[chain], id);
+            let block = &mut self.blocks[id as usize];
+            (block.hash, block.chain) = (hash, first);
         }
     }
 
@@ -224,14 +267,11 @@ impl Blocks {
 
     /// What a block holds is not to be found any more.
     pub fn forget(&mut self, id: BlockId) {
-        if let Some(hash) = self.blocks[id as usize].hash.take() {
-            self.by_hash.remove(&hash);
-            if self.is_free(id) {
-                self.cached -= 1;
-                // Taking this one first costs no prefix hit.
-                self.unlink(id);
-                self.prepend(id);
-            }
+        if self.unname(id).is_some() && self.is_free(id) {
+            self.cached -= 1;
+            // Taking this one first costs no prefix hit.
+            self.unlink(id);
+            self.prepend(id);
         }
     }
 
@@ -250,7 +290,7 @@ impl Blocks {
             if block.refs > 0 {
                 continue;
             }
-            if block.hash.is_some() {
+            if block.is_named() {
                 self.cached += 1;
                 self.append(id);
             } else {
@@ -302,7 +342,7 @@ impl Blocks {
     pub(super) fn free_list(&self) -> Vec<(BlockId, bool)> {
         let real = |id: BlockId| (id != NONE).then_some(id);
         let ids = std::iter::successors(real(self.head), |&id| real(self.blocks[id as usize].next));
-        ids.map(|id| (id, self.blocks[id as usize].hash.is_some())).collect()
+        ids.map(|id| (id, self.blocks[id as usize].is_named())).collect()
     }
 
     /// Compares the books with the tables of all running sequences. For tests, simulations and debug builds: it walks
@@ -321,14 +361,19 @@ impl Blocks {
             if block.refs != held {
                 return Err(format!("block {id} counts {} references, tables hold {held}", block.refs));
             }
-            if let Some(hash) = block.hash
-                && self.by_hash.get(&hash) != Some(&(id as BlockId))
-            {
+            if block.is_named() && self.find(block.hash) != Some(id as BlockId) {
                 return Err(format!("block {id} has a hash that leads elsewhere"));
             }
         }
-        if let Some((_, id)) = self.by_hash.iter().find(|&(hash, &id)| self.blocks[id as usize].hash != Some(*hash)) {
-            return Err(format!("a hash leads to block {id}, which has another"));
+        for (chain, &first) in self.chains.iter().enumerate() {
+            let mut id = first;
+            while id != NONE {
+                let block = &self.blocks[id as usize];
+                if !block.is_named() || self.chain_of(block.hash) != chain {
+                    return Err(format!("block {id} is in a chain that is not its own"));
+                }
+                id = block.chain;
+            }
         }
         let (mut free, mut cached, mut before, mut id) = (0, 0, NONE, self.head);
         while id != NONE {
@@ -337,7 +382,7 @@ impl Blocks {
                 return Err(format!("block {id} lies wrongly in the free list"));
             }
             free += 1;
-            cached += usize::from(block.hash.is_some());
+            cached += usize::from(block.is_named());
             (before, id) = (id, block.next);
             if free > self.total() {
                 return Err("the free list is a circle".into());
@@ -460,6 +505,27 @@ mod tests {
                 assert!(seen.insert(name.0 as u64), "in the half that the map looks at");
             }
         }
+    }
+
+    #[test]
+    fn blocks_are_found_in_chains_of_any_length() {
+        let mut pool = Blocks::new(64, 1);
+        // Names of one remainder: one chain.
+        let name = |at: u32| BlockHash(u128::from(at) << 64 | 5);
+        let mut tables: Vec<Vec<BlockId>> = (0..64).map(|_| Vec::new()).collect();
+        for (at, table) in (0..).zip(&mut tables) {
+            assert!(pool.take(1, table));
+            pool.publish(table[0], name(at));
+        }
+        // First, last and middle ones leave.
+        for gone in [63, 0, 31, 30, 32] {
+            pool.forget(tables[gone][0]);
+            pool.check(tables.iter().map(Vec::as_slice)).unwrap();
+            assert_eq!(pool.find(name(gone as u32)), None);
+        }
+        let found = (0..64).filter(|&at| pool.find(name(at)) == Some(tables[at as usize][0])).count();
+        assert_eq!(found, 59);
+        assert_eq!(std::mem::size_of::<Block>(), 32);
     }
 
     #[test]

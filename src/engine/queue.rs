@@ -169,6 +169,13 @@ impl Queue {
         }
     }
 
+    /// The account was served one token more, so many times: each is rounded by its weight.
+    pub fn charge_singly(&mut self, key: AccountKey, times: usize) {
+        if let Some(account) = &mut self.accounts[key as usize] {
+            account.served += times as u64 * (TOKEN / u64::from(account.weight));
+        }
+    }
+
     /// What the account was served, by its weight: comparable between accounts.
     pub fn served(&self, key: AccountKey) -> u64 {
         self.accounts[key as usize].as_ref().map_or(0, |account| account.served)

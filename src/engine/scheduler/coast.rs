@@ -68,8 +68,7 @@ impl Scheduler {
             load.decodes(1, sequence.computed);
             let (request, produced) = (sequence.request, sequence.produced());
             sequence.tokens.extend((produced..produced + steps).map(|at| token(request, at)));
-            // One by one, since each is rounded by the account's weight.
-            (0..steps).for_each(|_| self.queue.charge(sequence.ticket.account, 1));
+            self.queue.charge_singly(sequence.ticket.account, steps);
         }
         self.step += steps as u64;
         for step in 0..steps {
@@ -78,6 +77,9 @@ impl Scheduler {
             if self.growth > GROWTH_LEAST {
                 self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
             }
+        }
+        let mut step = 0;
+        while step < steps {
             for (&key, &filled) in self.running.iter().zip(&filled) {
                 if filled == 1 % block_tokens {
                     let sequence = &mut self.sequences[key];
@@ -87,14 +89,18 @@ impl Scheduler {
                     debug_assert!(taken, "free blocks were counted");
                 }
             }
-            for (&key, filled) in self.running.iter().zip(&mut filled) {
-                if *filled == 0 {
+            // To the next step in which one of them begins or fills a block.
+            let mut passed = steps - step;
+            for (&key, &filled) in self.running.iter().zip(&filled) {
+                if filled == 0 {
                     let sequence = &mut self.sequences[key];
                     sequence.computed = sequence.tokens.len() - steps + step;
                     sequence.publish(&mut self.blocks);
                 }
-                *filled = if *filled + 1 == block_tokens { 0 } else { *filled + 1 };
+                passed = passed.min(if filled == 0 { 1 } else { block_tokens - filled });
             }
+            filled.iter_mut().for_each(|filled| *filled = (*filled + passed) % block_tokens);
+            step += passed;
         }
         for &key in &self.running {
             let sequence = &mut self.sequences[key];
