@@ -14,21 +14,21 @@ is both sides after each other, so the ratio of a round holds on a machine whose
 
 from __future__ import annotations
 
-import argparse
 import base64
 import http.client
 import json
 import os
 import random
-import socket
+import signal
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import peers
+
 ID = "@cf/sentence-transformers/all-minilm-l6-v2"
 WORDS = (
     "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one "
@@ -45,31 +45,15 @@ def texts_of(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choice(WORDS) for _ in range(length)) for length in lengths]
 
 
-class Neurond:
-    """A daemon of our own on a free port."""
+class Embedder(peers.Server):
+    """The daemon with an encoder."""
 
-    def __init__(self, binary: Path, model: Path, threads: int):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [binary, "serve", "--listen", f"127.0.0.1:{self.port}", "--model", f"{ID}={model}"]
-        self.process = subprocess.Popen(
-            [*map(str, command), "--threads", str(threads)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.time() + 60
-        while not self.is_ready():
-            if time.time() > deadline or self.process.poll() is not None:
-                self.stop()
-                sys.exit("embed_bench: neurond did not get ready; start it by hand to see why")
-            time.sleep(0.1)
+    name, health = "neurond", "/health/ready"
 
-    def is_ready(self) -> bool:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
-            connection.request("GET", "/health/ready")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
+    def command(self) -> list:
+        model = f"{ID}={self.args.model.resolve()}"
+        command = [self.args.binary.resolve(), "serve", "--listen", f"127.0.0.1:{self.port}", "--model", model]
+        return [*command, "--threads", self.args.threads]
 
     def embed(self, texts: list[str], batch: int, clients: int) -> tuple[list[bytes], int]:
         """Vectors as little-endian f32, and tokens read."""
@@ -90,18 +74,10 @@ class Neurond:
             answers = list(pool.map(ask, parts))
         return [vector for vectors, _ in answers for vector in vectors], sum(tokens for _, tokens in answers)
 
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "all-MiniLM-L6-v2")
-    parser.add_argument("--binary", type=Path, default=ROOT / "target" / "release" / "neurond")
+    parser = peers.parser(__doc__)
+    parser.add_argument("--model", type=Path, default=peers.ROOT / "models" / "all-MiniLM-L6-v2")
+    parser.add_argument("--binary", type=Path, default=peers.NEUROND)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--texts", type=int, default=256)
@@ -113,6 +89,7 @@ def main() -> int:
     for path in (args.binary, args.model / "model.safetensors"):
         if not path.is_file():
             sys.exit(f"embed_bench: {path} is missing")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(args.threads)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -122,9 +99,8 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     peer = SentenceTransformer(str(args.model), device="cpu")
-    ours = Neurond(args.binary.resolve(), args.model.resolve(), args.threads)
     figures, good = [], True
-    try:
+    with tempfile.TemporaryDirectory() as scratch, Embedder(args, scratch) as ours:
         texts = texts_of(args.texts, 7)
         warm, tokens = ours.embed(texts, args.batch[0], args.clients)
         theirs = peer.encode(texts, batch_size=args.batch[0], normalize_embeddings=True, show_progress_bar=False)
@@ -152,8 +128,6 @@ def main() -> int:
             good &= statistics.median(ratios) >= 2
         if args.json:
             args.json.write_text(json.dumps({"lowest_cosine": float(cosines.min()), "rounds": figures}, indent=1) + "\n")
-    finally:
-        ours.stop()
     return 1 if args.check and not good else 0
 
 

@@ -18,12 +18,9 @@ Build first: `cargo build --release` and scripts/peer_llama.sh. Standard library
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -31,17 +28,16 @@ import threading
 import time
 from pathlib import Path
 
-import peer_bench as peer
+import peers
+from peers import Llama, Neurond, Server, completion, events, note, tokens
 
 GOAL = 2.0
 OWN_PROMPT = 64
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=peer.MODEL)
-    parser.add_argument("--neurond", type=Path, default=peer.ROOT / "target" / "release" / "neurond")
-    parser.add_argument("--llama-server", type=Path, default=peer.PEER)
+    parser = peers.parser(__doc__)
+    peers.add_servers(parser)
     parser.add_argument("--no-peer", action="store_true", help="neurond alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round")
@@ -50,32 +46,22 @@ def main() -> int:
     parser.add_argument("--before", type=float, default=4.0, help="seconds measured before the prompt arrives")
     parser.add_argument("--out", type=int, default=2000, help="tokens of a stream, more than are needed")
     parser.add_argument("--stretch", type=float, help="engine.prefill_stretch; left out: the default")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--drafts", type=int, default=0, help=peers.DRAFTS + ", and guessed tokens leave in a burst")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
-    wanted = {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}
-    if not args.no_peer:
-        wanted[args.llama_server] = "scripts/peer_llama.sh builds it"
-    for path, how in wanted.items():
-        if not path.is_file():
-            print(f"{path} is missing: {how}")
-            return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
-        peer.note(f"warning: the load is {os.getloadavg()[0]:.1f} already; figures taken now mean nothing")
+    peers.begin(args, not args.no_peer)
 
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(1 if args.quick else args.rounds):
-            sides = [Neurond(args, Path(scratch))] + ([] if args.no_peer else [Llama(args, Path(scratch))])
+            sides = [neurond(args, scratch)] + ([] if args.no_peer else [llama(args, scratch)])
             if number % 2:
                 sides.reverse()
             for side in sides:
                 figures = measure(side, args, number)
                 found.setdefault(side.name, []).append(figures)
-                peer.note(f"round {number + 1}  {side.name:12}  " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
-    print(f"\n{time.strftime('%Y-%m-%d')}, {peer.cpu()}, {args.threads} threads, {args.model.name}: {args.streams} streams, "
-          f"a prompt of {args.prompt} tokens\n")
+                note(f"round {number + 1}  {side.name:12}  " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+    print(f"\n{peers.heading(args)}: {args.streams} streams, a prompt of {args.prompt} tokens\n")
     print("| figure | " + " | ".join(found) + " | goal |\n|---" * 1 + "|---" * (len(found) + 1) + "|")
     for key in next(iter(found.values()))[0]:
         cells = [f"{statistics.median(figures[key] for figures in rounds):.2f}" for rounds in found.values()]
@@ -86,44 +72,30 @@ def main() -> int:
     return 0 if ratio <= GOAL else 1
 
 
-class Neurond(peer.Neurond):
-    def __init__(self, args, scratch: Path):
-        super().__init__(args, scratch, args.streams)
-
-    def command(self, streams: int) -> list:
-        config = self.scratch / "neurond.toml"
-        text = peer.CONFIG.format(
-            port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=streams + 8, drafts=0,
-            kv_bytes=(streams * (OWN_PROMPT + self.args.out) + self.args.prompt + 1024) * peer.KV_BYTES,
-        )
-        if self.args.stretch is not None:
-            text = text.replace("[engine]\n", f"[engine]\nprefill_stretch = {self.args.stretch}\n")
-        config.write_text(text)
-        return [self.args.neurond, "serve", "--config", config]
+def neurond(args, scratch) -> Server:
+    kv_tokens = args.streams * (OWN_PROMPT + args.out) + args.prompt + 1024
+    engine = {"draft_tokens": args.drafts, "prefill_stretch": args.stretch}
+    return Neurond(args, scratch, running=args.streams + 8, kv_tokens=kv_tokens, **engine)
 
 
-class Llama(peer.Llama):
-    def command(self, streams: int) -> list:
-        # All slots have the same context, and one of them must hold the long prompt.
-        one = max(self.args.prompt, OWN_PROMPT + self.args.out) + 256
-        flags = ["-t", self.args.threads, "-tb", self.args.threads, "-np", streams + 1, "-c", (streams + 1) * one]
-        return [self.args.llama_server, "-m", self.args.model, "--host", "127.0.0.1", "--port", self.port,
-                *flags, "-cb", "--no-webui"]
+def llama(args, scratch) -> Server:
+    # All slots have the same context, and one of them must hold the long prompt.
+    one = max(args.prompt, OWN_PROMPT + args.out) + 256
+    return Llama(args, scratch, slots=args.streams + 1, context=one)
 
 
-def measure(side: peer.Server, args, number: int) -> dict:
+def measure(side: Server, args, number: int) -> dict:
     draw = random.Random(2000 + number)
     stop = threading.Event()
-    tokens: list[list[float]] = [[] for _ in range(args.streams)]
+    heard: list[list[float]] = [[] for _ in range(args.streams)]
     failures: list[str] = []
-    with side.start(args.streams):
-        peer.warm_up(side, random.Random(number))
-        model = peer.model_of(side)
+    with side:
+        model = peers.warm_up(side, random.Random(number))
 
         def stream(of: int, prompt: list[int]) -> None:
             try:
-                for now in events(side, model, prompt, args.out):
-                    tokens[of].append(now)
+                for now, _ in events(side, "/v1/completions", completion(model, prompt, args.out)):
+                    heard[of].append(now)
                     if stop.is_set():
                         return
                 if not stop.is_set():
@@ -131,48 +103,32 @@ def measure(side: peer.Server, args, number: int) -> dict:
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 failures.append(f"stream {of}: {error!r}")
 
-        threads = [threading.Thread(target=stream, args=(of, peer.tokens(draw, OWN_PROMPT))) for of in range(args.streams)]
+        threads = [threading.Thread(target=stream, args=(of, tokens(draw, OWN_PROMPT))) for of in range(args.streams)]
         for thread in threads:
             thread.start()
-        while not failures and not all(len(times) > 8 for times in tokens):
+        while not failures and not all(len(times) > 8 for times in heard):
             time.sleep(0.01)
         settled = time.perf_counter()
         time.sleep(args.before)
         sent = time.perf_counter()
-        first = next(events(side, model, peer.tokens(draw, args.prompt), 1))
+        first, _ = next(events(side, "/v1/completions", completion(model, tokens(draw, args.prompt), 1)))
         stop.set()
         for thread in threads:
             thread.join()
     if failures:
         raise RuntimeError(f"{side.name}: {failures}")
-    gaps = [(b, b - a) for times in tokens for a, b in zip(times, times[1:])]
-    without = sorted(gap * 1000 for at, gap in gaps if settled < at <= sent)
-    during = sorted(gap * 1000 for at, gap in gaps if sent < at <= first)
-    p99 = during[int(0.99 * (len(during) - 1) + 0.5)]
+    gaps = [(b, b - a) for times in heard for a, b in zip(times, times[1:])]
+    without = [gap * 1000 for at, gap in gaps if settled < at <= sent]
+    during = [gap * 1000 for at, gap in gaps if sent < at <= first]
+    p99 = peers.quantile(during, 0.99)
     return {
         "p50 without, ms": statistics.median(without),
-        "p99 without, ms": without[int(0.99 * (len(without) - 1) + 0.5)],
+        "p99 without, ms": peers.quantile(without, 0.99),
         "p50 during, ms": statistics.median(during),
         "p99 during, ms": p99,
         "p99 during / p50 without": p99 / statistics.median(without),
         "first token of the prompt, ms": (first - sent) * 1000,
     }
-
-
-def events(side: peer.Server, model: str, prompt: list[int], count: int):
-    """Streams one completion: the time of every token that shows. Closed by whoever stops reading."""
-    body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True, "ignore_eos": True}
-    connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=300)
-    try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise RuntimeError(f"{side.name} answered {response.status}: {response.read(500)!r}")
-        for line in response:
-            if line.startswith(b"data:") and b"[DONE]" not in line:
-                yield time.perf_counter()
-    finally:
-        connection.close()
 
 
 if __name__ == "__main__":

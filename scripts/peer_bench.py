@@ -26,13 +26,8 @@ Build first: `cargo build --release` and scripts/peer_llama.sh. Standard library
 
 from __future__ import annotations
 
-import argparse
-import http.client
 import json
-import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -40,52 +35,39 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-PEER = ROOT / "target" / "peers" / "llama.cpp" / "build" / "bin" / "llama-server"
+import peers
+from peers import Llama, Neurond, Server, completion, events, note, tokens
+
 PROMPT, OUT = 128, 128
 CONTEXT = PROMPT + OUT + 64  # tokens a stream: prompts are a little longer or shorter than asked for
-KV_BYTES = 2 * 30 * 3 * 64 * 2  # of one token of the demo model: K and V, layers, KV heads, head size, f16
-START_LIMIT_S = 60
 LEVEL_LIMIT_S = 600
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--neurond", type=Path, default=ROOT / "target" / "release" / "neurond")
-    parser.add_argument("--llama-server", type=Path, default=PEER)
+    parser = peers.parser(__doc__)
+    peers.add_servers(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round, fewer streams")
     parser.add_argument("--streams", default="1,4,16,32,64")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--waves", type=int, default=2, help="requests of each stream")
-    drafts = "tokens neurond guesses ahead; not by default, since greedy answers to random prompts repeat themselves"
-    parser.add_argument("--drafts", type=int, default=0, help=drafts)
+    parser.add_argument("--drafts", type=int, default=0, help=peers.DRAFTS)
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
-    wanted = {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}
-    for path, how in (wanted | {args.llama_server: "scripts/peer_llama.sh builds it"}).items():
-        if not path.is_file():
-            print(f"{path} is missing: {how}")
-            return 2
-    # So that a TERM, from `timeout` for one, runs the clean-up that an exception would.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    peers.begin(args)
     streams = [1, 4, 16] if args.quick else [int(n) for n in args.streams.split(",")]
     rounds = 1 if args.quick else args.rounds
-
-    if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
-        note(f"warning: the load is {os.getloadavg()[0]:.1f} already, and a busy machine hurts the two unequally: threads of")
-        note("the peer spin while they wait for one that has lost its core. Figures taken now mean nothing.")
 
     found: dict[str, list[dict]] = {"neurond": [], "llama-server": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
-            sides = [Neurond(args, Path(scratch), max(streams)), Llama(args, Path(scratch))]
-            if number % 2:
-                sides.reverse()
-            figures: dict[str, dict] = {side.name: {} for side in sides}
+            figures: dict[str, dict] = {name: {} for name in found}
             for n in streams:
+                # KV for as many tokens as the peer gets at the most streams; everything else as it comes.
+                most = max(streams)
+                ours = Neurond(args, scratch, running=max(most, 16), kv_tokens=most * CONTEXT, draft_tokens=args.drafts)
+                sides = [ours, Llama(args, scratch, slots=n, context=CONTEXT)]
+                if number % 2:
+                    sides.reverse()
                 for side in sides:
                     try:
                         measure(side, n, number, args, figures[side.name])
@@ -96,22 +78,22 @@ def main() -> int:
                     note(f"round {number + 1}/{rounds}  {side.name:12}  {n:2} streams  {speed:.0f} tok/s")
             for name, figure in figures.items():
                 found[name].append(figure)
-    print(f"\n{time.strftime('%Y-%m-%d')}, {cpu()}, {args.threads} threads, {args.model.name}, {rounds} rounds, median\n")
+    print(f"\n{peers.heading(args)}, {rounds} rounds, median\n")
     print(table(found, streams))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
-def measure(side: "Server", n: int, number: int, args, figures: dict) -> None:
+def measure(side: Server, n: int, number: int, args, figures: dict) -> None:
     """Starts a server, runs the closed loop at `n` streams (and the single-stream figures at the first), stops it."""
-    with side.start(n):
+    with side:
         if n == 1 or "ready" not in figures:
             figures["ready"], figures["resident"] = side.ready_ms, side.memory("VmRSS")
             draw = random.Random(number)
-            warm_up(side, draw)
-            figures["prefill"] = statistics.median(prefill(side, draw) for _ in range(3))
-            figures["decode"] = statistics.median(decode(side, draw) for _ in range(3))
+            model = peers.warm_up(side, draw)
+            figures["prefill"] = statistics.median(prefill(side, model, draw) for _ in range(3))
+            figures["decode"] = statistics.median(decode(side, model, draw) for _ in range(3))
         level = closed_loop(side, n, number, args)
         figures[f"served {n}"] = level["output_tokens_per_s"]
         for name, key in (("ttft", "ttft_ms"), ("itl", "inter_token_ms")):
@@ -120,166 +102,25 @@ def measure(side: "Server", n: int, number: int, args, figures: dict) -> None:
         figures["peak"] = max(figures.get("peak", 0), side.memory("VmHWM"))
 
 
-# ---------------------------------------------------------------------------------------------------------- servers
-
-
-class Server:
-    """A process that is ready when its health endpoint says so, and that is always ended."""
-
-    name = health = ""
-
-    def __init__(self, args, scratch: Path):
-        self.args, self.scratch = args, scratch
-        self.process: subprocess.Popen | None = None
-        self.port = 0
-        self.ready_ms = 0.0
-
-    def command(self, streams: int) -> list:
-        raise NotImplementedError
-
-    def start(self, streams: int) -> "Server":
-        self.port = free_port()
-        command = [str(part) for part in self.command(streams)]
-        with open(self.scratch / f"{self.name}.log", "ab") as log:
-            begin = time.perf_counter()
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
-        while not self.is_ready():
-            if self.process.poll() is not None or time.perf_counter() - begin > START_LIMIT_S:
-                self.stop()
-                raise RuntimeError(f"{self.name} did not start:\n" + tail(self.scratch / f"{self.name}.log"))
-            time.sleep(0.002)
-        self.ready_ms = (time.perf_counter() - begin) * 1000
-        return self
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    def is_ready(self) -> bool:
-        try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", self.health)
-            status = connection.getresponse().status
-            connection.close()
-            return status == 200
-        except OSError:
-            return False
-
-    def memory(self, field: str) -> float:
-        """VmRSS or VmHWM in MiB."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 1024
-        return 0.0
-
-    def stop(self) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-
-class Neurond(Server):
-    name, health = "neurond", "/health/ready"
-
-    def __init__(self, args, scratch: Path, most: int):
-        super().__init__(args, scratch)
-        self.most = most
-
-    def command(self, streams: int) -> list:
-        config = self.scratch / "neurond.toml"
-        kv_bytes = max(self.most * CONTEXT * KV_BYTES, 64 << 20)
-        values = {"port": self.port, "model": self.args.model.resolve(), "threads": self.args.threads}
-        values["drafts"] = self.args.drafts
-        config.write_text(CONFIG.format(**values, running=max(self.most, 16), kv_bytes=kv_bytes))
-        return [self.args.neurond, "serve", "--config", config]
-
-
-class Llama(Server):
-    name, health = "llama-server", "/health"
-
-    def command(self, streams: int) -> list:
-        context = max(streams * CONTEXT, 1024)
-        flags = ["-t", self.args.threads, "-tb", self.args.threads, "-np", streams, "-c", context, "-cb", "--no-webui"]
-        return [self.args.llama_server, "-m", self.args.model, "--host", "127.0.0.1", "--port", self.port, *flags]
-
-
-# KV for as many tokens as the peer gets at the most streams; everything else as it comes.
-CONFIG = """\
-[server]
-listen = "127.0.0.1:{port}"
-
-[auth]
-anonymous = "local"
-
-[engine]
-threads = {threads}
-max_running = {running}
-draft_tokens = {drafts}
-
-[[model]]
-id = "@cf/huggingfacetb/smollm2-135m-instruct"
-path = "{model}"
-kv_bytes = {kv_bytes}
-
-[log]
-filter = "warn"
-"""
-
-
 # --------------------------------------------------------------------------------------------------- what is measured
 
 
-def warm_up(side: Server, draw: random.Random) -> None:
-    complete(side, tokens(draw, 32), 4)
-
-
-def prefill(side: Server, draw: random.Random) -> float:
+def prefill(side: Server, model: str, draw: random.Random) -> float:
     count = 512
     begin = time.perf_counter()
-    complete(side, tokens(draw, count), 1)
+    complete(side, model, tokens(draw, count), 1)
     return count / (time.perf_counter() - begin)
 
 
-def decode(side: Server, draw: random.Random) -> float:
-    times = complete(side, tokens(draw, 16), OUT)
+def decode(side: Server, model: str, draw: random.Random) -> float:
+    times = complete(side, model, tokens(draw, 16), OUT)
     # Not counted by events: one may carry the bytes of two tokens, or none.
     return (OUT - 1) / (times[-1] - times[0])
 
 
-def tokens(draw: random.Random, count: int) -> list[int]:
-    """Ordinary tokens at random: no two prompts share a beginning."""
-    return [draw.randrange(1000, 40000) for _ in range(count)]
-
-
-def complete(side: Server, prompt: list[int], count: int) -> list[float]:
+def complete(side: Server, model: str, prompt: list[int], count: int) -> list[float]:
     """Streams a completion; the time of every event."""
-    body = {"model": model_of(side), "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True}
-    body["ignore_eos"] = True
-    connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=120)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise RuntimeError(f"{side.name} answered {response.status}: {response.read(500)!r}")
-    times = []
-    for line in response:
-        if line.startswith(b"data:") and b"[DONE]" not in line:
-            times.append(time.perf_counter())
-    connection.close()
-    return times
-
-
-def model_of(side: Server) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=30)
-    connection.request("GET", "/v1/models")
-    name = json.loads(connection.getresponse().read())["data"][0]["id"]
-    connection.close()
-    return name
+    return [at for at, _ in events(side, "/v1/completions", completion(model, prompt, count))]
 
 
 def closed_loop(side: Server, n: int, number: int, args) -> dict:
@@ -319,27 +160,6 @@ def table(found: dict[str, list[dict]], streams: list[int]) -> str:
         both = [form.format(statistics.median(values)) for values in (ours, theirs)]
         lines.append(f"| {title} | {both[0]} | {both[1]} | {ratio:.2f} |")
     return "\n".join(lines)
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown CPU"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def tail(path: Path) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-15:])
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,9 @@ Build first: `cargo build --release` and scripts/peer_llama.sh. Standard library
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -32,16 +29,15 @@ import threading
 import time
 from pathlib import Path
 
-import peer_bench as peer
+import peers
+from peers import Llama, Neurond, Server, completion, events, note, tokens
 
 GOAL_THROUGHPUT, GOAL_TTFT = 5.0, 0.25
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=peer.MODEL)
-    parser.add_argument("--neurond", type=Path, default=peer.ROOT / "target" / "release" / "neurond")
-    parser.add_argument("--llama-server", type=Path, default=peer.PEER)
+    parser = peers.parser(__doc__)
+    peers.add_servers(parser)
     parser.add_argument("--no-peer", action="store_true", help="neurond alone: only its figures and the comparison of texts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round")
@@ -50,35 +46,27 @@ def main() -> int:
     parser.add_argument("--prefix", type=int, default=1500)
     parser.add_argument("--question", type=int, default=32)
     parser.add_argument("--out", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
-    wanted = {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}
-    if not args.no_peer:
-        wanted[args.llama_server] = "scripts/peer_llama.sh builds it"
-    for path, how in wanted.items():
-        if not path.is_file():
-            print(f"{path} is missing: {how}")
-            return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
-        peer.note(f"warning: the load is {os.getloadavg()[0]:.1f} already; figures taken now mean nothing")
+    peers.begin(args, not args.no_peer)
 
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(1 if args.quick else args.rounds):
-            sides = [Neurond(args, Path(scratch))] + ([] if args.no_peer else [Llama(args, Path(scratch))])
+            sides = [neurond(args, scratch)]
+            if not args.no_peer:
+                sides.append(Llama(args, scratch, slots=args.clients, context=context(args)))
             if number % 2:
                 sides.reverse()
             for side in sides:
                 figures, _ = measure(side, args, number)
                 found.setdefault(side.name, []).append(figures)
-                peer.note(f"round {number + 1}  {side.name:12}  " + ", ".join(f"{k} {v:.1f}" for k, v in figures.items()))
-        _, cached = measure(Neurond(args, Path(scratch)), args, 0)
-        _, alone = measure(Neurond(args, Path(scratch), cache=False), args, 0)
+                note(f"round {number + 1}  {side.name:12}  " + ", ".join(f"{k} {v:.1f}" for k, v in figures.items()))
+        _, cached = measure(neurond(args, scratch), args, 0)
+        _, alone = measure(neurond(args, scratch, cache=False), args, 0)
     different = [at for at in cached if cached[at] != alone[at]]
-    print(f"\n{time.strftime('%Y-%m-%d')}, {peer.cpu()}, {args.threads} threads, {args.model.name}: {args.clients} clients, "
-          f"{args.prefix} + {args.question} tokens in, {args.out} out, {args.waves} waves\n")
+    print(f"\n{peers.heading(args)}: {args.clients} clients, {args.prefix} + {args.question} tokens in, {args.out} out, "
+          f"{args.waves} waves\n")
     print(table(found))
     print(f"\n{len(cached)} answers with prefix cache, {len(different)} of them another text without it")
     if args.json:
@@ -86,42 +74,25 @@ def main() -> int:
     return 1 if different else 0
 
 
-class Neurond(peer.Neurond):
-    def __init__(self, args, scratch: Path, cache: bool = True):
-        super().__init__(args, scratch, args.clients)
-        self.cache = cache
-
-    def command(self, streams: int) -> list:
-        config = self.scratch / "neurond.toml"
-        text = peer.CONFIG.format(
-            port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=max(streams, 16),
-            kv_bytes=context(self.args) * streams * peer.KV_BYTES,
-        )
-        config.write_text(text.replace("[engine]\n", f"[engine]\nprefix_cache = {str(self.cache).lower()}\n"))
-        return [self.args.neurond, "serve", "--config", config]
-
-
-class Llama(peer.Llama):
-    def command(self, streams: int) -> list:
-        flags = ["-t", self.args.threads, "-tb", self.args.threads, "-np", streams, "-c", streams * context(self.args)]
-        return [self.args.llama_server, "-m", self.args.model, "--host", "127.0.0.1", "--port", self.port,
-                *flags, "-cb", "--no-webui"]
+def neurond(args, scratch, cache: bool = True) -> Server:
+    running, kv_tokens = max(args.clients, 16), args.clients * context(args)
+    # Nobody's answers are guessed: the figures are the prefix's alone.
+    return Neurond(args, scratch, running=running, kv_tokens=kv_tokens, draft_tokens=0, prefix_cache=cache)
 
 
 def context(args) -> int:
     return args.prefix + args.question + args.out + 64
 
 
-def measure(side: peer.Server, args, number: int) -> tuple[dict, dict[tuple, str]]:
+def measure(side: Server, args, number: int) -> tuple[dict, dict[tuple, str]]:
     """All clients at once against a fresh server: figures, and the text of every answer."""
     draw = random.Random(1000 + number)
-    prefix = peer.tokens(draw, args.prefix)
-    questions = {(client, wave): peer.tokens(draw, args.question) for client in range(args.clients) for wave in range(args.waves)}
+    prefix = tokens(draw, args.prefix)
+    questions = {(client, wave): tokens(draw, args.question) for client in range(args.clients) for wave in range(args.waves)}
     answers: dict[tuple, dict] = {}
     failures: list[str] = []
-    with side.start(args.clients):
-        peer.warm_up(side, random.Random(number))
-        model = peer.model_of(side)
+    with side:
+        model = peers.warm_up(side, random.Random(number))
 
         def client(of: int) -> None:
             try:
@@ -139,29 +110,19 @@ def measure(side: peer.Server, args, number: int) -> tuple[dict, dict[tuple, str
         took = time.perf_counter() - begin
     if failures:
         raise RuntimeError(f"{side.name}: {failures}")
-    tokens = args.clients * args.waves * args.out
-    ttft = sorted(answer["ttft"] * 1000 for answer in answers.values())
-    figures = {"tok/s": tokens / took, "TTFT p50": statistics.median(ttft), "TTFT p99": ttft[int(0.99 * (len(ttft) - 1) + 0.5)]}
+    speed = args.clients * args.waves * args.out / took
+    ttft = [answer["ttft"] * 1000 for answer in answers.values()]
+    figures = {"tok/s": speed, "TTFT p50": statistics.median(ttft), "TTFT p99": peers.quantile(ttft, 0.99)}
     return figures, {at: answer["text"] for at, answer in answers.items()}
 
 
-def complete(side: peer.Server, model: str, prompt: list[int], count: int) -> dict:
+def complete(side: Server, model: str, prompt: list[int], count: int) -> dict:
     """Streams one completion: its text, and when its first token came."""
-    body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True, "ignore_eos": True}
-    connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=300)
-    begin = time.perf_counter()
-    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise RuntimeError(f"{side.name} answered {response.status}: {response.read(500)!r}")
-    text, first = "", None
-    for line in response:
-        if not line.startswith(b"data:") or b"[DONE]" in line:
-            continue
-        first = first or time.perf_counter()
-        choices = json.loads(line[5:]).get("choices") or [{}]
+    text, first, begin = "", None, time.perf_counter()
+    for at, event in events(side, "/v1/completions", completion(model, prompt, count)):
+        first = first or at
+        choices = json.loads(event).get("choices") or [{}]
         text += choices[0].get("text") or ""
-    connection.close()
     if first is None:
         raise RuntimeError(f"{side.name} sent no token")
     return {"text": text, "ttft": first - begin}

@@ -20,19 +20,15 @@ Build first: `cargo build --release`. Standard library only. Every process is en
 
 from __future__ import annotations
 
-import argparse
-import http.client
 import json
-import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
-import time
-from pathlib import Path
+from typing import Callable, Iterator
 
-import peer_bench as peer
+import peers
+from peers import Neurond, Server, events, tokens
 
 PASSAGE = """The harbour was quiet when the first boats came back. Three of them carried herring, one carried nothing at all,
 and the last, which had been out since Tuesday, carried a bell that nobody in the village had ever seen before. It was
@@ -60,42 +56,18 @@ CODE = '''def merge(left, right, key=None):
 '''
 
 
-class Neurond(peer.Neurond):
-    def __init__(self, args, scratch: Path):
-        super().__init__(args, scratch, 1)
-
-    def command(self, streams: int) -> list:
-        config = self.scratch / "neurond.toml"
-        text = peer.CONFIG.format(
-            port=self.port, model=self.args.model.resolve(), threads=self.args.threads, running=8,
-            kv_bytes=16384 * peer.KV_BYTES,
-        )
-        config.write_text(text)
-        return [self.args.neurond, "serve", "--config", config]
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=peer.MODEL)
-    parser.add_argument("--neurond", type=Path, default=peer.ROOT / "target" / "release" / "neurond")
+    parser = peers.parser(__doc__)
+    peers.add_servers(parser, peer=False)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=int, default=128, help="tokens of an answer")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
-    for path, how in {args.model: "scripts/quickstart.sh fetches it", args.neurond: "run cargo build --release"}.items():
-        if not path.is_file():
-            print(f"{path} is missing: {how}")
-            return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if os.getloadavg()[0] > 0.3 * (os.cpu_count() or 1):
-        peer.note(f"warning: the load is {os.getloadavg()[0]:.1f} already; figures taken now mean nothing")
+    peers.begin(args, peer=False)
     missed = []
     with tempfile.TemporaryDirectory() as scratch:
-        side = Neurond(args, Path(scratch))
-        with side.start(1):
-            peer.warm_up(side, random.Random(0))
-            model = peer.model_of(side)
-            print(f"\n{time.strftime('%Y-%m-%d')}, {peer.cpu()}, {args.threads} threads, {args.model.name}, {args.rounds} rounds\n")
+        with Neurond(args, scratch, running=8, kv_tokens=16384) as side:
+            model = peers.warm_up(side, random.Random(0))
+            print(f"\n{peers.heading(args)}, {args.rounds} rounds\n")
             print("| text | without, tok/s | with, tok/s | ratio (median of rounds) | drafted | accepted | goal |")
             print("|---|---|---|---|---|---|---|")
             for name, path, bodies, goal in texts(side, model, args):
@@ -121,7 +93,7 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def texts(side, model: str, args):
+def texts(side: Server, model: str, args) -> Iterator[tuple[str, str, Callable[[int], dict], float | None]]:
     greedy = {"model": model, "max_tokens": args.out, "temperature": 0, "ignore_eos": True}
 
     def again(text: str):
@@ -130,8 +102,8 @@ def texts(side, model: str, args):
 
     def adversarial(number: int) -> dict:
         draw = random.Random(number)
-        triples = [peer.tokens(draw, 3) for _ in range(40)]
-        prompt = [token for _ in range(6) for triple in draw.sample(triples, 40) for token in [*triple, *peer.tokens(draw, 1)]]
+        triples = [tokens(draw, 3) for _ in range(40)]
+        prompt = [token for _ in range(6) for triple in draw.sample(triples, 40) for token in [*triple, *tokens(draw, 1)]]
         return {"model": model, "max_tokens": args.out, "temperature": 1, "seed": number, "ignore_eos": True, "prompt": prompt}
 
     def chat(number: int) -> dict:
@@ -149,27 +121,17 @@ def texts(side, model: str, args):
     yield "adversarial", "/v1/completions", adversarial, 0.95
 
 
-def ask(side, path: str, body: dict) -> tuple[str, float, int, int]:
+def ask(side: Server, path: str, body: dict) -> tuple[str, float, int, int]:
     """Text, tokens a second, drafts verified, drafts that came true."""
-    connection = http.client.HTTPConnection("127.0.0.1", side.port, timeout=300)
-    body = body | {"stream": True, "stream_options": {"include_usage": True}}
-    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise SystemExit(f"{answer.status}: {answer.read()[:300]!r}")
     text, first, last, usage = "", None, None, {}
-    for line in answer:
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line[6:])
+    for at, event in events(side, path, body | {"stream_options": {"include_usage": True}}):
+        event = json.loads(event)
         usage = event.get("usage") or usage
         for choice in event["choices"]:
             piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
             if piece:
-                last = time.perf_counter()
-                first = first or last
+                first, last = first or at, at
                 text += piece
-    connection.close()
     details = usage.get("completion_tokens_details") or {}
     accepted = details.get("accepted_prediction_tokens", 0)
     drafted = accepted + details.get("rejected_prediction_tokens", 0)

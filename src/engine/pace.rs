@@ -193,7 +193,10 @@ mod tests {
         let read = pace.prompt_rows(load, 1, 100, stretch);
         let even = device.seconds(decode(rows + 1, 200));
         let took = device.seconds(with(load, read, 100));
-        assert!(took <= even * stretch * 1.15 || read == LEAST_PROMPT, "{rows} + {read} rows take {took}, alone {even}");
+        assert!(
+            took <= even * stretch * 1.15 || read == LEAST_PROMPT,
+            "{rows} + {read} rows take {took}, alone {even}"
+        );
         let more = device.seconds(with(load, read + 2 * TILE, 100));
         assert!(more > even * stretch * 0.85, "{rows} + {read} rows could be more: {more} of {}", even * stretch);
         assert!((rows + read).is_multiple_of(TILE) || read < TILE);

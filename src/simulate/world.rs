@@ -641,7 +641,11 @@ impl<'a> World<'a> {
             settings: setup.knobs().iter().map(|knob| (knob.name, knob.value())).collect(),
             title: format!("{} of {}, {}, seed {}", setup.devices, setup.device, setup.model, setup.seed),
             wall_ns,
-            utilisation: self.devices.iter_mut().map(|device| device.get_mut().busy_ns as f64 / wall_ns as f64).collect(),
+            utilisation: self
+                .devices
+                .iter_mut()
+                .map(|device| device.get_mut().busy_ns as f64 / wall_ns as f64)
+                .collect(),
             blocks: setup.blocks(),
             tally: self.tally,
         }
