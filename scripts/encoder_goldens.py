@@ -353,7 +353,7 @@ def main() -> int:
         made |= tiny()
     if args.only != "tiny":
         if not (args.model / "model.safetensors").is_file():
-            print(f"no model in {args.model}: fetch it with scripts/fetch_embedding_model.sh, or name a folder with --model")
+            print(f"no model in {args.model}: fetch it with scripts/fetch_model.sh embedding, or name a folder with --model")
             return 2
         config = json.loads((args.model / "config.json").read_text())
         tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

@@ -118,7 +118,7 @@ say "building (some minutes the first time)"
 cargo build --release --locked
 
 say "fetching the demo model"
-scripts/fetch_demo_model.sh models
+scripts/fetch_model.sh demo models
 
 say "starting neurond on $url"
 mkdir -p "$state"

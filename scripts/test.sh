@@ -22,8 +22,8 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-auto}
 
 stage_fmt() { cargo fmt --check; }
 stage_model() {
-    scripts/fetch_demo_model.sh "$NEUROND_TEST_MODELS"
-    scripts/fetch_embedding_model.sh "$NEUROND_TEST_MODELS"
+    scripts/fetch_model.sh demo "$NEUROND_TEST_MODELS"
+    scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
 stage_clippy() { cargo clippy --locked --all-targets -- -D warnings; }
 # The generated documents, the floors and the goldens are tests like any other.
