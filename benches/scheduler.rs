@@ -95,6 +95,7 @@ fn sim(step_us: u64) -> Lane {
         prefill_stretch: 1.7,
         spill: None,
         speculation: Default::default(),
+        draft: None,
         metrics: metrics.engine(&ModelId::new("sim"), DeviceId(0)),
     })
 }
@@ -142,7 +143,7 @@ fn lane(c: &mut Criterion) {
     }
     let mut step = |lane: &mut Lane| {
         assert!(lane.plan(Instant::now()));
-        assert!(lane.compute().is_ok());
+        assert!(lane.compute(&Instant::now).is_ok());
         lane.deliver(Instant::now());
         let mut ended = 0;
         receivers.retain(|receiver| {
@@ -189,7 +190,7 @@ fn deliver(c: &mut Criterion) {
         }
         let mut step = || {
             assert!(lane.plan(Instant::now()), "answers are too short for this bench");
-            assert!(lane.compute().is_ok());
+            assert!(lane.compute(&Instant::now).is_ok());
             let before = thread_time();
             lane.deliver(Instant::now());
             thread_time() - before

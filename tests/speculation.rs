@@ -75,10 +75,17 @@ fn deviation(counts: &[u64], chances: &[f64]) -> f64 {
     ((statistic / freedom).cbrt() - (1.0 - spread)) / spread.sqrt()
 }
 
-/// The little language on a device.
+/// The little language on a device, or what somebody makes of it who knows it badly.
 struct Little {
+    blur: f32,
     logits: Vec<f32>,
     pool: Pool,
+}
+
+impl Little {
+    fn new(blur: f32) -> Self {
+        Self { blur, logits: vec![], pool: Pool::new(1) }
+    }
 }
 
 impl Runner for Little {
@@ -93,7 +100,8 @@ impl Runner for Little {
     fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
         self.logits.clear();
         for &row in &batch.sample_rows {
-            self.logits.extend(logits(batch.tokens[row as usize]));
+            let blurred = logits(batch.tokens[row as usize]).into_iter().zip([0.4, -0.8, 0.0, 0.9]);
+            self.logits.extend(blurred.map(|(logit, off)| logit + self.blur * off));
         }
         Ok(Logits { data: &mut self.logits, vocab: WORDS, pool: &self.pool })
     }
@@ -101,6 +109,7 @@ impl Runner for Little {
 
 fn lane(
     runner: impl Runner + 'static,
+    draft: Option<Box<dyn Runner>>,
     vocabulary: Arc<Vocabulary>,
     max_running: usize,
     speculation: Speculation,
@@ -120,6 +129,7 @@ fn lane(
         prefill_stretch: 1.7,
         spill: None,
         speculation,
+        draft,
         metrics: metrics.clone(),
     });
     (lane, metrics)
@@ -170,7 +180,7 @@ fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
     let receivers: Vec<_> = asked.iter().map(|asked| submit(lane, asked)).collect();
     while !lane.is_idle() {
         assert!(lane.plan(now));
-        lane.compute().expect("a step");
+        lane.compute(&Instant::now).expect("a step");
         lane.deliver(now);
         // Steps that all take the same time: rows cost next to nothing, so every guess is worth one.
         lane.step_took(Duration::from_millis(10));
@@ -218,10 +228,12 @@ fn sampled_answers_have_the_models_own_distribution_however_they_were_guessed() 
     const ANSWERS: u64 = 50_000;
     let vocabulary = Arc::new(Vocabulary::new([b"a", b"b", b"c", b"d"], vec![]));
     let hot = Sampling { top_p: 0.75, ..Sampling::default() };
-    for (sampling, shape) in [(Sampling::default(), plain as fn(_) -> _), (hot, top_p)] {
-        let speculation = Speculation { most: 4, rows: 64, lookup: true };
-        let (mut lane, metrics) =
-            lane(Little { logits: vec![], pool: Pool::new(1) }, vocabulary.clone(), 8, speculation);
+    let kinds = [(Sampling::default(), plain as fn(_) -> _), (hot, top_p)];
+    // Guessed by lookup, and by a draft model that is often wrong.
+    for ((sampling, shape), model) in kinds.iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+        let speculation = Speculation { most: 4, rows: 64, lookup: !model };
+        let draft = model.then(|| Box::new(Little::new(1.0)) as Box<dyn Runner>);
+        let (mut lane, metrics) = lane(Little::new(0.0), draft, vocabulary.clone(), 8, speculation);
         let asked: Vec<Asked> = (0..ANSWERS)
             .map(|seed| Asked {
                 // The caller foresees a likely answer, so that drafts are tried at all three places.
@@ -239,8 +251,8 @@ fn sampled_answers_have_the_models_own_distribution_however_they_were_guessed() 
         }
         let (drafted, accepted) = (metrics.drafted_tokens.get(), metrics.accepted_tokens.get());
         assert!(accepted > ANSWERS / 4 && drafted > accepted + ANSWERS / 4, "{accepted} of {drafted} came true");
-        let off = deviation(&counts, &exact(0, shape));
-        assert!(off.abs() < 4.0, "{off} standard deviations off: {counts:?}");
+        let off = deviation(&counts, &exact(0, *shape));
+        assert!(off.abs() < 4.0, "{off} standard deviations off, model: {model}: {counts:?}");
     }
 }
 
@@ -310,11 +322,35 @@ fn tiny(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(file)
 }
 
-/// A lane over real kernels.
-fn real(path: &Path, blocks: usize, max_running: usize, speculation: Speculation) -> (Lane, EngineMetrics) {
+/// A decoder with so many blocks.
+fn decoder(path: &Path, precision: Precision, blocks: usize) -> Decoder {
+    let weights = Weights::open(path).expect("the weights open");
+    let spec = weights.spec().expect("a decoder");
+    let mut options = DecoderOptions {
+        pool: Arc::new(Pool::new(2)),
+        isa: Isa::detect(),
+        precision,
+        kv: KvType::F16,
+        kv_bytes: 0,
+        block_tokens: 8,
+        max_rows: 256,
+        max_sample_rows: 128,
+    };
+    options.kv_bytes = blocks * options.kv_block_bytes(&spec);
+    Decoder::open(&weights, spec, &options, &|_| ()).expect("a decoder")
+}
+
+/// A lane over real kernels. A draft model has the same weights in other arithmetic.
+fn real(
+    path: &Path,
+    blocks: usize,
+    max_running: usize,
+    speculation: Speculation,
+    drafts: bool,
+) -> (Lane, EngineMetrics) {
     let words = Weights::open(path).unwrap().spec().unwrap().vocab as u32;
     let pieces = (0..words).map(|token| format!("{token} ").into_bytes());
-    real_with(path, Arc::new(Vocabulary::new(pieces, vec![])), blocks, max_running, speculation)
+    real_with(path, Arc::new(Vocabulary::new(pieces, vec![])), blocks, max_running, speculation, drafts)
 }
 
 /// The same, and these are the texts of its tokens.
@@ -324,22 +360,11 @@ fn real_with(
     blocks: usize,
     max_running: usize,
     speculation: Speculation,
+    drafts: bool,
 ) -> (Lane, EngineMetrics) {
-    let weights = Weights::open(path).expect("the weights open");
-    let spec = weights.spec().expect("a decoder");
-    let mut options = DecoderOptions {
-        pool: Arc::new(Pool::new(2)),
-        isa: Isa::detect(),
-        precision: Precision::Fast,
-        kv: KvType::F16,
-        kv_bytes: 0,
-        block_tokens: 8,
-        max_rows: 256,
-        max_sample_rows: 128,
-    };
-    options.kv_bytes = blocks * options.kv_block_bytes(&spec);
-    let decoder = Decoder::open(&weights, spec, &options, &|_| ()).expect("a decoder");
-    lane(decoder, vocabulary, max_running, speculation)
+    let target = decoder(path, Precision::Fast, blocks);
+    let draft = drafts.then(|| Box::new(decoder(path, Precision::Plain, blocks)) as Box<dyn Runner>);
+    lane(target, draft, vocabulary, max_running, speculation)
 }
 
 fn guessing() -> Speculation {
@@ -383,10 +408,10 @@ fn crowd(seed: u64, words: u32) -> Vec<Asked> {
 }
 
 /// The property, for one model and one seed.
-fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 4]) {
+fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 5]) {
     let words = Weights::open(path).unwrap().spec().unwrap().vocab as u32;
     let mut asked = crowd(seed, words);
-    let (mut alone, _) = real(path, 64, 1, Speculation::default());
+    let (mut alone, _) = real(path, 64, 1, Speculation::default(), false);
     let expected: Vec<Vec<u32>> =
         asked.iter().map(|one| answers(&mut alone, std::slice::from_ref(one)).remove(0).0).collect();
     // Some callers foresee their answer, but for one token.
@@ -395,11 +420,15 @@ fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 4]) {
         asked.expected[answer.len() / 2] = 0;
     }
     // All at once: with and without guesses, with room for all and with so little that sequences lose their blocks.
-    for (blocks, guesses) in [(1024, false), (1024, true), (20, false), (20, true)] {
+    let ways = [(false, false), (true, false), (true, true)];
+    for (blocks, (guesses, drafts)) in [1024, 20].into_iter().flat_map(|blocks| ways.map(|way| (blocks, way))) {
         let speculation = if guesses { guessing() } else { Speculation::default() };
-        let (mut crowded, metrics) = real(path, blocks, 64, speculation);
+        let (mut crowded, metrics) = real(path, blocks, 64, speculation, drafts);
         for (at, ((answer, _), expected)) in answers(&mut crowded, &asked).iter().zip(&expected).enumerate() {
-            assert_eq!(answer, expected, "seed {seed}, request {at}, {blocks} blocks, guesses: {guesses}");
+            assert_eq!(
+                answer, expected,
+                "seed {seed}, request {at}, {blocks} blocks, guesses: {guesses}, draft model: {drafts}"
+            );
         }
         // Once more, one by one, with what the others left in the prefix cache.
         for (at, expected) in expected.iter().enumerate().step_by(7) {
@@ -410,14 +439,17 @@ fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 4]) {
         tally[1] += metrics.preemptions.get();
         tally[2] += metrics.accepted_tokens.get();
         tally[3] += metrics.drafted_tokens.get() - metrics.accepted_tokens.get();
+        if drafts {
+            tally[4] += metrics.draft_time.get_sample_count();
+        }
     }
 }
 
 #[test]
 fn tokens_are_the_same_alone_in_a_batch_of_64_preempted_cached_and_guessed() {
     for model in ["tiny-gguf/legacy.gguf", "tiny-gguf/k.gguf", "tiny-llama"] {
-        // Tokens cached, sequences preempted, drafts that came true, drafts that did not.
-        let mut tally = [0; 4];
+        // Tokens cached, sequences preempted, drafts that came true, drafts that did not, steps with a draft model.
+        let mut tally = [0; 5];
         (0..4).for_each(|seed| check_seed(&tiny(model), seed, &mut tally));
         assert!(tally.iter().all(|&times| times > 10), "{model}: not everything happened: {tally:?}");
     }
@@ -490,7 +522,7 @@ fn documents_are_valid_and_the_same_however_far_they_were_guessed() {
                 asked.grammar = Some(grammar.clone());
                 asked.tokens = if at % 3 == 0 { 1 + at as u32 } else { 300 };
             }
-            let (mut plain, _) = real_with(&path, vocabulary.clone(), 4096, 64, Speculation::default());
+            let (mut plain, _) = real_with(&path, vocabulary.clone(), 4096, 64, Speculation::default(), false);
             let expected = answers(&mut plain, &asked);
             // Some callers foresee their document, but for one token.
             for (asked, (answer, _)) in asked.iter_mut().zip(&expected).step_by(4) {
@@ -498,7 +530,7 @@ fn documents_are_valid_and_the_same_however_far_they_were_guessed() {
                 asked.expected[answer.len() / 2] = 0;
             }
             let speculation = Speculation { most: 15, rows: 64, lookup: true };
-            let (mut guessing, metrics) = real_with(&path, vocabulary.clone(), 4096, 64, speculation);
+            let (mut guessing, metrics) = real_with(&path, vocabulary.clone(), 4096, 64, speculation, seed % 2 == 1);
             let guessed = answers(&mut guessing, &asked);
             for (at, ((answer, usage), (plain, _))) in guessed.iter().zip(&expected).enumerate() {
                 assert_eq!(answer, plain, "{model}, seed {seed}, request {at}");

@@ -281,6 +281,13 @@ pub struct ModelSection {
     /// Example: `"/var/cache/neurond"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spill_folder: Option<PathBuf>,
+    /// GGUF file or folder of a smaller model with the same vocabulary, which guesses what this one says next: up to
+    /// `engine.draft_tokens` tokens, verified in one step. Answers are the same with and without. It pays where the small model
+    /// computes much faster and often agrees, and is not asked where it does not pay. It takes a KV pool for as many tokens as
+    /// this model's, in its own size.
+    /// Example: `"models/draft.gguf"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft: Option<PathBuf>,
     /// Longest sequence served, prompt and answer, in tokens.
     /// Left out: what the catalog says, or the model file if that is less.
     /// Example: `4096`
@@ -297,7 +304,18 @@ impl ModelSection {
     /// A block that says nothing but this.
     pub(super) fn new(id: String, path: PathBuf, entry: Option<Block>) -> Self {
         let (precision, kv) = Default::default();
-        Self { id, path, precision, kv, kv_bytes: None, spill_bytes: None, spill_folder: None, context: None, entry }
+        Self {
+            id,
+            path,
+            precision,
+            kv,
+            kv_bytes: None,
+            spill_bytes: None,
+            spill_folder: None,
+            draft: None,
+            context: None,
+            entry,
+        }
     }
 }
 

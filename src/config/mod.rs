@@ -222,7 +222,18 @@ pub struct Model {
     pub spill: Option<Spill>,
     /// Longest sequence, prompt and answer, as catalog and operator allow it; the model file may allow less.
     pub context: u32,
+    /// The model that guesses its answers.
+    pub draft: Option<Draft>,
     /// When the file (of a folder: its newest file) was last written, so that a reload notices new weights under an old name.
+    pub modified: Option<Millis>,
+}
+
+/// A smaller model that guesses for another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Draft {
+    /// Its file or folder.
+    pub path: PathBuf,
+    /// As of the model itself.
     pub modified: Option<Millis>,
 }
 

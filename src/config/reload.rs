@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::AccountId;
 
-use super::{Account, Auth, Config, Engine, Log, Lora, Model, Server, Spill};
+use super::{Account, Auth, Config, Draft, Engine, Log, Lora, Model, Server, Spill};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -167,7 +167,7 @@ impl Changes {
                 self.note(key, Some(&model.path), None::<String>, Effect::Swap);
                 continue;
             };
-            let Model { id: _, task, path, precision, kv, kv_bytes, spill, context, modified } = other;
+            let Model { id: _, task, path, precision, kv, kv_bytes, spill, draft, context, modified } = other;
             self.note(format!("{key}: task"), model.task.name(), task.name(), Effect::Swap);
             self.note(format!("{key}: path"), &model.path, path, Effect::Swap);
             self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
@@ -181,6 +181,11 @@ impl Changes {
             };
             self.note(format!("{key}: spill_bytes"), room(&model.spill), room(spill), Effect::Swap);
             self.note(format!("{key}: context"), Some(model.context), Some(*context), Effect::Swap);
+            let paths = |draft: &Option<Draft>| draft.as_ref().map(|draft| draft.path.clone());
+            self.note(format!("{key}: draft"), paths(&model.draft), paths(draft), Effect::Swap);
+            if paths(&model.draft) == paths(draft) && model.draft != *draft {
+                self.note(format!("{key}: draft weights"), "as loaded", "written anew", Effect::Swap);
+            }
             if model.path == *path && model.modified != *modified {
                 self.note(format!("{key}: weights"), "as loaded", "written anew", Effect::Swap);
             }
@@ -288,6 +293,7 @@ mod tests {
             kv_bytes: 1 << 20,
             spill: None,
             context: 8192,
+            draft: Some(Draft { path: "small".into(), modified: Some(Millis(1)) }),
             modified: Some(Millis(1)),
         }
     }
@@ -345,6 +351,9 @@ mod tests {
                 "model c: /m/a.gguf added",
             ],
         );
+        check(|new| new.models[0].draft = None, &["model a: draft: small removed"]);
+        let newer = Draft { path: "small".into(), modified: Some(Millis(2)) };
+        check(|new| new.models[0].draft = Some(newer), &["model a: draft weights: as loaded -> written anew"]);
         check(|new| new.models[0].modified = Some(Millis(2)), &["model a: weights: as loaded -> written anew"]);
         check(|new| new.models.swap(0, 1), &[]);
     }

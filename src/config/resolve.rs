@@ -18,7 +18,7 @@ use super::file::{
 use super::machine::Surroundings;
 use super::simulated;
 use super::value::{ByteSize, Written};
-use super::{Account, Auth, Binding, Config, Engine, Log, Lora, Model, Overrides, Price, Server, Spill, Token};
+use super::{Account, Auth, Binding, Config, Draft, Engine, Log, Lora, Model, Overrides, Price, Server, Spill, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 
 /// Bounds of the KV pool that is chosen for a model.
@@ -473,16 +473,19 @@ fn models(
             check.wrong("model.id", format_args!("{:?}", section.id), "is loaded twice; keep one of the blocks");
             continue;
         }
-        let path = folder.join(&section.path);
-        let modified = match (machine.modified)(&path) {
+        let mut modified = |name: &str, path: &Path| match (machine.modified)(path) {
             Ok(modified) => Some(modified),
-            Err(_) if simulated(&path).is_some() => None,
+            Err(_) if simulated(path).is_some() => None,
             Err(error) => {
                 let remedy = format!("cannot be read ({error}); correct it, or fetch the model with neurond pull");
-                check.wrong(&key("path"), path.display(), &remedy);
+                check.wrong(&key(name), path.display(), &remedy);
                 None
             }
         };
+        let path = folder.join(&section.path);
+        let draft = section.draft.as_ref().map(|draft| folder.join(draft));
+        let draft = draft.map(|path| Draft { modified: modified("draft", &path), path });
+        let modified = modified("path", &path);
         let kv_bytes = section.kv_bytes.unwrap_or(ByteSize(usual));
         if kv_bytes.0 < 1 << 20 {
             check.wrong(
@@ -513,6 +516,7 @@ fn models(
             kv: section.kv,
             kv_bytes: usize::try_from(kv_bytes.0).unwrap_or(usize::MAX),
             spill,
+            draft,
             context: section.context.unwrap_or(u32::MAX).min(entry.context),
             modified,
         });

@@ -128,6 +128,8 @@ pub struct ModelSlot {
     pub spill: Option<Store>,
     /// How far answers are guessed ahead.
     pub speculation: Speculation,
+    /// A draft model that guesses them: the same vocabulary, as many KV blocks of the same size.
+    pub draft: Option<Box<dyn Runner>>,
     /// Where to count.
     pub metrics: EngineMetrics,
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::base::{Error, Kind, Result, SlotId};
 use crate::engine::answer::{Answer, Last};
+use crate::engine::drafter::Drafter;
 use crate::engine::masks::Masks;
 use crate::engine::reply::{Reply, Said};
 use crate::engine::sampler::Sampler;
@@ -35,6 +36,7 @@ pub struct Lane {
     sampler: Sampler,
     masks: Masks,
     scribe: Scribe,
+    drafter: Option<Drafter>,
     plan: Plan,
     /// By the scheduler's request key.
     answers: Vec<Option<Answer>>,
@@ -64,13 +66,16 @@ impl Lane {
                 most: slot.speculation.most,
                 rows: slot.speculation.rows,
                 lookup: slot.speculation.lookup,
+                model: slot.draft.is_some(),
             },
         };
+        let mut slot = slot;
         let scheduler = Scheduler::new(limits, slot.runner.blocks(), slot.runner.block_tokens());
         slot.metrics.kv_total.set(scheduler.blocks().total() as i64);
         Self {
             masks: Masks::new(slot.max_running, slot.metrics.clone()),
             scribe: Scribe::new(slot.metrics.clone()),
+            drafter: slot.draft.take().map(Drafter::new),
             slot,
             scheduler,
             sampler: Sampler::default(),
@@ -223,6 +228,10 @@ impl Lane {
     /// and those back that are wanted again.
     fn move_blocks(&mut self) {
         let (runner, metrics) = (&mut self.slot.runner, &self.slot.metrics);
+        if let Some(drafter) = &mut self.drafter {
+            // What is kept outside the pool is the target's alone, so nothing has to leave first.
+            self.plan.copies.iter().for_each(|&(from, to)| drafter.copy(from, to));
+        }
         let Some(store) = &mut self.slot.spill else {
             self.plan.copies.iter().for_each(|&(from, to)| runner.copy(from, to));
             return;
@@ -256,12 +265,19 @@ impl Lane {
         }
     }
 
-    /// Computes the planned step and draws its tokens; meanwhile the scribe writes those of the step before.
+    /// Computes the planned step and draws its tokens, with `clock` to see what a draft model costs; meanwhile the scribe writes those of the step before.
     ///
     /// # Errors
     /// The runner's: nothing of this device can be trusted any more; or nobody writes any more. [`Lane::fail`] is all that
     /// may follow.
-    pub fn compute(&mut self) -> Result<()> {
+    pub fn compute(&mut self, clock: &dyn Fn() -> Instant) -> Result<()> {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.draft(&mut self.plan, &self.answers, clock)?;
+            if !self.plan.passes.is_empty() {
+                let took = self.plan.passes.iter().map(|(_, took)| took.as_secs_f64()).sum();
+                self.slot.metrics.draft_time.observe(took);
+            }
+        }
         self.masks.start(&mut self.answers, &self.plan);
         let logits = self.slot.runner.forward(&self.plan.batch);
         self.masks.join(&mut self.answers);
@@ -482,6 +498,7 @@ mod tests {
             prefill_stretch: 0.0,
             spill: None,
             speculation: Speculation::default(),
+            draft: None,
             metrics: Metrics::new().engine(&ModelId::new("scripted"), DeviceId(0)),
         })
     }
@@ -537,7 +554,7 @@ mod tests {
         let [broken, whole] = [1, 0].map(|token| submit(&mut lane, token, 2, now));
         for _ in 0..2 {
             assert!(lane.plan(now));
-            lane.compute().unwrap();
+            lane.compute(&Instant::now).unwrap();
             lane.deliver(now);
             lane.check().unwrap();
         }
@@ -551,7 +568,7 @@ mod tests {
         let (mut lane, now) = (lane(1), Instant::now());
         let receiver = submit(&mut lane, 0, 2, now);
         assert!(lane.plan(now));
-        let error = lane.compute().unwrap_err();
+        let error = lane.compute(&Instant::now).unwrap_err();
         lane.fail(&error);
         assert!(matches!(last(&receiver), Event::Failed(_)));
         assert!(lane.is_idle());
@@ -561,7 +578,7 @@ mod tests {
     fn step(lane: &mut Lane, now: Instant) -> Result<bool> {
         let planned = lane.plan(now);
         if planned {
-            lane.compute()?;
+            lane.compute(&Instant::now)?;
             lane.deliver(now);
         }
         lane.check().unwrap();
@@ -621,7 +638,7 @@ mod tests {
             let ends: Vec<_> = receiver.iter().filter(|event| !matches!(event, Event::Text { .. })).collect();
             assert!(matches!(&ends[..], [Event::Failed(error)] if error.kind() == Kind::EngineLost), "{ends:?}");
         }
-        assert!(lane.is_idle() && lane.compute().is_err());
+        assert!(lane.is_idle() && lane.compute(&Instant::now).is_err());
         lane.check().unwrap();
     }
 
@@ -647,7 +664,7 @@ mod tests {
         assert_eq!((metrics.queue.get(), metrics.running.get(), metrics.kv_total.get()), (1, 0, 8));
         for _ in 0..5 {
             assert!(lane.plan(now));
-            lane.compute().unwrap();
+            lane.compute(&Instant::now).unwrap();
             now += Duration::from_millis(10);
             lane.deliver(now);
         }

@@ -6,7 +6,7 @@
 //!
 //! Bottom up: [`blocks`] keeps the books of the KV pool, [`queue`] says who is next, [`coming`] who waits for whose prefix,
 //! [`spill`] keeps what the pool gives away, [`pace`] says how much a step may hold, [`speculate`] guesses what an answer
-//! says next, [`sequence`] is one answer's state, [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars
+//! says next, `drafter.rs` does so with a smaller model, which has the blocks that [`mirror`] says, [`sequence`] is one answer's state, [`scheduler`] decides a step, `masks.rs` finds out beside it what grammars
 //! allow, [`seen`] is what draws look back at, [`sampler`] draws tokens, [`answer`] says how and when they end, `reply.rs`
 //! turns them into events, which `scribe.rs` has done on another thread, [`lane`] is all of these for one model, and the loop
 //! around the lanes is in `run.rs`. [`oneshot`] is the lane of models that answer in
@@ -18,6 +18,7 @@ pub mod answer;
 pub mod blocks;
 pub mod coming;
 pub mod lane;
+pub mod mirror;
 pub mod oneshot;
 pub mod pace;
 pub mod queue;
@@ -31,6 +32,7 @@ pub mod speculate;
 pub mod spill;
 
 mod command;
+mod drafter;
 mod masks;
 mod reply;
 mod run;

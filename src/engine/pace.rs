@@ -97,7 +97,8 @@ impl Pace {
         }
     }
 
-    fn is_known(&self) -> bool {
+    /// Whether any step was seen.
+    pub fn is_known(&self) -> bool {
         self.costs.iter().sum::<f64>() > 0.0
     }
 

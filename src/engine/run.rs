@@ -111,7 +111,7 @@ impl AnyLane {
             Self::OneShot(lane) => lane.step(begun).map(|_| ()),
             Self::Text(lane) => {
                 if lane.plan(begun) {
-                    lane.compute()?;
+                    lane.compute(&Instant::now)?;
                     lane.deliver(Instant::now());
                     lane.step_took(begun.elapsed());
                 }
@@ -282,6 +282,7 @@ mod tests {
             prefill_stretch: 0.0,
             spill: None,
             speculation: Default::default(),
+            draft: None,
             metrics: metrics(),
         }
     }

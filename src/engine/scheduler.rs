@@ -21,7 +21,8 @@
 //! `lane.rs` feeds it, a `Runner` executes the [`Plan`].
 //!
 //! Rows that nobody needs may go to drafts: guesses of what comes next ([`speculate`](crate::engine::speculate)), verified in
-//! the same step. They never cost another sequence its row or its block.
+//! the same step. They never cost another sequence its row or its block. A draft model computes what a sequence has that it
+//! does not ([`Mirror`]) before it guesses, and only for sequences that it guesses for.
 
 mod coast;
 
@@ -31,11 +32,12 @@ use std::time::{Duration, Instant};
 use crate::base::{AccountId, Error, Kind, Result};
 use crate::engine::blocks::{BlockHash, BlockId, Blocks};
 use crate::engine::coming::{Coming, Follower};
+use crate::engine::mirror::Mirror;
 use crate::engine::pace::{Load, Pace};
 use crate::engine::queue::{AccountKey, Queue, Ticket};
 use crate::engine::sequence::{RequestKey, Sequence, SequenceKey};
 use crate::engine::slab::Slab;
-use crate::engine::speculate::{Guesses, Worth};
+use crate::engine::speculate::{Guesses, Source, Worth};
 use crate::engine::spill::{Index, Kept, SlotId};
 use crate::model::Batch;
 use crate::model::lora::Adapter;
@@ -57,6 +59,8 @@ const MOST_LONG: usize = 4;
 const MOST_FETCHED: usize = 32;
 /// Sequences that make way in a step, at most.
 const MOST_MAKE_WAY: usize = 4;
+/// Tokens of an answer over which it is to pay that the draft model computes what is before them.
+const HORIZON: usize = 64;
 
 /// Rows of prompts with logits in a step, at most: on top of one for each running sequence.
 pub const SCORED_ROWS: usize = 64;
@@ -93,6 +97,8 @@ pub struct DraftLimits {
     pub rows: usize,
     /// Guess from earlier text of prompt and answer.
     pub lookup: bool,
+    /// A draft model guesses as well.
+    pub model: bool,
 }
 
 /// A request as the scheduler sees it.
@@ -164,6 +170,10 @@ struct Share {
     rows: usize,
     /// Drafts behind them.
     drafts: usize,
+    /// Who guesses those.
+    source: Source,
+    /// Known tokens that the draft model computes.
+    catch_up: usize,
     /// Places of the prompt whose logits are wanted, the last token's aside.
     scored: (usize, usize),
 }
@@ -172,8 +182,20 @@ struct Share {
 #[derive(Clone, Copy, Debug)]
 struct Hope {
     part: usize,
+    source: Source,
     /// That all its drafts so far are right.
     chance: f32,
+}
+
+/// A part whose drafts the draft model makes: one in the first pass, from what is known, the next from that one, and so on.
+#[derive(Clone, Copy, Debug)]
+pub struct Chain {
+    /// Which part.
+    pub part: usize,
+    /// Its first sampled row.
+    pub sampled: usize,
+    /// How many drafts.
+    pub drafts: usize,
 }
 
 /// One step, decided. Reused from step to step, so that planning allocates nothing.
@@ -210,8 +232,14 @@ pub struct Plan {
     pub given_up: usize,
     /// Sequences that began to follow another instead of computing the same blocks.
     pub followed: usize,
-    /// Drafts to be verified.
+    /// Drafts to be verified. Those of the draft model are zeros until it has made them.
     pub drafted: usize,
+    /// What the draft model computes first: known tokens. Logits are wanted of one row of each of `chains`, in their order.
+    pub catch_up: Batch,
+    /// Parts that it makes drafts for.
+    pub chains: Vec<Chain>,
+    /// What each of its passes computed, and how long that took: filled in by whoever has it compute.
+    pub passes: Vec<(Load, Duration)>,
     /// In the order of `parts`.
     shares: Vec<Share>,
     hopes: Vec<Hope>,
@@ -231,6 +259,9 @@ impl Plan {
         self.load = Load::default();
         self.adapted_rows = 0;
         self.drafted = 0;
+        self.catch_up.clear();
+        self.chains.clear();
+        self.passes.clear();
         self.preempted = 0;
         self.made_way = 0;
         self.spill.clear();
@@ -316,6 +347,9 @@ pub struct Scheduler {
     growth: f32,
     pace: Pace,
     names_quickly: bool,
+    /// Of the draft model.
+    draft_pace: Pace,
+    mirror: Option<Mirror>,
     coming: Coming,
     spilled: Option<Index>,
     /// Blocks that are being filled, and those before them, so that nobody takes them meanwhile.
@@ -341,6 +375,7 @@ impl Scheduler {
         }
         // A sequence alone in the pool can always be finished: admission and preemption rely on it.
         limits.context = limits.context.min(blocks.total() * blocks.block_tokens());
+        let mirror = limits.drafts.model.then(|| Mirror::new(blocks.total()));
         Self {
             blocks,
             queue: Queue::default(),
@@ -351,6 +386,8 @@ impl Scheduler {
             growth: GROWTH_START,
             pace: Pace::default(),
             names_quickly: false,
+            draft_pace: Pace::default(),
+            mirror,
             coming: Coming::default(),
             spilled,
             fetching: Vec::new(),
@@ -429,6 +466,8 @@ impl Scheduler {
             tokens,
             most: request.most,
             computed: 0,
+            mirrored: 0,
+            tagged: 0,
             scored: None,
             table: Vec::new(),
             published: 0,
@@ -590,6 +629,8 @@ impl Scheduler {
         self.coming.settle(key, &sequence.hashes);
         self.blocks.release(&mut sequence.table);
         sequence.computed = 0;
+        sequence.mirrored = 0;
+        sequence.tagged = 0;
         sequence.published = 0;
         sequence.admitted = 0;
         sequence.preemptions += 1;
@@ -692,10 +733,22 @@ impl Scheduler {
         sequence.published = sequence.table.len();
         let taken = self.blocks.take(need, &mut sequence.table);
         debug_assert!(taken, "free blocks were counted");
-        if let Some(original) = original {
-            plan.copies.push((original, sequence.table[hits]));
-            sequence.computed = known - 1;
+        if let Some(mirror) = &self.mirror {
+            let found = sequence.table.iter().zip(&sequence.hashes).take(hits);
+            sequence.tagged = found.take_while(|&(&block, &hash)| mirror.has(block, hash)).count();
+            sequence.mirrored = sequence.tagged * block_tokens;
         }
+        if let Some(original) = original {
+            let copy = sequence.table[hits];
+            plan.copies.push((original, copy));
+            sequence.computed = known - 1;
+            self.mirror.iter_mut().for_each(|mirror| mirror.written(copy));
+            let whole = sequence.mirrored == hits * block_tokens;
+            if whole && twin.is_some_and(|twin| self.sequences[twin].mirrored >= known - 1) {
+                self.sequences[ticket.sequence].mirrored = known - 1;
+            }
+        }
+        let sequence = &mut self.sequences[ticket.sequence];
         self.coming.announce(ticket.sequence, &sequence.hashes[hits..most_hits]);
         self.admissions += 1;
         sequence.admitted = self.admissions;
@@ -837,7 +890,7 @@ impl Scheduler {
         let (start, end) = (sequence.computed, sequence.computed + rows);
         plan.parts.push(Planned { sequence: key, request: sequence.request, choice: sequence.choice });
         let scored = (first, end.clamp(first, last));
-        plan.shares.push(Share { rows, drafts: 0, scored });
+        plan.shares.push(Share { rows, drafts: 0, source: Source::Lookup, catch_up: 0, scored });
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
         match rows {
             1 => plan.load.decodes(1, start),
@@ -852,30 +905,27 @@ impl Scheduler {
     pub fn took(&mut self, plan: &Plan, time: Duration) {
         let mut load = plan.load;
         load.decode += plan.drafted;
-        self.pace.learn(load, time);
+        let mut drafting = Duration::ZERO;
+        for &(load, took) in &plan.passes {
+            self.draft_pace.learn(load, took);
+            drafting += took;
+        }
+        self.pace.learn(load, time.saturating_sub(drafting));
     }
 
     /// Gives rows that are left to drafts, first to each sequence's first, then to each one's second, as long as they pay.
     fn draft(&mut self, plan: &mut Plan) {
-        let limits = &self.limits.drafts;
+        let limits = self.limits.drafts.clone();
         let rows: usize = plan.shares.iter().map(|share| share.rows).sum();
         let mut left = (self.limits.step_tokens - rows).min(limits.rows);
         if limits.most == 0 || left == 0 {
             return;
         }
-        for (at, part) in plan.parts.iter().enumerate() {
-            let sequence = &mut self.sequences[part.sequence];
-            if sequence.left() > 0 || sequence.guesses.most() == 0 {
-                continue;
-            }
-            sequence.guesses.prepare(&sequence.tokens);
-            if sequence.guesses.chance(0).is_some() {
-                plan.hopes.push(Hope { part: at, chance: 1.0 });
-            }
-        }
         let (step, row) = self.pace.step(plan.load);
         let mut worth = Worth::of(step, rows, row);
+        self.hope(&worth, plan);
         for ahead in 0..limits.most {
+            self.board(ahead, &mut worth, plan);
             plan.hopes.retain_mut(|hope| {
                 let sequence = &mut self.sequences[plan.parts[hope.part].sequence];
                 // The last token that may be drawn needs no draft.
@@ -883,7 +933,7 @@ impl Scheduler {
                 if left == 0 || ahead >= room {
                     return false;
                 }
-                let Some(chance) = sequence.guesses.chance(ahead) else { return false };
+                let Some(chance) = sequence.guesses.chance(hope.source, ahead) else { return false };
                 let lacks = self.blocks.needed(sequence.tokens.len() + ahead + 1) > sequence.table.len();
                 if lacks && self.blocks.free() == 0 || !worth.add(hope.chance * chance) {
                     return false;
@@ -891,7 +941,12 @@ impl Scheduler {
                 let has = !lacks || self.blocks.take(1, &mut sequence.table);
                 debug_assert!(has, "there was a free block");
                 hope.chance *= chance;
-                plan.shares[hope.part].drafts += 1;
+                let share = &mut plan.shares[hope.part];
+                share.drafts += 1;
+                if hope.source == Source::Model {
+                    share.source = hope.source;
+                    share.catch_up = sequence.tokens.len() - sequence.mirrored;
+                }
                 plan.drafted += 1;
                 left -= 1;
                 true
@@ -902,9 +957,65 @@ impl Scheduler {
         }
     }
 
+    /// Who could have drafts, and whose they would be. A sequence that the draft model knows too little of yet may have it
+    /// catch up without guessing.
+    fn hope(&mut self, worth: &Worth, plan: &mut Plan) {
+        let mut room = if self.mirror.is_some() && self.pace.is_known() { self.limits.prefill_chunk } else { 0 };
+        for (at, part) in plan.parts.iter().enumerate() {
+            let sequence = &mut self.sequences[part.sequence];
+            if sequence.left() > 0 || sequence.guesses.most() == 0 {
+                continue;
+            }
+            sequence.guesses.prepare(&sequence.tokens);
+            let lookup = sequence.guesses.chance(Source::Lookup, 0);
+            let trust = sequence.guesses.chance(Source::Model, 0).unwrap_or(0.0);
+            if room > 0 && lookup.is_none_or(|lookup| lookup < trust) {
+                let behind = sequence.tokens.len() - sequence.mirrored;
+                let mut load = Load::default();
+                load.reads(behind, sequence.mirrored);
+                let ahead = (sequence.most - sequence.tokens.len()).clamp(1, HORIZON);
+                if worth.pays(1, trust, self.draft_pace.seconds(load) as f32 / ahead as f32) {
+                    if behind <= room {
+                        room -= behind;
+                        plan.hopes.push(Hope { part: at, source: Source::Model, chance: 1.0 });
+                        continue;
+                    }
+                    plan.shares[at].catch_up = std::mem::take(&mut room);
+                }
+            }
+            if lookup.is_some() {
+                plan.hopes.push(Hope { part: at, source: Source::Lookup, chance: 1.0 });
+            }
+        }
+    }
+
+    /// Decides whether the draft model makes another pass, for the draft after `ahead` others of all who still hope for it.
+    fn board(&mut self, ahead: usize, worth: &mut Worth, plan: &mut Plan) {
+        let (mut load, mut chance) = (Load::default(), 0.0);
+        for hope in plan.hopes.iter().filter(|hope| hope.source == Source::Model) {
+            let sequence = &self.sequences[plan.parts[hope.part].sequence];
+            load.decodes(1, sequence.tokens.len() + ahead);
+            chance += hope.chance * sequence.guesses.chance(Source::Model, ahead).unwrap_or(0.0);
+        }
+        if load.decode == 0 {
+            return;
+        }
+        let pass = self.draft_pace.seconds(load) as f32;
+        if worth.pays(load.decode, chance, pass) {
+            worth.spend(pass);
+            return;
+        }
+        plan.hopes.retain_mut(|hope| {
+            let guesses = &self.sequences[plan.parts[hope.part].sequence].guesses;
+            let stays = hope.source == Source::Lookup || ahead == 0 && guesses.chance(Source::Lookup, 0).is_some();
+            hope.source = Source::Lookup;
+            stays
+        });
+    }
+
     /// Puts the rows of all parts into the batch.
     fn pack(&mut self, plan: &mut Plan) {
-        for (part, share) in plan.parts.iter().zip(&plan.shares) {
+        for (at, (part, share)) in plan.parts.iter().zip(&plan.shares).enumerate() {
             let sequence = &mut self.sequences[part.sequence];
             let (start, end) = (sequence.computed - share.rows, sequence.computed);
             // A token is drawn after the last known one, and after each draft.
@@ -916,7 +1027,12 @@ impl Scheduler {
             if drafts > 0 {
                 plan.tokens.clear();
                 plan.tokens.extend_from_slice(tokens);
-                plan.tokens.extend((0..drafts).filter_map(|ahead| sequence.guesses.guess(ahead)));
+                match share.source {
+                    Source::Lookup => {
+                        plan.tokens.extend((0..drafts).filter_map(|ahead| sequence.guesses.guess(ahead)));
+                    }
+                    Source::Model => plan.tokens.extend((0..drafts).map(|_| 0)),
+                }
                 tokens = &plan.tokens;
             }
             let rows = share.rows as u32;
@@ -927,6 +1043,18 @@ impl Scheduler {
             if let Some(adapter) = &self.requests[part.request].adapter {
                 plan.batch.adapt(adapter);
                 plan.adapted_rows += share.rows;
+            }
+            if let Some(mirror) = self.mirror.as_mut().filter(|_| share.catch_up > 0) {
+                let (from, to) = (sequence.mirrored, sequence.mirrored + share.catch_up);
+                // Drafts are computed as well, but for the last.
+                let guessed = if share.source == Source::Model { drafts } else { 0 };
+                let table = &sequence.table[..self.blocks.needed(to)];
+                let first = (guessed > 0).then_some(share.catch_up as u32 - 1);
+                plan.catch_up.push(&sequence.tokens[from..to], from as u32, table, first);
+                if guessed > 0 {
+                    plan.chains.push(Chain { part: at, sampled: plan.sampled.len() + scored.len(), drafts });
+                }
+                sequence.mirror(mirror, to, guessed.saturating_sub(1), self.blocks.block_tokens());
             }
             plan.sampled.extend(scored.clone().map(|_| Sampled { part: *part, ahead: 0 }));
             plan.sampled.extend((0..sampled.len() as u32).map(|ahead| Sampled { part: *part, ahead }));
@@ -980,9 +1108,14 @@ impl Scheduler {
         if plan.drafted == 0 {
             return;
         }
-        for (part, _) in plan.parts.iter().zip(&plan.shares).filter(|(_, share)| share.drafts > 0) {
+        for (part, share) in plan.parts.iter().zip(&plan.shares).filter(|(_, share)| share.drafts > 0) {
             // Gone if one of its tokens was the last.
             if let Some(sequence) = self.sequences.get_mut(part.sequence) {
+                if share.source == Source::Model {
+                    let verified = sequence.computed - share.drafts;
+                    let accepted = (sequence.tokens.len() - 1).saturating_sub(verified);
+                    sequence.guesses.judge_model(share.drafts, accepted);
+                }
                 sequence.settle(&mut self.blocks);
             }
         }
@@ -1073,6 +1206,9 @@ impl Scheduler {
             }
             if running && sequence.table.len() < self.blocks.needed(sequence.computed) {
                 return Err(format!("sequence {key} has computed more than its blocks hold"));
+            }
+            if sequence.mirrored > sequence.computed {
+                return Err(format!("the draft model has more of sequence {key} than is computed"));
             }
             if sequence.computed > sequence.tokens.len() || sequence.tokens.len() > sequence.most {
                 return Err(format!("sequence {key} is longer than it may be"));
@@ -1566,7 +1702,7 @@ mod tests {
     }
 
     fn guessing(step_tokens: usize) -> Limits {
-        let drafts = DraftLimits { most: 4, rows: 8, lookup: true };
+        let drafts = DraftLimits { most: 4, rows: 8, lookup: true, model: false };
         Limits { step_tokens, prefill_chunk: step_tokens, drafts, ..limits() }
     }
 

@@ -11,6 +11,7 @@
 //! verifies them `computed` runs ahead of what is known, and [`Sequence::settle`] takes it back to what came true.
 
 use crate::engine::blocks::{BlockHash, BlockId, Blocks};
+use crate::engine::mirror::Mirror;
 use crate::engine::queue::Ticket;
 use crate::engine::speculate::Guesses;
 
@@ -35,6 +36,10 @@ pub struct Sequence {
     pub most: usize,
     /// Tokens whose K and V are in the pool, counted from the first.
     pub computed: usize,
+    /// Tokens whose K and V the draft model has as well, if there is one.
+    pub mirrored: usize,
+    /// Blocks of `table` that are tagged as such.
+    pub tagged: usize,
     /// Tokens of the prompt whose logits were looked at, where they are wanted; the last one's always are.
     pub scored: Option<usize>,
     /// Where K and V are. While the sequence runs there is a block for every known token.
@@ -93,10 +98,24 @@ impl Sequence {
         self.published = full;
     }
 
+    /// In the step being planned the draft model computes the known tokens up to `to` and `drafts` more.
+    pub fn mirror(&mut self, mirror: &mut Mirror, to: usize, drafts: usize, block_tokens: usize) {
+        let (from, end) = (self.mirrored, to + drafts);
+        self.table[from / block_tokens..end.div_ceil(block_tokens)].iter().for_each(|&block| mirror.written(block));
+        self.name_blocks(to / block_tokens, block_tokens);
+        // Drafts that came true may have filled blocks before `from`.
+        for at in self.tagged..to / block_tokens {
+            mirror.holds(self.table[at], self.hashes[at]);
+        }
+        self.tagged = to / block_tokens;
+        self.mirrored = end;
+    }
+
     /// Drafts were verified: K and V of those that did not come true count no more, and blocks taken for them go back.
     pub fn settle(&mut self, blocks: &mut Blocks) {
         // What was drawn last is not computed.
         self.computed = self.computed.min(self.tokens.len() - 1);
+        self.mirrored = self.mirrored.min(self.computed);
         self.publish(blocks);
         let keep = blocks.needed(self.tokens.len());
         blocks.shorten(&mut self.table, keep);

@@ -16,8 +16,12 @@
 //! Decoding", 2024). For a guess without a distribution of its own, which a lookup is, that accepts with the same chance
 //! p(draft) as rejection sampling does (Leviathan et al., Chen et al., 2023).
 //!
+//! A **draft model** guesses one token after the other, each drawn with the random number of the place it is for, so that
+//! where the two models agree on a distribution they draw the same token.
+//!
 //! **Trust** is measured by length of match. A guess is compared with what comes even when it was not worth a row, so it
-//! costs nothing to see that it would pay again.
+//! costs nothing to see that it would pay again. A draft model is asked only where it pays, so trust in it comes back
+//! slowly while it is not.
 //!
 //! Pure: knows nothing of batches, blocks or clocks.
 
@@ -33,6 +37,9 @@ const CLASSES: usize = 5;
 const LOOKUP_TRUST: [f32; CLASSES] = [0.35, 0.5, 0.7, 0.8, 0.9];
 /// How much the newest outcome counts.
 const LESSON: f32 = 0.1;
+/// What a draft model is trusted before anything was seen, and how much of what is lacking to it each token brings back.
+const MODEL_TRUST: f32 = 0.7;
+const RECOVERY: f32 = 0.005;
 /// No trust is complete: the deepest drafts stay bounded.
 const MOST_TRUST: f32 = 0.98;
 
@@ -142,6 +149,16 @@ impl Lookup {
     }
 }
 
+/// Where a draft comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Source {
+    /// Earlier text.
+    #[default]
+    Lookup,
+    /// The draft model.
+    Model,
+}
+
 fn class(length: usize) -> usize {
     (length.max(SHORTEST) - 1).ilog2().saturating_sub(1).min(CLASSES as u32 - 1) as usize
 }
@@ -155,13 +172,14 @@ pub struct Guesses {
     looks_up: bool,
     expected: Vec<u32>,
     lookup_trust: [f32; CLASSES],
+    model_trust: f32,
 }
 
 impl Guesses {
     /// At most `most` drafts in a step. `looks_up` says whether earlier text is looked at, `expected` is text that the
     /// caller foresees.
     pub fn new(most: usize, looks_up: bool, expected: Vec<u32>) -> Self {
-        Self { most, lookup: None, looks_up, expected, lookup_trust: LOOKUP_TRUST }
+        Self { most, lookup: None, looks_up, expected, lookup_trust: LOOKUP_TRUST, model_trust: MODEL_TRUST }
     }
 
     /// Most drafts in a step.
@@ -177,7 +195,10 @@ impl Guesses {
     }
 
     /// The chance that the draft after `ahead` others is right if they are; `None` where nothing is expected.
-    pub fn chance(&self, ahead: usize) -> Option<f32> {
+    pub fn chance(&self, source: Source, ahead: usize) -> Option<f32> {
+        if source == Source::Model {
+            return Some(self.model_trust);
+        }
         let length = self.lookup.as_ref()?.length();
         (length > 0).then(|| self.lookup_trust[class(length + ahead)])
     }
@@ -187,8 +208,16 @@ impl Guesses {
         self.lookup.as_ref()?.guess(ahead)
     }
 
+    /// Of the draft model's last drafts so many came true.
+    pub fn judge_model(&mut self, drafts: usize, accepted: usize) {
+        for at in 0..drafts.min(accepted + 1) {
+            learn(&mut self.model_trust, at < accepted);
+        }
+    }
+
     /// The next token is known: what a lookup expected is compared with it.
     pub fn push(&mut self, token: u32) {
+        self.model_trust += RECOVERY * (MODEL_TRUST - self.model_trust).max(0.0);
         let Some(lookup) = &mut self.lookup else { return };
         if let Some(guess) = lookup.guess(0) {
             learn(&mut self.lookup_trust[class(lookup.length())], guess == token);
@@ -229,12 +258,22 @@ impl Worth {
 
     /// Adds a draft that is right with this chance if it raises tokens by time.
     pub fn add(&mut self, chance: f32) -> bool {
-        let pays = chance * self.cost > self.row * self.tokens * Self::MARGIN;
+        let pays = self.pays(1, chance, 0.0);
         if pays {
             self.cost += self.row;
             self.tokens += chance;
         }
         pays
+    }
+
+    /// Whether `rows` more with `chance` right among them raise tokens by time, for which a draft model works for `pass`.
+    pub fn pays(&self, rows: usize, chance: f32, pass: f32) -> bool {
+        chance * self.cost > (pass + self.row * rows as f32) * self.tokens * Self::MARGIN
+    }
+
+    /// A draft model works for this long.
+    pub fn spend(&mut self, pass: f32) {
+        self.cost += pass;
     }
 }
 
@@ -314,7 +353,7 @@ mod tests {
 
     #[test]
     fn trust_follows_what_comes_true_by_length_of_match() {
-        let chance = |guesses: &Guesses, ahead| guesses.chance(ahead);
+        let chance = |guesses: &Guesses, ahead| guesses.chance(Source::Lookup, ahead);
         let mut guesses = Guesses::new(4, true, vec![]);
         assert_eq!(chance(&guesses, 0), None, "nothing was prepared");
         guesses.prepare(&[1, 2, 3, 4, 1, 2, 3]);
@@ -329,6 +368,28 @@ mod tests {
         assert_eq!(guesses.lookup_trust[2], LOOKUP_TRUST[2], "longer ones were not tried");
         let off = Guesses::new(0, true, vec![]);
         assert_eq!(chance(&off, 0), None);
+    }
+
+    #[test]
+    fn a_draft_model_is_trusted_as_far_as_it_was_right_and_tried_again_in_time() {
+        let mut guesses = Guesses::new(4, false, vec![]);
+        let trust = |guesses: &Guesses| guesses.chance(Source::Model, 0).unwrap();
+        (0..30).for_each(|_| guesses.judge_model(4, 4));
+        assert!(trust(&guesses) > 0.95, "{}", trust(&guesses));
+        guesses.judge_model(4, 1);
+        assert!(trust(&guesses) < 0.9, "one was right, one was wrong, two were not looked at");
+        (0..30).for_each(|_| guesses.judge_model(4, 0));
+        assert!(trust(&guesses) < 0.05);
+        (0..400).for_each(|_| guesses.push(1));
+        assert!(trust(&guesses) > 0.5 && trust(&guesses) < MODEL_TRUST);
+    }
+
+    #[test]
+    fn a_pass_of_the_draft_model_has_to_be_paid_by_all_who_ride_along() {
+        let worth = Worth::of(1.2, 1, 0.1);
+        assert!(worth.pays(1, 0.8, 0.1) && !worth.pays(1, 0.8, 1.0));
+        let crowd = Worth::of(2.0, 8, 0.1);
+        assert!(crowd.pays(8, 6.4, 0.3) && !crowd.pays(1, 0.8, 0.3));
     }
 
     #[test]

@@ -106,6 +106,7 @@ struct EngineVecs {
     mask_time: HistogramVec,
     mask_wait: HistogramVec,
     scribe_wait: HistogramVec,
+    draft_time: HistogramVec,
 }
 
 /// The series of one model on one device, resolved when the model is installed.
@@ -185,6 +186,8 @@ pub struct EngineMetrics {
     pub mask_wait: Histogram,
     /// Seconds that a step waited until the answers' text of the one before was written, if it had to.
     pub scribe_wait: Histogram,
+    /// Seconds that a draft model took of a step.
+    pub draft_time: Histogram,
 }
 
 impl Metrics {
@@ -382,6 +385,12 @@ impl Metrics {
                     by_engine,
                     MASK,
                 ),
+                draft_time: r.histograms(
+                    "neurond_draft_seconds",
+                    "Time that the draft model took of a step, where it guessed or caught up.",
+                    by_engine,
+                    INTER_TOKEN,
+                ),
             },
             registry: registry.clone(),
         };
@@ -433,6 +442,7 @@ impl Metrics {
             mask_time: v.mask_time.with_label_values(l),
             mask_wait: v.mask_wait.with_label_values(l),
             scribe_wait: v.scribe_wait.with_label_values(l),
+            draft_time: v.draft_time.with_label_values(l),
         }
     }
 

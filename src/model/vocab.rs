@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use crate::base::{Error, Result};
+
 /// The bytes of every token, and the roles some of them play. Shared by the engine and the text half of a model.
 #[derive(Debug, Default)]
 pub struct Vocabulary {
@@ -24,6 +26,26 @@ impl Vocabulary {
         end_tokens.dedup();
         vocabulary.end_tokens = end_tokens;
         vocabulary
+    }
+
+    /// Whether another model's tokens are these.
+    ///
+    /// # Errors
+    /// `BadInput` that names the first that is not.
+    pub fn check_same(&self, other: &Self) -> Result<()> {
+        let tokens = self.len().max(other.len()) as u32;
+        let has = |of: &Self, token: u32| (token < of.len() as u32).then(|| of.piece(token).to_vec());
+        if let Some(token) = (0..tokens).find(|&token| has(self, token) != has(other, token)) {
+            let shown = |of: &Self| match has(of, token) {
+                Some(piece) => format!("{:?}", String::from_utf8_lossy(&piece)),
+                None => "nothing".to_owned(),
+            };
+            let (mine, others) = (shown(self), shown(other));
+            return Err(Error::bad_input(format!(
+                "its vocabulary is another: token {token} is {others} there and {mine} in the model"
+            )));
+        }
+        Ok(())
     }
 
     /// The same with other texts for some tokens: control tokens that an answer has to show.
@@ -135,6 +157,21 @@ mod tests {
         detokenizer.finish(&mut out);
         steps.push(out);
         steps
+    }
+
+    #[test]
+    fn another_vocabulary_is_told_by_its_first_token_that_differs() {
+        let of = |pieces: &[&str]| Vocabulary::new(pieces, vec![]);
+        let mine = of(&["a", "b"]);
+        assert!(mine.check_same(&of(&["a", "b"])).is_ok());
+        for (other, words) in [
+            (&["a", "c"][..], "token 1 is \"c\" there and \"b\" in the model"),
+            (&["a"], "token 1 is nothing there"),
+            (&["a", "b", "c"], "token 2 is \"c\" there and nothing in the model"),
+        ] {
+            let error = mine.check_same(&of(other)).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]

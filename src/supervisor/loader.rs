@@ -7,15 +7,16 @@ use std::time::Instant;
 use tracing::info;
 
 use crate::base::{DeviceId, Error, ModelId, Result, SlotId};
-use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
+use crate::config::{Draft, Engine as EngineConfig, Model as ModelConfig, simulated};
 use crate::engine::scheduler::SCORED_ROWS;
-use crate::engine::sim::{SimRunner, SimSpec};
+use crate::engine::sim::{SimRunner, SimSpec, VOCABULARY as SIM_VOCABULARY};
 use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, Runner, Speculation};
 use crate::kernel::{Isa, Pool};
 use crate::metrics::{EngineMetrics, Metrics};
 use crate::model::files::ModelFiles;
 use crate::model::lora::Shape;
+use crate::model::spec::DecoderSpec;
 use crate::model::text::TextModel;
 use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
@@ -44,7 +45,7 @@ pub(super) struct Ready {
 pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metrics: &Metrics) -> Result<Ready> {
     let started = Instant::now();
     let (model, engine) = (&identity.model, &identity.engine);
-    let Opened { text, runner, shape } = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
+    let Opened { text, runner, draft, shape } = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
     let context = model.context.min(text.context());
     let metrics = metrics.engine(&model.id, device);
     info!(
@@ -71,6 +72,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         prefill_stretch: engine.prefill_stretch,
         spill,
         speculation: Speculation { most: engine.draft_tokens, rows: draft_rows(engine), lookup: engine.prompt_lookup },
+        draft,
         metrics: metrics.clone(),
     };
     Ok(Ready { slot, text: Arc::new(text), shape, metrics })
@@ -80,6 +82,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
 struct Opened {
     text: TextModel,
     runner: Box<dyn Runner>,
+    draft: Option<Box<dyn Runner>>,
     shape: Option<Shape>,
 }
 
@@ -92,33 +95,78 @@ fn draft_rows(engine: &EngineConfig) -> usize {
 fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<Opened> {
     if let Some(spec) = simulated(&model.path) {
         let text = TextModel::bytes(SimRunner::vocabulary(), SIM_CONTEXT)?;
-        return Ok(Opened { text, runner: Box::new(SimRunner::new(spec.parse::<SimSpec>()?)), shape: None });
+        let runner: Box<dyn Runner> = Box::new(SimRunner::new(spec.parse::<SimSpec>()?));
+        let draft = draft(model, engine, pool, &text, runner.as_ref(), SIM_VOCABULARY)?;
+        return Ok(Opened { text, runner, draft, shape: None });
     }
     let files = Arc::new(ModelFiles::open(&model.path)?);
     std::thread::scope(|scope| {
         let text = scope.spawn(|| TextModel::of(&files));
-        let decoder = decoder(&files, model, engine, pool);
+        let rows = (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens);
+        let decoder = decoder(&files, model, engine, pool, |_, _| model.kv_bytes, rows);
         let text =
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
         let decoder = decoder?;
         let shape = Some(Shape::of(decoder.spec()));
-        Ok(Opened { text, runner: Box::new(decoder), shape })
+        let vocab = decoder.spec().vocab;
+        let draft = draft(model, engine, pool, &text, &decoder, vocab)?;
+        Ok(Opened { text, runner: Box::new(decoder), draft, shape })
     })
 }
 
-fn decoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<Decoder> {
+/// The draft model of a model, if it has one: `target` says how many blocks, `vocab` how long a row of logits.
+fn draft(
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    pool: &Arc<Pool>,
+    text: &TextModel,
+    target: &dyn Runner,
+    vocab: usize,
+) -> Result<Option<Box<dyn Runner>>> {
+    let Some(Draft { path, .. }) = model.draft.as_ref().filter(|_| engine.draft_tokens > 0) else { return Ok(None) };
+    let open = || -> Result<Box<dyn Runner>> {
+        if let Some(spec) = simulated(path) {
+            text.vocabulary().check_same(&SimRunner::vocabulary())?;
+            let (blocks, block_tokens) = (target.blocks(), target.block_tokens());
+            return Ok(Box::new(SimRunner::new(SimSpec { blocks, block_tokens, ..spec.parse()? })));
+        }
+        let files = Arc::new(ModelFiles::open(path)?);
+        let small = TextModel::of(&files)?;
+        text.vocabulary().check_same(small.vocabulary())?;
+        let bytes = |options: &DecoderOptions, spec: &DecoderSpec| target.blocks() * options.kv_block_bytes(spec);
+        let decoder = decoder(&files, model, engine, pool, bytes, engine.max_running)?;
+        if decoder.spec().vocab != vocab || decoder.blocks() != target.blocks() {
+            let has = decoder.spec().vocab;
+            return Err(Error::bad_input(format!("its logits are of {has} tokens, the model's of {vocab}")));
+        }
+        info!(model = %model.id, draft = %path.display(), "draft model loaded");
+        Ok(Box::new(decoder))
+    };
+    open().map(Some).map_err(|error| error.context(format!("draft model {}", path.display())))
+}
+
+/// `kv_bytes` says how large the KV pool is, `rows` how many rows of a step have logits.
+fn decoder(
+    files: &Arc<ModelFiles>,
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    pool: &Arc<Pool>,
+    kv_bytes: impl Fn(&DecoderOptions, &DecoderSpec) -> usize,
+    rows: usize,
+) -> Result<Decoder> {
     let weights = Weights::of(files.clone())?;
     let spec = weights.spec()?;
-    let options = DecoderOptions {
+    let mut options = DecoderOptions {
         pool: pool.clone(),
         isa: Isa::detect(),
         precision: model.precision,
         kv: model.kv,
-        kv_bytes: model.kv_bytes,
+        kv_bytes: 0,
         block_tokens: engine.block_tokens,
         max_rows: engine.step_tokens,
-        max_sample_rows: (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens),
+        max_sample_rows: rows,
     };
+    options.kv_bytes = kv_bytes(&options, &spec);
     let progress =
         Progress { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() };
     Decoder::open(&weights, spec, &options, &|done| progress.tell(done))

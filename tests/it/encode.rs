@@ -35,6 +35,7 @@ fn model(id: &str, task: Task, path: &str) -> Model {
         kv: KvType::default(),
         kv_bytes: 1 << 20,
         spill: None,
+        draft: None,
         context: 512,
         modified: None,
     }

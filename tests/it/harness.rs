@@ -56,6 +56,7 @@ impl Daemon {
             kv: KvType::default(),
             kv_bytes: 1 << 20,
             spill: None,
+            draft: None,
             context: CONTEXT,
             modified: None,
         };

@@ -32,6 +32,7 @@ fn daemon(folder: &Path, tune: impl FnOnce(&mut Config)) -> Daemon {
             kv: KvType::F32,
             kv_bytes: 4 << 20,
             spill: None,
+            draft: None,
             context: 512,
             modified: None,
         };

@@ -1,5 +1,6 @@
 //! OpenAI's surface.
 
+use neurond::config::Draft;
 use serde_json::{Value, json};
 
 use crate::harness::{Answer, CLASSIC, CONTEXT, Daemon, joined};
@@ -534,6 +535,44 @@ async fn the_best_of_several_answers_is_given_and_all_are_counted() {
     assert_eq!(one["choices"].as_array().unwrap().len(), 2);
     assert_eq!(one["choices"][0]["text"], order[0]["text"]);
     assert_eq!(one["choices"][0]["logprobs"], order[0]["logprobs"]);
+}
+
+#[tokio::test]
+async fn a_draft_model_guesses_and_changes_no_answer() {
+    // Devices of the same kind think alike, and one that repeats itself thinks like one that does not now and then.
+    let serving = |period: u32, lookup: bool| {
+        Daemon::serving("sim:end_in=0,step_us=300", move |config| {
+            config.engine.prompt_lookup = lookup;
+            for model in &mut config.models {
+                let path = format!("sim:end_in=0,period={period}").into();
+                model.draft = Some(Draft { path, modified: None });
+            }
+        })
+    };
+    let ask = async |daemon: &Daemon, more: Value| {
+        let mut body = json!({"model": CLASSIC, "prompt": "once upon a time there was", "max_tokens": 200, "seed": 5});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let answer = daemon.post("/v1/completions", body).await.json();
+        let count = |what: &str| answer["usage"]["completion_tokens_details"][what].as_u64().unwrap_or(0);
+        let text = answer["choices"][0]["text"].as_str().unwrap().to_owned();
+        (text, count("accepted_prediction_tokens"), count("rejected_prediction_tokens"))
+    };
+    for (period, lookup) in [(0, false), (3, false), (0, true)] {
+        let daemon = serving(period, lookup);
+        for more in [json!({}), json!({"temperature": 0}), json!({"temperature": 0.8, "frequency_penalty": 0.4})] {
+            let mut plain = more.clone();
+            plain["speculative.n_max"] = json!(0);
+            let (plain, ..) = ask(&daemon, plain).await;
+            let (text, accepted, rejected) = ask(&daemon, more.clone()).await;
+            assert_eq!(text, plain, "{more}, {period}");
+            match period {
+                0 => assert!(accepted > 150 && rejected < 20, "{more}: {accepted} of {}", accepted + rejected),
+                _ => assert!(accepted > 0 && rejected > 0, "{more}: {accepted} of {}", accepted + rejected),
+            }
+        }
+        let series = format!("neurond_draft_seconds_count{{device=\"0\",model=\"{CLASSIC}\"}}");
+        assert!(daemon.metric(&series) > 10.0);
+    }
 }
 
 #[tokio::test]

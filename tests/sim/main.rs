@@ -276,7 +276,7 @@ fn judge(world: &World, request: &Request, answer: &Answer, alone: &mut HashMap<
         return Err("a prompt that is looked at came out of the cache".into());
     }
     if usage.accepted_tokens > usage.drafted_tokens
-        || usage.accepted_tokens >= usage.completion_tokens
+        || usage.accepted_tokens > usage.completion_tokens
         || usage.drafted_tokens > 0 && (world.spec.drafts.0 == 0 || request.drafts == Some(0))
     {
         return Err(format!("usage {usage:?}"));
@@ -305,6 +305,7 @@ fn roomy() -> WorldSpec {
         end_in: 0,
         fail_at: 0,
         drafts: (0, 0),
+        draft: None,
         period: 0,
     }
 }

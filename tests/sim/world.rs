@@ -63,6 +63,8 @@ pub struct WorldSpec {
     pub fail_at: u64,
     /// Drafts of a sequence in a step, and of all.
     pub drafts: (usize, usize),
+    /// A draft model that repeats itself after so many tokens: it agrees where the model does so as well.
+    pub draft: Option<u32>,
     /// Tokens after which answers repeat themselves.
     pub period: u32,
 }
@@ -85,6 +87,7 @@ impl WorldSpec {
             end_in: rng.pick(&[0, 12, 80]),
             fail_at: if rng.one_in(8) { rng.within(1, 60) } else { 0 },
             drafts: (rng.pick(&[0, 1, 4, 15]), rng.within(1, 32) as usize),
+            draft: rng.pick(&[None, None, Some(0), Some(7)]),
             period: rng.pick(&[0, 3, 7, 20]),
         }
     }
@@ -113,6 +116,10 @@ impl WorldSpec {
             prefill_stretch: self.prefill_stretch,
             spill: (self.spill > 0).then(|| store(self.spill, SimRunner::new(device.clone()).block_bytes())),
             speculation: Speculation { most: self.drafts.0, rows: self.drafts.1, lookup: true },
+            draft: self.draft.map(|period| {
+                let small = SimSpec { period, fail_at: 0, ..device.clone() };
+                Box::new(SimRunner::new(small)) as Box<dyn Runner>
+            }),
             metrics,
         }
     }
@@ -441,7 +448,7 @@ impl World {
                 false => Err(Error::internal("nothing was planned, but somebody waits")),
             };
         }
-        self.lane.compute()?;
+        self.lane.compute(&|| self.now)?;
         self.lane.deliver(self.now);
         let rows = self.lane.planned().batch.rows() as u32;
         self.lane.step_took(STEP / 4 + STEP * rows / 32);
@@ -464,6 +471,7 @@ impl World {
             end_in: self.spec.end_in,
             fail_at: 0,
             drafts: (0, 0),
+            draft: None,
             period: self.spec.period,
         };
         let request = Request {
