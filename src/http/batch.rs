@@ -1,4 +1,5 @@
-//! Many native inputs in one request: answered at once, or put in line, computed when there is room, and asked for later.
+//! Many native inputs in one request, of whatever the model does: answered at once, or put in line, computed when there is
+//! room, and asked for later.
 //!
 //! ```text
 //! {"requests": […]} ── now ───────────────────────────────────────────> {"responses": […], "usage"}
@@ -18,6 +19,7 @@ use actix::prelude::*;
 use actix_web::{HttpResponse, web};
 use futures_util::StreamExt;
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -29,7 +31,8 @@ use crate::http::ask::{Ask, no_such_model};
 use crate::http::chat;
 use crate::http::fields::Fields;
 use crate::http::run::{self, ClassicResult};
-use crate::http::{Services, error, text};
+use crate::http::{Services, encode, error, text};
+use crate::metrics::Metrics;
 use crate::store::Segment;
 use crate::task::{Task, Usage};
 
@@ -38,6 +41,8 @@ const MOST_NOW: usize = 100;
 const ABREAST_NOW: usize = 16;
 /// Most requests in a batch that waits in line.
 const MOST_QUEUED: usize = 10_000;
+/// Most texts of a batch that is encoded, over all requests: a vector is some kilobytes of JSON.
+const MOST_TEXTS: usize = 10_000;
 /// Most bytes of a batch: a whole one is read into memory.
 const MAX_BYTES: usize = 10_000_000;
 /// How many requests of a batch are computed at the same time, and how many batches.
@@ -62,8 +67,9 @@ const MAILBOX: usize = 1024;
 struct Response {
     /// Which of the requests, from 0.
     id: usize,
+    /// As it was written once: vectors are long.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    result: Option<Value>,
+    result: Option<Box<RawValue>>,
     success: bool,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     error: Option<Value>,
@@ -93,6 +99,10 @@ pub(super) async fn run(
     queue: bool,
 ) -> Result<HttpResponse> {
     let requests = requests(fields, if queue { MOST_QUEUED } else { MOST_NOW })?;
+    let texts = requests.iter().map(encode::count).sum::<usize>();
+    if entry.task != Task::TextGeneration && texts > MOST_TEXTS {
+        return Err(fields.wrong("requests", &format!("may hold {MOST_TEXTS} texts altogether, not {texts}")));
+    }
     let owner = Owner { account: ask.caller.account.clone(), key: ask.caller.key.clone() };
     if queue {
         let batches = services.batches.as_ref().ok_or_else(no_folder)?;
@@ -165,8 +175,9 @@ fn no_folder() -> Error {
 
 fn requests<'a>(fields: &Fields<'a>, most: usize) -> Result<&'a [Value]> {
     let Some(requests) = fields.array("requests")? else { return Err(fields.missing("requests")) };
-    if fields.has("prompt") || fields.has("messages") {
-        return Err(fields.wrong("requests", "goes without `prompt` and `messages`: those are in each of the requests"));
+    let inside = ["prompt", "messages", "text", "contexts", "query"];
+    if let Some(name) = inside.into_iter().find(|name| fields.has(name)) {
+        return Err(fields.wrong("requests", &format!("goes without `{name}`: that is in each of the requests")));
     }
     if !(1..=most).contains(&requests.len()) {
         let words = format!("must hold 1 to {most} requests, not {}", requests.len());
@@ -192,17 +203,34 @@ async fn one(
     owner: &Owner,
     entry: &Arc<CatalogEntry>,
     job: &Job<'_>,
-) -> Result<(Value, Usage, Neurons)> {
+) -> Result<(Box<RawValue>, Usage, Neurons)> {
     let fields = Fields::at(job.request, format!("requests.{}", job.at))?;
     if fields.bool("stream")? == Some(true) {
         return Err(fields.wrong("stream", "is not available in a batch"));
     }
+    if entry.task != Task::TextGeneration {
+        let encode = async |input| gateway.encode(call(owner, entry, job, Arc::new(input))).await;
+        let result = encode::native(encode, entry, &fields).await?;
+        let (usage, neurons) = (result.usage(), result.neurons());
+        return Ok((result.into_raw().await?, usage, neurons));
+    }
     let mut input = run::parse(&fields, entry)?.input;
     input.priority = input.priority.min(job.priority);
     let json = input.grammar.as_ref().is_some_and(|grammar| grammar.is_json());
-    let id = RequestId::random();
-    let call = Call {
-        id,
+    let call = call(owner, entry, job, input);
+    let id = call.id;
+    let answer = gateway.serve(call).await?.collect().await?;
+    let result = match entry.shape {
+        ResultShape::Classic => to_raw(&ClassicResult::new(&answer, entry, json)?),
+        ResultShape::Chat => to_raw(&chat::Shape::new(id, entry).completion(&answer)),
+    };
+    Ok((result?, answer.usage, answer.neurons))
+}
+
+/// A request of a batch as a call of its own.
+fn call<Input>(owner: &Owner, entry: &Arc<CatalogEntry>, job: &Job<'_>, input: Input) -> Call<Input> {
+    Call {
+        id: RequestId::random(),
         account: owner.account.clone(),
         key: owner.key.clone(),
         entry: entry.clone(),
@@ -210,21 +238,18 @@ async fn one(
         affinity: None,
         reject_if_busy: job.reject_if_busy,
         received: Instant::now(),
-    };
-    let answer = gateway.serve(call).await?.collect().await?;
-    let result = match entry.shape {
-        ResultShape::Classic => serde_json::to_value(ClassicResult::new(&answer, entry, json)?),
-        ResultShape::Chat => serde_json::to_value(chat::Shape::new(id, entry).completion(&answer)),
-    };
-    let result = result.map_err(|error| Error::internal("an answer does not serialise").with_source(error))?;
-    Ok((result, answer.usage, answer.neurons))
+    }
+}
+
+fn to_raw(result: &impl Serialize) -> Result<Box<RawValue>> {
+    to_raw_value(result).map_err(|error| Error::internal("an answer does not serialise").with_source(error))
 }
 
 fn respond(
     id: RequestId,
     at: usize,
     request: &Value,
-    outcome: Result<(Value, Usage, Neurons)>,
+    outcome: Result<(Box<RawValue>, Usage, Neurons)>,
 ) -> (Response, Usage, Neurons) {
     let external_reference = request.get("external_reference").and_then(Value::as_str).map(str::to_owned);
     match outcome {
@@ -320,6 +345,7 @@ impl Batches {
             Error::bad_input(format!("batch.folder = {name}: {error}; name a folder that the daemon may write to"))
         };
         std::fs::create_dir_all(folder).map_err(unusable)?;
+        let metrics = &gateway.metrics;
         let mut known = HashMap::new();
         let mut line: Vec<(Millis, RequestId)> = Vec::new();
         for file in std::fs::read_dir(folder).map_err(unusable)? {
@@ -338,6 +364,9 @@ impl Batches {
             };
             if batch.whole.is_none() {
                 line.push((head.submitted, id));
+                // A file may have been written to by a process that was stopped between two responses.
+                let answered: HashSet<usize> = batch.responses.iter().map(|response| response.id).collect();
+                metrics.batch_requests_waiting.add(head.requests.len().saturating_sub(answered.len()) as i64);
             }
             known.insert(id, Known { account: head.account, state, log: batch.whole.is_none().then_some(log) });
         }
@@ -401,10 +430,22 @@ enum State {
     Whole { at: Millis },
 }
 
+impl State {
+    /// As callers and metrics call it.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Whole { .. } => "whole",
+        }
+    }
+}
+
 impl Actor for BatchActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        self.show();
         self.sweep();
         ctx.run_interval(SWEEP, |this, _| this.sweep());
         self.work(ctx);
@@ -424,12 +465,22 @@ impl BatchActor {
             let path = path_of(folder, id);
             std::fs::remove_file(&path).map_err(|error| on_disk(&path, error)).is_err()
         });
+        self.show();
+    }
+
+    /// Sets the gauges of batches.
+    fn show(&self) {
+        for state in ["queued", "running", "whole"] {
+            let count = self.known.values().filter(|known| known.state.as_str() == state).count();
+            self.gateway.metrics.batches.with_label_values(&[state]).set(count as i64);
+        }
     }
 
     /// Begins with the next batches in line.
     fn work(&mut self, ctx: &mut Context<Self>) {
-        while self.running < BATCHES {
-            let Some(id) = self.line.pop_front() else { return };
+        while self.running < BATCHES
+            && let Some(id) = self.line.pop_front()
+        {
             let Some(known) = self.known.get_mut(&id) else { continue };
             known.state = State::Running;
             self.running += 1;
@@ -443,6 +494,7 @@ impl BatchActor {
                 actor.do_send(Over { id, whole: outcome.is_ok() });
             });
         }
+        self.show();
     }
 }
 
@@ -458,16 +510,50 @@ async fn compute(gateway: &Gateway, id: RequestId, path: &Path, actor: &Addr<Bat
     let left = head.requests.iter().enumerate().filter(|(at, _)| !answered.contains(at));
     let work = left.map(|(at, request)| {
         let (owner, model) = (&owner, &head.model);
-        async move { respond(id, at, request, patiently(gateway, owner, model, at, request, end).await) }
+        async move {
+            let under_way = UnderWay::begin(&gateway.metrics);
+            let response = respond(id, at, request, patiently(gateway, owner, model, at, request, end).await);
+            (response, under_way)
+        }
     });
     let mut work = futures_util::stream::iter(work).buffer_unordered(ABREAST);
-    while let Some((response, usage, neurons)) = work.next().await {
+    while let Some(((response, usage, neurons), under_way)) = work.next().await {
+        let outcome = if response.success { "done" } else { "failed" };
         actor
             .send(Answered { id, frame: Frame::Response { response, usage, neurons: neurons.micro() } })
             .await
             .map_err(dead)??;
+        under_way.answered(outcome);
     }
     Ok(())
+}
+
+/// A request that is not waiting and not on disk yet. Dropped before it is, it waits again: for the next start.
+struct UnderWay<'a> {
+    metrics: &'a Metrics,
+    is_answered: bool,
+}
+
+impl<'a> UnderWay<'a> {
+    fn begin(metrics: &'a Metrics) -> Self {
+        metrics.batch_requests_waiting.dec();
+        metrics.batch_requests_running.inc();
+        Self { metrics, is_answered: false }
+    }
+
+    fn answered(mut self, outcome: &str) {
+        self.is_answered = true;
+        self.metrics.batch_requests.with_label_values(&[outcome]).inc();
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.metrics.batch_requests_running.dec();
+        if !self.is_answered {
+            self.metrics.batch_requests_waiting.inc();
+        }
+    }
 }
 
 /// Tries again where waiting helps, until the batch is a day old.
@@ -478,11 +564,11 @@ async fn patiently(
     at: usize,
     request: &Value,
     end: u64,
-) -> Result<(Value, Usage, Neurons)> {
+) -> Result<(Box<RawValue>, Usage, Neurons)> {
     let mut slow = 0;
     loop {
         let catalog = gateway.config.get().catalog.clone();
-        let entry = catalog.resolve(model.as_str()).filter(|entry| entry.task == Task::TextGeneration).cloned();
+        let entry = catalog.resolve(model.as_str()).filter(|entry| run::TASKS.contains(&entry.task)).cloned();
         let entry = entry.ok_or_else(|| no_such_model(&catalog, model.as_str()))?;
         let job = Job { at, request, priority: PRIORITY, reject_if_busy: false };
         let error = match one(gateway, owner, &entry, &job).await {
@@ -538,7 +624,7 @@ impl Handler<Submit> for BatchActor {
             let message = format!("{MOST_BATCHES} batches are kept already, each for a day; send this one later.");
             return Err(Error::new(Kind::Busy, message).with_retry_after(SWEEP));
         }
-        let (id, account) = (RequestId::random(), head.account.clone());
+        let (id, account, requests) = (RequestId::random(), head.account.clone(), head.requests.len());
         let frame = to_bytes(&Frame::Head(head))?;
         if frame.len() > MAX_BYTES {
             return Err(Error::new(
@@ -551,6 +637,7 @@ impl Handler<Submit> for BatchActor {
         let log = log.map_err(|error| on_disk(&path, error))?;
         self.known.insert(id, Known { account, state: State::Queued, log: Some(log) });
         self.line.push_back(id);
+        self.gateway.metrics.batch_requests_waiting.add(requests as i64);
         self.work(ctx);
         Ok(id)
     }

@@ -13,6 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::ser::SerializeSeq;
 use serde::{Serialize, Serializer};
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 
 use crate::base::{Error, ModelId, Neurons, Result};
@@ -23,7 +24,7 @@ use crate::http::ask::Ask;
 use crate::http::fields::{Fields, mismatch};
 use crate::http::native::Envelope;
 use crate::http::route::Surface;
-use crate::http::{Services, run, text};
+use crate::http::{Services, text};
 use crate::task::{EncodeInput, Passage, Pooling, Task, Usage, Want};
 
 /// Most texts of a native call.
@@ -43,18 +44,37 @@ pub(super) async fn infer(
     fields: &Fields<'_>,
     reject_if_busy: bool,
 ) -> Result<HttpResponse> {
+    let encode = async |input| ask.encode(services, entry, input, reject_if_busy).await;
+    let (surface, result) = (ask.surface, native(encode, entry, fields).await?);
+    respond(result.neurons(), result.numbers(), move || wrapped(surface, &result)).await
+}
+
+/// What a native call is answered with.
+pub(super) enum Native {
+    /// The best passages of a query.
+    Ranking { best: Vec<(usize, f32)>, usage: Usage, neurons: Neurons },
+    /// The labels of one text.
+    Labels(Encoded),
+    /// Vectors of texts, `plain`, or of contexts.
+    Vectors { encoded: Encoded, plain: bool },
+}
+
+/// Reads native inputs, has them encoded, and says what came of it.
+pub(super) async fn native(
+    encode: impl AsyncFn(EncodeInput) -> Result<Encoded>,
+    entry: &CatalogEntry,
+    fields: &Fields<'_>,
+) -> Result<Native> {
     if fields.has("requests") {
-        return Err(run::no_batches("requests"));
+        return Err(fields.wrong("requests", "stands at the top of the body, not within another request"));
     }
     let truncate = fields.bool("truncate_inputs")?;
-    let surface = ask.surface;
     if fields.has("query") {
         let (query, contexts) = (non_empty(fields, "query")?, contexts(fields)?);
         let top_k = fields.integer("top_k", 1..=i64::from(u32::MAX))?.map_or(usize::MAX, |k| k as usize);
-        let scored = score(services, ask, entry, query, contexts, truncate, reject_if_busy).await?;
-        let response: Vec<Value> = scored.best(top_k).map(|(id, score)| json!({ "id": id, "score": score })).collect();
-        let body = json!({ "response": response, "usage": UsageJson::new(&scored.usage, scored.neurons) });
-        return respond(scored.neurons, response.len(), move || wrapped(surface, &body)).await;
+        let scored = score(encode, entry, query, contexts, truncate).await?;
+        let best = scored.best(top_k).collect();
+        return Ok(Native::Ranking { best, usage: scored.usage, neurons: scored.neurons });
     }
     let (passages, plain) = match (fields.has("text"), fields.has("contexts")) {
         (true, _) => (texts(fields, "text", MAX_TEXTS)?, true),
@@ -70,25 +90,67 @@ pub(super) async fn infer(
         if passages.len() > 1 {
             return Err(fields.wrong("text", "must be one string: a classifier takes one text at a time"));
         }
-        let input = EncodeInput { passages, want: Want::Labels, truncate };
-        let encoded = ask.encode(services, entry, input, reject_if_busy).await?;
-        let labels = encoded.labels.as_deref().unwrap_or_default();
-        let result: Vec<LabelJson> =
-            labels.iter().zip(&encoded.numbers).map(|(label, &score)| LabelJson { label, score }).collect();
-        return Ok(answer::metered_json(wrapped(surface, &result)?, encoded.neurons));
+        return Ok(Native::Labels(encode(EncodeInput { passages, want: Want::Labels, truncate }).await?));
     }
     let input = EncodeInput { passages, want: Want::Vectors(pooling(fields)?), truncate };
-    let encoded = ask.encode(services, entry, input, reject_if_busy).await?;
-    respond(encoded.neurons, encoded.numbers.len(), move || {
-        let usage = UsageJson::new(&encoded.usage, encoded.neurons);
-        let rows = Rows::of(&encoded);
-        let (shape, pooling) = ([rows.count(), rows.width], encoded.pooling);
-        match plain {
-            true => wrapped(surface, &Vectors { shape, data: rows, pooling, usage }),
-            false => wrapped(surface, &ContextVectors { response: rows, shape, pooling, usage }),
+    Ok(Native::Vectors { encoded: encode(input).await?, plain })
+}
+
+impl Native {
+    /// What it used.
+    pub(super) fn usage(&self) -> Usage {
+        match self {
+            Self::Ranking { usage, .. } => *usage,
+            Self::Labels(encoded) | Self::Vectors { encoded, .. } => encoded.usage,
         }
-    })
-    .await
+    }
+
+    /// What it cost.
+    pub(super) fn neurons(&self) -> Neurons {
+        match self {
+            Self::Ranking { neurons, .. } => *neurons,
+            Self::Labels(encoded) | Self::Vectors { encoded, .. } => encoded.neurons,
+        }
+    }
+
+    /// As JSON.
+    pub(super) async fn into_raw(self) -> Result<Box<RawValue>> {
+        let unwritten = |error| Error::internal("an answer does not serialise").with_source(error);
+        aside(self.numbers(), move || to_raw_value(&self).map_err(unwritten)).await
+    }
+
+    /// How many numbers have to be written.
+    fn numbers(&self) -> usize {
+        match self {
+            Self::Ranking { best, .. } => best.len(),
+            Self::Labels(encoded) | Self::Vectors { encoded, .. } => encoded.numbers.len(),
+        }
+    }
+}
+
+impl Serialize for Native {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let usage = UsageJson::new(&self.usage(), self.neurons());
+        match self {
+            Self::Ranking { best, .. } => {
+                let response: Vec<Value> = best.iter().map(|(id, score)| json!({ "id": id, "score": score })).collect();
+                json!({ "response": response, "usage": usage }).serialize(serializer)
+            }
+            Self::Labels(encoded) => {
+                let labels = encoded.labels.as_deref().unwrap_or_default();
+                serializer
+                    .collect_seq(labels.iter().zip(&encoded.numbers).map(|(label, &score)| LabelJson { label, score }))
+            }
+            Self::Vectors { encoded, plain } => {
+                let rows = Rows::of(encoded);
+                let (shape, pooling) = ([rows.count(), rows.width], encoded.pooling);
+                match plain {
+                    true => Vectors { shape, data: rows, pooling, usage }.serialize(serializer),
+                    false => ContextVectors { response: rows, shape, pooling, usage }.serialize(serializer),
+                }
+            }
+        }
+    }
 }
 
 /// `POST /v1/embeddings`
@@ -141,7 +203,8 @@ pub(super) async fn rerank(services: &Services, ask: &Ask) -> Result<HttpRespons
     let kept = fields.bool("return_documents")?.unwrap_or(false).then(|| documents.clone());
     let truncate = fields.bool("truncate_inputs")?;
     let busy = text::reject_if_busy(&fields)?;
-    let scored = score(services, ask, &entry, query, documents, truncate, busy).await?;
+    let encode = async |input| ask.encode(services, &entry, input, busy).await;
+    let scored = score(encode, &entry, query, documents, truncate).await?;
     let results: Vec<Value> = scored
         .best(top_n)
         .map(|(index, score)| match &kept {
@@ -174,13 +237,11 @@ impl Scored {
 
 /// A reranker reads query and passage together; of an embedding model the vectors are compared.
 async fn score(
-    services: &Services,
-    ask: &Ask,
-    entry: &Arc<CatalogEntry>,
+    encode: impl AsyncFn(EncodeInput) -> Result<Encoded>,
+    entry: &CatalogEntry,
     query: &str,
     contexts: Vec<String>,
     truncate: Option<bool>,
-    reject_if_busy: bool,
 ) -> Result<Scored> {
     let reranks = entry.task == Task::TextClassification;
     let (passages, want): (Vec<Passage>, _) = match reranks {
@@ -193,7 +254,7 @@ async fn score(
             (all.map(Passage::Text).collect(), Want::Vectors(None))
         }
     };
-    let encoded = ask.encode(services, entry, EncodeInput { passages, want, truncate }, reject_if_busy).await?;
+    let encoded = encode(EncodeInput { passages, want, truncate }).await?;
     let scores = match reranks {
         true => encoded.numbers,
         false => {
@@ -204,6 +265,12 @@ async fn score(
         }
     };
     Ok(Scored { scores, usage: encoded.usage, neurons: encoded.neurons })
+}
+
+/// How many texts a native request names, at most; it need not be a good one.
+pub(super) fn count(request: &Value) -> usize {
+    let listed = |name| request.get(name).and_then(Value::as_array).map_or(0, Vec::len);
+    1.max(listed("text")).max(listed("contexts"))
 }
 
 fn pooling(fields: &Fields<'_>) -> Result<Option<Pooling>> {
@@ -306,19 +373,25 @@ fn wrapped(surface: Surface, result: &impl Serialize) -> Result<Vec<u8>> {
     }
 }
 
-/// Writes an answer where it does not hold up others: a worker for a few thousand numbers, else a blocking thread.
 async fn respond(
     neurons: Neurons,
     numbers: usize,
     write: impl FnOnce() -> Result<Vec<u8>> + Send + 'static,
 ) -> Result<HttpResponse> {
-    let body = match numbers <= INLINE_NUMBERS {
-        true => write()?,
-        false => web::block(write)
-            .await
-            .map_err(|error| Error::internal("an answer was not written").with_source(error))??,
-    };
-    Ok(answer::metered_json(body, neurons))
+    Ok(answer::metered_json(aside(numbers, write).await?, neurons))
+}
+
+/// Writes an answer where it does not hold up others: a worker for a few thousand numbers, else a blocking thread.
+async fn aside<Written: Send + 'static>(
+    numbers: usize,
+    write: impl FnOnce() -> Result<Written> + Send + 'static,
+) -> Result<Written> {
+    match numbers <= INLINE_NUMBERS {
+        true => write(),
+        false => {
+            web::block(write).await.map_err(|error| Error::internal("an answer was not written").with_source(error))?
+        }
+    }
 }
 
 #[derive(Clone, Copy, Serialize)]

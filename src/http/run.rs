@@ -31,6 +31,9 @@ const MAX_TAG: usize = 50;
 const OPENAI_CALLS: [&str; 2] =
     ["@cf/meta/llama-4-scout-17b-16e-instruct", "@cf/mistralai/mistral-small-3.1-24b-instruct"];
 
+/// What runs on native inputs.
+pub(super) const TASKS: [Task; 3] = [Task::TextGeneration, Task::TextEmbeddings, Task::TextClassification];
+
 /// Runs the model named in the path.
 pub(super) async fn run(services: &Services, ask: &Ask, model: &str) -> Result<HttpResponse> {
     let queue = ask.query.get("queueRequest").is_some_and(|value| value == "true");
@@ -61,13 +64,12 @@ pub(super) async fn infer(
     if inputs.has("request_id") {
         return batch::poll(services, ask, inputs).await;
     }
-    let tasks = [Task::TextGeneration, Task::TextEmbeddings, Task::TextClassification];
-    let entry = ask.model_for(services, model, &tasks)?;
-    if entry.task != Task::TextGeneration {
-        return encode::infer(services, ask, &entry, inputs, reject_if_busy).await;
-    }
+    let entry = ask.model_for(services, model, &TASKS)?;
     if queue || inputs.has("requests") {
         return batch::run(services, ask, &entry, inputs, reject_if_busy, queue).await;
+    }
+    if entry.task != Task::TextGeneration {
+        return encode::infer(services, ask, &entry, inputs, reject_if_busy).await;
     }
     let request = parse(inputs, &entry)?;
     let choices = request.input.choices;
@@ -176,10 +178,6 @@ fn prompt(fields: &Fields) -> Result<Prompt> {
             )))
         }
     }
-}
-
-pub(super) fn no_batches(param: &str) -> Error {
-    Error::unsupported("Batches are there for text generation only: send one request at a time.").with_param(param)
 }
 
 /// `tags=a,b`, checked and then dropped: nothing here attributes costs by tag yet.

@@ -66,6 +66,15 @@ pub struct Metrics {
     /// Adapters that had to go for others or were deleted.
     pub adapter_evictions: IntCounter,
 
+    /// Batches in line, being computed, and kept whole, by state (`queued`, `running`, `whole`).
+    pub batches: IntGaugeVec,
+    /// Requests of batches in line that nobody computes yet.
+    pub batch_requests_waiting: IntGauge,
+    /// Requests of batches in line that are being computed.
+    pub batch_requests_running: IntGauge,
+    /// Requests of batches in line whose response is on disk, by outcome (`done`, `failed`).
+    pub batch_requests: IntCounterVec,
+
     engine: EngineVecs,
 }
 
@@ -243,6 +252,22 @@ impl Metrics {
             adapter_evictions: r.counter(
                 "neurond_adapter_evictions_total",
                 "LoRA adapters that left memory for others, or because they were deleted.",
+            ),
+            batches: r.gauges(
+                "neurond_batches",
+                "Batches that were put in line, by state: waiting, being computed, or whole and kept for a day.",
+                &["state"],
+            ),
+            batch_requests_waiting: r.gauge(
+                "neurond_batch_requests_waiting",
+                "Requests of batches in line that are not being computed yet.",
+            ),
+            batch_requests_running: r
+                .gauge("neurond_batch_requests_running", "Requests of batches in line that are being computed."),
+            batch_requests: r.counters(
+                "neurond_batch_requests_total",
+                "Requests of batches in line whose response is on disk, by outcome (done, failed).",
+                &["outcome"],
             ),
             engine: EngineVecs {
                 queue: r.gauges("neurond_queue_depth", "Sequences waiting for their first step.", by_engine),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use neurond::base::ModelId;
-use neurond::config::{KvType, Model, Precision};
+use neurond::config::{Config, KvType, Model, Precision};
 use neurond::task::Task;
 use serde_json::{Value, json};
 
@@ -42,7 +42,12 @@ fn model(id: &str, task: Task, path: &str) -> Model {
 }
 
 fn daemon(sim: &str) -> Daemon {
+    daemon_with(sim, |_| {})
+}
+
+fn daemon_with(sim: &str, change: impl FnOnce(&mut Config)) -> Daemon {
     Daemon::start(|config| {
+        change(config);
         config.models = vec![
             model(BERT, Task::TextEmbeddings, "tiny-bert"),
             model(M3, Task::TextEmbeddings, "tiny-bert"),
@@ -74,6 +79,74 @@ fn same(got: &[f32], expected: &Value) {
 
 async fn run(daemon: &Daemon, model: &str, body: Value) -> Answer {
     daemon.post(&format!("{AI}/run/{model}"), body).await
+}
+
+/// The responses of a batch, by id.
+fn by_id(result: &Value) -> Vec<Value> {
+    let mut responses = result["responses"].as_array().unwrap_or_else(|| panic!("{result}")).clone();
+    responses.sort_by_key(|response| response["id"].as_u64());
+    responses
+}
+
+#[tokio::test]
+async fn encoders_answer_batches_at_once_and_in_line_as_they_answer_single_requests() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = daemon_with("sim", |config| config.batches = Some(folder.path().into()));
+    let check = async |model: &str, requests: Value, bad: usize| {
+        let body = json!({ "requests": requests });
+        let now = run(&daemon, model, body.clone()).await.json()["result"].clone();
+        let queued = daemon.post(&format!("{AI}/run/{model}?queueRequest=true"), body).await.json();
+        let id = &queued["result"]["request_id"];
+        let mut later = Value::Null;
+        for _ in 0..1_000 {
+            later = run(&daemon, model, json!({ "request_id": id })).await.json()["result"].clone();
+            if later.get("responses").is_some() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let (now_by, later_by) = (by_id(&now), by_id(&later));
+        assert_eq!(now_by.len(), requests.as_array().unwrap().len());
+        let mut tokens = 0;
+        for (at, request) in requests.as_array().unwrap().iter().enumerate() {
+            let single = run(&daemon, model, request.clone()).await;
+            assert_eq!(single.status == 200, at != bad, "{}", single.text);
+            for responses in [&now_by, &later_by] {
+                let response = &responses[at];
+                assert_eq!((&response["id"], &response["success"]), (&json!(at), &json!(at != bad)), "{response}");
+                assert_eq!(response["external_reference"], request["external_reference"]);
+                match at == bad {
+                    true => assert!(response["error"]["message"].as_str().unwrap().contains(&format!("requests/{at}"))),
+                    // Digit by digit.
+                    false => assert_eq!(response["result"].to_string(), single.json()["result"].to_string()),
+                }
+            }
+            tokens += single.json()["result"]["usage"]["prompt_tokens"].as_u64().unwrap_or_default();
+        }
+        for whole in [now, later] {
+            assert!(whole["usage"]["neurons"].as_f64().unwrap() > 0.0 || tokens == 0, "{}", whole["usage"]);
+            assert!(tokens == 0 || whole["usage"]["prompt_tokens"] == tokens, "{} is not {tokens}", whole["usage"]);
+        }
+    };
+    let texts = json!([
+        {"text": "a ship", "external_reference": "one"}, {"text": ["the harbour", "a longer text of a few words"]},
+        {"text": ""}, {"contexts": [{"text": "cargo"}], "query": "a ship"}, {"text": "a pilot", "pooling": "cls"}
+    ]);
+    check(BERT, texts, 2).await;
+    check(RERANKER, json!([{"query": "a ship", "contexts": [{"text": "cargo"}, {"text": "a boat"}]}]), 9).await;
+    check(SENTIMENT, json!([{"text": "a good ship"}, {"text": ["a", "b"]}]), 1).await;
+    let nested = run(&daemon, BERT, json!({"requests": [{"requests": [{"text": "a"}]}]})).await;
+    assert!(nested.text.contains("not within another request"), "{}", nested.text);
+    let metrics = daemon.get("/metrics").await.text;
+    for line in [
+        "neurond_batches{state=\"whole\"} 3",
+        "neurond_batch_requests_waiting 0",
+        "neurond_batch_requests_running 0",
+        "neurond_batch_requests_total{outcome=\"done\"} 6",
+        "neurond_batch_requests_total{outcome=\"failed\"} 2",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "no {line}");
+    }
 }
 
 #[tokio::test]
@@ -238,7 +311,10 @@ async fn what_is_wrong_is_said_in_the_contracts_words() {
     check(BERT, json!({"text": []}), 400, 5006, "from 1 to 100 entries").await;
     check(BERT, json!({"text": vec!["a"; 101]}), 400, 5006, "from 1 to 100 entries, not 101").await;
     check(BERT, json!({"text": "a", "pooling": "max"}), 400, 5006, "must be mean or cls").await;
-    check(BERT, json!({"requests": [{"text": "a"}]}), 400, 5006, "Batches").await;
+    check(BERT, json!({"requests": [{"text": "a"}], "text": "b"}), 400, 5006, "goes without").await;
+    check(BERT, json!({"requests": []}), 400, 5006, "must hold 1 to 100").await;
+    let hundred = json!({"text": vec!["a"; 101]});
+    check(BERT, json!({"requests": vec![hundred; 100]}), 400, 5006, "10000 texts altogether, not 10100").await;
     check(RERANKER, json!({"text": "a"}), 400, 5006, "required properties at '/' are 'query', 'contexts'").await;
     check(RERANKER, json!({"query": "a"}), 400, 5006, "'contexts' is required").await;
     check(RERANKER, json!({"query": "a", "contexts": [{}]}), 400, 5006, "(at '/contexts/0/text')").await;
