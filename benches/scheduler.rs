@@ -174,7 +174,7 @@ fn deliver(c: &mut Criterion) {
     const DECODING: usize = 64;
     let mut group = c.benchmark_group("deliver 64 tokens");
     group.throughput(Throughput::Elements(DECODING as u64));
-    for (name, lane) in [("on the engine's thread", sim(400)), ("beside it", sim(400).with_scribe())] {
+    for (name, lane) in [("on the engine's thread", sim(400)), ("beside it", sim(400).with_scribe(1))] {
         let mut lane = lane;
         let (callers, rounds) = std::sync::mpsc::channel::<Vec<flume::Receiver<Event>>>();
         let server = std::thread::spawn(move || {

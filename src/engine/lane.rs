@@ -89,9 +89,10 @@ impl Lane {
         }
     }
 
-    /// Answers are written on a thread of their own from now on, while the device computes the next step.
-    pub fn with_scribe(mut self) -> Self {
-        self.scribe.move_out();
+    /// From now on answers are written on a thread of their own while the device computes the next step, where a step has
+    /// at least so many lines.
+    pub fn with_scribe(mut self, least: usize) -> Self {
+        self.scribe.move_out(least);
         self
     }
 
@@ -587,7 +588,7 @@ mod tests {
 
     #[test]
     fn a_caller_that_leaves_is_gone_before_the_next_step() {
-        let (mut lane, now) = (lane(0).with_scribe(), Instant::now());
+        let (mut lane, now) = (lane(0).with_scribe(1), Instant::now());
         let metrics = lane.slot.metrics.clone();
         let (leaves, stays) = (submit(&mut lane, 0, 20, now), submit(&mut lane, 0, 9, now));
         (0..3).for_each(|_| assert!(step(&mut lane, now).unwrap()));
@@ -601,7 +602,7 @@ mod tests {
 
     #[test]
     fn an_answer_that_a_stop_string_ended_was_not_left_by_its_caller() {
-        let (mut lane, now) = (lane(0).with_scribe(), Instant::now());
+        let (mut lane, now) = (lane(0).with_scribe(1), Instant::now());
         let metrics = lane.slot.metrics.clone();
         // Greedy says token 2, a control character, time and again.
         let receiver = submit_with(&mut lane, 0, 20, now, |submit| submit.stop = vec!["\u{2}\u{2}\u{2}".to_owned()]);
@@ -623,7 +624,7 @@ mod tests {
 
     #[test]
     fn a_scribe_that_dies_ends_every_request_once_and_the_lane() {
-        let (mut lane, now) = (lane(0).with_scribe(), Instant::now());
+        let (mut lane, now) = (lane(0).with_scribe(1), Instant::now());
         let mut receivers: Vec<_> = (0..2).map(|_| submit(&mut lane, 0, 20, now)).collect();
         (0..2).for_each(|_| assert!(step(&mut lane, now).unwrap()));
         // A line that no step writes: there is no such choice.

@@ -24,6 +24,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use crate::base::{DeviceId, Error, Kind, Result, SlotId};
 use crate::engine::lane::{Lane, unavailable};
 use crate::engine::oneshot::{self, OneShotLane};
+use crate::engine::scribe::WORTH_A_WAKE;
 use crate::engine::{Command, Engine, EngineStatus, SlotStatus};
 use crate::task::Event;
 
@@ -187,8 +188,10 @@ impl Loop {
             }
             Command::Install(slot) => {
                 tracing::info!(device = %self.device, slot = slot.slot.0, model = %slot.model, blocks = slot.runner.blocks(), "installed");
-                self.lanes
-                    .push(Busy { lane: AnyLane::Text(Box::new(Lane::new(*slot).with_scribe())), done: Vec::new() });
+                self.lanes.push(Busy {
+                    lane: AnyLane::Text(Box::new(Lane::new(*slot).with_scribe(WORTH_A_WAKE))),
+                    done: Vec::new(),
+                });
             }
             Command::Retire { slot, done } => {
                 if let Some(busy) = self.lanes.iter_mut().find(|busy| busy.lane.id() == slot) {

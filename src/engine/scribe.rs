@@ -7,15 +7,16 @@
 //! ```
 //!
 //! A step is one [`Page`]: plain lines in buffers that go back and forth, so that handing a step over is one message, one
-//! wake, and no allocation. One page is out at most. The engine waits for it after its forward pass, so a scribe that is
-//! behind holds the device up and never falls further back; a client that is behind holds up nobody, since its channel has
-//! room for all.
+//! wake, and no allocation. The answers travel along, so nobody locks anything, and whoever has them may write: a page of a
+//! few lines is written where it is, in less time than it takes to wake a thread. One page is out at most. The engine waits
+//! for it after its forward pass, so a scribe that is behind holds the device up and never falls further back; a client that
+//! is behind holds up nobody, since its channel has room for all.
 //!
-//! The engine knows of every end but one without a text: a stop string. The page brings it back, a step late. What was
-//! computed for such a choice meanwhile is neither sent nor billed, and its blocks are free after that step.
+//! The engine knows of every end but one without a text: a stop string. The page brings it back, a step late at most. What
+//! was computed for such a choice meanwhile is neither sent nor billed, and its blocks are free after that step.
 //!
-//! Without a thread of its own, which is how simulations and tests want it, the scribe writes each page where it is handed
-//! over: the same code, and nothing depends on when threads run.
+//! Without a thread, which is how simulations and tests want it, every page is written where it is: the same code, and
+//! nothing depends on when threads run.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
@@ -31,9 +32,17 @@ use crate::engine::scheduler::Planned;
 use crate::engine::sequence::RequestKey;
 use crate::metrics::EngineMetrics;
 
+/// Lines from which on a page is handed over: about as many are written in the time that it takes to wake a thread. Figures:
+/// `benches/scheduler.rs`.
+pub(super) const WORTH_A_WAKE: usize = 16;
+
 /// The engine's end of what is written.
 pub(super) struct Scribe {
-    hand: Hand,
+    /// Away with the page that is out.
+    replies: Option<Box<Replies>>,
+    thread: Option<Thread>,
+    /// Lines of a page that is handed over, at least.
+    least: usize,
     /// What is to be written next.
     page: Page,
     /// The buffers of the other page, while it is not out.
@@ -44,9 +53,10 @@ pub(super) struct Scribe {
     lost: bool,
 }
 
-enum Hand {
-    Here(Box<Replies>),
-    Beside(Thread),
+/// A page that is out, and all answers.
+struct Work {
+    page: Page,
+    replies: Box<Replies>,
 }
 
 /// What one step has to say.
@@ -84,16 +94,17 @@ pub(super) struct Stopped {
 }
 
 struct Thread {
-    pages: Sender<Page>,
-    back: Receiver<Page>,
-    is_out: bool,
+    pages: Sender<Work>,
+    back: Receiver<Work>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Scribe {
     pub(super) fn new(metrics: EngineMetrics) -> Self {
         Self {
-            hand: Hand::Here(Box::new(Replies::new(metrics.clone()))),
+            replies: Some(Box::new(Replies::new(metrics.clone()))),
+            thread: None,
+            least: 0,
             page: Page::new(),
             spare: None,
             stopped: Vec::new(),
@@ -102,12 +113,11 @@ impl Scribe {
         }
     }
 
-    /// Writes on a thread of its own from now on; where it is told to, if there is none to be had.
-    pub(super) fn move_out(&mut self) {
-        let Hand::Here(replies) = &mut self.hand else { return };
-        let replies = std::mem::replace(&mut **replies, Replies::new(self.metrics.clone()));
-        match Thread::start(replies) {
-            Ok(thread) => self.hand = Hand::Beside(thread),
+    /// Has pages of at least so many lines written on a thread from now on; if there is one to be had.
+    pub(super) fn move_out(&mut self, least: usize) {
+        self.least = least;
+        match Thread::start() {
+            Ok(thread) => self.thread = Some(thread),
             Err(error) => tracing::warn!(%error, "a thread to write answers on could not be started"),
         }
     }
@@ -140,25 +150,28 @@ impl Scribe {
         self.page.push(Line::End { request, error: error.map(Box::new) });
     }
 
-    /// Hands over what there is to write, if anything has to be written now. Waits while the page before is being written.
+    /// Writes what there is to write, or has it written, if anything has to be written now. Waits while the page before is
+    /// being written.
     pub(super) fn post(&mut self, drawn: Instant) {
         if !self.page.is_due {
             return;
         }
         self.page.drawn = drawn;
         self.take_back(true);
-        if let Hand::Beside(thread) = &mut self.hand {
+        let Some(mut replies) = self.replies.take() else { return };
+        if self.page.lines.len() >= self.least
+            && let Some(thread) = &self.thread
+        {
             let page = std::mem::replace(&mut self.page, self.spare.take().unwrap_or_else(Page::new));
-            match thread.pages.send(page) {
-                Ok(()) => return thread.is_out = true,
-                Err(unsent) => self.page = unsent.into_inner(),
+            match thread.pages.send(Work { page, replies }) {
+                Ok(()) => return,
+                Err(unsent) => Work { page: self.page, replies } = unsent.into_inner(),
             }
             self.lose();
         }
-        if let Hand::Here(replies) = &mut self.hand {
-            replies.write(&mut self.page);
-            self.stopped.append(&mut self.page.stopped);
-        }
+        replies.write(&mut self.page);
+        self.replies = Some(replies);
+        self.stopped.append(&mut self.page.stopped);
     }
 
     /// Whoever was ended by a stop string since the last time, as far as that is known without waiting.
@@ -181,34 +194,34 @@ impl Scribe {
     }
 
     fn take_back(&mut self, wait: bool) {
-        let Hand::Beside(thread) = &mut self.hand else { return };
-        if !thread.is_out {
-            return;
-        }
-        let mut page = match thread.back.try_recv() {
+        let (Some(thread), None) = (&self.thread, &self.replies) else { return };
+        let work = match thread.back.try_recv() {
             Err(TryRecvError::Empty) if !wait => return,
             Err(TryRecvError::Empty) => {
                 let started = Instant::now();
-                let page = thread.back.recv().ok();
+                let work = thread.back.recv().ok();
                 self.metrics.scribe_wait.observe(started.elapsed().as_secs_f64());
-                page
+                work
             }
-            page => page.ok(),
+            work => work.ok(),
         };
-        match &mut page {
-            Some(page) => {
-                thread.is_out = false;
+        match work {
+            Some(Work { mut page, replies }) => {
                 self.stopped.append(&mut page.stopped);
+                self.spare = Some(page);
+                self.replies = Some(replies);
             }
-            None => self.lose(),
+            None => {
+                // It has told everybody whose answer it had. What is left is said from here.
+                self.replies = Some(Box::new(Replies::new(self.metrics.clone())));
+                self.lose();
+            }
         }
-        self.spare = page;
     }
 
-    /// The thread has died and told everybody it knew. What is left is said from here.
     fn lose(&mut self) {
         self.lost = true;
-        self.hand = Hand::Here(Box::new(Replies::new(self.metrics.clone())));
+        self.thread = None;
     }
 }
 
@@ -311,23 +324,23 @@ impl Replies {
 }
 
 impl Thread {
-    fn start(mut replies: Replies) -> std::io::Result<Self> {
-        let (pages, inbox) = bounded::<Page>(1);
+    fn start() -> std::io::Result<Self> {
+        let (pages, inbox) = bounded::<Work>(1);
         let (outbox, back) = bounded(1);
         let work = move || {
-            for mut page in inbox {
+            for Work { mut page, mut replies } in inbox {
                 // The engine must hear of a panic, and callers before it goes on to others.
                 if catch_unwind(AssertUnwindSafe(|| replies.write(&mut page))).is_err() {
                     tracing::error!("the thread that writes a model's answers panicked");
                     return replies.fail(&mut page, &command::lost());
                 }
-                if outbox.send(page).is_err() {
+                if outbox.send(Work { page, replies }).is_err() {
                     return;
                 }
             }
         };
         let thread = std::thread::Builder::new().name("neurond-scribe".to_owned()).spawn(work)?;
-        Ok(Self { pages, back, is_out: false, thread: Some(thread) })
+        Ok(Self { pages, back, thread: Some(thread) })
     }
 }
 

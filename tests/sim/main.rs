@@ -126,9 +126,9 @@ fn said(request: &Request, answer: &Answer) -> String {
 
 /// Plays the same with answers written between the steps and beside them. A crowd hears the same, if not at the same
 /// time, since places come free a step later behind a stop string; whoever is alone hears the same to the last event.
-fn check_scribe(spec: &WorldSpec, requests: &[Request], tally: &mut [u64; 3]) -> Result<(), String> {
+fn check_scribe(spec: &WorldSpec, requests: &[Request], least: usize, tally: &mut [u64; 3]) -> Result<(), String> {
     let play = |requests: &[Request]| -> [Result<(Vec<Answer>, EngineMetrics), String>; 2] {
-        let worlds = [World::new(spec.clone()), World::new(spec.clone()).with_scribe()];
+        let worlds = [World::new(spec.clone()), World::new(spec.clone()).with_scribe(least)];
         worlds.map(|mut world| {
             let answers = world.play(requests, 100_000, false)?;
             world.is_empty()?;
@@ -186,7 +186,9 @@ fn answers_written_beside_the_device_are_those_written_between_its_steps() {
             ..Request::random(rng, &spec)
         };
         let requests: Vec<Request> = (0..rng.within(1, 12)).map(|_| one(&mut rng)).collect();
-        check_scribe(&spec, &requests, &mut tally).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        // All of it is written beside the device, or some of it.
+        let least = rng.pick(&[1, 1, 3]);
+        check_scribe(&spec, &requests, least, &mut tally).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     }
     println!("{tally:?}");
     assert!(tally[0] > 100 && tally[1] > 100, "{tally:?}");
@@ -209,7 +211,7 @@ fn a_scribe_that_is_slow_holds_the_device_up_and_loses_nothing() {
             ..request(at as u8, 0, rng.within(0, 9) as usize)
         })
         .collect();
-    check_scribe(&spec, &requests, &mut tally).unwrap();
+    check_scribe(&spec, &requests, 1, &mut tally).unwrap();
     assert!(tally[2] > 20, "it was not slow: {tally:?}");
 }
 

@@ -371,8 +371,8 @@ impl World {
     }
 
     /// The same with a thread of its own to write answers.
-    pub fn with_scribe(self) -> Self {
-        Self { lane: self.lane.with_scribe(), ..self }
+    pub fn with_scribe(self, least: usize) -> Self {
+        Self { lane: self.lane.with_scribe(least), ..self }
     }
 
     /// The longest sequence, as the pool allows it.
