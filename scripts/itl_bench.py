@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """How evenly answers flow while a long prompt is read: 16 streams decode, then a prompt of 4,000 tokens arrives.
 
-    streams    | token token token token ... | token   token   token   token ... | token token
-               |<--- without: p50 --------->|<--- during: p99 ----------------->|
-    prompt                                   ^ sent                             ^ its first token
+    with       | token token token ... | token   token   token   token ... | token token
+    prompt                              ^ sent                             ^ its first token
+               |<----- before -------->|<--- during: p99 ----------------->|
+    without    | token token token ... | token token token token ...           the same streams again, nobody else
+                                       |<--- the same tokens: p50 -->|
 
-The figure is p99 of the time between two tokens of a stream during the reading, over p50 without it; the goal is at most
-2. The same is measured of llama-server in turns, for comparison. How long the prompt waited for its first token is the
-price, and is shown as well.
+Answers slow down as they grow, whoever else is there, so tokens are compared with themselves: p99 of the time between two
+tokens while the prompt is read, over p50 between the same tokens of the same streams where it never came. The goal is at
+most 2. The same is measured of llama-server in turns. How long the prompt waited for its first token is the price, and is
+shown as well.
 
     scripts/itl_bench.py                           3 rounds, some minutes
     scripts/itl_bench.py --quick --no-peer         1 round of neurond alone
@@ -85,50 +88,66 @@ def llama(args, scratch) -> Server:
 
 
 def measure(side: Server, args, number: int) -> dict:
-    draw = random.Random(2000 + number)
-    stop = threading.Event()
-    heard: list[list[float]] = [[] for _ in range(args.streams)]
-    failures: list[str] = []
     with side:
         model = peers.warm_up(side, random.Random(number))
-
-        def stream(of: int, prompt: list[int]) -> None:
-            try:
-                for now, _ in events(side, "/v1/completions", completion(model, prompt, args.out)):
-                    heard[of].append(now)
-                    if stop.is_set():
-                        return
-                if not stop.is_set():
-                    failures.append(f"stream {of} ended before the prompt was read: give --out more than {args.out}")
-            except (OSError, RuntimeError, http.client.HTTPException) as error:
-                failures.append(f"stream {of}: {error!r}")
-
-        threads = [threading.Thread(target=stream, args=(of, tokens(draw, OWN_PROMPT))) for of in range(args.streams)]
-        for thread in threads:
-            thread.start()
-        while not failures and not all(len(times) > 8 for times in heard):
-            time.sleep(0.01)
-        settled = time.perf_counter()
-        time.sleep(args.before)
-        sent = time.perf_counter()
-        first, _ = next(events(side, "/v1/completions", completion(model, tokens(draw, args.prompt), 1)))
-        stop.set()
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise RuntimeError(f"{side.name}: {failures}")
-    gaps = [(b, b - a) for times in heard for a, b in zip(times, times[1:])]
-    without = [gap * 1000 for at, gap in gaps if settled < at <= sent]
-    during = [gap * 1000 for at, gap in gaps if sent < at <= first]
-    p99 = peers.quantile(during, 0.99)
+        draw = random.Random(2000 + number)
+        prompts = [tokens(draw, OWN_PROMPT) for _ in range(args.streams)]
+        long = tokens(draw, args.prompt)
+        heard, sent, first = run(side, model, prompts, args, long)
+        # Of each stream: which of its gaps fell into the reading.
+        spans = [[at for at, now in enumerate(times) if at and sent < now <= first] for times in heard]
+        most = max((span[-1] + 1 for span in spans if span), default=0)
+        alone, *_ = run(side, model, prompts, args, None, most)
+    gaps = lambda times, span: [(times[at] - times[at - 1]) * 1000 for at in span if at < len(times)]
+    before = [(b - a) * 1000 for times in heard for a, b in zip(times[8:], times[9:]) if b <= sent]
+    during = [gap for times, span in zip(heard, spans) for gap in gaps(times, span)]
+    without = [gap for times, span in zip(alone, spans) for gap in gaps(times, span)]
+    p99, p50 = peers.quantile(during, 0.99), statistics.median(without)
     return {
-        "p50 without, ms": statistics.median(without),
+        "p50 before, ms": statistics.median(before),
+        "p50 without, ms": p50,
         "p99 without, ms": peers.quantile(without, 0.99),
         "p50 during, ms": statistics.median(during),
         "p99 during, ms": p99,
-        "p99 during / p50 without": p99 / statistics.median(without),
+        "p99 during / p50 without": p99 / p50,
         "first token of the prompt, ms": (first - sent) * 1000,
     }
+
+
+def run(side: Server, model: str, prompts: list, args, long: list | None, most: int = 0) -> tuple:
+    """Streams answers to `prompts`, until `long` has its first token or all have `most`: when each token came, when `long`
+    was sent, when its first token came."""
+    stop = threading.Event()
+    heard: list[list[float]] = [[] for _ in prompts]
+    failures: list[str] = []
+
+    def stream(of: int, prompt: list[int]) -> None:
+        try:
+            for now, _ in events(side, "/v1/completions", completion(model, prompt, most or args.out)):
+                heard[of].append(now)
+                if stop.is_set():
+                    return
+            if long and not stop.is_set():
+                failures.append(f"stream {of} ended before the prompt was read: give --out more than {args.out}")
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            failures.append(f"stream {of}: {error!r}")
+
+    threads = [threading.Thread(target=stream, args=(of, prompt)) for of, prompt in enumerate(prompts)]
+    for thread in threads:
+        thread.start()
+    sent = first = 0.0
+    if long:
+        while not failures and not all(len(times) > 8 for times in heard):
+            time.sleep(0.01)
+        time.sleep(args.before)
+        sent = time.perf_counter()
+        first, _ = next(events(side, "/v1/completions", completion(model, long, 1)))
+        stop.set()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise RuntimeError(f"{side.name}: {failures}")
+    return heard, sent, first
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ fn each_mistake_names_file_key_value_and_remedy() {
         ),
         (
             "[engine]\nprefill_stretch = 0.5",
-            "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.7 is the default",
+            "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.5 is the default",
         ),
         (
             &format!("{MODEL}spill_folder = \"/var/cache\""),
