@@ -117,7 +117,7 @@ impl Pace {
     }
 
     /// Prompt rows of a step that decodes `load`, while `prompts` sequences read their prompts or wait to, the first of
-    /// them after `context` tokens. At least [`LEAST_PROMPT`]; as many as you like while nothing is known.
+    /// them after `context` tokens. A few at least, so that prompts move on; as many as you like while nothing is known.
     pub fn prompt_rows(&self, load: Load, prompts: usize, context: usize, stretch: f64) -> usize {
         if !self.is_known() {
             return usize::MAX;
