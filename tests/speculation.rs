@@ -6,6 +6,10 @@
 //! determinism    real kernels, seeds: alone = in a batch of 64 = preempted = prefix-cached = guessed ahead
 //! grammars       the same under a grammar, and nothing but what it allows
 //! ```
+//!
+//! The last two on tiny models from many seeds, and once on a real one, which is looked for in `$NEUROND_TEST_MODELS`,
+//! `target/test-models` and `models/`; without it those tests say "skipped: no weights". Builds without optimisation leave
+//! it out and say so: `cargo test --release --test speculation` (or `NEUROND_TEST_MODELS_ALL=1`) takes it.
 
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
@@ -22,9 +26,10 @@ use neurond::engine::{Logits, ModelSlot, Runner, Speculation, Submit};
 use neurond::kernel::{Isa, Pool};
 use neurond::metrics::{EngineMetrics, Metrics};
 use neurond::model::grammar::{CompiledGrammar, Grammars, allows};
+use neurond::model::text::TextModel;
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions, Vocabulary};
-use neurond::task::{Event, Grammar, Sampling, Usage};
+use neurond::task::{Event, Grammar, Message, Prompt, Role, Sampling, Usage};
 
 // ------------------------------------------------------------------------------------------------- distribution
 
@@ -180,9 +185,10 @@ fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
     let receivers: Vec<_> = asked.iter().map(|asked| submit(lane, asked)).collect();
     while !lane.is_idle() {
         assert!(lane.plan(now));
-        lane.compute(&Instant::now).expect("a step");
+        // A draft model that takes no time, and steps that all take the same: rows cost next to nothing, so every guess is
+        // worth one.
+        lane.compute(&|| now).expect("a step");
         lane.deliver(now);
-        // Steps that all take the same time: rows cost next to nothing, so every guess is worth one.
         lane.step_took(Duration::from_millis(10));
     }
     lane.check().expect("books");
@@ -322,6 +328,22 @@ fn tiny(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(file)
 }
 
+/// A real model, or a word to whoever reads the output.
+fn smollm() -> Option<PathBuf> {
+    const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let named = std::env::var_os("NEUROND_TEST_MODELS").map(PathBuf::from);
+    let folders = named.into_iter().chain([root.join("target/test-models"), root.join("models")]);
+    let found = folders.map(|folder| folder.join(FILE)).find(|path| path.is_file());
+    if found.is_none() {
+        eprintln!("skipped: no weights ({FILE} in $NEUROND_TEST_MODELS, target/test-models or models/)");
+    } else if cfg!(debug_assertions) && std::env::var_os("NEUROND_TEST_MODELS_ALL").is_none() {
+        eprintln!("skipped: a real model takes long without optimisation (cargo test --release --test speculation)");
+        return None;
+    }
+    found
+}
+
 /// A decoder with so many blocks.
 fn decoder(path: &Path, precision: Precision, blocks: usize) -> Decoder {
     let weights = Weights::open(path).expect("the weights open");
@@ -340,13 +362,13 @@ fn decoder(path: &Path, precision: Precision, blocks: usize) -> Decoder {
     Decoder::open(&weights, spec, &options, &|_| ()).expect("a decoder")
 }
 
-/// A lane over real kernels. A draft model has the same weights in other arithmetic.
+/// A lane over real kernels. A draft model has the same weights, in arithmetic of its own.
 fn real(
     path: &Path,
     blocks: usize,
     max_running: usize,
     speculation: Speculation,
-    drafts: bool,
+    drafts: Option<Precision>,
 ) -> (Lane, EngineMetrics) {
     let words = Weights::open(path).unwrap().spec().unwrap().vocab as u32;
     let pieces = (0..words).map(|token| format!("{token} ").into_bytes());
@@ -360,10 +382,10 @@ fn real_with(
     blocks: usize,
     max_running: usize,
     speculation: Speculation,
-    drafts: bool,
+    drafts: Option<Precision>,
 ) -> (Lane, EngineMetrics) {
     let target = decoder(path, Precision::Fast, blocks);
-    let draft = drafts.then(|| Box::new(decoder(path, Precision::Plain, blocks)) as Box<dyn Runner>);
+    let draft = drafts.map(|precision| Box::new(decoder(path, precision, blocks)) as Box<dyn Runner>);
     lane(target, draft, vocabulary, max_running, speculation)
 }
 
@@ -407,11 +429,24 @@ fn crowd(seed: u64, words: u32) -> Vec<Asked> {
         .collect()
 }
 
-/// The property, for one model and one seed.
-fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 5]) {
-    let words = Weights::open(path).unwrap().spec().unwrap().vocab as u32;
-    let mut asked = crowd(seed, words);
-    let (mut alone, _) = real(path, 64, 1, Speculation::default(), false);
+/// Who asks a model at once, and how.
+struct Crowd<'a> {
+    name: String,
+    path: &'a Path,
+    asked: Vec<Asked>,
+    /// So few blocks that sequences lose theirs.
+    tight: usize,
+    /// How the draft model computes.
+    draft: Precision,
+    /// One in so many asks again.
+    again: usize,
+}
+
+/// The property. Tallies tokens cached, sequences preempted, drafts that came true, drafts that did not, and steps with a
+/// draft model.
+fn check_same(crowd: Crowd<'_>, tally: &mut [u64; 5]) {
+    let Crowd { name, path, mut asked, tight, draft, again } = crowd;
+    let (mut alone, _) = real(path, 64, 1, Speculation::default(), None);
     let expected: Vec<Vec<u32>> =
         asked.iter().map(|one| answers(&mut alone, std::slice::from_ref(one)).remove(0).0).collect();
     // Some callers foresee their answer, but for one token.
@@ -420,26 +455,24 @@ fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 5]) {
         asked.expected[answer.len() / 2] = 0;
     }
     // All at once: with and without guesses, with room for all and with so little that sequences lose their blocks.
-    let ways = [(false, false), (true, false), (true, true)];
-    for (blocks, (guesses, drafts)) in [1024, 20].into_iter().flat_map(|blocks| ways.map(|way| (blocks, way))) {
+    let ways = [(false, None), (true, None), (true, Some(draft))];
+    for (blocks, (guesses, draft)) in [1024, tight].into_iter().flat_map(|blocks| ways.map(|way| (blocks, way))) {
         let speculation = if guesses { guessing() } else { Speculation::default() };
-        let (mut crowded, metrics) = real(path, blocks, 64, speculation, drafts);
+        let how = format!("{blocks} blocks, guesses: {guesses}, draft model: {}", draft.is_some());
+        let (mut crowded, metrics) = real(path, blocks, 64, speculation, draft);
         for (at, ((answer, _), expected)) in answers(&mut crowded, &asked).iter().zip(&expected).enumerate() {
-            assert_eq!(
-                answer, expected,
-                "seed {seed}, request {at}, {blocks} blocks, guesses: {guesses}, draft model: {drafts}"
-            );
+            assert_eq!(answer, expected, "{name}, request {at}, {how}");
         }
         // Once more, one by one, with what the others left in the prefix cache.
-        for (at, expected) in expected.iter().enumerate().step_by(7) {
+        for (at, expected) in expected.iter().enumerate().step_by(again) {
             let (answer, usage) = answers(&mut crowded, &asked[at..=at]).remove(0);
-            assert_eq!(&answer, expected, "seed {seed}, request {at} again, guesses: {guesses}");
+            assert_eq!(&answer, expected, "{name}, request {at} again, {how}");
             tally[0] += u64::from(usage.cached_tokens);
         }
         tally[1] += metrics.preemptions.get();
         tally[2] += metrics.accepted_tokens.get();
         tally[3] += metrics.drafted_tokens.get() - metrics.accepted_tokens.get();
-        if drafts {
+        if draft.is_some() {
             tally[4] += metrics.draft_time.get_sample_count();
         }
     }
@@ -448,11 +481,63 @@ fn check_seed(path: &Path, seed: u64, tally: &mut [u64; 5]) {
 #[test]
 fn tokens_are_the_same_alone_in_a_batch_of_64_preempted_cached_and_guessed() {
     for model in ["tiny-gguf/legacy.gguf", "tiny-gguf/k.gguf", "tiny-llama"] {
-        // Tokens cached, sequences preempted, drafts that came true, drafts that did not, steps with a draft model.
-        let mut tally = [0; 5];
-        (0..4).for_each(|seed| check_seed(&tiny(model), seed, &mut tally));
+        let (path, mut tally) = (tiny(model), [0; 5]);
+        let words = Weights::open(&path).unwrap().spec().unwrap().vocab as u32;
+        for seed in 0..4 {
+            let (name, asked) = (format!("{model}, seed {seed}"), crowd(seed, words));
+            let crowd = Crowd { name, path: &path, asked, tight: 20, draft: Precision::Plain, again: 7 };
+            check_same(crowd, &mut tally);
+        }
         assert!(tally.iter().all(|&times| times > 10), "{model}: not everything happened: {tally:?}");
     }
+}
+
+/// Requests for a model that can read: conversations that begin alike, and answers that repeat what was said.
+fn readers(text: &TextModel, tokens: u32) -> Vec<Asked> {
+    const CLERK: &str = "You are the clerk of a small library. Novels are on the first shelf, poems are on the second shelf, \
+                         maps are on the third shelf, and letters are in the drawer. Answer in full sentences.";
+    const COOK: &str = "You are a cook. Give each recipe as a numbered list of short steps.";
+    let plain = Sampling::default();
+    let kinds = [
+        Sampling { temperature: 0.0, ..plain.clone() },
+        plain.clone(),
+        Sampling { temperature: 0.7, top_k: 20, top_p: 0.9, ..plain.clone() },
+        Sampling { repetition_penalty: 1.1, frequency_penalty: 0.2, temperature: 0.3, ..plain },
+    ];
+    let questions = [
+        (CLERK, "Repeat word for word where novels, poems, maps and letters are."),
+        (CLERK, "Where do I find a map of the harbour, and where the letters of its keeper?"),
+        (COOK, "How do I boil an egg?"),
+        (CLERK, "Count from one to forty, with commas between the numbers."),
+        (COOK, "How do I boil two eggs, and how three?"),
+        (CLERK, "Where do I find a map of the harbour, and where poems about it?"),
+    ];
+    let asked = questions.iter().enumerate().map(|(at, &(system, question))| {
+        let messages = vec![Message::new(Role::System, system), Message::new(Role::User, question)];
+        let prompt = Prompt::Chat { messages, template_kwargs: Default::default() };
+        Asked {
+            prompt: text.prompt_tokens(&prompt).expect("a prompt"),
+            expected: vec![],
+            grammar: None,
+            tokens: tokens - at as u32,
+            sampling: kinds[at % kinds.len()].clone(),
+            seed: at as u64,
+        }
+    });
+    asked.collect()
+}
+
+#[test]
+fn a_real_models_tokens_are_the_same_alone_in_a_batch_preempted_cached_and_guessed() {
+    let Some(path) = smollm() else { return };
+    let asked = readers(&TextModel::open(&path).unwrap(), 48);
+    let (name, mut tally) = ("a real model".to_owned(), [0; 5]);
+    // The draft model is the model itself, so that it is right wherever it is asked; lookups are not.
+    let crowd = Crowd { name, path: &path, asked, tight: 36, draft: Precision::Fast, again: 3 };
+    check_same(crowd, &mut tally);
+    let [cached, preempted, came_true, did_not, passes] = tally;
+    assert!(preempted > 0, "not everything happened: {tally:?}");
+    assert!([cached, came_true, did_not, passes].iter().all(|&times| times > 10), "not everything happened: {tally:?}");
 }
 
 // ------------------------------------------------------------------------------------------------------ grammars
@@ -505,47 +590,101 @@ fn keeps_to(grammar: &CompiledGrammar, answer: &[u32]) -> bool {
     })
 }
 
+/// Documents that a model is asked for.
+struct Documents<'a> {
+    name: String,
+    path: &'a Path,
+    vocabulary: Arc<Vocabulary>,
+    grammar: CompiledGrammar,
+    schema: &'a serde_json::Value,
+    asked: Vec<Asked>,
+    /// Room for all.
+    blocks: usize,
+    /// How a draft model computes, if there is one.
+    draft: Option<Precision>,
+}
+
+/// Every document is valid as far as it goes, and the same without guesses and with 15 at a time. Tallies whole
+/// documents, cut ones, drafts that came true, drafts that did not.
+fn check_documents(documents: Documents<'_>, tally: &mut [u64; 4]) {
+    let Documents { name, path, vocabulary, grammar, schema, mut asked, blocks, draft } = documents;
+    asked.iter_mut().for_each(|asked| asked.grammar = Some(grammar.clone()));
+    let (mut plain, _) = real_with(path, vocabulary.clone(), blocks, 64, Speculation::default(), None);
+    let expected = answers(&mut plain, &asked);
+    // Some callers foresee their document, but for one token.
+    for (asked, (answer, _)) in asked.iter_mut().zip(&expected).step_by(4) {
+        asked.expected = answer.clone();
+        asked.expected[answer.len() / 2] = 0;
+    }
+    let speculation = Speculation { most: 15, rows: 64, lookup: true };
+    let (mut guessing, metrics) = real_with(path, vocabulary.clone(), blocks, 64, speculation, draft);
+    let guessed = answers(&mut guessing, &asked);
+    for (at, ((answer, usage), (plain, _))) in guessed.iter().zip(&expected).enumerate() {
+        assert_eq!(answer, plain, "{name}, request {at}");
+        assert!(keeps_to(&grammar, answer), "{name}, request {at}: {answer:?}");
+        let text: Vec<u8> = answer.iter().flat_map(|&token| vocabulary.piece(token)).copied().collect();
+        let whole = usage.completion_tokens < asked[at].tokens;
+        if whole {
+            let document = serde_json::from_slice(&text).expect("a document");
+            assert!(jsonschema::is_valid(schema, &document), "{document}");
+        }
+        tally[usize::from(!whole)] += 1;
+    }
+    tally[2] += metrics.accepted_tokens.get();
+    tally[3] += metrics.drafted_tokens.get() - metrics.accepted_tokens.get();
+}
+
 #[test]
 fn documents_are_valid_and_the_same_however_far_they_were_guessed() {
-    // Whole documents, cut ones, drafts that came true, drafts that did not.
-    let mut tally = [0; 4];
+    let (schema, mut tally) = (document_schema(), [0; 4]);
     for model in ["tiny-gguf/legacy.gguf", "tiny-llama"] {
         let path = tiny(model);
         let words = Weights::open(&path).unwrap().spec().unwrap().vocab as u32;
         let vocabulary = document_tokens(words);
-        let schema = document_schema();
         let grammars = Grammars::new(vocabulary.clone(), vec![]);
         let grammar = grammars.compile_now(&Grammar::JsonSchema(schema.clone())).unwrap();
         for seed in 0..3 {
             let mut asked = crowd(seed, words - 1);
             for (at, asked) in asked.iter_mut().enumerate() {
-                asked.grammar = Some(grammar.clone());
                 asked.tokens = if at % 3 == 0 { 1 + at as u32 } else { 300 };
             }
-            let (mut plain, _) = real_with(&path, vocabulary.clone(), 4096, 64, Speculation::default(), false);
-            let expected = answers(&mut plain, &asked);
-            // Some callers foresee their document, but for one token.
-            for (asked, (answer, _)) in asked.iter_mut().zip(&expected).step_by(4) {
-                asked.expected = answer.clone();
-                asked.expected[answer.len() / 2] = 0;
-            }
-            let speculation = Speculation { most: 15, rows: 64, lookup: true };
-            let (mut guessing, metrics) = real_with(&path, vocabulary.clone(), 4096, 64, speculation, seed % 2 == 1);
-            let guessed = answers(&mut guessing, &asked);
-            for (at, ((answer, usage), (plain, _))) in guessed.iter().zip(&expected).enumerate() {
-                assert_eq!(answer, plain, "{model}, seed {seed}, request {at}");
-                assert!(keeps_to(&grammar, answer), "{model}, seed {seed}, request {at}: {answer:?}");
-                let text: Vec<u8> = answer.iter().flat_map(|&token| vocabulary.piece(token)).copied().collect();
-                let whole = usage.completion_tokens < asked[at].tokens;
-                if whole {
-                    let document = serde_json::from_slice(&text).expect("a document");
-                    assert!(jsonschema::is_valid(&schema, &document), "{document}");
-                }
-                tally[usize::from(!whole)] += 1;
-            }
-            tally[2] += metrics.accepted_tokens.get();
-            tally[3] += metrics.drafted_tokens.get() - metrics.accepted_tokens.get();
+            let (vocabulary, grammar) = (vocabulary.clone(), grammar.clone());
+            let draft = (seed % 2 == 1).then_some(Precision::Plain);
+            let name = format!("{model}, seed {seed}");
+            let (path, schema, blocks) = (&path, &schema, 4096);
+            let documents = Documents { name, path, vocabulary, grammar, schema, asked, blocks, draft };
+            check_documents(documents, &mut tally);
         }
     }
     assert!(tally.iter().all(|&times| times > 50), "not everything happened: {tally:?}");
+}
+
+#[test]
+fn a_real_models_documents_are_valid_and_the_same_however_far_they_were_guessed() {
+    let Some(path) = smollm() else { return };
+    let text = TextModel::open(&path).unwrap();
+    let schema = serde_json::json!({
+        "type": "object", "additionalProperties": false, "required": ["question", "words", "shelves", "sure"],
+        "properties": {
+            "question": {"type": "string", "maxLength": 30},
+            "words": {"type": "integer", "minimum": 0, "maximum": 99},
+            "shelves": {"type": "array", "maxItems": 3, "items": {
+                "type": "object", "additionalProperties": false, "required": ["shelf", "holds"],
+                "properties": {"shelf": {"enum": ["first", "second", "third"]}, "holds": {"type": "string", "maxLength": 12}},
+            }},
+            "sure": {"type": "boolean"},
+        },
+    });
+    let grammar = text.grammars().compile_now(&Grammar::JsonSchema(schema.clone())).unwrap();
+    let mut tally = [0; 4];
+    for draft in [None, Some(Precision::Fast)] {
+        let (vocabulary, grammar, asked) = (text.vocabulary().clone(), grammar.clone(), readers(&text, 400));
+        let name = format!("a real model, draft model: {}", draft.is_some());
+        let (path, schema, blocks) = (&path, &schema, 512);
+        let documents = Documents { name, path, vocabulary, grammar, schema, asked, blocks, draft };
+        check_documents(documents, &mut tally);
+    }
+    let [whole, cut, came_true, did_not] = tally;
+    assert_eq!((whole, cut), (12, 0), "every document comes to its end");
+    assert!(came_true > 50 && did_not > 10, "not everything happened: {tally:?}");
 }
