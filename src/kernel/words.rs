@@ -294,6 +294,34 @@ mod x86 {
     }
 }
 
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    //! SAFETY: as `simd::arm`.
+    use std::arch::aarch64::*;
+
+    use super::Pairs;
+    use crate::kernel::simd::arm::Neon;
+
+    #[allow(unsafe_op_in_unsafe_fn)]
+    impl Pairs for Neon {
+        #[inline(always)]
+        unsafe fn dot_pair(acc: Self::I, w: Self::C, x: i32) -> Self::I {
+            let x = vreinterpretq_s16_s32(vdupq_n_s32(x));
+            std::array::from_fn(|i| {
+                let w = vreinterpretq_s16_u8(w[i]);
+                let (low, high) = (vmull_s16(vget_low_s16(w), vget_low_s16(x)), vmull_high_s16(w, x));
+                vaddq_s32(acc[i], vpaddq_s32(low, high))
+            })
+        }
+        #[inline(always)]
+        unsafe fn store_i16(p: *mut i16, x: Self::F) {
+            for (i, x) in x.into_iter().enumerate() {
+                vst1_s16(p.add(4 * i), vqmovn_s32(vcvtnq_s32_f32(x)));
+            }
+        }
+    }
+}
+
 by_isa! {
     fn word_tile<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, out: *mut f32)
         = word_body
