@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Compiles for 64-bit ARM and runs the kernels' tests there, under emulation, on a machine of another kind.
 #
-#   scripts/test_arm.sh                 all of kernel::, a few minutes the first time
+#   scripts/test_arm.sh                 all of kernel::, a quarter of an hour the first time
 #   scripts/test_arm.sh kernel::gemm    only these tests
 #
-# Makes a small Debian in target/arm with Rust, its standard library for ARM, a cross compiler and an emulator, about 2 GB:
+# Makes a small Debian in target/arm with Rust, its standard library for ARM, a cross compiler and an emulator, about 4 GB with what is built:
 # the Rust that is installed here has no standard library for another machine. Needs root, mmdebstrap and the crates that
 # `cargo fetch` brings. The emulated processor has every extension, so the kernels with dot products of bytes run too.
 set -euo pipefail
