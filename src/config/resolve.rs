@@ -77,6 +77,11 @@ pub(super) fn resolve(
     if models.is_empty() {
         check.warn("model: none: nothing will be served; add [[model]], or --model ID=PATH");
     }
+    if engine.draft_tokens == 0 {
+        for model in models.iter().filter(|model| model.draft.is_some()) {
+            check.warn(format!("model {}: draft: is never asked, since engine.draft_tokens is 0", model.id));
+        }
+    }
     if let Some(long) = (engine.step_tokens < engine.max_running).then_some(engine.max_running) {
         let remedy = format!("is more than engine.step_tokens = {}; raise that, or lower this", engine.step_tokens);
         check.wrong("engine.max_running", long, &remedy);

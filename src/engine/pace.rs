@@ -48,7 +48,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// One more row of a sequence that decodes, after `context` tokens.
+    /// `rows` more rows of sequences that decode, each after `context` tokens.
     pub fn decodes(&mut self, rows: usize, context: usize) {
         self.decode += rows;
         self.decode_context += rows * context;

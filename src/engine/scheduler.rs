@@ -72,7 +72,7 @@ pub struct Limits {
 }
 
 /// How far answers are guessed ahead. Default: not at all.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct DraftLimits {
     /// Most drafts of one sequence in a step; 0: none.
     pub most: usize,

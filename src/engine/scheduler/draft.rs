@@ -11,26 +11,17 @@
 //! guesses, and only for sequences that it guesses for.
 
 use super::Scheduler;
-use super::plan::Plan;
+use super::plan::{Hope, Plan};
 use crate::engine::pace::Load;
 use crate::engine::speculate::{Source, Worth};
 
 /// Tokens of an answer over which it is to pay that the draft model computes what is before them.
 const HORIZON: usize = 64;
 
-/// A part that could have another draft.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Hope {
-    pub(super) part: usize,
-    pub(super) source: Source,
-    /// That all its drafts so far are right.
-    pub(super) chance: f32,
-}
-
 impl Scheduler {
     /// Gives rows that are left to drafts, first to each sequence's first, then to each one's second, as long as they pay.
     pub(super) fn draft(&mut self, plan: &mut Plan) {
-        let limits = self.limits.drafts.clone();
+        let limits = self.limits.drafts;
         let rows: usize = plan.shares.iter().map(|share| share.rows).sum();
         let mut left = (self.limits.step_tokens - rows).min(limits.rows);
         if limits.most == 0 || left == 0 {

@@ -12,13 +12,21 @@
 use std::time::Duration;
 
 use super::Scheduler;
-use super::draft::Hope;
 use crate::engine::blocks::{BlockHash, BlockId};
 use crate::engine::pace::Load;
 use crate::engine::sequence::{RequestKey, SequenceKey};
 use crate::engine::speculate::Source;
 use crate::engine::spill::SlotId;
 use crate::model::Batch;
+
+/// A part that could have another draft.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hope {
+    pub(super) part: usize,
+    pub(super) source: Source,
+    /// That all its drafts so far are right.
+    pub(super) chance: f32,
+}
 
 /// One step, decided. Reused from step to step, so that planning allocates nothing.
 #[derive(Default)]
