@@ -21,26 +21,52 @@ const BLOCKS: usize = 16_384;
 const PROMPT: usize = 256;
 const ANSWER: u32 = 512;
 
-/// Plan and books of a step in which 256 sequences decode, one of them ends and another joins every other step.
-fn plan(c: &mut Criterion) {
-    let limits = Limits {
-        context: 8192,
-        step_tokens: 2048,
-        prefill_chunk: 512,
-        max_running: RUNNING,
-        max_queue: 1024,
-        prefix_cache: true,
-        prefill_stretch: 1.7,
-        spill_slots: 0,
-        drafts: DraftLimits::default(),
-    };
-    let mut scheduler = Scheduler::new(limits, BLOCKS, 16);
-    let accounts: Vec<AccountId> = (0..16).map(|at| AccountId::new(format!("account-{at}"))).collect();
-    let (now, mut plan, mut arrivals) = (Instant::now(), Plan::default(), 0);
-    let mut join = |scheduler: &mut Scheduler, max_tokens: u32| {
-        arrivals += 1;
-        let prompt = (0..PROMPT as u32).map(|at| at + arrivals).collect();
-        let account = &accounts[arrivals as usize % accounts.len()];
+/// 256 sequences that decode; one of them ends and another joins every other step.
+struct Decoding {
+    scheduler: Scheduler,
+    accounts: Vec<AccountId>,
+    arrivals: u32,
+    now: Instant,
+    plan: Plan,
+    next: Plan,
+}
+
+impl Decoding {
+    fn new() -> Self {
+        let limits = Limits {
+            context: 8192,
+            step_tokens: 2048,
+            prefill_chunk: 512,
+            max_running: RUNNING,
+            max_queue: 1024,
+            prefix_cache: true,
+            prefill_stretch: 1.7,
+            spill_slots: 0,
+            drafts: DraftLimits::default(),
+        };
+        let mut this = Self {
+            scheduler: Scheduler::new(limits, BLOCKS, 16),
+            accounts: (0..16).map(|at| AccountId::new(format!("account-{at}"))).collect(),
+            arrivals: 0,
+            now: Instant::now(),
+            plan: Plan::default(),
+            next: Plan::default(),
+        };
+        // Ages are spread, so that a step has its share of ends and beginnings.
+        for at in 0..RUNNING as u32 {
+            this.join(1 + at * ANSWER / RUNNING as u32);
+        }
+        for _ in 0..2 * ANSWER {
+            this.step(true);
+        }
+        assert!(this.scheduler.running() > RUNNING * 9 / 10, "{}", this.scheduler.running());
+        this
+    }
+
+    fn join(&mut self, max_tokens: u32) {
+        self.arrivals += 1;
+        let prompt = (0..PROMPT as u32).map(|at| at + self.arrivals).collect();
+        let account = &self.accounts[self.arrivals as usize % self.accounts.len()];
         let ask = Ask {
             account,
             weight: 1,
@@ -54,26 +80,44 @@ fn plan(c: &mut Criterion) {
             drafts: None,
             expected: vec![],
         };
-        assert!(scheduler.submit(ask, now).is_ok());
-    };
-    // Ages are spread, so that a step has its share of ends and beginnings.
-    for at in 0..RUNNING as u32 {
-        join(&mut scheduler, 1 + at * ANSWER / RUNNING as u32);
+        assert!(self.scheduler.submit(ask, self.now).is_ok());
     }
-    let mut step = |scheduler: &mut Scheduler| {
-        scheduler.plan(now, &mut plan);
-        scheduler.computed(&plan, now);
-        for part in plan.sampled.iter().map(|row| row.part) {
-            if scheduler.push(part.sequence, 5) == Pushed::Full {
-                scheduler.finish(part.sequence);
-                join(scheduler, ANSWER);
+
+    /// Plan and books of a step. Returns how long it kept the device waiting.
+    fn step(&mut self, prepares: bool) -> Duration {
+        let begun = Instant::now();
+        std::mem::swap(&mut self.plan, &mut self.next);
+        self.scheduler.plan(self.now, &mut self.plan);
+        let mut waited = begun.elapsed();
+        let begun = Instant::now();
+        if prepares {
+            self.scheduler.prepare(&self.plan, self.now, &mut self.next);
+        } else {
+            self.scheduler.computed(&self.plan, self.now);
+            waited += begun.elapsed();
+        }
+        let begun = Instant::now();
+        let mut ended = 0;
+        for part in self.plan.sampled.iter().map(|row| row.part) {
+            if self.scheduler.push(part.sequence, 5) == Pushed::Full {
+                self.scheduler.finish(part.sequence);
+                ended += 1;
             }
         }
-    };
-    (0..2 * ANSWER).for_each(|_| step(&mut scheduler));
-    assert!(scheduler.running() > RUNNING * 9 / 10, "{}", scheduler.running());
-    let mut group = c.benchmark_group("scheduler");
-    group.bench_function("step of 256 sequences", |b| b.iter(|| step(&mut scheduler)));
+        waited += begun.elapsed();
+        (0..ended).for_each(|_| self.join(ANSWER));
+        waited
+    }
+}
+
+/// Plan and books of a step: all of it, and as much of it as a device waits for.
+fn plan(c: &mut Criterion) {
+    let mut decoding = Decoding::new();
+    let mut group = c.benchmark_group("scheduler, 256 sequences");
+    group.bench_function("step", |b| b.iter(|| decoding.step(false)));
+    for (name, prepares) in [("between steps", false), ("between steps, prepared", true)] {
+        group.bench_function(name, |b| b.iter_custom(|steps| (0..steps).map(|_| decoding.step(prepares)).sum()));
+    }
     group.finish();
 }
 

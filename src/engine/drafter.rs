@@ -94,7 +94,7 @@ impl Drafter {
         clock: &dyn Fn() -> Instant,
     ) -> Result<()> {
         let begun = clock();
-        let logits = self.runner.forward(batch.unwrap_or(&plan.catch_up))?;
+        let logits = self.runner.forward(batch.unwrap_or(&plan.catch_up), &mut || ())?;
         if logits.data.len() != self.riders.len() * logits.vocab {
             return Err(Error::internal("the draft model returned another number of rows than were asked for"));
         }

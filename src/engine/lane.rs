@@ -1,10 +1,11 @@
 //! One installed model at work: its scheduler, its runner, and the answers under way.
 //!
 //! ```text
-//! submit ──> [ plan(now) ──> compute() ──> deliver(now) ] ──page──> scribe ──events──> callers
-//!              cancels,       forward,        count, finish,            │
-//!              deadlines,     sample,         publish blocks            │
-//!              schedule       join <──────── stop strings ──────────────┘
+//! submit ──> [ plan(now) ──> compute() ───> deliver(now) ] ──page──> scribe ──events──> callers
+//!              cancels,       forward,       count,                     │
+//!              deadlines,       prepare next  finish                    │
+//!              hand out rows  sample,                                   │
+//!                             join <──────── stop strings ──────────────┘
 //! ```
 //!
 //! The three parts of a step are separate and take `now`, so a simulation can drive the real thing from a seed. No
@@ -37,7 +38,13 @@ pub struct Lane {
     masks: Masks,
     scribe: Scribe,
     drafter: Option<Drafter>,
+    /// The step under way, and when that was begun.
     plan: Plan,
+    begun: Instant,
+    /// When the tokens of the one before were known, if that was just now.
+    drawn: Option<Instant>,
+    /// The one after it, as far as that can be told.
+    next: Plan,
     /// By the scheduler's request key.
     answers: Vec<Option<Answer>>,
     /// Choices that a step completed.
@@ -80,6 +87,9 @@ impl Lane {
             scheduler,
             sampler: Sampler::default(),
             plan: Plan::default(),
+            begun: Instant::now(),
+            drawn: None,
+            next: Plan::default(),
             answers: Vec::new(),
             ended: Vec::new(),
             unfit: Vec::new(),
@@ -195,6 +205,8 @@ impl Lane {
             self.let_go();
             self.scribe.post(now);
         }
+        std::mem::swap(&mut self.plan, &mut self.next);
+        self.begun = now;
         loop {
             self.scheduler.plan(now, &mut self.plan);
             self.move_blocks();
@@ -215,6 +227,7 @@ impl Lane {
         }
         let rows = self.plan.batch.rows();
         if rows == 0 {
+            self.drawn = None;
             self.show();
             return false;
         }
@@ -280,12 +293,17 @@ impl Lane {
             }
         }
         self.masks.start(&mut self.answers, &self.plan);
-        let logits = self.slot.runner.forward(&self.plan.batch);
+        if let Some(drawn) = self.drawn.take() {
+            self.slot.metrics.step_gap.observe(clock().saturating_duration_since(drawn).as_secs_f64());
+        }
+        let mut prepare = || self.scheduler.prepare(&self.plan, self.begun, &mut self.next);
+        let logits = self.slot.runner.forward(&self.plan.batch, &mut prepare);
         self.masks.join(&mut self.answers);
         let logits = logits?;
         if logits.data.len() != self.plan.batch.sample_rows.len() * logits.vocab {
             return Err(Error::internal("the runner returned another number of rows than were asked for"));
         }
+        debug_assert!(self.next.prepared, "a runner has something done meanwhile");
         let (answers, plan) = (&self.answers, &self.plan);
         self.sampler.pick(logits, |row| {
             let part = plan.sampled[row].part;
@@ -299,9 +317,9 @@ impl Lane {
     /// Ends a step: complete sequences leave, the scribe gets what there is to tell.
     pub fn deliver(&mut self, now: Instant) {
         self.steps += 1;
+        self.drawn = Some(now);
         // Whoever hears that its answer is complete may count on the adapter being idle.
         self.plan.batch.adapters.clear();
-        self.scheduler.computed(&self.plan, now);
         self.finish_stopped();
         let metrics = &self.slot.metrics;
         metrics.steps.inc();
@@ -473,7 +491,8 @@ mod tests {
             4
         }
         fn copy(&mut self, _: u32, _: u32) {}
-        fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+        fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
+            meanwhile();
             self.logits.clear();
             for &row in &batch.sample_rows {
                 let broken = batch.tokens[row as usize] == 1;
@@ -639,7 +658,7 @@ mod tests {
             let ends: Vec<_> = receiver.iter().filter(|event| !matches!(event, Event::Text { .. })).collect();
             assert!(matches!(&ends[..], [Event::Failed(error)] if error.kind() == Kind::EngineLost), "{ends:?}");
         }
-        assert!(lane.is_idle() && lane.compute(&Instant::now).is_err());
+        assert!(lane.is_idle() && lane.scribe.join().is_err());
         lane.check().unwrap();
     }
 

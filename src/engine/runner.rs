@@ -18,11 +18,13 @@ pub trait Runner: Send {
         false
     }
 
-    /// Writes K and V of all rows into their blocks, and computes logits of `batch.sample_rows`.
+    /// Writes K and V of all rows into their blocks, and computes logits of `batch.sample_rows`. Calls `meanwhile` once, on
+    /// this thread, when the device has begun: whatever the caller can do before it knows the logits.
     ///
     /// # Errors
-    /// Any error means that the device cannot be trusted any more: the engine fails its sequences and stops.
-    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>>;
+    /// Any error means that the device cannot be trusted any more: the engine fails its sequences and stops. `meanwhile`
+    /// may not have been called then.
+    fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>>;
 
     /// Makes a block hold what another holds.
     fn copy(&mut self, from: u32, to: u32);
@@ -63,9 +65,9 @@ impl Runner for Decoder {
         adapter.fits(self.spec())
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+    fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
         let vocab = self.spec().vocab;
-        let (data, pool) = Decoder::forward(self, batch)?;
+        let (data, pool) = self.forward_beside(batch, meanwhile)?;
         Ok(Logits { data, vocab, pool })
     }
 

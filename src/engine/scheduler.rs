@@ -30,7 +30,7 @@ mod trace;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use self::admit::{GROWTH_DECAY, GROWTH_LEAST, GROWTH_START};
+use self::admit::{Displace, GROWTH_DECAY, GROWTH_LEAST, GROWTH_START};
 use self::plan::Share;
 pub use self::plan::{Chain, Plan, Planned, Sampled};
 use crate::base::{AccountId, Error, Kind, Result};
@@ -287,38 +287,74 @@ impl Scheduler {
         ticket
     }
 
-    /// Decides the next step. An empty batch means that there is nothing to compute.
+    /// The step of `plan` is under way, and its tokens are not known yet: does for the `next` one what does not depend on
+    /// them. Blocks that it fills can be found by others from now on, since whatever is planned later is computed later;
+    /// each sequence has a block for the token it will probably get, and newcomers have theirs, as far as blocks and
+    /// places are free. Nobody loses any here: who does is known when the tokens are.
+    ///
+    /// [`Scheduler::push`] and [`Scheduler::settle`] for `plan` must follow, then [`Scheduler::plan`] of `next`.
+    pub fn prepare(&mut self, plan: &Plan, now: Instant, next: &mut Plan) {
+        self.computed(plan, now);
+        self.begin(next);
+        next.prepared = true;
+        self.release_followers(now);
+        self.grow_freely();
+        let rows = self.rows_beside(self.decodes());
+        self.let_in(rows, Displace::Nobody, now, next);
+    }
+
+    /// Decides the next step, or what [`Scheduler::prepare`] has left open of it. An empty batch means that there is
+    /// nothing to compute.
     pub fn plan(&mut self, now: Instant, plan: &mut Plan) {
-        plan.clear();
-        self.step += 1;
-        self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
+        if !std::mem::take(&mut plan.prepared) {
+            self.begin(plan);
+        }
         self.release_followers(now);
         self.grow(now, plan);
-        let mut decode = Load::default();
-        for sequence in self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| sequence.left() == 1) {
-            decode.decodes(1, sequence.computed);
-        }
-        let mut budget = self.limits.step_tokens;
-        let rows = self.prompt_rows(decode).min(budget - decode.decode);
+        let rows = self.rows_beside(self.decodes());
         // Before anything is placed: what was placed must keep its blocks.
-        self.let_in(rows, now, plan);
+        self.let_in(rows, Displace::Heavier, now, plan);
+        let (mut budget, mut readers) = (self.limits.step_tokens, false);
         for at in 0..self.running.len() {
-            if self.sequences[self.running[at]].left() == 1 {
-                budget -= self.place(self.running[at], budget, plan);
+            match self.sequences[self.running[at]].reads() {
+                true => readers = true,
+                false => budget -= self.place(self.running[at], budget, plan),
             }
         }
-        self.read(rows.min(budget), plan);
+        if readers {
+            self.read(rows.min(budget), plan);
+        }
         self.draft(plan);
         self.pack(plan);
         self.spill(plan);
     }
 
+    fn begin(&mut self, plan: &mut Plan) {
+        plan.clear();
+        self.step += 1;
+        self.growth = (self.growth - GROWTH_DECAY).max(GROWTH_LEAST);
+    }
+
+    /// What those cost who decode, or will when the token is known that is being drawn.
+    fn decodes(&self) -> Load {
+        let mut decode = Load::default();
+        for sequence in self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| !sequence.reads()) {
+            decode.decodes(1, sequence.computed);
+        }
+        decode
+    }
+
     /// Rows that prompts may have beside others that decode.
+    fn rows_beside(&self, decode: Load) -> usize {
+        self.prompt_rows(decode).min(self.limits.step_tokens - decode.decode)
+    }
+
+    /// The same, whatever a step has room for.
     fn prompt_rows(&self, decode: Load) -> usize {
         if decode.decode == 0 || self.limits.prefill_stretch == 0.0 {
             return usize::MAX;
         }
-        let reading = self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| sequence.left() > 1);
+        let reading = self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| sequence.reads());
         let coming = self.queue.len().min(self.limits.max_running.saturating_sub(self.running.len()));
         let context = reading.clone().next().map_or(0, |first| first.computed);
         self.pace.prompt_rows(decode, reading.count() + coming, context, self.limits.prefill_stretch)
@@ -579,7 +615,7 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
-    use super::trace::{check, limits, seq};
+    use super::trace::{check, check_both, limits, seq};
     use super::*;
 
     #[test]
@@ -674,6 +710,56 @@ mod tests {
     }
 
     #[test]
+    fn what_needs_no_token_is_done_before_the_tokens_are_known() {
+        let mut scheduler = Scheduler::new(Limits { max_running: 3, ..limits() }, 8, 16);
+        let (now, account) = (Instant::now(), AccountId::new("a"));
+        let submit = |scheduler: &mut Scheduler, long: u32| {
+            let ask = Ask {
+                account: &account,
+                weight: 1,
+                prompt: (long..2 * long).collect(),
+                choices: 1,
+                max_tokens: 9,
+                priority: 0,
+                salt: 0,
+                adapter: None,
+                scored: false,
+                drafts: None,
+                expected: vec![],
+            };
+            scheduler.submit(ask, now).unwrap();
+        };
+        let (mut plan, mut next) = (Plan::default(), Plan::default());
+        submit(&mut scheduler, 16);
+        scheduler.plan(now, &mut plan);
+        submit(&mut scheduler, 17);
+        scheduler.prepare(&plan, now, &mut next);
+        // The prompt's block can be found, its 17th token has a block, and the newcomer has two.
+        assert_eq!((scheduler.running(), scheduler.waiting(), scheduler.blocks.used()), (2, 0, 4));
+        assert_eq!(scheduler.blocks.cached(), 0, "what can be found is in use");
+        let first = plan.parts[0].sequence;
+        let hash = scheduler.sequences[first].hashes[0];
+        assert_eq!(scheduler.blocks.find(hash), Some(scheduler.sequences[first].table[0]));
+        // Who comes now is in the next step as well.
+        submit(&mut scheduler, 18);
+        assert_eq!(scheduler.push(first, 7), Pushed::Open);
+        scheduler.plan(now, &mut next);
+        let rows = |plan: &Plan| plan.batch.spans.iter().map(|span| span.rows).collect::<Vec<_>>();
+        assert_eq!((rows(&plan), rows(&next)), (vec![16], vec![1, 17, 18]));
+        assert_eq!((next.begun.len(), scheduler.blocks.used()), (2, 6));
+        // A pool that is full: nobody loses a block before it is known who ends.
+        (0..2).for_each(|_| submit(&mut scheduler, 15));
+        scheduler.prepare(&next, now, &mut plan);
+        assert_eq!((scheduler.running(), scheduler.waiting()), (3, 2));
+        let keys: Vec<_> = next.parts.iter().map(|part| part.sequence).collect();
+        keys.iter().for_each(|&key| assert_eq!(scheduler.push(key, 7), Pushed::Open));
+        scheduler.finish(keys[1]);
+        scheduler.plan(now, &mut plan);
+        assert_eq!((rows(&plan), plan.preempted, plan.made_way), (vec![1, 1, 15], 0, 0));
+        scheduler.check().unwrap();
+    }
+
+    #[test]
     fn choices_wait_for_the_first_to_compute_the_prompt() {
         check(
             8,
@@ -681,8 +767,9 @@ mod tests {
             [seq("a", 40, 2).choices(3), seq("b", 4, 1)],
             "a0[0..40] b[0..4] b. | a0 a1* a2* a0. | a1 a2 a1. a2.",
         );
-        // Whoever has gone has nothing to copy from; a full last block is copied as well.
-        check(8, limits(), [seq("a", 40, 1).choices(2)], "a0[0..40] a0. | a1[32..40] a1.");
+        // Whoever has gone has nothing to copy from, unless that was settled before; a full last block is copied as well.
+        let choices = [seq("a", 40, 1).choices(2)];
+        check_both(8, limits(), choices, "a0[0..40] a0. | a1[32..40] a1.", "a0[0..40] a0. | a1* a1.");
         check(8, limits(), [seq("a", 32, 2).choices(2)], "a0[0..32] | a0 a1* a0. | a1 a1.");
         check(
             8,

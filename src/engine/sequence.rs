@@ -65,9 +65,14 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Known tokens that are not computed yet.
+    /// Known tokens that are not computed yet; none while drafts are being verified.
     pub fn left(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.tokens.len().saturating_sub(self.computed)
+    }
+
+    /// Whether it has more to compute than the token that was drawn last, or is being drawn.
+    pub fn reads(&self) -> bool {
+        self.left() > 1
     }
 
     /// Tokens of the answer so far.

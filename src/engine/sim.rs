@@ -257,7 +257,7 @@ impl Runner for SimRunner {
         true
     }
 
-    fn forward(&mut self, batch: &Batch) -> Result<Logits<'_>> {
+    fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
         self.steps += 1;
         if self.steps == self.spec.fail_at {
             return Err(Error::internal(format!("sim: step {} was to fail", self.steps)));
@@ -266,6 +266,7 @@ impl Runner for SimRunner {
         if self.spec.most_rows > 0 && batch.rows() > self.spec.most_rows {
             return Err(Error::internal(format!("sim: {} rows in a step", batch.rows())));
         }
+        meanwhile();
         let mut sampled = 0;
         self.logits.resize(batch.sample_rows.len() * VOCABULARY, 0.0);
         // All rows are written before any is read for verification: spans of one step must not disturb each other.
@@ -356,7 +357,7 @@ mod tests {
             for &(tokens, start, table) in *step {
                 batch.push(tokens, start, table, [tokens.len() as u32 - 1]);
             }
-            let logits = runner.forward(&batch)?;
+            let logits = runner.forward(&batch, &mut || ())?;
             last = logits.data[logits.data.len() - VOCABULARY..].to_vec();
         }
         Ok(last)
@@ -391,7 +392,7 @@ mod tests {
                 let ids: Vec<u32> = tokens.iter().copied().map(u32::from).collect();
                 let mut batch = Batch::default();
                 batch.push(&ids, start, &[4, 5, 6, 7], [ids.len() as u32 - 1]);
-                let logits = runner.forward(&batch).unwrap();
+                let logits = runner.forward(&batch, &mut || ()).unwrap();
                 let best = (0..VOCABULARY).max_by(|&a, &b| logits.data[a].total_cmp(&logits.data[b])).unwrap();
                 let Ok(best) = u8::try_from(best) else { break };
                 said.push(char::from(best));
@@ -407,11 +408,11 @@ mod tests {
         let mut runner = SimRunner::new(spec());
         let mut batch = Batch::default();
         batch.push(&[1, 2, 3], 0, &[4, 5], []);
-        runner.forward(&batch).unwrap();
+        runner.forward(&batch, &mut || ()).unwrap();
         runner.copy(5, 7);
         batch.clear();
         batch.push(&[4], 3, &[4, 7], [0]);
-        assert_eq!(runner.forward(&batch).unwrap().data, whole);
+        assert_eq!(runner.forward(&batch, &mut || ()).unwrap().data, whole);
     }
 
     #[test]

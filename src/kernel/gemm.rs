@@ -86,6 +86,19 @@ impl Linear {
 
     /// [`Linear::apply`], and what adapters add to rows that have one.
     pub fn apply_adapted(&self, cpu: &Cpu, x: &Activations, rows: usize, out: Out<'_>, delta: Option<Delta<'_>>) {
+        self.apply_beside(&mut || (), cpu, x, rows, out, delta);
+    }
+
+    /// [`Linear::apply_adapted`], with something else for the calling thread to do while the others begin.
+    pub fn apply_beside(
+        &self,
+        errand: &mut dyn FnMut(),
+        cpu: &Cpu,
+        x: &Activations,
+        rows: usize,
+        out: Out<'_>,
+        delta: Option<Delta<'_>>,
+    ) {
         let width = self.channels();
         let (out, add) = match out {
             Out::Set(out) => (Shared::new(out), false),
@@ -93,7 +106,7 @@ impl Linear {
         };
         let view = self.view(x, rows);
         let panels: usize = self.parts.iter().map(Panels::count).sum();
-        each_task(cpu, panels, rows, |panel, first, last| {
+        each_task(errand, cpu, panels, rows, |panel, first, last| {
             let (index, panel, channel) = self.locate(panel);
             let part = &self.parts[index];
             let valid = LANES.min(part.channels() - panel * LANES);
@@ -154,7 +167,7 @@ pub fn gated(
     assert!(up.channels() == width && gate.inputs() == x.width() && up.inputs() == x.width());
     let view = x.view(rows, gate.takes_int8() || up.takes_int8());
     let out = Shared::new(out);
-    each_task(cpu, gate.count(), rows, |panel, first, last| {
+    each_task(&mut || (), cpu, gate.count(), rows, |panel, first, last| {
         let valid = LANES.min(width - panel * LANES);
         each_tile(first, last, |row, count| {
             let (mut a, mut b) = (EMPTY, EMPTY);
@@ -176,11 +189,17 @@ pub fn gated(
 }
 
 /// Hands out `work(panel, first row, end row)`: all panels for a block of rows, then the next block.
-fn each_task(cpu: &Cpu, panels: usize, rows: usize, work: impl Fn(usize, usize, usize) + Sync) {
+fn each_task(
+    errand: &mut dyn FnMut(),
+    cpu: &Cpu,
+    panels: usize,
+    rows: usize,
+    work: impl Fn(usize, usize, usize) + Sync,
+) {
     let tasks = panels * rows.div_ceil(ROWS);
     // Enough pieces to even out threads that are held up, few enough that taking one costs nothing.
     let grain = (tasks / (cpu.pool.threads() * 12)).max(1);
-    cpu.pool.each(tasks, grain, |task| {
+    cpu.pool.each_beside(errand, tasks, grain, |task| {
         let first = task / panels * ROWS;
         work(task % panels, first, rows.min(first + ROWS));
     });

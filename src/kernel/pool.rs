@@ -85,12 +85,14 @@ impl Pool {
     /// # Panics
     /// With the first panic of any thread, once all are done. `work` must not call `run` of the same pool.
     pub fn run(&self, work: impl Fn(usize) + Sync) {
-        self.start(&work, true);
+        self.start(&work, true, &mut || ());
     }
 
-    /// With `all`, every thread runs `job`; else the caller, and those that come before it is done.
-    fn start(&self, job: &(dyn Fn(usize) + Sync), all: bool) {
+    /// With `all`, every thread runs `job`; else the caller, and those that come before it is done. The caller does its
+    /// `errand` before, when the others have begun.
+    fn start(&self, job: &(dyn Fn(usize) + Sync), all: bool, errand: &mut dyn FnMut()) {
         if self.workers.is_empty() {
+            errand();
             return job(0);
         }
         let turn = self.turn.lock();
@@ -106,7 +108,10 @@ impl Pool {
             let _bed = shared.bed.lock();
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
+        let own = catch_unwind(AssertUnwindSafe(|| {
+            errand();
+            job(0);
+        }));
         if all {
             let everyone = self.workers.len() as u64;
             wait(|| door.load(Ordering::Acquire) >> ENTERED & COUNT == everyone, usize::MAX);
@@ -123,8 +128,14 @@ impl Pool {
     /// Runs `work(index)` for each of `0..count`, handed out in order, `grain` at a time, to whichever thread is free.
     /// For work of uneven size put the largest first.
     pub fn each(&self, count: usize, grain: usize, work: impl Fn(usize) + Sync) {
+        self.each_beside(&mut || (), count, grain, work);
+    }
+
+    /// [`Pool::each`], with something else for the caller to do first: once, while the other threads begin.
+    pub fn each_beside(&self, errand: &mut dyn FnMut(), count: usize, grain: usize, work: impl Fn(usize) + Sync) {
         let grain = grain.max(1);
         if count <= grain {
+            errand();
             return (0..count).for_each(work);
         }
         let next = AtomicUsize::new(0);
@@ -137,7 +148,7 @@ impl Pool {
                 (first..(first + grain).min(count)).for_each(&work);
             }
         };
-        self.start(&take, false);
+        self.start(&take, false, errand);
     }
 }
 
@@ -258,6 +269,24 @@ mod tests {
                 seen[index].fetch_add(1, Ordering::Relaxed);
             });
             assert!(seen.iter().all(|seen| seen.load(Ordering::Relaxed) == 1), "{count} by {grain}");
+        }
+    }
+
+    #[test]
+    fn an_errand_is_done_once_by_the_caller_while_others_work() {
+        for (threads, count) in [(1, 9), (2, 9), (3, 1), (3, 0)] {
+            let (pool, caller, mut done) = (Pool::new(threads), std::thread::current().id(), 0);
+            let seen = AtomicUsize::new(0);
+            let mut errand = || {
+                assert_eq!(std::thread::current().id(), caller);
+                done += 1;
+                // With others there it can only end when they have begun, or there is nothing for them.
+                wait(|| threads == 1 || count <= 1 || seen.load(Ordering::Relaxed) > 0, usize::MAX);
+            };
+            pool.each_beside(&mut errand, count, 1, |_| {
+                seen.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!((done, seen.load(Ordering::Relaxed)), (1, count), "{threads} threads");
         }
     }
 

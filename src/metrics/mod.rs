@@ -116,6 +116,7 @@ struct EngineVecs {
     mask_wait: HistogramVec,
     scribe_wait: HistogramVec,
     draft_time: HistogramVec,
+    step_gap: HistogramVec,
 }
 
 /// The series of one model on one device, resolved when the model is installed.
@@ -197,6 +198,8 @@ pub struct EngineMetrics {
     pub scribe_wait: Histogram,
     /// Seconds that a draft model took of a step.
     pub draft_time: Histogram,
+    /// Seconds from the tokens of one step to the start of the next.
+    pub step_gap: Histogram,
 }
 
 impl Metrics {
@@ -416,6 +419,12 @@ impl Metrics {
                     by_engine,
                     INTER_TOKEN,
                 ),
+                step_gap: r.histograms(
+                    "neurond_step_gap_seconds",
+                    "How long the device waited between one step's tokens and the next step, with work to do: what could not be decided before the tokens were known.",
+                    by_engine,
+                    MASK,
+                ),
             },
             registry: registry.clone(),
         };
@@ -468,6 +477,7 @@ impl Metrics {
             mask_wait: v.mask_wait.with_label_values(l),
             scribe_wait: v.scribe_wait.with_label_values(l),
             draft_time: v.draft_time.with_label_values(l),
+            step_gap: v.step_gap.with_label_values(l),
         }
     }
 

@@ -214,6 +214,14 @@ impl Decoder {
     /// # Errors
     /// `Internal` when the batch is larger than this decoder was opened for, or names what does not exist.
     pub fn forward(&mut self, batch: &Batch) -> Result<(&mut [f32], &Pool)> {
+        self.forward_beside(batch, &mut || ())
+    }
+
+    /// [`Decoder::forward`], with something else for the calling thread to do: once, while the others compute.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`], and then `errand` may not have been done.
+    pub fn forward_beside(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<(&mut [f32], &Pool)> {
         self.check(batch)?;
         self.embed(batch);
         self.rope.set(&self.cpu, &batch.positions);
@@ -227,7 +235,10 @@ impl Decoder {
         let adapted = batch.spans.iter().map(|span| (span.rows as usize, span.adapter as usize));
         self.adapters.plan(batch.adapters.len(), adapted);
         for layer in 0..self.layers.len() {
-            self.attend(layer, batch);
+            match layer {
+                0 => self.attend(layer, batch, errand),
+                _ => self.attend(layer, batch, &mut || ()),
+            }
             self.feed_forward(layer, batch);
         }
         let (cpu, work) = (&self.cpu, &mut self.work);
@@ -296,7 +307,7 @@ impl Decoder {
     }
 
     /// x += output(attention(rope(qkv(norm(x)))))
-    fn attend(&mut self, index: usize, batch: &Batch) {
+    fn attend(&mut self, index: usize, batch: &Batch, errand: &mut dyn FnMut()) {
         let (spec, cpu, work, layer) = (&self.spec, &self.cpu, &mut self.work, &self.layers[index]);
         let (rows, dim) = (batch.rows(), spec.head_dim);
         let (q_width, kv_width) = (spec.q_width(), spec.kv_width());
@@ -307,7 +318,8 @@ impl Decoder {
         work.inputs.norm(cpu, &work.x, &layer.attention_norm, spec.norm_eps, rows, |row| row, int8);
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].qkv);
         let delta = self.adapters.project(cpu, &work.inputs, 3, &find);
-        layer.qkv.apply_adapted(cpu, &work.inputs, rows, Out::Set(&mut work.qkv[..rows * stride]), delta);
+        let out = Out::Set(&mut work.qkv[..rows * stride]);
+        layer.qkv.apply_beside(errand, cpu, &work.inputs, rows, out, delta);
 
         let (qkv, blocks, rope) = (work.qkv.share(), self.kv.share(index), &self.rope);
         each_row(cpu, rows, stride, |row| {

@@ -61,13 +61,25 @@ enum Good {
     Blocks,
 }
 
+/// Who may lose blocks or places to a newcomer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Displace {
+    /// Only what is free is given away.
+    Nobody,
+    /// Accounts that have more than the newcomer's.
+    Heavier,
+}
+
 impl Scheduler {
     /// Admits from the queue as long as `rows` are not spoken for.
-    pub(super) fn let_in(&mut self, rows: usize, now: Instant, plan: &mut Plan) {
+    pub(super) fn let_in(&mut self, rows: usize, displace: Displace, now: Instant, plan: &mut Plan) {
+        if self.queue.is_empty() {
+            return;
+        }
         let (mut claimed, mut long) = (0, 0);
         let mut claim = |scheduler: &Self, key: SequenceKey| {
             let left = scheduler.sequences[key].left();
-            if left == 1 {
+            if !scheduler.sequences[key].reads() {
                 return (claimed, long);
             }
             claimed += match scheduler.is_long(left) {
@@ -82,14 +94,18 @@ impl Scheduler {
         for &key in &self.running {
             spoken_for = claim(self, key);
         }
-        // Who has just thrown somebody out must not invite the next one in.
-        while plan.preempted == 0 && spoken_for.0 < rows && spoken_for.1 < MOST_LONG {
+        let make_way = |scheduler: &mut Self, ticket: Ticket, good: Good, plan: &mut Plan| {
+            displace == Displace::Heavier && scheduler.make_way(ticket, good, now, plan)
+        };
+        // Who has just thrown somebody out must not invite the next one in, nor does anybody pass one who waits for blocks
+        // to be fetched.
+        while plan.preempted == 0 && plan.fetch.is_empty() && spoken_for.0 < rows && spoken_for.1 < MOST_LONG {
             let Some(ticket) = self.queue.next(now) else { break };
-            if self.running.len() >= self.limits.max_running && !self.make_way(ticket, Good::Place, now, plan) {
+            if self.running.len() >= self.limits.max_running && !make_way(self, ticket, Good::Place, plan) {
                 break;
             }
             let mut outcome = self.admit(ticket, now, plan);
-            while outcome == Admission::LacksBlocks && self.make_way(ticket, Good::Blocks, now, plan) {
+            while outcome == Admission::LacksBlocks && make_way(self, ticket, Good::Blocks, plan) {
                 outcome = self.admit(ticket, now, plan);
             }
             match outcome {
@@ -236,6 +252,17 @@ impl Scheduler {
         self.running.iter().copied().map(growth).sum::<usize>() + growth(newcomer)
     }
 
+    /// Gives running sequences a block for the token that is being drawn, as far as there are free ones.
+    pub(super) fn grow_freely(&mut self) {
+        for &key in &self.running {
+            let sequence = &mut self.sequences[key];
+            let known = (sequence.tokens.len() + usize::from(sequence.left() == 0)).min(sequence.most);
+            if self.blocks.needed(known) > sequence.table.len() && !self.blocks.take(1, &mut sequence.table) {
+                break;
+            }
+        }
+    }
+
     /// Gives every running sequence a block for its newest token.
     pub(super) fn grow(&mut self, now: Instant, plan: &mut Plan) {
         let mut at = 0;
@@ -319,7 +346,7 @@ fn is_stuck(leader: &Sequence, step: u64) -> bool {
 mod tests {
     use std::time::Instant;
 
-    use super::super::trace::{check, limits, seq};
+    use super::super::trace::{check, check_both, limits, seq};
     use super::super::{Ask, Limits, Plan, Scheduler};
     use crate::base::AccountId;
 
@@ -355,7 +382,8 @@ mod tests {
     fn without_a_prefix_cache_only_the_choices_of_a_request_share() {
         let limits = Limits { prefix_cache: false, ..limits() };
         check(8, limits.clone(), [seq("a", 48, 1), seq("a", 48, 1).at(1)], "a[0..48] a. | a[0..48] a.");
-        check(8, limits, [seq("a", 33, 1).choices(3)], "a0[0..33] a0. | a1 a2 a1. a2.");
+        let choices = [seq("a", 33, 1).choices(3)];
+        check_both(8, limits, choices, "a0[0..33] a0. | a1 a2 a1. a2.", "a0[0..33] a0. | a1* a2* a1. a2.");
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub struct Plan {
     pub(super) followed_by: Vec<u32>,
     /// Requests whose first token is computed in this step, with the prompt tokens found in the prefix cache.
     pub begun: Vec<(RequestKey, usize)>,
+    /// [`Scheduler::prepare`] has begun it.
+    pub(in crate::engine) prepared: bool,
     /// Tokens computed that belong to prompts.
     pub prompt_rows: usize,
     /// What the step costs, drafts aside.
@@ -135,6 +137,7 @@ impl Plan {
         self.sampled.clear();
         self.followed_by.clear();
         self.begun.clear();
+        self.prepared = false;
         self.prompt_rows = 0;
         self.load = Load::default();
         self.adapted_rows = 0;

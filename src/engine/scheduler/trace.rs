@@ -53,16 +53,33 @@ pub(super) fn limits() -> Limits {
     }
 }
 
-/// Runs requests to their end over `blocks` blocks of 16 and compares the steps. In a step: `-b` lost its blocks,
+/// Runs requests to their end over `blocks` blocks of 16 and compares the steps, whether each is planned at once or prepared
+/// while the one before is computed. In a step: `-b` lost its blocks,
 /// `a[0..32]` several rows, `a` one row, `a*` one after a copied block, `a+3` one with three drafts; `a.` is complete.
 /// Choices are named `a0 a1`.
 pub(super) fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Seq; N], expected: &str) {
+    check_both(blocks, limits, requests, expected, expected);
+}
+
+/// The same where it makes a difference.
+pub(super) fn check_both<const N: usize>(
+    blocks: usize,
+    limits: Limits,
+    requests: [Seq; N],
+    at_once: &str,
+    prepared: &str,
+) {
+    assert_eq!(run(blocks, limits.clone(), &requests, false), at_once, "planned at once");
+    assert_eq!(run(blocks, limits, &requests, true), prepared, "prepared");
+}
+
+fn run<const N: usize>(blocks: usize, limits: Limits, requests: &[Seq; N], prepares: bool) -> String {
     let mut scheduler = Scheduler::new(limits, blocks, 16);
-    let (mut now, mut plan) = (Instant::now(), Plan::default());
+    let (mut now, mut plan, mut next) = (Instant::now(), Plan::default(), Plan::default());
     let mut keys: Vec<Option<RequestKey>> = vec![None; N];
     let mut trace: Vec<String> = Vec::new();
     for step in 0.. {
-        for (key, request) in keys.iter_mut().zip(&requests) {
+        for (key, request) in keys.iter_mut().zip(requests) {
             if request.at == step {
                 let account = AccountId::new(&request.name[..1]);
                 let prompt = vec![u32::from(request.name.as_bytes()[0]); request.prompt];
@@ -101,6 +118,7 @@ pub(super) fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Se
             }
         };
         let before = scheduler.running.clone();
+        std::mem::swap(&mut plan, &mut next);
         scheduler.plan(now, &mut plan);
         if plan.drafted == 0 {
             scheduler.check().unwrap();
@@ -120,7 +138,10 @@ pub(super) fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Se
             let copied = if copied { "*" } else { "" };
             line.push(name(part.sequence, &scheduler, &keys) + &rows + copied + &drafts);
         }
-        scheduler.computed(&plan, now);
+        match prepares {
+            true => scheduler.prepare(&plan, now, &mut next),
+            false => scheduler.computed(&plan, now),
+        }
         // Every token is a 7.
         let firsts = (0..plan.sampled.len()).filter(|&row| plan.sampled[row].ahead == 0);
         let ended = firsts.filter_map(|row| {
@@ -140,5 +161,5 @@ pub(super) fn check<const N: usize>(blocks: usize, limits: Limits, requests: [Se
         assert!(step < 200, "no end: {trace:?}");
     }
     assert_eq!(scheduler.blocks.used(), 0);
-    assert_eq!(trace.join(" | "), expected);
+    trace.join(" | ")
 }
