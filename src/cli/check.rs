@@ -8,6 +8,7 @@ use super::serve::Over;
 use super::table::{Side, render};
 use crate::base::{Millis, Result};
 use crate::config::{self, Config};
+use crate::model::Division;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,6 +35,9 @@ pub struct Args {
 /// Prints what the configuration means, and what may not be meant.
 pub fn run(args: Args) -> Result<ExitCode> {
     let config = config::load(args.config.as_deref(), &args.over.into())?;
+    for model in config.models.iter().filter(|model| model.tensor_parallel > 1) {
+        Division::check(&model.path, model.tensor_parallel).map_err(|error| error.context(&model.id))?;
+    }
     super::print(&summary(&config))?;
     for warning in &config.warnings {
         eprintln!("warning: {warning}");
@@ -92,6 +96,7 @@ fn summary(config: &Config) -> String {
                 size,
                 super::bytes(model.kv_bytes as u64),
                 model.context.to_string(),
+                model.tensor_parallel.to_string(),
                 model.path.display().to_string(),
             ]
         })
@@ -101,6 +106,7 @@ fn summary(config: &Config) -> String {
         ("weights", Side::Right),
         ("KV", Side::Right),
         ("context", Side::Right),
+        ("ranks", Side::Right),
         ("path", Side::Left),
     ];
     text + &render(&columns, &rows)

@@ -104,6 +104,7 @@ fn local(config: &Config, args: &Args) -> Result<()> {
                 "configured": configured(entry).is_some(),
                 "path": configured(entry).map(|model| &model.path),
                 "context": entry.context,
+                "tensor_parallel": configured(entry).map(|model| model.tensor_parallel),
                 "price": { "input": entry.price.input, "output": entry.price.output },
                 "aliases": entry.aliases,
             })

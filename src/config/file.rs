@@ -288,6 +288,13 @@ pub struct ModelSection {
     /// Example: `"models/draft.gguf"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft: Option<PathBuf>,
+    /// Ranks that the model is divided over (tensor parallelism): each holds a part of every matrix and of the KV pool, and
+    /// computes with its share of `engine.threads`. It pays where parts of the machine have memory of their own (several
+    /// sockets), and costs a little where they have not. It must divide the model's query heads, and divide its key-value
+    /// heads or be a multiple of them; `neurond check-config` says which numbers a model file allows. Answers may differ from
+    /// those of another number in the last bits of their arithmetic. Only for text generation.
+    #[serde(default = "one_rank")]
+    pub tensor_parallel: usize,
     /// Longest sequence served, prompt and answer, in tokens.
     /// Left out: what the catalog says, or the model file if that is less.
     /// Example: `4096`
@@ -298,6 +305,10 @@ pub struct ModelSection {
     /// Example: `{ task = "text-generation", context = 8192, price = { input = 300, output = 2000 } }`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<Block>,
+}
+
+fn one_rank() -> usize {
+    1
 }
 
 impl ModelSection {
@@ -313,6 +324,7 @@ impl ModelSection {
             spill_bytes: None,
             spill_folder: None,
             draft: None,
+            tensor_parallel: one_rank(),
             context: None,
             entry,
         }

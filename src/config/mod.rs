@@ -224,6 +224,8 @@ pub struct Model {
     pub context: u32,
     /// The model that guesses its answers.
     pub draft: Option<Draft>,
+    /// Ranks that it is divided over, at least 1.
+    pub tensor_parallel: usize,
     /// When the file (of a folder: its newest file) was last written, so that a reload notices new weights under an old name.
     pub modified: Option<Millis>,
 }

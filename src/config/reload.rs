@@ -167,7 +167,8 @@ impl Changes {
                 self.note(key, Some(&model.path), None::<String>, Effect::Swap);
                 continue;
             };
-            let Model { id: _, task, path, precision, kv, kv_bytes, spill, draft, context, modified } = other;
+            let Model { id: _, task, path, precision, kv, kv_bytes, spill, draft, tensor_parallel, context, modified } =
+                other;
             self.note(format!("{key}: task"), model.task.name(), task.name(), Effect::Swap);
             self.note(format!("{key}: path"), &model.path, path, Effect::Swap);
             self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
@@ -181,6 +182,8 @@ impl Changes {
             };
             self.note(format!("{key}: spill_bytes"), room(&model.spill), room(spill), Effect::Swap);
             self.note(format!("{key}: context"), Some(model.context), Some(*context), Effect::Swap);
+            let (from, to) = (model.tensor_parallel, *tensor_parallel);
+            self.note(format!("{key}: tensor_parallel"), from, to, Effect::Swap);
             let paths = |draft: &Option<Draft>| draft.as_ref().map(|draft| draft.path.clone());
             self.note(format!("{key}: draft"), paths(&model.draft), paths(draft), Effect::Swap);
             if paths(&model.draft) == paths(draft) && model.draft != *draft {
@@ -294,6 +297,7 @@ mod tests {
             spill: None,
             context: 8192,
             draft: Some(Draft { path: "small".into(), modified: Some(Millis(1)) }),
+            tensor_parallel: 1,
             modified: Some(Millis(1)),
         }
     }
@@ -355,6 +359,7 @@ mod tests {
         let newer = Draft { path: "small".into(), modified: Some(Millis(2)) };
         check(|new| new.models[0].draft = Some(newer), &["model a: draft weights: as loaded -> written anew"]);
         check(|new| new.models[0].modified = Some(Millis(2)), &["model a: weights: as loaded -> written anew"]);
+        check(|new| new.models[1].tensor_parallel = 3, &["model b: tensor_parallel: 1 -> 3"]);
         check(|new| new.models.swap(0, 1), &[]);
     }
 

@@ -20,11 +20,14 @@ use super::simulated;
 use super::value::{ByteSize, Written};
 use super::{Account, Auth, Binding, Config, Draft, Engine, Log, Lora, Model, Overrides, Price, Server, Spill, Token};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
+use crate::task::Task;
 
 /// Bounds of the KV pool that is chosen for a model.
 const KV_POOL: (u64, u64) = (64 << 20, 2 << 30);
 /// Most tokens guessed ahead.
 const MOST_DRAFTS: usize = 64;
+/// Most ranks of a model: more than any has heads to divide.
+const MOST_RANKS: usize = 256;
 /// Price of a model that only the command line names: as a small model of the catalog.
 const STAND_IN: (u64, u64) = (2457, 18252);
 
@@ -54,7 +57,7 @@ pub(super) fn resolve(
         (None, None) => None,
     };
     let accounts = accounts(&mut check, &file.account);
-    let models = models(&mut check, &file.model, &catalog, folder, machine);
+    let models = models(&mut check, &file.model, &catalog, engine.threads, folder, machine);
     let lora = lora(&mut check, &file.lora, folder, machine);
     let log = log(&mut check, &file.log);
 
@@ -449,6 +452,7 @@ fn models(
     check: &mut Check,
     sections: &[ModelSection],
     catalog: &Catalog,
+    threads: usize,
     folder: &Path,
     machine: &Surroundings,
 ) -> Vec<Model> {
@@ -502,6 +506,24 @@ fn models(
         if section.context == Some(0) {
             check.wrong(&key("context"), 0, "allows nothing; write at least 1, or leave it out");
         }
+        let ranks = section.tensor_parallel;
+        let wrong = if !(1..=MOST_RANKS).contains(&ranks) {
+            Some(format!("is not from 1 to {MOST_RANKS}; 1, the default, divides nothing"))
+        } else if ranks > 1 && entry.task != Task::TextGeneration {
+            Some(format!("divides models for text generation only, and this one is for {}; write 1", entry.task.name()))
+        } else if ranks > 1 && simulated(&path).is_some() {
+            Some("divides nothing on a simulated device; write 1".to_owned())
+        } else {
+            None
+        };
+        if let Some(remedy) = &wrong {
+            check.wrong(&key("tensor_parallel"), ranks, remedy);
+        } else if ranks > threads {
+            check.warn(format!(
+                "{} = {ranks}: is more than engine.threads = {threads}; each rank takes a thread, and they slow each other down",
+                key("tensor_parallel")
+            ));
+        }
         let spill = section.spill_bytes.map(|bytes| Spill {
             bytes: usize::try_from(bytes.0).unwrap_or(usize::MAX),
             folder: section.spill_folder.as_ref().map(|path| folder.join(path)),
@@ -522,6 +544,7 @@ fn models(
             kv_bytes: usize::try_from(kv_bytes.0).unwrap_or(usize::MAX),
             spill,
             draft,
+            tensor_parallel: ranks,
             context: section.context.unwrap_or(u32::MAX).min(entry.context),
             modified,
         });

@@ -233,6 +233,16 @@ fn each_mistake_names_file_key_value_and_remedy() {
             "[engine]\nprefill_stretch = 0.5",
             "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.5 is the default",
         ),
+        (&format!("{MODEL}tensor_parallel = 0"), "tensor_parallel = 0: is not from 1 to 256; 1, the default"),
+        (&format!("{MODEL}tensor_parallel = 257"), "tensor_parallel = 257: is not from 1 to 256"),
+        (
+            "[[model]]\nid = \"@cf/baai/bge-small-en-v1.5\"\npath = \"a.gguf\"\ntensor_parallel = 2",
+            "tensor_parallel = 2: divides models for text generation only, and this one is for Text Embeddings; write 1",
+        ),
+        (
+            "[[model]]\nid = \"smollm2-135m-instruct\"\npath = \"sim\"\ntensor_parallel = 2",
+            "tensor_parallel = 2: divides nothing on a simulated device",
+        ),
         (
             &format!("{MODEL}spill_folder = \"/var/cache\""),
             "spill_folder = /var/cache: says where, but not how much: write spill_bytes as well",

@@ -1,9 +1,10 @@
-//! Who executes a planned step. Two kinds: a model on a device, and the simulated device of tests and `simulate`.
+//! Who executes a planned step: a model on a device, a model divided over the ranks of one, and the simulated device of tests
+//! and `simulate`.
 
 use crate::base::Result;
 use crate::kernel::Pool;
 use crate::model::lora::Adapter;
-use crate::model::{Batch, Decoder};
+use crate::model::{Batch, Decoder, Group};
 
 /// Computes packed steps over its own paged KV pool.
 pub trait Runner: Send {
@@ -85,5 +86,41 @@ impl Runner for Decoder {
 
     fn import(&mut self, block: u32, from: &[u8]) {
         Decoder::import(self, block, from);
+    }
+}
+
+impl Runner for Group {
+    fn blocks(&self) -> usize {
+        Group::blocks(self)
+    }
+
+    fn block_tokens(&self) -> usize {
+        Group::block_tokens(self)
+    }
+
+    fn takes(&self, adapter: &Adapter) -> bool {
+        Group::takes(self, adapter)
+    }
+
+    fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
+        let vocab = self.spec().vocab;
+        let (data, pool) = self.forward_beside(batch, meanwhile)?;
+        Ok(Logits { data, vocab, pool })
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        Group::copy(self, from, to);
+    }
+
+    fn block_bytes(&self) -> usize {
+        Group::block_bytes(self)
+    }
+
+    fn export(&mut self, block: u32, out: &mut [u8]) {
+        Group::export(self, block, out);
+    }
+
+    fn import(&mut self, block: u32, from: &[u8]) {
+        Group::import(self, block, from);
     }
 }

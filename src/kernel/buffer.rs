@@ -186,6 +186,14 @@ impl<'a, T: Plain> Shared<'a, T> {
         Self { data: slice.as_mut_ptr(), len: slice.len(), of: PhantomData }
     }
 
+    /// Of memory that somebody else lends.
+    ///
+    /// # Safety
+    /// There are `len` initialised elements at `data` for as long as the view lives, and its holders alone touch them.
+    pub(super) unsafe fn of_raw(data: *mut T, len: usize) -> Self {
+        Self { data, len, of: PhantomData }
+    }
+
     /// Elements `start..start + len`.
     ///
     /// # Safety

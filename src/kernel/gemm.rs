@@ -38,6 +38,15 @@ pub enum Out<'a> {
     Set(&'a mut [f32]),
     /// Adds: the residual stream.
     Add(&'a mut [f32]),
+    /// Overwrites some columns of rows whose others belong to somebody else.
+    Columns {
+        /// `[rows, stride]`
+        out: Shared<'a, f32>,
+        /// Length of a row.
+        stride: usize,
+        /// Column of the first channel.
+        first: usize,
+    },
 }
 
 impl Linear {
@@ -100,10 +109,12 @@ impl Linear {
         delta: Option<Delta<'_>>,
     ) {
         let width = self.channels();
-        let (out, add) = match out {
-            Out::Set(out) => (Shared::new(out), false),
-            Out::Add(out) => (Shared::new(out), true),
+        let (out, stride, before, add) = match out {
+            Out::Set(out) => (Shared::new(out), width, 0, false),
+            Out::Add(out) => (Shared::new(out), width, 0, true),
+            Out::Columns { out, stride, first } => (out, stride, first, false),
         };
+        assert!(before + width <= stride);
         let view = self.view(x, rows);
         let panels: usize = self.parts.iter().map(Panels::count).sum();
         each_task(errand, cpu, panels, rows, |panel, first, last| {
@@ -119,7 +130,7 @@ impl Linear {
                 }
                 for (i, values) in tile.chunks_exact_mut(LANES).enumerate() {
                     // SAFETY: each pair of panel and rows is handed out once, and panels are different channels.
-                    let out = unsafe { out.part((row + i) * width + channel, valid) };
+                    let out = unsafe { out.part((row + i) * stride + before + channel, valid) };
                     if let Some(bias) = bias {
                         values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
                     }
@@ -581,6 +592,21 @@ mod tests {
                 *expected += f64::from(bias[i % 60]) + f64::from(residual[i]);
             }
             close(&out, &expected, 2e-2, "quantised inputs");
+        }
+    }
+
+    #[test]
+    fn columns_of_others_are_left_alone() {
+        let cpu = &cpus()[0];
+        let (rows, width, channels, stride) = (9, 64, 20, 50);
+        let linear = Linear::new(vec![case(cpu, Dtype::F32, channels, width, 1).panels], None);
+        let x = inputs(cpu, &Dice::new(3).values(rows * width), rows);
+        let (mut dense, mut out) = (vec![0.0; rows * channels], vec![-7.0; rows * stride]);
+        linear.apply(cpu, &x, rows, Out::Set(&mut dense));
+        linear.apply(cpu, &x, rows, Out::Columns { out: Shared::new(&mut out), stride, first: 13 });
+        for (dense, out) in dense.chunks(channels).zip(out.chunks(stride)) {
+            assert_eq!(&out[13..33], dense);
+            assert!(out[..13].iter().chain(&out[33..]).all(|&x| x == -7.0));
         }
     }
 

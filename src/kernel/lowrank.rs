@@ -8,6 +8,8 @@
 //! The scale is applied between the two, so that no weight is rounded again. Each row's sums run over k in order whatever
 //! the size of its tile, so its bits depend neither on its company nor on the adapters of others.
 
+use std::ops::Range;
+
 use crate::base::{Error, Result};
 use crate::kernel::gemm::each_tile;
 use crate::kernel::panel::{Kind, LANES, Panels};
@@ -87,11 +89,21 @@ struct Gather {
     first: u32,
 }
 
+/// Which part of a product is computed here, where a rank holds a part of the matrices: adapters are whole.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// The first input.
+    pub input: usize,
+    /// The first panel of channels, part by part.
+    pub panels: [usize; MAX_PARTS],
+}
+
 /// The second half of a product: what is still to be added to its tiles.
 #[derive(Clone, Copy)]
 pub struct Delta<'a> {
     of: &'a [u16],
     low: &'a [f32],
+    panels: [usize; MAX_PARTS],
     find: &'a Find<'a>,
 }
 
@@ -137,12 +149,13 @@ impl Adapters {
     }
 
     /// `low = scale * A x` for the rows that have an adapter, whatever parts of the product it adds to. `None` when no row
-    /// has one.
+    /// has one. `x` are the inputs from `cut.input` on.
     pub fn project<'a>(
         &'a mut self,
         cpu: &Cpu,
         x: &Activations,
         parts: usize,
+        cut: Cut,
         find: &'a Find<'a>,
     ) -> Option<Delta<'a>> {
         if self.rows.is_empty() {
@@ -160,7 +173,7 @@ impl Adapters {
             let (part, panel) = (task / LOW_PANELS % parts, task % LOW_PANELS);
             let found = find(usize::from(gather.adapter) - 1).and_then(|adapter| adapter.parts[part].as_ref());
             let Some(pair) = found.filter(|pair| panel * LANES < pair.a.channels()) else { return };
-            assert_eq!(pair.a.inputs(), inputs);
+            assert!(cut.input + inputs <= pair.a.inputs());
             let rows = &rows[gather.first as usize..][..usize::from(gather.count)];
             let (mut from, mut to) = ([std::ptr::null(); TILE], [std::ptr::null_mut(); TILE]);
             for (i, &row) in rows.iter().enumerate() {
@@ -169,10 +182,11 @@ impl Adapters {
                 from[i] = unsafe { x.floats.add(row * inputs) };
                 to[i] = low.at(row * LOW + part * MAX_RANK + panel * LANES);
             }
-            // SAFETY: rows of `inputs` numbers; 16 numbers of each are written here and nowhere else.
-            unsafe { multiply::<false>(cpu.isa, &pair.a, panel, pair.scale, &from, &to, rows.len()) };
+            let inputs = cut.input..cut.input + inputs;
+            // SAFETY: rows of so many numbers; 16 numbers of each are written here and nowhere else.
+            unsafe { multiply::<false>(cpu.isa, &pair.a, panel, inputs, pair.scale, &from, &to, rows.len()) };
         });
-        Some(Delta { of: &self.of, low: &self.low, find })
+        Some(Delta { of: &self.of, low: &self.low, panels: cut.panels, find })
     }
 }
 
@@ -184,7 +198,7 @@ impl Delta<'_> {
         if of.iter().all(|&adapter| adapter == 0) {
             return;
         }
-        let tile = Shared::new(tile);
+        let (tile, panel) = (Shared::new(tile), self.panels[part] + panel);
         let mut at = 0;
         while let Some(&adapter) = of.get(at) {
             let run = of[at..].iter().take_while(|&&other| other == adapter).count();
@@ -197,7 +211,7 @@ impl Delta<'_> {
                         to[i] = tile.at((first + i) * LANES);
                     }
                     // SAFETY: rows of as many numbers as B has inputs; the tile is this caller's alone.
-                    unsafe { multiply::<true>(isa, &pair.b, panel, 1.0, &from, &to, count) };
+                    unsafe { multiply::<true>(isa, &pair.b, panel, 0..pair.b.inputs(), 1.0, &from, &to, count) };
                 });
             }
             at += run;
@@ -205,22 +219,29 @@ impl Delta<'_> {
     }
 }
 
-/// `out[r] = scale * panel x[r]`, on top of what is there when `ADD`, for `count` (1, 2, 4 or 8) rows.
+/// `out[r] = scale * panel x[r]`, over these inputs of the matrix, on top of what is there when `ADD`, for `count` (1, 2, 4
+/// or 8) rows.
 ///
 /// # Safety
-/// Each of the first `count` pointers leads to as many numbers as the matrix has inputs, and to room for 16.
+/// Each of the first `count` pointers leads to as many numbers as there are `inputs`, and to room for 16.
 #[inline]
+#[allow(clippy::too_many_arguments)]
 unsafe fn multiply<const ADD: bool>(
     isa: Isa,
     matrix: &Panels,
     panel: usize,
+    inputs: Range<usize>,
     scale: f32,
     x: &[*const f32; TILE],
     out: &[*mut f32; TILE],
     count: usize,
 ) {
     debug_assert!(matches!(count, 1 | 2 | 4 | 8));
-    let (w, inputs) = (matrix.data[panel * matrix.stride..][..matrix.stride].as_ptr(), matrix.inputs());
+    assert!(inputs.end <= matrix.inputs());
+    // A panel of floats is a vector of 16 an input.
+    let vector = if matrix.kind == Kind::F32 { LANES * 4 } else { LANES * 2 };
+    let panel = &matrix.data[panel * matrix.stride..][..matrix.stride];
+    let (w, inputs) = (panel[inputs.start * vector..].as_ptr(), inputs.len());
     macro_rules! rows {
         ($kind:ident) => {
             match count {
@@ -231,7 +252,7 @@ unsafe fn multiply<const ADD: bool>(
             }
         };
     }
-    // SAFETY: a panel holds `inputs` vectors of 16; the rest by contract.
+    // SAFETY: a panel holds a vector of 16 for each of the matrix's inputs; the rest by contract.
     unsafe {
         match matrix.kind {
             Kind::F16 => rows!(F16),
@@ -346,7 +367,7 @@ mod tests {
                     plan.plan(count, spans.iter().copied());
                     let x = inputs(x, width);
                     let find = |adapter: usize| adapters.get(adapter);
-                    let delta = plan.project(&cpu, &x, 2, &find);
+                    let delta = plan.project(&cpu, &x, 2, Cut::default(), &find);
                     let mut out = vec![0.0; x.capacity() * 49];
                     linear.apply_adapted(&cpu, &x, x.capacity(), Out::Set(&mut out), delta);
                     out
@@ -395,7 +416,7 @@ mod tests {
             plan.plan(1, [(4, 0), (rows - 4, 1)].into_iter());
             let activations = inputs(&x, width);
             let find = |_: usize| Some(&adapter);
-            let delta = plan.project(&cpu, &activations, 2, &find);
+            let delta = plan.project(&cpu, &activations, 2, Cut::default(), &find);
             let (mut out, mut plain) = (vec![0.0; rows * ffn], vec![0.0; rows * ffn]);
             gated(&cpu, &gate.0, &up.0, &activations, rows, &mut plain, None);
             gated(&cpu, &gate.0, &up.0, &activations, rows, &mut out, delta);
@@ -410,6 +431,47 @@ mod tests {
                     let (g, u) = (base(&gate.1, x, c) + g[c], base(&up.1, x, c) + u[c]);
                     let (got, expected) = (f64::from(out[row * ffn + c]), g / (1.0 + (-g).exp()) * u);
                     assert!((got - expected).abs() < 1e-4 * (1.0 + expected.abs()), "{} {got} {expected}", cpu.isa);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_that_hold_parts_of_a_matrix_use_their_parts_of_a_whole_adapter() {
+        let (rows, width, channels, rank) = (5, 96, 48, 20);
+        for cpu in cpus() {
+            for dtype in [Dtype::F32, Dtype::F16] {
+                let mut dice = Dice::new(13);
+                let x = dice.values(rows * width);
+                let (a, b) =
+                    (matrix(&cpu, dtype, rank, width, &mut dice), matrix(&cpu, dtype, channels, rank, &mut dice));
+                let mut adapter = LowRank::default();
+                adapter.set(0, a.0, b.0, 0.5).unwrap();
+                let zeros = |channels: usize, inputs: usize| {
+                    let bytes = vec![0; channels * inputs * 4];
+                    let source = Source { dtype: Dtype::F32, bytes: &bytes, channels, inputs };
+                    Linear::new(vec![Panels::pack(&cpu, &mut Arena::default(), source, false, |c| c).unwrap()], None)
+                };
+                let run = |linear: &Linear, x: &[f32], cut: Cut| {
+                    let (mut plan, find) = (Adapters::new(rows), |_: usize| Some(&adapter));
+                    plan.plan(1, [(rows, 1)].into_iter());
+                    let x = inputs(x, x.len() / rows);
+                    let mut out = vec![0.0; rows * linear.channels()];
+                    linear.apply_adapted(&cpu, &x, rows, Out::Set(&mut out), plan.project(&cpu, &x, 1, cut, &find));
+                    out
+                };
+                let whole = run(&zeros(channels, width), &x, Cut::default());
+                let lower = run(&zeros(16, width), &x, Cut { panels: [2, 0, 0], ..Cut::default() });
+                for (whole, lower) in whole.chunks(channels).zip(lower.chunks(16)) {
+                    assert_eq!(&whole[32..], lower, "the last 16 channels");
+                }
+                let halves = [0..40, 40..width].map(|cut| {
+                    let x: Vec<f32> = x.chunks(width).flat_map(|row| row[cut.clone()].to_vec()).collect();
+                    run(&zeros(channels, cut.len()), &x, Cut { input: cut.start, ..Cut::default() })
+                });
+                for (i, whole) in whole.iter().enumerate() {
+                    let sum = halves[0][i] + halves[1][i];
+                    assert!((whole - sum).abs() < 1e-4 * (1.0 + whole.abs()), "{} {whole} {sum}", cpu.isa);
                 }
             }
         }

@@ -5,11 +5,13 @@
 //!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
 //!     lowrank  what adapters add to a product   words   rows x panels in 16 bits, layer norm: encoders
 //!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
+//!     collective what the ranks of a group sum and gather
 
 use std::sync::Arc;
 
 mod attention;
 mod buffer;
+mod collective;
 mod gemm;
 mod lowrank;
 mod panel;
@@ -18,14 +20,15 @@ pub mod quant;
 mod rows;
 mod simd;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod words;
 
 pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
 pub use buffer::{Arena, Buffer, Plain, Shared};
+pub use collective::{Collective, share};
 pub use gemm::{Linear, Out, gated};
-pub use lowrank::{Adapters, Delta, Find, LowRank, MAX_RANK};
-pub use panel::{Panels, Source};
+pub use lowrank::{Adapters, Cut, Delta, Find, LowRank, MAX_RANK};
+pub use panel::{LANES, Panels, Part, Source};
 pub use pool::Pool;
 pub use quant::Dtype;
 pub use rows::{Activations, Rope, each_row, rotate};

@@ -8,6 +8,8 @@
 //! in the file; the K formats' products of two numbers are rounded to f16 under one power of two for the matrix.
 //! What is in the panels is all there is: the file's pages may go.
 
+use std::ops::Range;
+
 use half::f16;
 
 use crate::base::{Error, Result};
@@ -16,7 +18,7 @@ use crate::kernel::quant::{Dtype, dequantize_row, unpack_group};
 use crate::kernel::{Arena, Cpu};
 
 /// Output channels of a panel.
-pub(super) const LANES: usize = 16;
+pub const LANES: usize = 16;
 /// Inputs that share a scale of the activations.
 pub(super) const BLOCK: usize = 32;
 
@@ -70,6 +72,22 @@ pub struct Source<'a> {
     pub inputs: usize,
 }
 
+/// Some channels of a matrix, and some inputs of each: what a rank holds of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Output channels.
+    pub channels: Range<usize>,
+    /// Inputs; both ends at multiples of [`Dtype::block_len`].
+    pub inputs: Range<usize>,
+}
+
+impl Source<'_> {
+    /// All of it.
+    pub fn whole(&self) -> Part {
+        Part { channels: 0..self.channels, inputs: 0..self.inputs }
+    }
+}
+
 impl Panels {
     /// Packs `source` into `arena` on all threads. Channel `c` is row `order(c)` of the source. With `plain`, everything becomes f32.
     ///
@@ -82,13 +100,37 @@ impl Panels {
         plain: bool,
         order: impl Fn(usize) -> usize + Sync,
     ) -> Result<Self> {
+        Self::pack_part(cpu, arena, source, source.whole(), plain, order)
+    }
+
+    /// [`Panels::pack`] of a part: channel `c` of it is row `order(part.channels.start + c)`.
+    ///
+    /// # Errors
+    /// As [`Panels::pack`], and when the part is not in the matrix, is empty, or cuts through a block.
+    pub fn pack_part(
+        cpu: &Cpu,
+        arena: &mut Arena,
+        source: Source<'_>,
+        part: Part,
+        plain: bool,
+        order: impl Fn(usize) -> usize + Sync,
+    ) -> Result<Self> {
         let Source { dtype, bytes, channels, inputs } = source;
+        let name = dtype.name();
         let row_bytes = dtype.row_bytes(inputs).filter(|row| row.checked_mul(channels) == Some(bytes.len()));
-        let Some(row_bytes) = row_bytes.filter(|_| channels > 0 && inputs > 0) else {
-            let name = dtype.name();
+        let Some(row_bytes) = row_bytes else {
             return Err(Error::internal(format!("{} bytes are not {channels} x {inputs} {name}", bytes.len())));
         };
-        let kind = if plain { Kind::F32 } else { Kind::of(source, row_bytes) };
+        // Where the part begins in a row, and how many bytes of it there are.
+        let cut = dtype.row_bytes(part.inputs.start).zip(dtype.row_bytes(part.inputs.len()));
+        let inside = part.channels.end <= channels && part.inputs.end <= inputs;
+        let Some((start, length)) = cut.filter(|_| inside && !part.channels.is_empty() && !part.inputs.is_empty())
+        else {
+            return Err(Error::internal(format!("{part:?} is no part of {channels} x {inputs} {name}")));
+        };
+        let (first, channels, inputs) = (part.channels.start, part.channels.len(), part.inputs.len());
+        let row = |channel: usize| &bytes[order(first + channel) * row_bytes + start..][..length];
+        let kind = if plain { Kind::F32 } else { Kind::of(dtype, inputs, (0..channels).map(row)) };
         let stride = kind.bytes(inputs).next_multiple_of(64);
         let count = channels.div_ceil(LANES);
         let data = arena.fill(count * stride, |out| {
@@ -96,8 +138,7 @@ impl Panels {
                 // SAFETY: each panel is handed out once.
                 let out = unsafe { out.part(panel * stride, stride) };
                 for lane in 0..LANES.min(channels - panel * LANES) {
-                    let row = order(panel * LANES + lane);
-                    pack_channel(kind, dtype, &bytes[row * row_bytes..][..row_bytes], inputs, lane, out);
+                    pack_channel(kind, dtype, row(panel * LANES + lane), inputs, lane, out);
                 }
             });
         });
@@ -174,8 +215,8 @@ impl Panels {
 }
 
 impl Kind {
-    fn of(source: Source<'_>, row_bytes: usize) -> Self {
-        let dtype = source.dtype;
+    /// For rows of `inputs` weights.
+    fn of<'a>(dtype: Dtype, inputs: usize, rows: impl Iterator<Item = &'a [u8]>) -> Self {
         let (Some(group), Some(bits)) = (dtype.group_len(), dtype.code_bits()) else {
             return match dtype {
                 Dtype::F16 => Self::F16,
@@ -188,7 +229,7 @@ impl Kind {
             5 | 6 => Codes::Byte,
             _ => Codes::Full,
         };
-        let factor = if dtype.block_len() > BLOCK { power_of_two_for(source, row_bytes) } else { 1.0 };
+        let factor = if dtype.block_len() > BLOCK { power_of_two_for(dtype, inputs, rows) } else { 1.0 };
         Self::Quant {
             codes,
             groups: BLOCK / group,
@@ -230,14 +271,14 @@ impl Codes {
 
 /// The power of two under which the largest scale or minimum of the K formats is near the top of f16's range, so that
 /// the small ones keep all their bits.
-fn power_of_two_for(source: Source<'_>, row_bytes: usize) -> f32 {
+fn power_of_two_for<'a>(dtype: Dtype, inputs: usize, rows: impl Iterator<Item = &'a [u8]>) -> f32 {
     let mut codes = [0; BLOCK];
-    let group_len = source.dtype.group_len().unwrap_or(BLOCK);
+    let group_len = dtype.group_len().unwrap_or(BLOCK);
     let mut largest = 0f32;
-    for row in source.bytes.chunks_exact(row_bytes) {
-        for group in 0..source.inputs / group_len {
-            let group = unpack_group(source.dtype, row, group, &mut codes);
-            let min = if source.dtype.zero_code().is_some() { 0.0 } else { group.min.abs() };
+    for row in rows {
+        for group in 0..inputs / group_len {
+            let group = unpack_group(dtype, row, group, &mut codes);
+            let min = if dtype.zero_code().is_some() { 0.0 } else { group.min.abs() };
             largest = largest.max(group.scale.abs()).max(min);
         }
     }
@@ -333,6 +374,39 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_matrix_has_the_weights_that_the_whole_has_there() {
+        let cpu = &cpus()[0];
+        for dtype in Dtype::ALL {
+            let (channels, unit) = (50, dtype.block_len().max(32));
+            let inputs = 4 * unit;
+            let bytes = Dice::new(9).weights(dtype, channels, inputs);
+            let source = Source { dtype, bytes: &bytes, channels, inputs };
+            let order = |c: usize| channels - 1 - c;
+            let whole = Panels::pack(cpu, &mut Arena::default(), source, true, order).unwrap();
+            for part in [
+                Part { channels: 0..50, inputs: unit..3 * unit },
+                Part { channels: 17..18, inputs: 0..inputs },
+                Part { channels: 16..50, inputs: 3 * unit..inputs },
+            ] {
+                let panels = Panels::pack_part(cpu, &mut Arena::default(), source, part.clone(), true, order).unwrap();
+                assert_eq!((panels.channels(), panels.inputs()), (part.channels.len(), part.inputs.len()));
+                for (at, channel) in part.channels.clone().enumerate() {
+                    let (mut expected, mut got) = (vec![0.0; inputs], vec![0.0; part.inputs.len()]);
+                    whole.channel(channel, &mut expected);
+                    panels.channel(at, &mut got);
+                    assert_eq!(got, expected[part.inputs.clone()], "{} {part:?}", dtype.name());
+                }
+            }
+            let inside = |channels, inputs| {
+                Panels::pack_part(cpu, &mut Arena::default(), source, Part { channels, inputs }, false, order).is_ok()
+            };
+            assert!(inside(0..50, 0..unit));
+            assert!(!inside(0..51, 0..unit) && !inside(0..50, unit..5 * unit) && !inside(3..3, 0..unit));
+            assert_eq!(inside(0..50, 0..unit / 2), dtype.block_len() == 1, "{}: half a block", dtype.name());
         }
     }
 

@@ -20,7 +20,7 @@ use parking_lot::{Condvar, Mutex};
 /// Looks at the epoch before a waiting thread starts to give its core away: some 20 µs.
 const SPINS: usize = 1_500;
 /// Times it gives its core away before it sleeps: a few ms when nobody else wants the core.
-const YIELDS: usize = 4_000;
+pub(super) const YIELDS: usize = 4_000;
 
 /// A fixed set of threads that all run the same closure and meet at its end.
 pub struct Pool {
@@ -51,11 +51,16 @@ unsafe impl Send for Shared {}
 
 /// Alone on its cache line, so that the workers' countdown does not disturb those that look at the epoch.
 #[repr(align(128))]
-struct Line<T>(T);
+pub(super) struct Line<T>(pub(super) T);
 
 impl Pool {
     /// `threads` in all, the caller's included: `Pool::new(1)` starts none. Threads the system refuses are done without.
     pub fn new(threads: usize) -> Self {
+        Self::named("kernel", threads)
+    }
+
+    /// [`Pool::new`], its threads called `name` and their number.
+    pub fn named(name: &str, threads: usize) -> Self {
         let shared = Arc::new(Shared {
             epoch: Line(AtomicUsize::new(0)),
             door: Line(AtomicU64::new(CLOSED)),
@@ -69,7 +74,7 @@ impl Pool {
         let workers = (1..threads.clamp(1, COUNT as usize))
             .map_while(|thread| {
                 let shared = shared.clone();
-                std::thread::Builder::new().name(format!("kernel-{thread}")).spawn(move || shared.serve(thread)).ok()
+                std::thread::Builder::new().name(format!("{name}-{thread}")).spawn(move || shared.serve(thread)).ok()
             })
             .collect();
         Self { shared, turn: Mutex::new(()), workers }
@@ -85,15 +90,28 @@ impl Pool {
     /// # Panics
     /// With the first panic of any thread, once all are done. `work` must not call `run` of the same pool.
     pub fn run(&self, work: impl Fn(usize) + Sync) {
-        self.start(&work, true, &mut || ());
+        self.start(&mut || work(0), &work, true);
     }
 
-    /// With `all`, every thread runs `job`; else the caller, and those that come before it is done. The caller does its
-    /// `errand` before, when the others have begun.
-    fn start(&self, job: &(dyn Fn(usize) + Sync), all: bool, errand: &mut dyn FnMut()) {
+    /// Runs `own` on the caller, which may use what is the caller's alone, and `others(thread)` on each other thread,
+    /// `1..threads`; returns when all are done.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn lead(&self, own: impl FnOnce(), others: impl Fn(usize) + Sync) {
+        let mut own = Some(own);
+        let mut once = || {
+            if let Some(own) = own.take() {
+                own();
+            }
+        };
+        self.start(&mut once, &others, true);
+    }
+
+    /// The caller runs `own`. With `all`, every other thread runs `job`; else those that come before the caller is done.
+    fn start(&self, own: &mut dyn FnMut(), job: &(dyn Fn(usize) + Sync), all: bool) {
         if self.workers.is_empty() {
-            errand();
-            return job(0);
+            return own();
         }
         let turn = self.turn.lock();
         let shared = &*self.shared;
@@ -108,10 +126,7 @@ impl Pool {
             let _bed = shared.bed.lock();
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| {
-            errand();
-            job(0);
-        }));
+        let own = catch_unwind(AssertUnwindSafe(own));
         if all {
             let everyone = self.workers.len() as u64;
             wait(|| door.load(Ordering::Acquire) >> ENTERED & COUNT == everyone, usize::MAX);
@@ -148,7 +163,11 @@ impl Pool {
                 (first..(first + grain).min(count)).for_each(&work);
             }
         };
-        self.start(&take, false, errand);
+        let mut own = || {
+            errand();
+            take(0);
+        };
+        self.start(&mut own, &take, false);
     }
 }
 
@@ -221,7 +240,7 @@ fn enter(door: &AtomicU64, epoch: usize) -> bool {
 }
 
 /// Waits for `done` without sleeping; false after having yielded `yields` times in vain.
-fn wait(done: impl Fn() -> bool, yields: usize) -> bool {
+pub(super) fn wait(done: impl Fn() -> bool, yields: usize) -> bool {
     for _ in 0..SPINS {
         if done() {
             return true;
@@ -257,6 +276,19 @@ mod tests {
                     std::thread::sleep(Duration::from_millis(60));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn the_caller_leads_with_what_is_its_own_while_the_others_follow() {
+        for threads in [1, 4] {
+            let pool = Pool::new(threads);
+            let (mut led, followed) = (Vec::new(), AtomicUsize::new(0));
+            for round in 0..100 {
+                pool.lead(|| led.push(round), |thread| _ = followed.fetch_add(thread, Ordering::Relaxed));
+            }
+            assert_eq!(led.len(), 100);
+            assert_eq!(followed.into_inner(), 100 * (1..threads).sum::<usize>());
         }
     }
 

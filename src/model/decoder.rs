@@ -5,18 +5,22 @@
 //!
 //! One text for every family: sizes, biases and rope come from [`DecoderSpec`]. Owned by one thread, which may use the
 //! pool's others. Nothing is allocated in a step. Knows nothing of sequences beyond a step, nor of sampling.
+//!
+//! One rank of a group ([`crate::model::Group`]) is such a decoder as well: it holds its part of each matrix, and what would
+//! go into the residual stream is summed over all ranks first.
 
 use std::sync::Arc;
 
 use crate::base::{Error, Result};
 use crate::config::{KvType, Precision};
 use crate::kernel::{
-    Activations, Adapters, Arena, Attention, Buffer, Cpu, Isa, KvLayout, KvSpan, Linear, MAX_DIM, MAX_GROUP, Out,
-    Panels, Pool, Query, Rope, each_row, gated, rotate,
+    Activations, Adapters, Arena, Attention, Buffer, Collective, Cpu, Delta, Isa, KvLayout, KvSpan, Linear, MAX_DIM,
+    MAX_GROUP, Out, Panels, Pool, Query, Rope, each_row, gated, rotate,
 };
 use crate::model::Batch;
 use crate::model::kv::KvPool;
 use crate::model::layers::{Layer, Packer};
+use crate::model::shard::{Matrix, Shard};
 use crate::model::spec::DecoderSpec;
 use crate::model::weights::Weights;
 
@@ -59,7 +63,12 @@ impl DecoderOptions {
 
 /// A model ready to compute: packed weights, KV pool, work buffers.
 pub struct Decoder {
+    /// Of the whole model.
     spec: DecoderSpec,
+    /// What of it is here: all, unless it is a rank of a group.
+    shard: Shard,
+    /// The way to the other ranks of the group.
+    ranks: Option<Collective>,
     cpu: Cpu,
     /// `None` when the head is the embedding.
     embedding: Option<Panels>,
@@ -87,8 +96,16 @@ struct Work {
     middle: Activations,
     /// The sampled rows in front of the head.
     sampled: Activations,
-    /// `[sampled rows, vocab]`
+    /// `[rows, hidden]`: what this rank adds to the residual stream. Empty without a group.
+    partial: Buffer<f32>,
+    /// `[sampled rows, vocab]`. Empty on all ranks but the first.
     logits: Buffer<f32>,
+}
+
+/// One rank's place in a group.
+pub(super) struct Place {
+    pub(super) shard: Shard,
+    pub(super) ranks: Collective,
 }
 
 impl Decoder {
@@ -103,6 +120,17 @@ impl Decoder {
         options: &DecoderOptions,
         progress: &(dyn Fn(f32) + Sync),
     ) -> Result<Self> {
+        Self::open_place(weights, spec, None, options, progress)
+    }
+
+    /// [`Decoder::open`] of a rank's part; the pool and the size of the KV pool are the rank's own.
+    pub(super) fn open_place(
+        weights: &Weights,
+        spec: DecoderSpec,
+        place: Option<Place>,
+        options: &DecoderOptions,
+        progress: &(dyn Fn(f32) + Sync),
+    ) -> Result<Self> {
         if spec.head_dim > MAX_DIM || spec.heads / spec.kv_heads > MAX_GROUP {
             return Err(Error::unsupported(format!(
                 "heads of {} in groups of {}: up to {MAX_DIM} in groups of {MAX_GROUP} are computed",
@@ -112,15 +140,22 @@ impl Decoder {
         }
         let (rows, sample_rows) = (options.max_rows.max(1), options.max_sample_rows.max(1));
         let plain = options.precision == Precision::Plain;
-        let kv = KvPool::new(options.kv_layout(&spec), spec.layers, options.kv_bytes)?;
+        let (shard, ranks) = match place {
+            Some(Place { shard, ranks }) => (shard, Some(ranks)),
+            None => (Shard::whole(&spec), None),
+        };
+        let leads = ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0);
+        let own = &shard.spec;
+        let kv = KvPool::new(options.kv_layout(own), spec.layers, options.kv_bytes)?;
         let cpu = Cpu { pool: options.pool.clone(), isa: options.isa };
-        let mut packer = Packer { cpu: &cpu, arena: Arena::default(), weights, spec: &spec, plain, progress, done: 0 };
-        let embedding = packer.matrix("token_embd.weight", None)?;
+        let arena = Arena::default();
+        let mut packer = Packer { cpu: &cpu, arena, weights, shard: &shard, plain, progress, done: 0 };
+        let embedding = packer.matrix("token_embd.weight", Matrix::Words, None)?;
         let layers: Vec<Layer> = (0..spec.layers).map(|layer| packer.layer(layer)).collect::<Result<_>>()?;
         let norm = packer.vector("output_norm.weight")?;
         let (embedding, head) = match spec.tied_head {
             true => (None, embedding),
-            false => (Some(embedding), packer.matrix("output.weight", None)?),
+            false => (Some(embedding), packer.matrix("output.weight", Matrix::Words, None)?),
         };
         let head = Linear::new(vec![head], None);
         progress(1.0);
@@ -131,11 +166,12 @@ impl Decoder {
         let middle_int8 = layers.iter().any(|layer| layer.down.takes_int8());
         let work = Work {
             x: Buffer::zeroed(rows * spec.hidden),
-            qkv: Buffer::zeroed(rows * (spec.q_width() + 2 * spec.kv_width())),
-            inputs: Activations::new(rows, spec.hidden.max(spec.q_width()), inputs_int8),
-            middle: Activations::new(rows, spec.ffn, middle_int8),
+            qkv: Buffer::zeroed(rows * (own.q_width() + 2 * own.kv_width())),
+            inputs: Activations::new(rows, spec.hidden.max(own.q_width()), inputs_int8),
+            middle: Activations::new(rows, own.ffn, middle_int8),
             sampled: Activations::new(sample_rows, spec.hidden, head.takes_int8()),
-            logits: Buffer::zeroed(sample_rows * spec.vocab),
+            partial: Buffer::zeroed(if ranks.is_some() { rows * spec.hidden } else { 0 }),
+            logits: Buffer::zeroed(if leads { sample_rows * spec.vocab } else { 0 }),
         };
         Ok(Self {
             rope: Rope::new(spec.rope.frequencies(spec.head_dim), rows),
@@ -144,6 +180,8 @@ impl Decoder {
             max_rows: rows,
             max_sample_rows: sample_rows,
             spec,
+            shard,
+            ranks,
             cpu,
             embedding,
             layers,
@@ -157,6 +195,11 @@ impl Decoder {
     /// What it computes.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec
+    }
+
+    /// The threads that compute it.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.cpu.pool
     }
 
     /// KV blocks of the pool; valid ids are `0..blocks`.
@@ -223,7 +266,16 @@ impl Decoder {
     /// As [`Decoder::forward`], and then `errand` may not have been done.
     pub fn forward_beside(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<(&mut [f32], &Pool)> {
         self.check(batch)?;
-        self.embed(batch);
+        self.compute(batch, errand)?;
+        Ok(self.logits(batch))
+    }
+
+    /// [`Decoder::forward_beside`] of a batch that was checked; in a group, together with all other ranks.
+    ///
+    /// # Errors
+    /// `Internal` when another rank failed.
+    pub(super) fn compute(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<()> {
+        self.embed(batch)?;
         self.rope.set(&self.cpu, &batch.positions);
         let spans = batch.spans.iter().map(|span| KvSpan {
             row: span.row as usize,
@@ -231,28 +283,33 @@ impl Decoder {
             start: span.start as usize,
             table: span.table as usize,
         });
-        self.attention.plan(spans, self.spec.heads / self.spec.kv_heads);
+        self.attention.plan(spans, self.shard.spec.heads / self.shard.spec.kv_heads);
         let adapted = batch.spans.iter().map(|span| (span.rows as usize, span.adapter as usize));
         self.adapters.plan(batch.adapters.len(), adapted);
         for layer in 0..self.layers.len() {
             match layer {
-                0 => self.attend(layer, batch, errand),
-                _ => self.attend(layer, batch, &mut || ()),
+                0 => self.attend(layer, batch, errand)?,
+                _ => self.attend(layer, batch, &mut || ())?,
             }
-            self.feed_forward(layer, batch);
+            self.feed_forward(layer, batch)?;
         }
-        let (cpu, work) = (&self.cpu, &mut self.work);
-        let sampled = batch.sample_rows.len();
-        let pick = |row: usize| batch.sample_rows[row] as usize;
-        work.sampled.norm(cpu, &work.x, &self.norm, self.spec.norm_eps, sampled, pick, self.head.takes_int8());
-        let logits = &mut work.logits[..sampled * self.spec.vocab];
-        if sampled > 0 {
-            self.head.apply(cpu, &work.sampled, sampled, Out::Set(logits));
-        }
-        Ok((logits, &cpu.pool))
+        self.head(batch)
     }
 
-    fn check(&self, batch: &Batch) -> Result<()> {
+    /// Logits of the step that was computed last, `[rows, vocab]`, and the pool, whose threads are idle.
+    pub(super) fn logits(&mut self, batch: &Batch) -> (&mut [f32], &Pool) {
+        (&mut self.work.logits[..batch.sample_rows.len() * self.spec.vocab], &self.cpu.pool)
+    }
+
+    /// Tells all other ranks that this one cannot go on.
+    pub(super) fn abandon(&self) {
+        if let Some(ranks) = &self.ranks {
+            ranks.fail();
+        }
+    }
+
+    /// Whether a batch can be computed.
+    pub(super) fn check(&self, batch: &Batch) -> Result<()> {
         let rows = batch.rows();
         let wrong = |what: String| Err(Error::internal(format!("a batch that cannot be computed: {what}")));
         if rows > self.max_rows || batch.sample_rows.len() > self.max_sample_rows {
@@ -292,23 +349,29 @@ impl Decoder {
         }
     }
 
-    /// x = the rows of the embedding.
-    fn embed(&mut self, batch: &Batch) {
-        let (hidden, x) = (self.spec.hidden, self.work.x.share());
-        each_row(&self.cpu, batch.rows(), hidden, |row| {
+    /// x = the rows of the embedding. A rank knows those of its own words, and the others are nothing in its sum.
+    fn embed(&mut self, batch: &Batch) -> Result<()> {
+        let (hidden, rows, words) = (self.spec.hidden, batch.rows(), &self.shard.vocab);
+        let Work { x, partial, .. } = &mut self.work;
+        let into = if self.ranks.is_some() { partial.share() } else { x.share() };
+        each_row(&self.cpu, rows, hidden, |row| {
             // SAFETY: each row is handed out once.
-            let out = unsafe { x.part(row * hidden, hidden) };
+            let out = unsafe { into.part(row * hidden, hidden) };
             let token = batch.tokens[row] as usize;
             match &self.embedding {
-                Some(embedding) => embedding.channel(token, out),
-                None => self.head.channel(token, out),
+                _ if !words.contains(&token) => out.fill(0.0),
+                Some(embedding) => embedding.channel(token - words.start, out),
+                None => self.head.channel(token - words.start, out),
             }
         });
+        let Some(ranks) = &mut self.ranks else { return Ok(()) };
+        x[..rows * hidden].fill(0.0);
+        ranks.all_reduce(&self.cpu, &partial[..rows * hidden], &mut x[..rows * hidden])
     }
 
     /// x += output(attention(rope(qkv(norm(x)))))
-    fn attend(&mut self, index: usize, batch: &Batch, errand: &mut dyn FnMut()) {
-        let (spec, cpu, work, layer) = (&self.spec, &self.cpu, &mut self.work, &self.layers[index]);
+    fn attend(&mut self, index: usize, batch: &Batch, errand: &mut dyn FnMut()) -> Result<()> {
+        let (spec, cpu, work, layer) = (&self.shard.spec, &self.cpu, &mut self.work, &self.layers[index]);
         let (rows, dim) = (batch.rows(), spec.head_dim);
         let (q_width, kv_width) = (spec.q_width(), spec.kv_width());
         let stride = q_width + 2 * kv_width;
@@ -317,7 +380,7 @@ impl Decoder {
         let int8 = layer.qkv.takes_int8();
         work.inputs.norm(cpu, &work.x, &layer.attention_norm, spec.norm_eps, rows, |row| row, int8);
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].qkv);
-        let delta = self.adapters.project(cpu, &work.inputs, 3, &find);
+        let delta = self.adapters.project(cpu, &work.inputs, 3, self.shard.cut_qkv(), &find);
         let out = Out::Set(&mut work.qkv[..rows * stride]);
         layer.qkv.apply_beside(errand, cpu, &work.inputs, rows, out, delta);
 
@@ -350,27 +413,70 @@ impl Decoder {
             work.inputs.quantize(cpu, rows);
         }
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].output);
-        let delta = self.adapters.project(cpu, &work.inputs, 1, &find);
-        layer.output.apply_adapted(cpu, &work.inputs, rows, Out::Add(&mut work.x[..rows * spec.hidden]), delta);
+        let delta = self.adapters.project(cpu, &work.inputs, 1, self.shard.cut_output(), &find);
+        let Work { x, partial, inputs, .. } = work;
+        add(self.ranks.as_mut(), cpu, &layer.output, inputs, rows, x, partial, delta)
     }
 
     /// x += down(silu(gate(norm(x))) * up(norm(x)))
-    fn feed_forward(&mut self, index: usize, batch: &Batch) {
-        let (spec, cpu, work, layer) = (&self.spec, &self.cpu, &mut self.work, &self.layers[index]);
+    fn feed_forward(&mut self, index: usize, batch: &Batch) -> Result<()> {
+        let (spec, cpu, work, layer) = (&self.shard.spec, &self.cpu, &mut self.work, &self.layers[index]);
         let rows = batch.rows();
         let int8 = layer.gate.takes_int8() || layer.up.takes_int8();
         work.inputs.norm(cpu, &work.x, &layer.ffn_norm, spec.norm_eps, rows, |row| row, int8);
         let middle = &mut work.middle.floats(spec.ffn)[..rows * spec.ffn];
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].ffn);
-        let delta = self.adapters.project(cpu, &work.inputs, 2, &find);
+        let delta = self.adapters.project(cpu, &work.inputs, 2, self.shard.cut_ffn(), &find);
         gated(cpu, &layer.gate, &layer.up, &work.inputs, rows, middle, delta);
         if layer.down.takes_int8() {
             work.middle.quantize(cpu, rows);
         }
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].down);
-        let delta = self.adapters.project(cpu, &work.middle, 1, &find);
-        layer.down.apply_adapted(cpu, &work.middle, rows, Out::Add(&mut work.x[..rows * spec.hidden]), delta);
+        let delta = self.adapters.project(cpu, &work.middle, 1, self.shard.cut_down(), &find);
+        let Work { x, partial, middle, .. } = work;
+        add(self.ranks.as_mut(), cpu, &layer.down, middle, rows, x, partial, delta)
     }
+
+    /// Logits of the sampled rows: a rank's columns are those of its words.
+    fn head(&mut self, batch: &Batch) -> Result<()> {
+        let (cpu, work, head, vocab) = (&self.cpu, &mut self.work, &self.head, self.spec.vocab);
+        let sampled = batch.sample_rows.len();
+        let pick = |row: usize| batch.sample_rows[row] as usize;
+        work.sampled.norm(cpu, &work.x, &self.norm, self.spec.norm_eps, sampled, pick, head.takes_int8());
+        if sampled == 0 {
+            return Ok(());
+        }
+        let Work { sampled: inputs, logits, .. } = work;
+        match &mut self.ranks {
+            None => head.apply(cpu, inputs, sampled, Out::Set(&mut logits[..sampled * vocab])),
+            Some(ranks) => ranks.gather(logits, |out| {
+                let out = Out::Columns { out, stride: vocab, first: self.shard.vocab.start };
+                head.apply(cpu, inputs, sampled, out);
+            })?,
+        }
+        Ok(())
+    }
+}
+
+/// `x += linear(inputs)` and what adapters add: all ranks' parts of it, where there are ranks.
+#[allow(clippy::too_many_arguments)]
+fn add(
+    ranks: Option<&mut Collective>,
+    cpu: &Cpu,
+    linear: &Linear,
+    inputs: &Activations,
+    rows: usize,
+    x: &mut [f32],
+    partial: &mut [f32],
+    delta: Option<Delta<'_>>,
+) -> Result<()> {
+    let count = rows * linear.channels();
+    let Some(ranks) = ranks else {
+        linear.apply_adapted(cpu, inputs, rows, Out::Add(&mut x[..count]), delta);
+        return Ok(());
+    };
+    linear.apply_adapted(cpu, inputs, rows, Out::Set(&mut partial[..count]), delta);
+    ranks.all_reduce(cpu, &partial[..count], &mut x[..count])
 }
 
 /// Block and slot of a row's own token.

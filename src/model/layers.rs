@@ -7,7 +7,8 @@
 
 use crate::base::Result;
 use crate::kernel::{Arena, Cpu, Linear, Panels, Source};
-use crate::model::spec::{DecoderSpec, RopeStyle};
+use crate::model::shard::{Matrix, Shard};
+use crate::model::spec::RopeStyle;
 use crate::model::weights::Weights;
 
 /// One decoder layer.
@@ -28,7 +29,8 @@ pub(super) struct Packer<'a> {
     /// Where panels go, in the order a step reads them.
     pub(super) arena: Arena,
     pub(super) weights: &'a Weights,
-    pub(super) spec: &'a DecoderSpec,
+    /// What is packed of each.
+    pub(super) shard: &'a Shard,
     /// Everything in f32.
     pub(super) plain: bool,
     pub(super) progress: &'a (dyn Fn(f32) + Sync),
@@ -40,37 +42,43 @@ impl Packer<'_> {
     /// Layer number `layer`.
     pub(super) fn layer(&mut self, layer: usize) -> Result<Layer> {
         let name = |part: &str| format!("blk.{layer}.{part}");
-        let heads = (self.spec.rope.style == RopeStyle::Interleaved).then_some(self.spec.head_dim);
-        let bias = if self.spec.qkv_bias {
+        let spec = &self.shard.spec;
+        let heads = (spec.rope.style == RopeStyle::Interleaved).then_some(spec.head_dim);
+        let bias = if spec.qkv_bias {
             let mut bias = Vec::new();
-            for (part, heads) in [("attn_q.bias", heads), ("attn_k.bias", heads), ("attn_v.bias", None)] {
+            let (query, other) = (Matrix::Query, Matrix::KeyOrValue);
+            for (part, matrix, heads) in
+                [("attn_q.bias", query, heads), ("attn_k.bias", other, heads), ("attn_v.bias", other, None)]
+            {
                 let values = self.vector(&name(part))?;
-                bias.extend((0..values.len()).map(|channel| values[halves(heads, channel)]));
+                bias.extend(self.shard.part(matrix).channels.map(|channel| values[halves(heads, channel)]));
             }
             Some(bias)
         } else {
             None
         };
-        let q = self.matrix(&name("attn_q.weight"), heads)?;
-        let k = self.matrix(&name("attn_k.weight"), heads)?;
-        let v = self.matrix(&name("attn_v.weight"), None)?;
+        let q = self.matrix(&name("attn_q.weight"), Matrix::Query, heads)?;
+        let k = self.matrix(&name("attn_k.weight"), Matrix::KeyOrValue, heads)?;
+        let v = self.matrix(&name("attn_v.weight"), Matrix::KeyOrValue, None)?;
         Ok(Layer {
             attention_norm: self.vector(&name("attn_norm.weight"))?,
             qkv: Linear::new(vec![q, k, v], bias),
-            output: Linear::new(vec![self.matrix(&name("attn_output.weight"), None)?], None),
+            output: Linear::new(vec![self.matrix(&name("attn_output.weight"), Matrix::Output, None)?], None),
             ffn_norm: self.vector(&name("ffn_norm.weight"))?,
-            gate: self.matrix(&name("ffn_gate.weight"), None)?,
-            up: self.matrix(&name("ffn_up.weight"), None)?,
-            down: Linear::new(vec![self.matrix(&name("ffn_down.weight"), None)?], None),
+            gate: self.matrix(&name("ffn_gate.weight"), Matrix::GateOrUp, None)?,
+            up: self.matrix(&name("ffn_up.weight"), Matrix::GateOrUp, None)?,
+            down: Linear::new(vec![self.matrix(&name("ffn_down.weight"), Matrix::Down, None)?], None),
         })
     }
 
-    /// A matrix, its rows put into halves when they are interleaved heads of `heads` numbers. Its pages in the file are
-    /// given back.
-    pub(super) fn matrix(&mut self, name: &str, heads: Option<usize>) -> Result<Panels> {
+    /// The rank's part of a matrix, its rows put into halves when they are interleaved heads of `heads` numbers. Its pages in
+    /// the file are given back.
+    pub(super) fn matrix(&mut self, name: &str, matrix: Matrix, heads: Option<usize>) -> Result<Panels> {
         let tensor = self.weights.tensor(name)?;
         let source = Source { dtype: tensor.dtype, bytes: tensor.data, channels: tensor.rows, inputs: tensor.cols };
-        let panels = Panels::pack(self.cpu, &mut self.arena, source, self.plain, |channel| halves(heads, channel))
+        let part = self.shard.part(matrix);
+        let order = |channel| halves(heads, channel);
+        let panels = Panels::pack_part(self.cpu, &mut self.arena, source, part, self.plain, order)
             .map_err(|error| error.context(name))?;
         self.done += tensor.data.len() as u64;
         self.weights.release(name);

@@ -17,8 +17,10 @@ pub mod weights;
 
 mod batch;
 mod decoder;
+mod group;
 mod kv;
 mod layers;
+mod shard;
 mod vocab;
 
 #[cfg(test)]
@@ -26,4 +28,6 @@ pub(crate) mod tests_support;
 
 pub use batch::{Batch, Span};
 pub use decoder::{Decoder, DecoderOptions};
+pub use group::Group;
+pub use shard::Division;
 pub use vocab::{Detokenizer, Vocabulary};

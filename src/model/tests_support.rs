@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::kernel::Dtype;
+use crate::kernel::testing::Dice;
 
 /// A GGUF file being put together; [`GgufFile::bytes`] is the file.
 #[derive(Clone, Default)]
@@ -118,6 +119,103 @@ impl GgufFile {
 fn put_text(out: &mut Vec<u8>, text: &[u8]) {
     out.extend((text.len() as u64).to_le_bytes());
     out.extend(text);
+}
+
+/// A decoder of random weights that a test wants.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiny {
+    /// `llama`: heads interleaved in the file. `qwen2`: halves, and biases for q, k and v.
+    pub(crate) arch: &'static str,
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) dim: usize,
+    pub(crate) ffn: usize,
+    pub(crate) vocab: usize,
+    /// Without a head of its own.
+    pub(crate) tied: bool,
+    /// Of the matrices, in turn.
+    pub(crate) dtypes: &'static [Dtype],
+}
+
+impl Tiny {
+    /// The file, of two layers.
+    pub(crate) fn file(&self, seed: u64) -> GgufFile {
+        let mut dice = Dice::new(seed);
+        let Self { arch, hidden, heads, kv_heads, dim, ffn, vocab, .. } = *self;
+        let (q, kv) = (heads * dim, kv_heads * dim);
+        let key = |name: &str| format!("{arch}.{name}");
+        let mut file = GgufFile::new()
+            .text("general.architecture", arch)
+            .u32(&key("block_count"), 2)
+            .u32(&key("embedding_length"), hidden as u32)
+            .u32(&key("attention.head_count"), heads as u32)
+            .u32(&key("attention.head_count_kv"), kv_heads as u32)
+            .u32(&key("attention.key_length"), dim as u32)
+            .u32(&key("attention.value_length"), dim as u32)
+            .u32(&key("feed_forward_length"), ffn as u32)
+            .u32(&key("context_length"), 512)
+            .f32(&key("attention.layer_norm_rms_epsilon"), 1e-5);
+        let vector = |dice: &mut Dice, length: usize, centre: f32, spread: f32| -> Vec<u8> {
+            (0..length).flat_map(|_| (centre + spread * dice.value()).to_le_bytes()).collect()
+        };
+        let mut matrices = vec![("token_embd.weight".to_owned(), vocab, hidden)];
+        if !self.tied {
+            matrices.push(("output.weight".to_owned(), vocab, hidden));
+        }
+        let norm = vector(&mut dice, hidden, 1.0, 0.2);
+        file = file.tensor("output_norm.weight", Dtype::F32, &[hidden as u64], norm);
+        for layer in 0..2 {
+            let name = |part: &str| format!("blk.{layer}.{part}");
+            for part in ["attn_norm.weight", "ffn_norm.weight"] {
+                let norm = vector(&mut dice, hidden, 1.0, 0.2);
+                file = file.tensor(&name(part), Dtype::F32, &[hidden as u64], norm);
+            }
+            for (part, length) in [("attn_q.bias", q), ("attn_k.bias", kv), ("attn_v.bias", kv)] {
+                if arch == "qwen2" {
+                    let bias = vector(&mut dice, length, 0.0, 0.5);
+                    file = file.tensor(&name(part), Dtype::F32, &[length as u64], bias);
+                }
+            }
+            matrices.extend([
+                (name("attn_q.weight"), q, hidden),
+                (name("attn_k.weight"), kv, hidden),
+                (name("attn_v.weight"), kv, hidden),
+                (name("attn_output.weight"), hidden, q),
+                (name("ffn_gate.weight"), ffn, hidden),
+                (name("ffn_up.weight"), ffn, hidden),
+                (name("ffn_down.weight"), hidden, ffn),
+            ]);
+        }
+        for (i, (name, rows, cols)) in matrices.into_iter().enumerate() {
+            let dtype = self.dtypes[i % self.dtypes.len()];
+            // Floats of the size that a network's are.
+            let mut float = || dice.value() * 1.7 / (hidden as f32).sqrt();
+            let data = match dtype {
+                Dtype::F32 => (0..rows * cols).flat_map(|_| float().to_le_bytes()).collect(),
+                Dtype::F16 => (0..rows * cols).flat_map(|_| half::f16::from_f32(float()).to_le_bytes()).collect(),
+                Dtype::BF16 => (0..rows * cols).flat_map(|_| half::bf16::from_f32(float()).to_le_bytes()).collect(),
+                quantised => {
+                    let mut data = dice.weights(quantised, rows, cols);
+                    // Scales of scales: what they multiply is up to 63, or 127.
+                    let (at, by) = match quantised {
+                        Dtype::Q4_K | Dtype::Q5_K => (&[0, 2][..], 1.0 / 64.0),
+                        Dtype::Q6_K => (&[208][..], 1.0 / 256.0),
+                        _ => (&[][..], 1.0),
+                    };
+                    for block in data.chunks_exact_mut(quantised.block_bytes()) {
+                        for &at in at {
+                            let scale = half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32() * by;
+                            block[at..at + 2].copy_from_slice(&half::f16::from_f32(scale).to_le_bytes());
+                        }
+                    }
+                    data
+                }
+            };
+            file = file.tensor(&name, dtype, &[cols as u64, rows as u64], data);
+        }
+        file
+    }
 }
 
 /// A tensor for [`safetensors`]: name, `F32` | `F16` | `BF16` …, shape (outputs first), bytes.

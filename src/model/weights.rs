@@ -88,6 +88,16 @@ impl Weights {
     /// # Errors
     /// As [`Weights::open`].
     pub fn of(files: Arc<ModelFiles>) -> Result<Self> {
+        let weights = Self::peek(files)?;
+        for map in &weights.maps {
+            // Only a hint: starts reading a cold file while the header is being worked on.
+            let _ = map.advise(Advice::WillNeed);
+        }
+        Ok(weights)
+    }
+
+    /// [`Weights::of`], for whoever wants to know about the tensors and not their numbers.
+    pub(super) fn peek(files: Arc<ModelFiles>) -> Result<Self> {
         let (maps, tensors) = match &*files {
             ModelFiles::Gguf(gguf) => {
                 let place = |(name, info): (&str, &super::gguf::TensorInfo)| {
@@ -98,10 +108,6 @@ impl Weights {
             }
             ModelFiles::Folder { path, .. } => open_safetensors(path)?,
         };
-        for map in &maps {
-            // Only a hint: starts reading a cold file while the header is being worked on.
-            let _ = map.advise(Advice::WillNeed);
-        }
         Ok(Self { files, maps, tensors })
     }
 

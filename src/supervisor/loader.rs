@@ -19,7 +19,7 @@ use crate::model::lora::Shape;
 use crate::model::spec::DecoderSpec;
 use crate::model::text::TextModel;
 use crate::model::weights::Weights;
-use crate::model::{Decoder, DecoderOptions};
+use crate::model::{Decoder, DecoderOptions, Division, Group};
 
 /// Drafts in a step over all sequences. When more would pay, the step is so large that hardly any does.
 const DRAFT_ROWS: usize = 32;
@@ -52,6 +52,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
         model = %model.id,
         path = %model.path.display(),
         kv_blocks = runner.blocks(),
+        ranks = model.tensor_parallel,
         context,
         ms = started.elapsed().as_millis() as u64,
         "model loaded"
@@ -103,15 +104,44 @@ fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<
     std::thread::scope(|scope| {
         let text = scope.spawn(|| TextModel::of(&files));
         let rows = (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens);
-        let decoder = decoder(&files, model, engine, pool, |_, _| model.kv_bytes, rows);
+        let target = target(&files, model, engine, pool, rows);
         let text =
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
-        let decoder = decoder?;
-        let shape = Some(Shape::of(decoder.spec()));
-        let vocab = decoder.spec().vocab;
-        let draft = draft(model, engine, pool, &text, &decoder, vocab)?;
-        Ok(Opened { text, runner: Box::new(decoder), draft, shape })
+        let Target { runner, pool, spec } = target?;
+        let draft = draft(model, engine, &pool, &text, runner.as_ref(), spec.vocab)?;
+        Ok(Opened { text, runner, draft, shape: Some(Shape::of(&spec)) })
     })
+}
+
+/// A model's decoder.
+struct Target {
+    runner: Box<dyn Runner>,
+    /// The threads that compute a draft model beside it.
+    pool: Arc<Pool>,
+    spec: DecoderSpec,
+}
+
+/// The decoder of a model, on as many ranks as it is to have; `rows` rows of a step have logits.
+fn target(
+    files: &Arc<ModelFiles>,
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    pool: &Arc<Pool>,
+    rows: usize,
+) -> Result<Target> {
+    if model.tensor_parallel == 1 {
+        let decoder = decoder(files, model, engine, pool, |_, _| model.kv_bytes, rows)?;
+        let spec = decoder.spec().clone();
+        return Ok(Target { runner: Box::new(decoder), pool: pool.clone(), spec });
+    }
+    let weights = Weights::of(files.clone())?;
+    let spec = weights.spec()?;
+    let division = Division::new(&weights, &spec, model.tensor_parallel)?;
+    let options = DecoderOptions { kv_bytes: model.kv_bytes, ..options(model, engine, pool, rows) };
+    let progress = Progress::of(model, &weights);
+    let group = Group::open(&weights, &division, &options, &|done| progress.tell(done))?;
+    let pool = group.pool().clone();
+    Ok(Target { runner: Box::new(group), pool, spec })
 }
 
 /// The draft model of a model, if it has one: `target` says how many blocks, `vocab` how long a row of logits.
@@ -156,7 +186,15 @@ fn decoder(
 ) -> Result<Decoder> {
     let weights = Weights::of(files.clone())?;
     let spec = weights.spec()?;
-    let mut options = DecoderOptions {
+    let mut options = options(model, engine, pool, rows);
+    options.kv_bytes = kv_bytes(&options, &spec);
+    let progress = Progress::of(model, &weights);
+    Decoder::open(&weights, spec, &options, &|done| progress.tell(done))
+}
+
+/// All but the size of the KV pool.
+fn options(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>, rows: usize) -> DecoderOptions {
+    DecoderOptions {
         pool: pool.clone(),
         isa: Isa::detect(),
         precision: model.precision,
@@ -165,11 +203,7 @@ fn decoder(
         block_tokens: engine.block_tokens,
         max_rows: engine.step_tokens,
         max_sample_rows: rows,
-    };
-    options.kv_bytes = kv_bytes(&options, &spec);
-    let progress =
-        Progress { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() };
-    Decoder::open(&weights, spec, &options, &|done| progress.tell(done))
+    }
 }
 
 /// Tells whoever waits for a large model how far its packing is: a line every two seconds, none for a small one.
@@ -181,7 +215,11 @@ struct Progress<'a> {
     begun: Instant,
 }
 
-impl Progress<'_> {
+impl<'a> Progress<'a> {
+    fn of(model: &'a ModelConfig, weights: &Weights) -> Self {
+        Self { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() }
+    }
+
     fn tell(&self, done: f32) {
         let (seconds, told) = (self.begun.elapsed().as_secs(), self.told.load(Ordering::Relaxed));
         if seconds < told + 2

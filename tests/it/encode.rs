@@ -36,6 +36,7 @@ fn model(id: &str, task: Task, path: &str) -> Model {
         kv_bytes: 1 << 20,
         spill: None,
         draft: None,
+        tensor_parallel: 1,
         context: 512,
         modified: None,
     }

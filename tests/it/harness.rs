@@ -57,6 +57,7 @@ impl Daemon {
             kv_bytes: 1 << 20,
             spill: None,
             draft: None,
+            tensor_parallel: 1,
             context: CONTEXT,
             modified: None,
         };

@@ -33,6 +33,7 @@ fn daemon(folder: &Path, tune: impl FnOnce(&mut Config)) -> Daemon {
             kv_bytes: 4 << 20,
             spill: None,
             draft: None,
+            tensor_parallel: 1,
             context: 512,
             modified: None,
         };
