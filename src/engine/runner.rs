@@ -124,3 +124,125 @@ impl Runner for Group {
         Group::import(self, block, from);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::base::{AccountId, DeviceId, Kind, ModelId, RequestId, SlotId};
+    use crate::config::{KvType, Precision};
+    use crate::engine::{Command, Engine, ModelSlot, Submit, start};
+    use crate::kernel::Isa;
+    use crate::metrics::Metrics;
+    use crate::model::weights::Weights;
+    use crate::model::{DecoderOptions, Division, Vocabulary};
+    use crate::task::{Event, Sampling};
+
+    /// A tiny model on so many ranks.
+    fn group(ranks: usize) -> Group {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny-llama");
+        let weights = Weights::open(&model).unwrap();
+        let spec = weights.spec().unwrap();
+        let options = DecoderOptions {
+            pool: Arc::new(Pool::new(2)),
+            isa: Isa::detect(),
+            precision: Precision::Fast,
+            kv: KvType::F16,
+            kv_bytes: 4 << 20,
+            block_tokens: 16,
+            max_rows: 64,
+            max_sample_rows: 8,
+        };
+        Group::open(&weights, &Division::new(&weights, &spec, ranks).unwrap(), &options, &|_| ()).unwrap()
+    }
+
+    fn install(engine: &Engine, group: Group) -> SlotId {
+        let words = group.spec().vocab;
+        let slot = ModelSlot {
+            slot: SlotId::next(),
+            model: ModelId::new("m"),
+            vocabulary: Arc::new(Vocabulary::new((0..words).map(|word| format!("{word} ").into_bytes()), vec![])),
+            runner: Box::new(group),
+            context: 512,
+            step_tokens: 64,
+            prefill_chunk: 32,
+            max_running: 8,
+            max_queue: 16,
+            prefix_cache: true,
+            prefill_stretch: 0.0,
+            spill: None,
+            speculation: Default::default(),
+            draft: None,
+            metrics: Metrics::new().engine(&ModelId::new("m"), DeviceId(0)),
+        };
+        let id = slot.slot;
+        engine.tell(Command::Install(Box::new(slot))).unwrap();
+        id
+    }
+
+    fn ask(engine: &Engine, slot: SlotId, max_tokens: u32) -> flume::Receiver<Event> {
+        let (events, receiver) = flume::bounded(Submit::event_capacity(1, max_tokens));
+        let submit = Submit {
+            request: RequestId::random(),
+            account: AccountId::new("a"),
+            weight: 1,
+            slot,
+            prompt: vec![1, 2, 3],
+            choices: 1,
+            max_tokens,
+            sampling: Sampling { temperature: 0.0, ignore_eos: true, ..Sampling::default() },
+            seed: 1,
+            stop: Vec::new(),
+            logprobs: None,
+            grammar: None,
+            prompt_logprobs: None,
+            priority: 0,
+            cache_salt: 0,
+            adapter: None,
+            drafts: None,
+            expected: vec![],
+            deadline: Instant::now() + Duration::from_secs(60),
+            received: Instant::now(),
+            vocabulary: None,
+            events,
+        };
+        engine.submit(submit).unwrap();
+        receiver
+    }
+
+    /// How an answer ends: the kind of its error, if it is one.
+    fn end(receiver: &flume::Receiver<Event>) -> Option<Kind> {
+        loop {
+            match receiver.recv_timeout(Duration::from_secs(20)).unwrap() {
+                Event::Done(_) => return None,
+                Event::Failed(error) => return Some(error.kind()),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_dies_fails_the_requests_of_its_device_and_ends_its_thread() {
+        for dying in [0, 1] {
+            let (engine, thread) = start(DeviceId(0)).unwrap();
+            let group = group(2);
+            let doomed = group.doomed.clone();
+            let slot = install(&engine, group);
+            assert_eq!(end(&ask(&engine, slot, 20)), None);
+            // Long enough that both are still at it when the rank dies.
+            let receivers = [(); 2].map(|()| ask(&engine, slot, 400));
+            assert!(matches!(receivers[0].recv_timeout(Duration::from_secs(20)), Ok(Event::Text { .. })));
+            doomed.store(dying, Ordering::Relaxed);
+            assert!(receivers.iter().all(|receiver| end(receiver) == Some(Kind::EngineLost)));
+            thread.join().unwrap();
+            // Whoever supervises the device starts another; nothing of the old one is in its way.
+            let (engine, _thread) = start(DeviceId(0)).unwrap();
+            let slot = install(&engine, self::group(2));
+            assert_eq!(end(&ask(&engine, slot, 20)), None);
+        }
+    }
+}

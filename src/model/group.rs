@@ -39,8 +39,9 @@ pub struct Group {
     takes_adapters: bool,
     /// Why no step is possible any more.
     failed: Mutex<Option<Error>>,
+    /// The rank that dies in the next step, if there is such a rank.
     #[cfg(test)]
-    doomed: std::sync::atomic::AtomicUsize,
+    pub(crate) doomed: Arc<std::sync::atomic::AtomicUsize>,
 }
 
 impl Group {
@@ -97,7 +98,7 @@ impl Group {
             takes_adapters: division.takes_adapters(),
             failed: Mutex::new(None),
             #[cfg(test)]
-            doomed: usize::MAX.into(),
+            doomed: Arc::new(usize::MAX.into()),
         })
     }
 
@@ -218,12 +219,6 @@ impl Group {
     fn each_rank(&mut self, mut work: impl FnMut(usize, &mut Decoder)) {
         work(0, &mut self.leader);
         self.followers.iter_mut().enumerate().for_each(|(i, rank)| work(1 + i, rank.get_mut()));
-    }
-
-    /// The next step is the last one of a rank.
-    #[cfg(test)]
-    pub(crate) fn doom(&self, rank: usize) {
-        self.doomed.store(rank, std::sync::atomic::Ordering::Relaxed);
     }
 }
 

@@ -130,15 +130,15 @@ fn best(row: &[f32]) -> usize {
 fn check_same(tiny: Tiny, precision: Precision, ranks: usize, close: f32) {
     let weights = weights(tiny);
     let spec = weights.spec().unwrap();
-    let mut one = Decoder::open(&weights, spec.clone(), &options(&spec, precision, 1), &|_| ()).unwrap();
-    let mut group = group(&weights, precision, ranks);
+    let open = |precision| Decoder::open(&weights, spec.clone(), &options(&spec, precision, 1), &|_| ()).unwrap();
+    let (mut one, mut exact, mut group) = (open(precision), open(Precision::Plain), group(&weights, precision, ranks));
     let mut sequences: Vec<Vec<u32>> = [3, 21, 40].map(|length| words(length, spec.vocab, length)).into();
-    let (mut done, mut furthest, mut ties) = ([0; 3], 0f32, 0);
+    let (mut done, mut furthest, mut rounding, mut ties) = ([0; 3], 0f32, 0f32, 0);
     for step in 0..40 {
         let parts: Vec<Next<'_>> =
             (0..3).map(|slot| (slot, done[slot], &sequences[slot][done[slot]..], None)).collect();
         let batch = batch(&parts);
-        let (expected, found) = (one.step(&batch), group.step(&batch));
+        let (expected, found, exact) = (one.step(&batch), group.step(&batch), exact.step(&batch));
         let largest = expected.iter().fold(0f32, |largest, x| largest.max(x.abs()));
         let mut last = 0;
         for (slot, sequence) in sequences.iter_mut().enumerate() {
@@ -153,19 +153,24 @@ fn check_same(tiny: Tiny, precision: Precision, ranks: usize, close: f32) {
             }
             sequence.push(token as u32);
         }
-        let off = expected.iter().zip(&found).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest;
-        furthest = furthest.max(off);
-        assert!(off <= close, "{precision:?} on {ranks} ranks, step {step}: {off:e} of the largest logit");
+        let off = |other: &[f32]| expected.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest;
+        furthest = furthest.max(off(&found));
+        rounding = rounding.max(off(&exact));
+        assert!(off(&found) <= close, "{precision:?} on {ranks} ranks, step {step}: {:e} of the largest", off(&found));
     }
-    println!("{} {precision:?} on {ranks} ranks: {furthest:.1e} of the largest logit, {ties} ties", tiny.arch);
+    let arch = tiny.arch;
+    println!(
+        "{arch} {precision:?} on {ranks} ranks: {furthest:.1e}, int8 and f16 by themselves {rounding:.1e}, {ties} ties"
+    );
     assert!(ties <= 2, "{ties} tokens of 120 differ");
-    assert!(sequences.iter().any(|sequence| sequence[sequence.len() - 40..].windows(2).any(|two| two[0] != two[1])));
+    assert!(precision == Precision::Plain || furthest < rounding, "more than rounding costs anyway");
 }
 
 /// Sums of f32 in another order.
 const SUMS: f32 = 1e-5;
 /// And, on the way, numbers that lie at the edge between two codes of int8 or two f16 of the KV: such a one may fall to the
-/// other side, a step of 1/127 of the largest in its block of 32, one input of hundreds in a product.
+/// other side, a step of 1/127 of the largest in its block of 32. Every other number of the block is off by up to half of that
+/// already, so this is less than what quantising costs by itself.
 const CODES: f32 = 2e-2;
 
 #[test]
@@ -302,7 +307,7 @@ fn a_rank_that_dies_ends_the_group_and_nobody_waits() {
             let beside = group.forward_beside(&step, &mut || errands += 1).unwrap().0.to_vec();
             assert_eq!((beside, errands), (before.clone(), 1));
             assert_eq!(group.step(&step), before, "a batch that is refused harms nobody");
-            group.doom(dying);
+            group.doomed.store(dying, std::sync::atomic::Ordering::Relaxed);
             for _ in 0..3 {
                 let error = group.forward(&step).map(|_| ()).unwrap_err();
                 assert!(error.message().contains(&format!("rank {dying} of this model died")), "{error}");

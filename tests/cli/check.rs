@@ -46,6 +46,22 @@ fn mistakes_name_key_value_and_remedy() {
 }
 
 #[test]
+fn a_number_of_ranks_is_held_against_the_model_file() {
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny-llama");
+    let with = |ranks: usize| {
+        let id = "@cf/huggingfacetb/smollm2-135m-instruct";
+        format!("[auth]\nanonymous = \"local\"\n[[model]]\nid = {id:?}\npath = {model:?}\ntensor_parallel = {ranks}\n")
+    };
+    let out = check(&with(2), &["--threads", "2"]).succeeds().out;
+    let row = out.lines().find(|line| line.starts_with("@cf/")).expect("a row");
+    assert!(out.contains("ranks") && row.split_whitespace().any(|cell| cell == "2"), "{out}");
+    let words = ["smollm2-135m-instruct", "tensor_parallel = 3 is not possible", "4 query heads", "1, 2 and 4 are"];
+    check(&with(3), &[]).fails(2, &words);
+    check(&GOOD.replace("path =", "tensor_parallel = 2\npath ="), &[]).fails(1, &["m.gguf"]);
+    assert!(check(&with(4), &["--threads", "2"]).succeeds().err.contains("more than engine.threads = 2"));
+}
+
+#[test]
 fn warnings_fail_only_when_strict() {
     let nobody = "[server]\nlisten = \"127.0.0.1:9100\"\n";
     let ran = check(nobody, &[]).succeeds();

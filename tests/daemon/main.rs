@@ -4,5 +4,6 @@
 
 mod batch;
 mod harness;
+mod parallel;
 mod signals;
 mod swap;
