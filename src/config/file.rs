@@ -291,10 +291,13 @@ pub struct ModelSection {
     /// Ranks that the model is divided over (tensor parallelism): each holds a part of every matrix and of the KV pool, and
     /// computes with its share of `engine.threads`. It pays where parts of the machine have memory of their own (several
     /// sockets), and costs a little where they have not. It must divide the model's query heads, and divide its key-value
-    /// heads or be a multiple of them; `neurond check-config` says which numbers a model file allows. Answers may differ from
-    /// those of another number in the last bits of their arithmetic. Only for text generation.
-    #[serde(default = "one_rank")]
-    pub tensor_parallel: usize,
+    /// heads or be a multiple of them; `neurond check-config` says which numbers a model file allows. Another number rounds
+    /// differently, so a greedy answer may part from that of another where two tokens were nearly even. Only for text
+    /// generation.
+    /// Left out: 1, which divides nothing.
+    /// Example: `2`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_parallel: Option<usize>,
     /// Longest sequence served, prompt and answer, in tokens.
     /// Left out: what the catalog says, or the model file if that is less.
     /// Example: `4096`
@@ -305,10 +308,6 @@ pub struct ModelSection {
     /// Example: `{ task = "text-generation", context = 8192, price = { input = 300, output = 2000 } }`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<Block>,
-}
-
-fn one_rank() -> usize {
-    1
 }
 
 impl ModelSection {
@@ -324,7 +323,7 @@ impl ModelSection {
             spill_bytes: None,
             spill_folder: None,
             draft: None,
-            tensor_parallel: one_rank(),
+            tensor_parallel: None,
             context: None,
             entry,
         }

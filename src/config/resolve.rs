@@ -506,7 +506,7 @@ fn models(
         if section.context == Some(0) {
             check.wrong(&key("context"), 0, "allows nothing; write at least 1, or leave it out");
         }
-        let ranks = section.tensor_parallel;
+        let ranks = section.tensor_parallel.unwrap_or(1);
         let wrong = if !(1..=MOST_RANKS).contains(&ranks) {
             Some(format!("is not from 1 to {MOST_RANKS}; 1, the default, divides nothing"))
         } else if ranks > 1 && entry.task != Task::TextGeneration {

@@ -163,14 +163,14 @@ fn check_same(tiny: Tiny, precision: Precision, ranks: usize, close: f32) {
         "{arch} {precision:?} on {ranks} ranks: {furthest:.1e}, int8 and f16 by themselves {rounding:.1e}, {ties} ties"
     );
     assert!(ties <= 2, "{ties} tokens of 120 differ");
-    assert!(precision == Precision::Plain || furthest < rounding, "more than rounding costs anyway");
+    assert!(precision == Precision::Plain || furthest < 2.0 * rounding, "more than rounding twice");
 }
 
 /// Sums of f32 in another order.
 const SUMS: f32 = 1e-5;
 /// And, on the way, numbers that lie at the edge between two codes of int8 or two f16 of the KV: such a one may fall to the
-/// other side, a step of 1/127 of the largest in its block of 32. Every other number of the block is off by up to half of that
-/// already, so this is less than what quantising costs by itself.
+/// other side, a step of 1/127 of the largest in its block of 32, and after some layers nothing is rounded as it was. So the
+/// two may be as far from each other as two roundings of the same numbers are.
 const CODES: f32 = 2e-2;
 
 #[test]
