@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 use crate::kernel::lowrank::Delta;
 use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
 use crate::kernel::rows::{Activations, CENTRES, View};
-use crate::kernel::simd::{Simd, by_isa, exp};
+use crate::kernel::simd::{BYTE, FULL, NIBBLE, Simd, by_isa, exp};
 use crate::kernel::{Cpu, Isa, Shared};
 
 /// Rows that a task takes through a panel: their int8 form stays in L2.
@@ -361,10 +361,6 @@ struct Int8 {
 /// Bytes that a single row's weights are asked for ahead of their use.
 const AHEAD: usize = 4096;
 
-const NIBBLE: u8 = 0;
-const BYTE: u8 = 1;
-const FULL: u8 = 2;
-
 by_isa! {
     fn int8_tile<const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
         w: *const u8, x: Int8, zero: f32, factor: f32, out: *mut f32,
@@ -408,21 +404,8 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
                     Some(centre) => S::splat_i(*x.starts.add((r * x.blocks + block) * CENTRES.len() + centre)),
                     None => S::zero_i(),
                 });
-                // Eight inputs a turn: two vectors of codes, which are one vector of nibbles.
-                for pair in group * (4 / GROUPS)..(group + 1) * (4 / GROUPS) {
-                    let (w0, w1) = match CODES {
-                        NIBBLE => S::nibbles(codes.add(pair * 64)),
-                        _ => (S::codes(codes.add(pair * 128)), S::codes(codes.add(pair * 128 + 64))),
-                    };
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let x = x.codes.add(r * width + block * BLOCK + pair * 8).cast::<i32>();
-                        let (x0, x1) = (x.read_unaligned(), x.add(1).read_unaligned());
-                        *acc = match CODES {
-                            FULL => S::dot2::<true>(*acc, w0, w1, x0, x1),
-                            _ => S::dot2::<false>(*acc, w0, w1, x0, x1),
-                        };
-                    }
-                }
+                let pairs = group * (4 / GROUPS)..(group + 1) * (4 / GROUPS);
+                S::accumulate::<CODES, R>(codes, pairs, x.codes.add(block * BLOCK), width, &mut acc);
                 let scale = S::load_f16(scales.add(group * LANES));
                 let min = if AFFINE { S::load_f16(scales.add((GROUPS + group) * LANES)) } else { scale };
                 for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {

@@ -11,6 +11,7 @@
 //! bit-identical alone and in any company (on one instruction set; between sets roundings differ).
 
 use std::fmt;
+use std::ops::Range;
 
 #[cfg(target_arch = "aarch64")]
 pub(super) mod arm;
@@ -166,7 +167,44 @@ pub(super) trait Simd: Copy {
     /// acc[c] += sum over i < 4 of w0[4c + i] * x0[i] + w1[4c + i] * x1[i]; `x` are four i8 in -127..=127 each.
     /// `FULL`: codes may be up to 255 and are taken less [`Simd::FULL_OFFSET`]; else they are at most 63.
     unsafe fn dot2<const FULL: bool>(acc: Self::I, w0: Self::C, w1: Self::C, x0: i32, x1: i32) -> Self::I;
+
+    /// `acc[r]` += the dot products of R rows, `width` apart, with `8 * pairs.len()` inputs' codes of a block; both begin with
+    /// the block. Sets of few registers go another way to the same sums.
+    #[inline(always)]
+    unsafe fn accumulate<const CODES: u8, const R: usize>(
+        codes: *const u8,
+        pairs: Range<usize>,
+        x: *const i8,
+        width: usize,
+        acc: &mut [Self::I; R],
+    ) {
+        // SAFETY: by contract.
+        unsafe {
+            // Eight inputs a turn: two vectors of codes, which are one vector of nibbles.
+            for pair in pairs {
+                let (w0, w1) = match CODES {
+                    NIBBLE => Self::nibbles(codes.add(pair * 64)),
+                    _ => (Self::codes(codes.add(pair * 128)), Self::codes(codes.add(pair * 128 + 64))),
+                };
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = x.add(r * width + pair * 8).cast::<i32>();
+                    let (x0, x1) = (x.read_unaligned(), x.add(1).read_unaligned());
+                    *acc = match CODES {
+                        FULL => Self::dot2::<true>(*acc, w0, w1, x0, x1),
+                        _ => Self::dot2::<false>(*acc, w0, w1, x0, x1),
+                    };
+                }
+            }
+        }
+    }
 }
+
+/// How the codes of a block lie and how large they are: two to a byte, up to 15.
+pub(super) const NIBBLE: u8 = 0;
+/// A byte each, up to 63.
+pub(super) const BYTE: u8 = 1;
+/// A byte each, up to 255.
+pub(super) const FULL: u8 = 2;
 
 /// e^x to about 2 units in the last place; 0 below -87, finite above 88.
 #[inline(always)]
