@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all=(fmt model clippy test doc release sdk)
+all=(fmt model clippy test kernels doc release sdk)
 case ${1:-} in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; echo "Stages: ${all[*]}"; exit ;; esac
 stages=("${@:-${all[@]}}")
 [[ $# -gt 0 ]] || stages=("${all[@]}")
@@ -25,9 +25,11 @@ stage_model() {
     scripts/fetch_model.sh demo "$NEUROND_TEST_MODELS"
     scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
-stage_clippy() { cargo clippy --locked --all-targets -- -D warnings; }
+stage_clippy() { cargo clippy --locked --all-targets --features emulate -- -D warnings; }
 # The generated documents, the floors and the goldens are tests like any other.
 stage_test() { cargo test --locked; }
+# GPU kernels, run by a host.
+stage_kernels() { cargo test --locked --features emulate --test kernels; }
 stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 
 # What users run: the optimised build, a real model against its goldens.

@@ -5,6 +5,7 @@
 //!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
 //!     lowrank  what adapters add to a product   words   rows x panels in 16 bits, layer norm: encoders
 //!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
+//!     gpu      how kernels/*.cu are launched
 //!     collective what the ranks of a group sum and gather
 
 use std::sync::Arc;
@@ -13,6 +14,8 @@ mod attention;
 mod buffer;
 mod collective;
 mod gemm;
+#[cfg(feature = "emulate")]
+pub mod gpu;
 mod lowrank;
 mod panel;
 mod pool;

@@ -1,0 +1,156 @@
+// What every kernel file includes, and the only header it includes: CUDA under nvcc, `emulate.h` under a host compiler.
+//
+// The wrappers here have the same meaning in both: 16-byte copies into shared memory that complete later, matrix fragments of
+// a warp, and the few conversions between number formats. Kernels are `extern "C"`, so that they are found by name, and take
+// plain pointers and numbers. Shapes are row-major. No kernel launches another, and none needs the CUDA runtime.
+#pragma once
+#ifdef EMULATE
+#include "emulate.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <stdint.h>
+
+using bf16 = __nv_bfloat16;
+/// 8 bits: sign, 4 of exponent, 3 of mantissa; up to 448, no infinity.
+struct fp8 {
+    uint8_t bits;
+};
+
+#define KERNEL extern "C" __global__ void
+#define EXPORT(name)
+/// The dynamic shared memory of a block, 128-byte aligned.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(fp8 x) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3)));
+}
+__device__ __forceinline__ bf16 to_bf16(float x) { return __float2bfloat16(x); }
+__device__ __forceinline__ fp8 to_fp8(float x) { return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)}; }
+/// Two neighbours in one register, the first in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+/// Begins to copy 16 bytes; zeros arrive instead where `valid` is false. Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from), "r"(valid ? 16 : 0));
+}
+/// The copies begun since the last call are a group.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n"); }
+/// Waits until at most `LEFT` groups of this thread are under way.
+template <int LEFT>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(LEFT));
+}
+
+/// Four 8x8 matrices of 16-bit numbers out of shared memory. Lane `8 * m + r` names row `r` of matrix `m`, 16 bytes; register `m`
+/// gets columns `2 * (lane % 4)` and the next of row `lane / 4`.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+}
+/// The same, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address));
+}
+/// `d[16, 8] += a[16, 16] * b[16, 8]` of a warp, in bf16 with f32 sums. With g = lane / 4 and q = lane % 4: a holds rows
+/// g, g + 8, g, g + 8 at columns 2q, 2q, 2q + 8, 2q + 8; b holds column g at rows 2q and 2q + 8; d holds rows g, g, g + 8, g + 8 at
+/// columns 2q, 2q + 1, 2q, 2q + 1.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+/// `d[16, 8] += a[16, 32] * b[32, 8]` of a warp, in fp8 with f32 sums: as `multiply_add`, with four numbers in each register where that
+/// has two, at k = 4q.. and 4q + 16... Chips before 8.9 do it in bf16, which holds any fp8.
+__device__ __forceinline__ void multiply_add_fp8(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 890
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    // The low and the high two numbers of each register, in two steps: the sum does not mind which k they are, as long as a and b agree.
+    const auto two = [](uint32_t four, int which) {
+        return pack_bf16(to_float(fp8{(uint8_t)(four >> (16 * which))}), to_float(fp8{(uint8_t)(four >> (16 * which + 8))}));
+    };
+    for (int which = 0; which < 2; which++) {
+        const uint32_t wide[4] = {two(a[0], which), two(a[1], which), two(a[2], which), two(a[3], which)};
+        multiply_add(d, wide, two(b0, which), two(b1, which));
+    }
+#endif
+}
+#endif
+
+constexpr unsigned ALL = 0xffffffffu;
+/// Largest number of `fp8`.
+constexpr float FP8_MAX = 448.0f;
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(ALL, x, step);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, step));
+    return x;
+}
+
+/// Sum and maximum over a block of up to 1,024 threads, which every thread gets. `scratch` has 32 numbers and may be used again
+/// at once.
+__device__ __forceinline__ float block_sum(float x, float* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? scratch[lane] : 0.0f);
+}
+__device__ __forceinline__ float block_max(float x, float* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    x = warp_max(x);
+    __syncthreads();
+    if (lane == 0) scratch[warp] = x;
+    __syncthreads();
+    return warp_max(lane < warps ? scratch[lane] : -INFINITY);
+}
+
+/// Eight bf16 at an address that is a multiple of 16.
+struct alignas(16) Eight {
+    uint32_t pairs[4];
+
+    __device__ __forceinline__ float at(int i) const {
+        const uint32_t bits = i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16;
+        return __uint_as_float(bits);
+    }
+};
+__device__ __forceinline__ Eight load_eight(const bf16* from) { return *reinterpret_cast<const Eight*>(from); }
+__device__ __forceinline__ void store_eight(bf16* to, const float (&values)[8]) {
+    Eight eight;
+#pragma unroll
+    for (int pair = 0; pair < 4; pair++) eight.pairs[pair] = pack_bf16(values[2 * pair], values[2 * pair + 1]);
+    *reinterpret_cast<Eight*>(to) = eight;
+}
+/// Eight fp8 at an address that is a multiple of 8.
+__device__ __forceinline__ void store_eight(fp8* to, const float (&values)[8]) {
+    uint2 out = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out.x |= (uint32_t)to_fp8(values[i]).bits << (8 * i);
+        out.y |= (uint32_t)to_fp8(values[4 + i]).bits << (8 * i);
+    }
+    *reinterpret_cast<uint2*>(to) = out;
+}

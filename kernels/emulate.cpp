@@ -1,0 +1,317 @@
+// Runs kernels as `emulate.h` says: fibers, barriers, fragments of a warp, and the entry for launches.
+#define EMULATOR
+#include "emulate.h"
+
+#include <algorithm>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <vector>
+
+namespace emulate {
+
+thread_local Block block;
+
+Kernel*& Kernel::first() {
+    static Kernel* first = nullptr;
+    return first;
+}
+
+static constexpr size_t STACK = 128 * 1024;
+
+// Saves what a function must keep, changes stacks, and takes up the other. Void under the System V rules of x86-64 and AArch64.
+extern "C" void emulate_switch(void** from, void* to);
+#if defined(__x86_64__)
+static constexpr int SAVED = 6;
+__asm__(R"(
+.text
+.globl emulate_switch
+.type emulate_switch,@function
+emulate_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulate_switch, .-emulate_switch
+)");
+/// A stack on which `emulate_switch` begins `entry`.
+static void* prepare(char* stack, void (*entry)()) {
+    uintptr_t* top = reinterpret_cast<uintptr_t*>(stack + STACK);
+    *--top = 0;
+    *--top = reinterpret_cast<uintptr_t>(entry);
+    for (int i = 0; i < SAVED; i++) *--top = 0;
+    return top;
+}
+#elif defined(__aarch64__)
+__asm__(R"(
+.text
+.globl emulate_switch
+.type emulate_switch,@function
+emulate_switch:
+  sub sp, sp, #160
+  stp x19, x20, [sp, #0]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp, #0]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #160
+  ret
+.size emulate_switch, .-emulate_switch
+)");
+static void* prepare(char* stack, void (*entry)()) {
+    uintptr_t* top = reinterpret_cast<uintptr_t*>(stack + STACK - 160);
+    std::fill(top, top + 20, 0);
+    top[11] = reinterpret_cast<uintptr_t>(entry);
+    return top;
+}
+#else
+#error "fibers are written for x86-64 and AArch64"
+#endif
+
+static void yield() { emulate_switch(&block.running->stack_pointer, block.scheduler); }
+
+void fail(const char* what) {
+    const Fiber* fiber = block.running;
+    fprintf(stderr, "emulated kernel: %s (block %u,%u,%u, thread %u, %s)\n", what, block.index.x, block.index.y,
+            block.index.z, fiber->index, fiber->line);
+    abort();
+}
+
+void meet_block(const char* line) {
+    block.running->line = line;
+    block.progress = true;
+    const uint64_t generation = block.generation;
+    if (++block.arrived == block.threads) {
+        block.arrived = 0;
+        block.generation++;
+        return;
+    }
+    while (block.generation == generation) yield();
+}
+
+void meet_warp(uint32_t mask, const char* line) {
+    Fiber* fiber = block.running;
+    Warp* warp = fiber->warp;
+    fiber->line = line;
+    mask &= warp->lanes;
+    if (!(mask >> fiber->lane & 1)) fail("a lane is not in its own mask");
+    const uint64_t generation = warp->generation;
+    warp->arrived |= 1u << fiber->lane;
+    warp->lines[fiber->lane] = line;
+    block.progress = true;
+    if ((warp->arrived & mask) == mask) {
+        for (int lane = 0; lane < 32; lane++) {
+            if ((mask >> lane & 1) && strcmp(warp->lines[lane], line)) fail("lanes of a warp meet in different lines");
+        }
+        warp->arrived = 0;
+        warp->generation++;
+        return;
+    }
+    while (warp->generation == generation) yield();
+}
+
+unsigned ballot(uint32_t mask, bool value, const char* line) {
+    Warp* warp = block.running->warp;
+    warp->slots[lane()] = value;
+    meet_warp(mask, line);
+    unsigned result = 0;
+    for (int lane = 0; lane < 32; lane++) {
+        if (mask & warp->lanes & 1u << lane) result |= (unsigned)warp->slots[lane] << lane;
+    }
+    meet_warp(mask, line);
+    return result;
+}
+
+void begin_copy(void* to, const void* from, bool valid) {
+    Fiber* fiber = block.running;
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) fail("a copy of 16 bytes is misaligned");
+    if (fiber->copy_count == 512) fail("more copies than are kept track of");
+    fiber->copies[fiber->copy_count++] = {to, from, valid};
+    memset(to, 0xff, 16);
+}
+
+void end_copies() {
+    Fiber* fiber = block.running;
+    if (fiber->group_count == 64) fail("more groups of copies than are kept track of");
+    fiber->group_ends[fiber->group_count++] = fiber->copy_count;
+}
+
+void await_copies(int left) {
+    Fiber* fiber = block.running;
+    const int groups = fiber->group_count - left;
+    if (groups <= 0) return;
+    const int end = fiber->group_ends[groups - 1];
+    for (int i = 0; i < end; i++) {
+        const PendingCopy& copy = fiber->copies[i];
+        if (copy.valid) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    std::copy(fiber->copies + end, fiber->copies + fiber->copy_count, fiber->copies);
+    fiber->copy_count -= end;
+    for (int i = groups; i < fiber->group_count; i++) fiber->group_ends[i - groups] = fiber->group_ends[i] - end;
+    fiber->group_count = left;
+}
+
+void read_matrices(uint32_t (&out)[4], const void* row, bool transposed, const char* line) {
+    Warp* warp = block.running->warp;
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("a row of a matrix is misaligned");
+    warp->rows[lane()] = row;
+    meet_warp(0xffffffffu, line);
+    const unsigned group = lane() / 4, pair = lane() % 4 * 2;
+    for (int matrix = 0; matrix < 4; matrix++) {
+        auto at = [&](unsigned row, unsigned column) {
+            return (uint32_t) static_cast<const uint16_t*>(warp->rows[8 * matrix + row])[column];
+        };
+        out[matrix] = transposed ? at(pair, group) | at(pair + 1, group) << 16 : at(group, pair) | at(group, pair + 1) << 16;
+    }
+    meet_warp(0xffffffffu, line);
+}
+
+void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool eight_bits, const char* line) {
+    Warp* warp = block.running->warp;
+    std::copy(a, a + 4, warp->fragments[lane()]);
+    warp->fragments[lane()][4] = b0;
+    warp->fragments[lane()][5] = b1;
+    meet_warp(0xffffffffu, line);
+    // A register has numbers of `each` neighbouring k; four lanes side by side have half of all.
+    const unsigned each = eight_bits ? 4 : 2, half = 4 * each;
+    const auto number = [&](uint32_t bits, unsigned at) {
+        return eight_bits ? to_float(fp8{(uint8_t)(bits >> 8 * at)}) : to_float(bf16{(uint16_t)(bits >> 16 * at)});
+    };
+    for (int i = 0; i < 4; i++) {
+        const unsigned row = lane() / 4 + (i >= 2 ? 8 : 0), column = lane() % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 2 * half; k++) {
+            const unsigned holds_a = row % 8 * 4 + k % half / each, holds_b = column * 4 + k % half / each;
+            const uint32_t from_a = warp->fragments[holds_a][(row >= 8) + (k >= half) * 2];
+            const uint32_t from_b = warp->fragments[holds_b][4 + (k >= half)];
+            d[i] += number(from_a, k % each) * number(from_b, k % each);
+        }
+    }
+    meet_warp(0xffffffffu, line);
+}
+
+struct Launch {
+    const Kernel* kernel;
+    void** arguments;
+};
+static Launch launch;
+
+static void enter() {
+    launch.kernel->call(launch.kernel->function, launch.arguments);
+    Fiber* fiber = block.running;
+    fiber->done = true;
+    fiber->line = "its end";
+    block.alive--;
+    block.progress = true;
+    yield();
+    abort();
+}
+
+extern "C" char __start_emulated_shared[] __attribute__((weak));
+extern "C" char __stop_emulated_shared[] __attribute__((weak));
+
+static void run_block(std::vector<Fiber>& fibers, std::vector<Warp>& warps, const std::vector<unsigned>& order,
+                      const std::vector<char*>& stacks, size_t shared_bytes) {
+    memset(block.dynamic_shared, 0xff, shared_bytes);
+    if (__start_emulated_shared) memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+    std::fill(warps.begin(), warps.end(), Warp{});
+    const dim3 size = block.block_size;
+    for (unsigned i = 0; i < fibers.size(); i++) {
+        Fiber& fiber = fibers[i];
+        fiber.stack_pointer = prepare(stacks[i], &enter);
+        fiber.thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+        fiber.index = i;
+        fiber.lane = i % 32;
+        fiber.warp = &warps[i / 32];
+        fiber.warp->lanes |= 1u << fiber.lane;
+        fiber.done = false;
+        fiber.line = "its beginning";
+        fiber.copy_count = fiber.group_count = 0;
+    }
+    while (block.alive) {
+        if (!block.progress) {
+            const auto stuck = std::find_if(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return !fiber.done; });
+            block.running = &*stuck;
+            fail("a barrier is not reached by all threads");
+        }
+        block.progress = false;
+        for (const unsigned at : order) {
+            if (fibers[at].done) continue;
+            block.running = &fibers[at];
+            emulate_switch(&block.scheduler, fibers[at].stack_pointer);
+        }
+    }
+}
+
+}  // namespace emulate
+
+using namespace emulate;
+
+/// Runs a kernel over a grid. `seed` decides in which order the threads of a block run: 0 in theirs, 1 backwards, else any.
+/// Returns 0; 1: there is no such kernel; 2: it takes another number of arguments.
+extern "C" int emulate_launch(const char* name, const unsigned grid[3], const unsigned size[3], size_t shared_bytes,
+                              void** arguments, int count, unsigned seed) {
+    static std::mutex turn;
+    const std::lock_guard<std::mutex> guard(turn);
+    const Kernel* kernel = Kernel::first();
+    while (kernel && strcmp(kernel->name, name)) kernel = kernel->next;
+    if (!kernel) return 1;
+    if (kernel->arguments != count) return 2;
+    launch = {kernel, arguments};
+    const unsigned threads = size[0] * size[1] * size[2];
+    std::vector<Fiber> fibers(threads);
+    std::vector<Warp> warps((threads + 31) / 32);
+    std::vector<unsigned> order(threads);
+    std::iota(order.begin(), order.end(), 0);
+    if (seed == 1) std::reverse(order.begin(), order.end());
+    else if (seed > 1) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    std::vector<char*> stacks(threads);
+    for (char*& stack : stacks) stack = static_cast<char*>(aligned_alloc(64, STACK));
+    char* const shared = static_cast<char*>(aligned_alloc(128, (shared_bytes + 255) / 128 * 128));
+    for (unsigned z = 0; z < grid[2]; z++) {
+        for (unsigned y = 0; y < grid[1]; y++) {
+            for (unsigned x = 0; x < grid[0]; x++) {
+                block = Block{};
+                block.index = {x, y, z};
+                block.block_size = {size[0], size[1], size[2]};
+                block.grid_size = {grid[0], grid[1], grid[2]};
+                block.threads = block.alive = threads;
+                block.dynamic_shared = shared;
+                block.progress = true;
+                run_block(fibers, warps, order, stacks, shared_bytes);
+            }
+        }
+    }
+    for (char* stack : stacks) free(stack);
+    free(shared);
+    return 0;
+}

@@ -1,0 +1,347 @@
+// Attention over the paged KV pool, for decodes, drafts to be verified and chunks of prompts alike.
+//
+//     item     some rows of one sequence, one kv head, a range of its keys        a block each
+//     queries  the rows' query heads of that kv head side by side: row t, head g -> t * group + g, padded to a tile
+//     tile     64 tokens of keys and values in shared memory, the next one on its way while this one is computed
+//
+// A row at position p sees keys 0..=p, or the last `window` of them. K and V are read once for all query heads of a group. Scores
+// and sums in f32; softmax as it goes along (flash attention: Dao et al. 2022, 2023), in powers of two.
+//
+//     attend_narrow   up to 16 queries: decodes. The 4 warps share the tokens of each tile and merge their sums at the end
+//     attend_wide     up to 64 queries: prompts. Each warp has 16 of them and all tokens
+//
+// Where there are fewer items than multiprocessors the keys of a row are cut into ranges: each item then leaves sum, maximum and
+// denominator in `partial`, and `merge_attention` puts them together. What is cut where is the caller's choice and is read from
+// device memory, so a captured graph can be replayed for other lengths.
+//
+//     q [rows, q_stride] bf16, head h at h * dim; keys, values [blocks, kv_heads, block_tokens, dim] bf16 or fp8
+//     items [count, 8] i32: first row, rows, position of the first row, first entry in tables, first key, end key, part, 0
+//         part < 0: the item is all there is of its rows, and goes to out [rows, heads * dim] bf16. rows 0: nothing to do
+//     partial [parts, kv_heads, 16 or 64 queries, dim + 2] f32: sum of exp2(score - maximum) * value; maximum; sum of exp2(…)
+//
+// block_tokens is a power of two: 1 << block_shift. scale is that of the scores, times that of fp8 keys; v_scale that of fp8 values.
+//
+// Grid: (items, kv_heads); block: 128 threads; shared memory: 4 * TOKENS * dim * 2 bytes. attend_narrow is bound by memory: 2 * dim
+// numbers a token and kv head. attend_wide is bound by the tensor cores from some 64 queries on.
+#include "common.cuh"
+
+constexpr int WARPS = 4;
+constexpr int ITEM = 8;
+constexpr float LOG2E = 1.4426950408889634f;
+
+/// Where row `row` of a tile has its 16-byte piece `piece`: pieces change places so that eight rows' pieces lie in eight different
+/// groups of banks.
+template <int DIM>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+    return row * DIM + ((piece ^ (row & 7)) & (DIM / 8 - 1)) * 8;
+}
+
+/// Begins to bring keys or values of `TOKENS` tokens from `first` on; zeros beyond `end`.
+template <int DIM, int TOKENS>
+__device__ __forceinline__ void fetch(bf16* tile, const bf16* cache, const int* table, int first, int end, int kv_heads, int head,
+                                      int block_shift) {
+#pragma unroll
+    for (int i = threadIdx.x; i < TOKENS * DIM / 8; i += WARPS * 32) {
+        const int token = i / (DIM / 8), piece = i % (DIM / 8), key = first + token;
+        const bool valid = key < end;
+        const int block = valid ? table[key >> block_shift] : 0;
+        const size_t place = (((size_t)block * kv_heads + head) << block_shift) + (valid ? key & ((1 << block_shift) - 1) : 0);
+        copy_async(tile + swizzled<DIM>(token, piece), cache + place * DIM + piece * 8, valid);
+    }
+}
+/// The same from fp8, at once: they are widened on the way.
+template <int DIM, int TOKENS>
+__device__ __forceinline__ void fetch(bf16* tile, const fp8* cache, const int* table, int first, int end, int kv_heads, int head,
+                                      int block_shift) {
+#pragma unroll
+    for (int i = threadIdx.x; i < TOKENS * DIM / 8; i += WARPS * 32) {
+        const int token = i / (DIM / 8), piece = i % (DIM / 8), key = first + token;
+        uint2 bits = {0, 0};
+        if (key < end) {
+            const size_t place = (((size_t)table[key >> block_shift] * kv_heads + head) << block_shift) + (key & ((1 << block_shift) - 1));
+            bits = *reinterpret_cast<const uint2*>(cache + place * DIM + piece * 8);
+        }
+        float wide[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) wide[k] = to_float(fp8{(uint8_t)((k < 4 ? bits.x : bits.y) >> (k % 4 * 8))});
+        store_eight(tile + swizzled<DIM>(token, piece), wide);
+    }
+}
+
+/// Sums of one warp for its 16 queries: lane holds rows lane / 4 and that + 8.
+template <int DIM>
+struct Sums {
+    float out[DIM / 8][4];
+    float most[2], total[2];
+};
+
+/// What `COUNT` groups of 16 tokens from `token` of a tile on add to the sums. limits: the last key that each of the lane's two rows
+/// sees, and the first.
+template <int DIM, int COUNT>
+__device__ __forceinline__ void accumulate(Sums<DIM>& sums, const uint32_t (&q)[DIM / 16][4], const bf16* keys, const bf16* values,
+                                           int token, int first_key, const int (&last)[2], const int (&from)[2], float scale) {
+    const int lane = threadIdx.x % 32;
+    float scores[COUNT * 2][4];
+#pragma unroll
+    for (int pair = 0; pair < COUNT; pair++) {
+        float(&left)[4] = scores[2 * pair];
+        float(&right)[4] = scores[2 * pair + 1];
+#pragma unroll
+        for (int i = 0; i < 4; i++) left[i] = right[i] = 0.0f;
+        // Matrices 0 and 1: tokens 0..8, numbers 0..8 and 8..16; 2 and 3: tokens 8..16.
+        const int row = token + pair * 16 + lane / 16 * 8 + lane % 8;
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++) {
+            uint32_t key[4];
+            load_matrices(key, keys + swizzled<DIM>(row, k * 2 + lane / 8 % 2));
+            multiply_add(left, q[k], key[0], key[1]);
+            multiply_add(right, q[k], key[2], key[3]);
+        }
+    }
+    float most[2] = {sums.most[0], sums.most[1]};
+#pragma unroll
+    for (int eight = 0; eight < COUNT * 2; eight++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = first_key + token + eight * 8 + lane % 4 * 2 + i % 2;
+            const bool seen = key <= last[i / 2] && key >= from[i / 2];
+            scores[eight][i] = seen ? scores[eight][i] * scale : -INFINITY;
+            most[i / 2] = fmaxf(most[i / 2], scores[eight][i]);
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        most[row] = fmaxf(most[row], __shfl_xor_sync(ALL, most[row], 1));
+        most[row] = fmaxf(most[row], __shfl_xor_sync(ALL, most[row], 2));
+    }
+    // Nothing seen so far: any finite number keeps exp2 of -infinity at 0.
+    const float base[2] = {most[0] == -INFINITY ? 0.0f : most[0], most[1] == -INFINITY ? 0.0f : most[1]};
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        const float shrink = exp2f(sums.most[row] - base[row]);
+        sums.most[row] = most[row];
+        sums.total[row] *= shrink;
+#pragma unroll
+        for (int eight = 0; eight < DIM / 8; eight++) {
+            sums.out[eight][2 * row] *= shrink;
+            sums.out[eight][2 * row + 1] *= shrink;
+        }
+    }
+#pragma unroll
+    for (int eight = 0; eight < COUNT * 2; eight++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[eight][i] = exp2f(scores[eight][i] - base[i / 2]);
+            sums.total[i / 2] += scores[eight][i];
+        }
+    }
+#pragma unroll
+    for (int pair = 0; pair < COUNT; pair++) {
+        const float(&left)[4] = scores[2 * pair];
+        const float(&right)[4] = scores[2 * pair + 1];
+        const uint32_t weights[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
+                                     pack_bf16(right[2], right[3])};
+        // Matrices 0 and 1: tokens 0..8 and 8..16 of eight numbers; 2 and 3: of the next eight.
+        const int row = token + pair * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+        for (int sixteen = 0; sixteen < DIM / 16; sixteen++) {
+            uint32_t value[4];
+            load_matrices_transposed(value, values + swizzled<DIM>(row, sixteen * 2 + lane / 16));
+            multiply_add(sums.out[2 * sixteen], weights, value[0], value[1]);
+            multiply_add(sums.out[2 * sixteen + 1], weights, value[2], value[3]);
+        }
+    }
+}
+
+/// The 128 threads' work on one item. `WIDE`: each warp has queries of its own; else they share the tokens.
+template <int DIM, int TOKENS, bool WIDE, class Kv>
+__device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* values, const int* tables, const int* items,
+                                       bf16* out, float* partial, int heads, int kv_heads, int q_stride, int block_shift,
+                                       float scale, float v_scale, int window, unsigned char* shared) {
+    const int* const item = items + blockIdx.x * ITEM;
+    const int row = item[0], rows = item[1], start = item[2], first = item[4], end = item[5], part = item[6];
+    if (rows == 0) return;
+    const int* const table = tables + item[3];
+    const int head = blockIdx.y, group = heads / kv_heads;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tile_queries = WIDE ? 64 : 16, base = WIDE ? warp * 16 : 0;
+
+    // The lane's two queries: whose they are, and what they see.
+    const bf16* rows_of_q[2];
+    int last[2], from[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int query = base + lane / 4 + 8 * i, t = query / group, g = query % group;
+        const bool valid = t < rows;
+        rows_of_q[i] = valid ? q + (size_t)(row + t) * q_stride + (head * group + g) * DIM : nullptr;
+        last[i] = valid ? min(start + t, end - 1) : -1;
+        from[i] = window > 0 ? max(first, start + t - window + 1) : first;
+    }
+    uint32_t queries[DIM / 16][4];
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const bf16* const at = rows_of_q[i % 2];
+            queries[k][i] = at ? *reinterpret_cast<const uint32_t*>(at + k * 16 + lane % 4 * 2 + i / 2 * 8) : 0;
+        }
+    }
+    Sums<DIM> sums;
+#pragma unroll
+    for (int eight = 0; eight < DIM / 8; eight++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums.out[eight][i] = 0.0f;
+    }
+    sums.most[0] = sums.most[1] = -INFINITY;
+    sums.total[0] = sums.total[1] = 0.0f;
+
+    bf16* const tiles = reinterpret_cast<bf16*>(shared);
+    const auto key_tile = [&](int at) { return tiles + (2 * (at & 1)) * TOKENS * DIM; };
+    const auto value_tile = [&](int at) { return tiles + (2 * (at & 1) + 1) * TOKENS * DIM; };
+    const auto bring = [&](int at, int key) {
+        fetch<DIM, TOKENS>(key_tile(at), keys, table, key, end, kv_heads, head, block_shift);
+        fetch<DIM, TOKENS>(value_tile(at), values, table, key, end, kv_heads, head, block_shift);
+        copy_commit();
+    };
+    // What nobody sees is not read: the first row sees farthest back.
+    const int seen = window > 0 ? max(first, start - window + 1) : first;
+    const int begin = seen / TOKENS * TOKENS, tile_count = (end - begin + TOKENS - 1) / TOKENS;
+    if (tile_count > 0) bring(0, begin);
+    for (int at = 0; at < tile_count; at++) {
+        const int key = begin + at * TOKENS;
+        if (at + 1 < tile_count) {
+            bring(at + 1, key + TOKENS);
+            copy_wait<1>();
+        } else {
+            copy_wait<0>();
+        }
+        __syncthreads();
+        if (WIDE) {
+            accumulate<DIM, TOKENS / 16>(sums, queries, key_tile(at), value_tile(at), 0, key, last, from, scale * LOG2E);
+        } else {
+            constexpr int OWN = TOKENS / WARPS;
+            accumulate<DIM, OWN / 16>(sums, queries, key_tile(at), value_tile(at), warp * OWN, key, last, from, scale * LOG2E);
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        sums.total[i] += __shfl_xor_sync(ALL, sums.total[i], 1);
+        sums.total[i] += __shfl_xor_sync(ALL, sums.total[i], 2);
+    }
+
+    float* const parts = partial + ((size_t)part * kv_heads + head) * tile_queries * (DIM + 2);
+    if (WIDE) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int query = base + lane / 4 + 8 * i, t = query / group, g = query % group;
+            if (t >= rows) continue;
+            const float inverse = sums.total[i] > 0.0f ? v_scale / sums.total[i] : 0.0f;
+#pragma unroll
+            for (int eight = 0; eight < DIM / 8; eight++) {
+                const int column = eight * 8 + lane % 4 * 2;
+                const float a = sums.out[eight][2 * i], b = sums.out[eight][2 * i + 1];
+                if (part < 0) {
+                    bf16* const to = out + ((size_t)(row + t) * heads + head * group + g) * DIM + column;
+                    *reinterpret_cast<uint32_t*>(to) = pack_bf16(a * inverse, b * inverse);
+                } else {
+                    *reinterpret_cast<float2*>(parts + query * (DIM + 2) + column) = {a, b};
+                }
+            }
+            if (part >= 0 && lane % 4 == 0) {
+                *reinterpret_cast<float2*>(parts + query * (DIM + 2) + DIM) = {sums.most[i], sums.total[i]};
+            }
+        }
+        return;
+    }
+    // The warps' sums lie where the tiles were: [warp, query, dim + 2].
+    float* const each = reinterpret_cast<float*>(shared);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float* const to = each + (warp * 16 + lane / 4 + 8 * i) * (DIM + 2);
+#pragma unroll
+        for (int eight = 0; eight < DIM / 8; eight++) {
+            const int column = eight * 8 + lane % 4 * 2;
+            *reinterpret_cast<float2*>(to + column) = {sums.out[eight][2 * i], sums.out[eight][2 * i + 1]};
+        }
+        if (lane % 4 == 0) *reinterpret_cast<float2*>(to + DIM) = {sums.most[i], sums.total[i]};
+    }
+    __syncthreads();
+    for (int query = warp; query < rows * group; query += WARPS) {
+        const int t = query / group, g = query % group;
+        float most = -INFINITY, total = 0.0f;
+#pragma unroll
+        for (int other = 0; other < WARPS; other++) most = fmaxf(most, each[(other * 16 + query) * (DIM + 2) + DIM]);
+        float shrink[WARPS];
+#pragma unroll
+        for (int other = 0; other < WARPS; other++) {
+            const float* const sum = each + (other * 16 + query) * (DIM + 2);
+            shrink[other] = most == -INFINITY ? 0.0f : exp2f(sum[DIM] - most);
+            total += sum[DIM + 1] * shrink[other];
+        }
+        const float inverse = total > 0.0f ? v_scale / total : 0.0f;
+        for (int column = lane; column < DIM; column += 32) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int other = 0; other < WARPS; other++) sum += each[(other * 16 + query) * (DIM + 2) + column] * shrink[other];
+            if (part < 0) out[((size_t)(row + t) * heads + head * group + g) * DIM + column] = to_bf16(sum * inverse);
+            else parts[query * (DIM + 2) + column] = sum;
+        }
+        if (part >= 0 && lane == 0) {
+            parts[query * (DIM + 2) + DIM] = most;
+            parts[query * (DIM + 2) + DIM + 1] = total;
+        }
+    }
+}
+
+#define ATTEND(name, DIM, TOKENS, WIDE, Kv)                                                                                 \
+    KERNEL __launch_bounds__(WARPS * 32)                                                                                    \
+        name(const bf16* __restrict__ q, const Kv* __restrict__ keys, const Kv* __restrict__ values,                        \
+             const int* __restrict__ tables, const int* __restrict__ items, bf16* __restrict__ out,                         \
+             float* __restrict__ partial, int heads, int kv_heads, int q_stride, int block_shift, float scale,              \
+             float v_scale, int window) {                                                                                   \
+        DYNAMIC_SHARED(shared);                                                                                             \
+        attend<DIM, TOKENS, WIDE, Kv>(q, keys, values, tables, items, out, partial, heads, kv_heads, q_stride, block_shift, \
+                                      scale, v_scale, window, shared);                                                      \
+    }                                                                                                                       \
+    EXPORT(name)
+ATTEND(attend_narrow_64_bf16, 64, 64, false, bf16)
+ATTEND(attend_narrow_128_bf16, 128, 64, false, bf16)
+ATTEND(attend_narrow_256_bf16, 256, 64, false, bf16)
+ATTEND(attend_narrow_64_fp8, 64, 64, false, fp8)
+ATTEND(attend_narrow_128_fp8, 128, 64, false, fp8)
+ATTEND(attend_narrow_256_fp8, 256, 64, false, fp8)
+ATTEND(attend_wide_64_bf16, 64, 64, true, bf16)
+ATTEND(attend_wide_128_bf16, 128, 64, true, bf16)
+ATTEND(attend_wide_256_bf16, 256, 32, true, bf16)
+ATTEND(attend_wide_64_fp8, 64, 64, true, fp8)
+ATTEND(attend_wide_128_fp8, 128, 64, true, fp8)
+ATTEND(attend_wide_256_fp8, 256, 32, true, fp8)
+
+// Ranges of keys that belong to the same rows, put together.
+//
+//     merges [count, 4] i32: first row, rows, first part, parts, which follow each other      partial, out: as above
+//
+// Grid: (count, heads, most rows of a merge); block: a multiple of 32 threads. Bound by memory, of which there is little.
+KERNEL merge_attention(const float* __restrict__ partial, const int* __restrict__ merges, bf16* __restrict__ out, int heads,
+                       int kv_heads, int tile_queries, int dim, float v_scale) {
+    const int* const merge = merges + blockIdx.x * 4;
+    const int row = merge[0], rows = merge[1], first = merge[2], parts = merge[3];
+    const int t = blockIdx.z, head = blockIdx.y, group = heads / kv_heads, query = t * group + head % group;
+    if (t >= rows) return;
+    const auto part = [&](int at) {
+        return partial + (((size_t)(first + at) * kv_heads + head / group) * tile_queries + query) * (dim + 2);
+    };
+    float most = -INFINITY, total = 0.0f;
+    for (int at = 0; at < parts; at++) most = fmaxf(most, part(at)[dim]);
+    for (int at = 0; at < parts; at++) total += most == -INFINITY ? 0.0f : part(at)[dim + 1] * exp2f(part(at)[dim] - most);
+    const float inverse = total > 0.0f ? v_scale / total : 0.0f;
+    for (int column = threadIdx.x; column < dim; column += blockDim.x) {
+        float sum = 0.0f;
+        for (int at = 0; at < parts; at++) {
+            sum += most == -INFINITY ? 0.0f : part(at)[column] * exp2f(part(at)[dim] - most);
+        }
+        out[((size_t)(row + t) * heads + head) * dim + column] = to_bf16(sum * inverse);
+    }
+}
+EXPORT(merge_attention)

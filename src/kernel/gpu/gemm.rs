@@ -1,0 +1,140 @@
+//! Few rows times a matrix: `gemm_small.cu`.
+
+use half::{bf16, f16};
+
+use super::launch::{Fp8, Launch, Launcher, Ptr};
+use crate::base::{Error, Result};
+
+/// Rows up to which [`gemm_small`] goes.
+pub const SMALL_ROWS: usize = 64;
+
+/// fp8 rows and the scale of each.
+#[derive(Clone, Copy)]
+pub struct Scaled {
+    /// Row-major.
+    pub data: Ptr<Fp8>,
+    /// One a row.
+    pub scales: Ptr<f32>,
+}
+
+/// A matrix of `n` channels of `k` inputs, and the rows that it takes.
+#[derive(Clone, Copy)]
+pub enum Weight {
+    /// `w [n, k]` and `x [m, k]`.
+    Bf16(Ptr<bf16>, Ptr<bf16>),
+    /// The same in fp8, a scale a channel and a row.
+    Fp8(Scaled, Scaled),
+    /// As [`pack_q4`] packs it, and `x [m, k]`.
+    Q4(Ptr<u32>, Ptr<f16>, Ptr<bf16>),
+}
+
+/// `out = x * w^T`, or `out += x * w^T` with `add`: out `[m, out_stride]`, its first `n` columns.
+///
+/// # Errors
+/// `Unsupported` for more than [`SMALL_ROWS`] rows, channels that are no multiple of 8 or inputs of none of 32 (bf16), 64 (fp8), 128
+/// (4 bits); `Internal` when memory is too short.
+pub fn gemm_small(
+    on: &dyn Launcher,
+    (m, n, k): (usize, usize, usize),
+    weight: Weight,
+    out: Ptr<bf16>,
+    out_stride: usize,
+    add: bool,
+) -> Result<()> {
+    let (kind, unit) = match weight {
+        Weight::Bf16(..) => ("bf16", 32),
+        Weight::Fp8(..) => ("fp8", 64),
+        Weight::Q4(..) => ("q4", 128),
+    };
+    if m > SMALL_ROWS || !n.is_multiple_of(8) || !k.is_multiple_of(unit) {
+        return Err(Error::unsupported(format!(
+            "{m} rows times {n} x {k} in {kind}: up to {SMALL_ROWS} rows, channels in eights and inputs in multiples of {unit}"
+        )));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    out.needs("out", (m - 1) * out_stride + n, 2)?;
+    let tiles = [1, 2, 4].into_iter().find(|tiles| tiles * 16 >= m).unwrap_or(4);
+    let launch = Launch::new(format!("gemm_small_{kind}_{tiles}"), [n / 8, 1, 1], 128);
+    let launch = match weight {
+        Weight::Bf16(w, x) => {
+            w.needs("w", n * k, 16)?;
+            x.needs("x", m * k, 16)?;
+            launch.ptr(x).ptr(w)
+        }
+        Weight::Fp8(w, x) => {
+            w.data.needs("w", n * k, 16)?;
+            w.scales.needs("scales of w", n, 4)?;
+            x.data.needs("x", m * k, 16)?;
+            x.scales.needs("scales of x", m, 4)?;
+            launch.ptr(x.data).ptr(x.scales).ptr(w.data).ptr(w.scales)
+        }
+        Weight::Q4(codes, scales, x) => {
+            codes.needs("codes", n * k / 8, 16)?;
+            scales.needs("scales", n * k / 32, 2)?;
+            x.needs("x", m * k, 16)?;
+            launch.ptr(x).ptr(codes).ptr(scales)
+        }
+    };
+    on.launch(launch.ptr(out).int(m).int(k).int(out_stride).int(usize::from(add)))
+}
+
+/// Rows of GGUF's Q4_0 (`[n, k]`, blocks of 32) as the kernel reads them: codes `[n, k / 128, 4, 4]` words of 8 and scales
+/// `[n, k / 32]`.
+///
+/// # Errors
+/// `Unsupported` when k is no multiple of 128; `Internal` when the bytes are not n rows of k.
+pub fn pack_q4(bytes: &[u8], n: usize, k: usize) -> Result<(Vec<u32>, Vec<f16>)> {
+    if !k.is_multiple_of(128) {
+        return Err(Error::unsupported(format!("{k} inputs in 4 bits: GPU kernels take multiples of 128")));
+    }
+    let row_bytes = k / 32 * 18;
+    if bytes.len() != n * row_bytes {
+        return Err(Error::internal(format!("{} bytes are not {n} x {k} Q4_0", bytes.len())));
+    }
+    let (mut codes, mut scales) = (Vec::with_capacity(n * k / 8), Vec::with_capacity(n * k / 32));
+    for row in bytes.chunks_exact(row_bytes) {
+        for four in row.chunks_exact(4 * 18) {
+            let block = |at: usize| &four[at * 18..][..18];
+            scales.extend((0..4).map(|at| f16::from_le_bytes([block(at)[0], block(at)[1]])));
+            // In the file the low nibbles are the first 16 of a block.
+            let code = |at: usize, k: usize| u32::from(block(at)[2 + k % 16] >> (k / 16 * 4) & 15);
+            for q in 0..4 {
+                codes.extend((0..4).map(|at| {
+                    (0..4).fold(0, |word, pair| {
+                        let (low, high) = (code(at, 8 * q + 2 * pair), code(at, 8 * q + 2 * pair + 1));
+                        word | low << (4 * pair) | high << (16 + 4 * pair)
+                    })
+                }));
+            }
+        }
+    }
+    Ok((codes, scales))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::quant::{Dtype, dequantize_row};
+    use crate::kernel::testing::Dice;
+
+    #[test]
+    fn packed_codes_are_those_of_the_file() {
+        let (n, k) = (3, 256);
+        let bytes = Dice::new(1).weights(Dtype::Q4_0, n, k);
+        let (codes, scales) = pack_q4(&bytes, n, k).unwrap();
+        let mut expected = vec![0.0; n * k];
+        dequantize_row(Dtype::Q4_0, &bytes, &mut expected).unwrap();
+        for row in 0..n {
+            for at in 0..k {
+                let (block, q, j) = (at % 128 / 32, at % 32 / 8, at % 8);
+                let word = codes[(row * k + at / 128 * 128) / 8 + q * 4 + block];
+                let code = word >> (j / 2 * 4 + j % 2 * 16) & 15;
+                let value = (code as f32 - 8.0) * scales[(row * k + at) / 32].to_f32();
+                assert_eq!(value, expected[row * k + at], "row {row}, input {at}");
+            }
+        }
+        assert!(pack_q4(&bytes, n, k + 1).is_err() && pack_q4(&bytes[1..], n, k).is_err());
+    }
+}

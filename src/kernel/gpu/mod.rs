@@ -1,0 +1,29 @@
+//! Kernels for GPUs: what it takes to launch each of `kernels/*.cu`.
+//!
+//! ```text
+//! rows, attention, gemm, sample    shapes checked, grid and arguments chosen ──> Launch ──┬─> a GPU's stream
+//!                                                                                         └─> Emulator: the same source,
+//!                                                                                             compiled for the host
+//! ```
+//!
+//! A [`Launch`] is a kernel's name, its grid and its arguments as the driver takes them, so tests without a GPU run what a GPU
+//! would be told to. Memory is a [`Ptr`]: an address of the device, typed and of known length. Nothing here allocates.
+
+mod attention;
+mod emulator;
+mod gemm;
+mod launch;
+mod lora;
+mod rows;
+mod sample;
+
+pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
+pub use emulator::Emulator;
+pub use gemm::{SMALL_ROWS, Scaled, Weight, gemm_small, pack_q4};
+pub use launch::{Fp8, Launch, Launcher, Ptr};
+pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
+pub use rows::{
+    Gate, Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, quantize_fp8, random_bf16,
+    rope_kv_write, silu_mul,
+};
+pub use sample::{Drawn, Edit, Wish, sample, verify};

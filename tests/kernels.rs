@@ -1,0 +1,807 @@
+//! The kernels for GPUs against references in f64, run by the emulator: random shapes, tails, nothing at all, and threads in
+//! four orders, whose results must be the same to the bit.
+//!
+//! ```text
+//! cargo test --features emulate --test kernels
+//! ```
+
+#![allow(clippy::unwrap_used)]
+
+use half::{bf16, f16};
+use neurond::kernel::gpu::{
+    Adapted, Attention, Drawn, Edit, Emulator, Fp8, Gate, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW,
+    Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed, gather_rows,
+    gemm_small, lora, pack_q4, quantize_fp8, random_bf16, rope_kv_write, sample, silu_mul, verify,
+};
+use neurond::kernel::quant::{Dtype, dequantize_row};
+
+/// Reproducible random numbers (splitmix64).
+struct Dice(u64);
+
+impl Dice {
+    fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    fn below(&mut self, end: usize) -> usize {
+        (self.bits() >> 11) as usize % end
+    }
+    /// In -1..1.
+    fn value(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+    fn bf16(&mut self, count: usize, size: f32) -> Vec<bf16> {
+        (0..count).map(|_| bf16::from_f32(self.value() * size)).collect()
+    }
+    fn fp8(&mut self, count: usize) -> Vec<Fp8> {
+        // No NaN.
+        (0..count).map(|_| Fp8(self.bits() as u8)).map(|x| if x.0 & 0x7f == 0x7f { Fp8(0) } else { x }).collect()
+    }
+}
+
+fn at<T>(slice: &mut [T]) -> Ptr<T> {
+    // SAFETY: a test's vectors live until its launches have returned, and launches are over when they return.
+    unsafe { Emulator::memory(slice) }
+}
+
+/// `run(launcher, out)` with threads in four orders: the same to the bit. Returns it.
+fn in_any_order<T: Clone + PartialEq + std::fmt::Debug>(
+    fresh: &[T],
+    run: impl Fn(&dyn Launcher, &mut Vec<T>),
+) -> Vec<T> {
+    let mut outcomes = (0..4).map(|seed| {
+        let mut out = fresh.to_vec();
+        run(&Emulator { seed }, &mut out);
+        out
+    });
+    let first = outcomes.next().unwrap();
+    for (order, other) in outcomes.enumerate() {
+        assert!(other == first, "the result depends on the order of threads ({})", order + 1);
+    }
+    first
+}
+
+#[track_caller]
+fn near(found: f32, expected: f64, relative: f64, absolute: f64, what: &dyn std::fmt::Display) {
+    let off = (f64::from(found) - expected).abs();
+    assert!(off <= relative * expected.abs() + absolute, "{what}: {found}, and it should be {expected}");
+}
+
+/// bf16 has 8 bits: half a unit of the last, and a little for sums in another order.
+const BF16: f64 = 1.0 / 256.0;
+
+#[test]
+fn fp8_is_what_the_format_says() {
+    let known = [
+        (0x00, 0.0),
+        (0x01, 2f32.powi(-9)),
+        (0x08, 2f32.powi(-6)),
+        (0x38, 1.0),
+        (0x3c, 1.5),
+        (0x7e, 448.0),
+        (0xb8, -1.0),
+    ];
+    for (bits, value) in known {
+        assert_eq!(Fp8(bits).to_f32(), value);
+    }
+    assert!(Fp8(0x7f).to_f32().is_nan());
+    let values: Vec<f32> = (0..0x7f).map(|bits| Fp8(bits).to_f32()).collect();
+    assert!(values.is_sorted());
+}
+
+#[test]
+fn rows_of_the_embedding() {
+    let mut dice = Dice(1);
+    for (rows, hidden, first, scale) in [(1, 8, 0, 1.0), (5, 576, 10, 1.0), (3, 4096, 0, 22.5), (0, 64, 0, 1.0)] {
+        let words = 30;
+        let mut table = dice.bf16(words * hidden, 1.0);
+        let mut ids: Vec<i32> = (0..rows).map(|_| dice.below(words + 20) as i32).collect();
+        let out = in_any_order(&vec![bf16::NAN; rows * hidden], |on, out| {
+            let (mut ids, mut table) = (ids.clone(), table.clone());
+            embed(on, rows, at(&mut ids), at(&mut table), hidden, first..first + words, scale, at(out)).unwrap();
+        });
+        for (row, &id) in ids.iter().enumerate() {
+            for i in 0..hidden {
+                let word = (id as usize).checked_sub(first).filter(|&word| word < words);
+                let expected = word.map_or(0.0, |word| f64::from(table[word * hidden + i].to_f32()) * f64::from(scale));
+                near(out[row * hidden + i].to_f32(), expected, BF16, 0.0, &row);
+            }
+        }
+        let wanted: Vec<i32> = (0..rows).map(|_| dice.below(words) as i32).collect();
+        let gathered = in_any_order(&vec![bf16::NAN; rows * hidden], |on, out| {
+            gather_rows(on, rows, at(&mut table.clone()), at(&mut wanted.clone()), hidden, at(out)).unwrap();
+        });
+        for (row, &from) in wanted.iter().enumerate() {
+            assert_eq!(gathered[row * hidden..][..hidden], table[from as usize * hidden..][..hidden]);
+        }
+        (table[0], ids) = (bf16::ONE, vec![]);
+        assert!(
+            ids.is_empty()
+                && embed(&Emulator::default(), 1, at(&mut ids), at(&mut table), hidden, 0..1, 1.0, Ptr::null())
+                    .is_err()
+        );
+    }
+}
+
+#[test]
+fn the_residual_stream_and_its_norm() {
+    let mut dice = Dice(2);
+    for (rows, width, offset) in
+        [(1, 8, 0.0), (4, 576, 0.0), (2, 4096, 1.0), (3, 8192, 0.0), (1, 16384, 0.0), (2, 2056, 1.0)]
+    {
+        for with_delta in [false, true] {
+            let (x, delta, weight) =
+                (dice.bf16(rows * width, 3.0), dice.bf16(rows * width, 1.0), dice.bf16(width, 1.0));
+            let eps = 1e-5;
+            let run = |on: &dyn Launcher, x: &mut Vec<bf16>, out: Normed| {
+                let (mut delta, mut weight) = (delta.clone(), weight.clone());
+                let delta = if with_delta { at(&mut delta) } else { Ptr::null() };
+                let norm = Norm { weight: at(&mut weight), eps, offset };
+                add_rms_norm(on, rows, width, at(x), delta, norm, out).unwrap();
+            };
+            // x and its norm, one after the other.
+            let fresh = [x.clone(), vec![bf16::NAN; rows * width]].concat();
+            let found = in_any_order(&fresh, |on, both| {
+                let (mut x, mut y) = (both[..rows * width].to_vec(), both[rows * width..].to_vec());
+                run(on, &mut x, Normed::Bf16(at(&mut y)));
+                *both = [x, y].concat();
+            });
+            let (sums, normed) = found.split_at(rows * width);
+            let (mut scaled, mut scales) = (vec![Fp8(0x7f); rows * width], vec![f32::NAN; rows]);
+            run(&Emulator { seed: 3 }, &mut x.clone(), Normed::Fp8(at(&mut scaled), at(&mut scales)));
+            for row in 0..rows {
+                let range = row * width..(row + 1) * width;
+                let added = |i: usize| x[i].to_f32() + if with_delta { delta[i].to_f32() } else { 0.0 };
+                range.clone().for_each(|i| assert_eq!(sums[i], bf16::from_f32(added(i))));
+                let squares: f64 = sums[range.clone()].iter().map(|x| f64::from(x.to_f32()).powi(2)).sum();
+                let factor = 1.0 / (squares / width as f64 + f64::from(eps)).sqrt();
+                let mut most = 0f64;
+                for i in range.clone() {
+                    let by = f64::from(weight[i - row * width].to_f32()) + f64::from(offset);
+                    let expected = f64::from(sums[i].to_f32()) * factor * by;
+                    most = most.max(expected.abs());
+                    near(normed[i].to_f32(), expected, BF16, 1e-6, &i);
+                    // 4 bits: half a unit of the last, and what is less than the least.
+                    near(scaled[i].to_f32() * scales[row], expected, 1.0 / 15.0, f64::from(scales[row]) / 500.0, &i);
+                }
+                near(scales[row], most / 448.0, 1e-5, 1e-12, &"scale");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gate_of_a_feed_forward_layer() {
+    let mut dice = Dice(3);
+    for (rows, width) in [(1, 8), (3, 1536), (2, 14336), (1, 28672)] {
+        for gate in [Gate::Silu, Gate::Gelu] {
+            let mut gate_up = dice.bf16(rows * 2 * width, 6.0);
+            // Both ends, where a formula can overflow.
+            (gate_up[0], gate_up[1]) = (bf16::from_f32(-200.0), bf16::from_f32(200.0));
+            let out = in_any_order(&vec![bf16::NAN; rows * width], |on, out| {
+                silu_mul(on, rows, width, at(&mut gate_up.clone()), gate, Normed::Bf16(at(out))).unwrap();
+            });
+            let (mut scaled, mut scales) = (vec![Fp8(0x7f); rows * width], vec![f32::NAN; rows]);
+            let to = Normed::Fp8(at(&mut scaled), at(&mut scales));
+            silu_mul(&Emulator { seed: 2 }, rows, width, at(&mut gate_up.clone()), gate, to).unwrap();
+            for row in 0..rows {
+                for i in 0..width {
+                    let x = f64::from(gate_up[row * 2 * width + i].to_f32());
+                    let up = f64::from(gate_up[(row * 2 + 1) * width + i].to_f32());
+                    let act = match gate {
+                        Gate::Silu => x / (1.0 + (-x).exp()),
+                        Gate::Gelu => 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x.powi(3))).tanh()),
+                    };
+                    let (at, expected) = (row * width + i, act * up);
+                    near(out[at].to_f32(), expected, BF16, 1e-5, &at);
+                    near(scaled[at].to_f32() * scales[row], expected, 1.0 / 15.0, f64::from(scales[row]) / 500.0, &at);
+                }
+            }
+        }
+    }
+}
+
+/// A pool of blocks and a table of some of them in disorder.
+struct Paged {
+    heads: Heads,
+    shift: u32,
+    blocks: usize,
+}
+
+impl Paged {
+    fn len(&self) -> usize {
+        (self.blocks * self.heads.kv_heads * self.heads.dim) << self.shift
+    }
+    fn place(&self, block: usize, head: usize, slot: usize) -> usize {
+        (((block * self.heads.kv_heads + head) << self.shift) + slot) * self.heads.dim
+    }
+    fn table(&self, dice: &mut Dice) -> Vec<i32> {
+        let mut table: Vec<i32> = (0..self.blocks as i32).collect();
+        (1..table.len()).for_each(|i| table.swap(i, dice.below(i + 1)));
+        table
+    }
+}
+
+#[test]
+fn queries_are_turned_and_keys_and_values_put_into_the_pool() {
+    let mut dice = Dice(4);
+    for (rows, heads, kv_heads, dim, with_norm) in
+        [(1, 1, 1, 64, false), (5, 9, 3, 64, false), (3, 8, 2, 128, true), (2, 4, 1, 256, true), (4, 3, 3, 96, false)]
+    {
+        let paged = Paged { heads: Heads { heads, kv_heads, dim }, shift: 4, blocks: 4 };
+        let all = heads + 2 * kv_heads;
+        let qkv = dice.bf16(rows * all * dim, 2.0);
+        let positions: Vec<i32> = (0..rows).map(|_| dice.below(100_000) as i32).collect();
+        // The last row fills the batch up, if it is not alone.
+        let slots: Vec<i32> =
+            (0..rows).map(|row| if row > 0 && row + 1 == rows { -1 } else { (row * 13 + 2) as i32 }).collect();
+        let frequencies: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
+        let (q_weight, k_weight, eps, offset, magnitude) = (dice.bf16(dim, 1.0), dice.bf16(dim, 1.0), 1e-6, 1.0, 1.25);
+        let (k_scale, v_scale) = (0.5, 0.25);
+        let run = |on: &dyn Launcher, qkv: &mut Vec<bf16>, data: Keys, scales: (f32, f32)| {
+            let (mut positions, mut slots, mut frequencies) = (positions.clone(), slots.clone(), frequencies.clone());
+            let (mut q, mut k) = (q_weight.clone(), k_weight.clone());
+            let norm =
+                |weight: &mut Vec<bf16>| Norm { weight: if with_norm { at(weight) } else { Ptr::null() }, eps, offset };
+            let rope =
+                RopeKv { frequencies: at(&mut frequencies), magnitude, q_norm: norm(&mut q), k_norm: norm(&mut k) };
+            let kv = PagedKv { data, block_shift: 4, k_scale: scales.0, v_scale: scales.1 };
+            rope_kv_write(on, rows, paged.heads, at(qkv), at(&mut positions), at(&mut slots), &rope, &kv).unwrap();
+        };
+        let untouched = bf16::from_f32(77.0);
+        let fresh = [qkv.clone(), vec![untouched; 2 * paged.len()]].concat();
+        let found = in_any_order(&fresh, |on, all| {
+            let (mut qkv, mut pool) = (all[..qkv.len()].to_vec(), all[qkv.len()..].to_vec());
+            let (keys, values) = pool.split_at_mut(paged.len());
+            run(on, &mut qkv, Keys::Bf16(at(keys), at(values)), (1.0, 1.0));
+            *all = [qkv, pool].concat();
+        });
+        let (turned, pool) = found.split_at(qkv.len());
+        let (keys, values) = pool.split_at(paged.len());
+        let (mut keys8, mut values8) = (vec![Fp8(0x55); paged.len()], vec![Fp8(0x55); paged.len()]);
+        run(&Emulator { seed: 1 }, &mut qkv.clone(), Keys::Fp8(at(&mut keys8), at(&mut values8)), (k_scale, v_scale));
+        let mut written = 0;
+        for row in 0..rows {
+            for head in 0..all {
+                let x: Vec<f64> =
+                    qkv[(row * all + head) * dim..][..dim].iter().map(|x| f64::from(x.to_f32())).collect();
+                let weight = if head < heads { &q_weight } else { &k_weight };
+                let is_value = head >= heads + kv_heads;
+                let factor = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / dim as f64 + f64::from(eps)).sqrt();
+                let normed = |i: usize| match with_norm && !is_value {
+                    true => x[i] * factor * (f64::from(weight[i].to_f32()) + f64::from(offset)),
+                    false => x[i],
+                };
+                let expected = |i: usize| {
+                    if is_value {
+                        return x[i];
+                    }
+                    let pair = i % (dim / 2);
+                    // The angle is a product in f32, as everywhere.
+                    let (sine, cosine) = f64::from(positions[row] as f32 * frequencies[pair]).sin_cos();
+                    let (low, high) = (normed(pair), normed(pair + dim / 2));
+                    f64::from(magnitude)
+                        * if i < dim / 2 { low * cosine - high * sine } else { high * cosine + low * sine }
+                };
+                for i in 0..dim {
+                    let what = format!("row {row}, head {head}, {i}");
+                    if head < heads {
+                        near(turned[(row * all + head) * dim + i].to_f32(), expected(i), BF16, 1e-5, &what);
+                        continue;
+                    }
+                    let Ok(slot) = usize::try_from(slots[row]) else { continue };
+                    let place = paged.place(slot / 16, (head - heads) % kv_heads, slot % 16) + i;
+                    let (wide, narrow, scale) = match is_value {
+                        true => (values[place], values8[place], v_scale),
+                        false => (keys[place], keys8[place], k_scale),
+                    };
+                    written += 1;
+                    near(wide.to_f32(), expected(i), BF16, 1e-5, &what);
+                    near(narrow.to_f32() * scale, expected(i), 1.0 / 15.0, 0.001, &what);
+                }
+            }
+        }
+        let left_alone = pool.iter().filter(|&&x| x == untouched).count();
+        assert_eq!(left_alone, pool.len() - written, "nothing else is written");
+    }
+}
+
+#[test]
+fn blocks_of_the_pool_become_copies() {
+    let (blocks, bytes, layers) = (6, 4112, 3);
+    let stride = blocks * bytes + 64;
+    let mut dice = Dice(5);
+    let pool: Vec<u8> = (0..layers * stride).map(|_| dice.bits() as u8).collect();
+    let pairs = [0, 3, 5, 1];
+    let found = in_any_order(&pool, |on, pool| {
+        copy_blocks(on, 2, at(pool), at(&mut pairs.to_vec()), bytes, stride, layers).unwrap();
+    });
+    let mut expected = pool.clone();
+    for layer in 0..layers {
+        for pair in pairs.chunks(2) {
+            let from = layer * stride + pair[0] as usize * bytes;
+            expected.copy_within(from..from + bytes, layer * stride + pair[1] as usize * bytes);
+        }
+    }
+    assert!(found == expected);
+}
+
+/// One sequence's part of a step: rows, position of the first.
+type Span = (usize, usize);
+
+/// Attention of some spans, each over keys of its own, in bf16 or fp8, against f64.
+fn attends(dice: &mut Dice, heads: Heads, shift: u32, spans: &[Span], window: usize, wanted: usize, in_fp8: bool) {
+    let Heads { heads: all, kv_heads, dim } = heads;
+    let rows: usize = spans.iter().map(|span| span.0).sum();
+    let needed = |&(rows, start): &Span| (rows + start).div_ceil(1 << shift);
+    let paged = Paged { heads, shift, blocks: spans.iter().map(needed).sum::<usize>() + 2 };
+    let tables = paged.table(dice);
+    let q_stride = (all + 2 * kv_heads) * dim;
+    let q = dice.bf16(rows * q_stride, 1.5);
+    // Blocks that nobody reads, and slots behind the last key, hold NaN.
+    let (keys, values) = (dice.bf16(paged.len(), 1.0), dice.bf16(paged.len(), 1.0));
+    let (keys8, values8) = (dice.fp8(paged.len()), dice.fp8(paged.len()));
+    let (k_scale, v_scale) = if in_fp8 { (0.01, 0.02) } else { (1.0, 1.0) };
+    let scale = 1.0 / (dim as f32).sqrt();
+    let mut first = (0, 0);
+    let placed: Vec<(usize, usize, usize, usize)> = spans
+        .iter()
+        .map(|span| {
+            let (row, table) = first;
+            first = (row + span.0, table + needed(span));
+            (row, span.0, span.1, table)
+        })
+        .collect();
+    let mut keys = keys;
+    let mut values = values;
+    let mut known = vec![false; paged.len() / dim];
+    for &(_, count, start, table) in &placed {
+        for key in 0..start + count {
+            for head in 0..kv_heads {
+                known[paged.place(tables[table + (key >> shift)] as usize, head, key & ((1 << shift) - 1)) / dim] =
+                    true;
+            }
+        }
+    }
+    for (at, _) in known.iter().enumerate().filter(|(_, known)| !**known) {
+        keys[at * dim..][..dim].fill(bf16::NAN);
+        values[at * dim..][..dim].fill(bf16::NAN);
+    }
+    let mut attention = Attention::default();
+    attention.plan(placed.iter().copied(), all / kv_heads, kv_heads, window, wanted);
+    let out = in_any_order(&vec![bf16::NAN; rows * all * dim], |on, out| {
+        let (mut q, mut tables) = (q.clone(), tables.clone());
+        let (mut keys, mut values, mut keys8, mut values8) =
+            (keys.clone(), values.clone(), keys8.clone(), values8.clone());
+        let data = match in_fp8 {
+            true => Keys::Fp8(at(&mut keys8), at(&mut values8)),
+            false => Keys::Bf16(at(&mut keys), at(&mut values)),
+        };
+        let kv = PagedKv { data, block_shift: shift, k_scale, v_scale };
+        for (tile, items, merges) in
+            [(NARROW, &attention.narrow, &attention.narrow_merges), (WIDE, &attention.wide, &attention.wide_merges)]
+        {
+            // A captured graph has room for more than there is.
+            let mut items = [items.as_slice(), &[Item::default()]].concat();
+            let (count, merge_count) = (items.len(), merges.len());
+            let most_rows = merges.iter().map(|merge| merge.rows as usize).max().unwrap_or(0);
+            let mut partial = vec![f32::NAN; Attention::partial_len(merges, tile, heads)];
+            let mut merges: Vec<Merge> = merges.clone();
+            let (items, merges) = ((at(&mut items), count), (at(&mut merges), merge_count, most_rows));
+            let (q, out, partial) = (at(&mut q), at(out), at(&mut partial));
+            Attention::run(
+                on,
+                tile,
+                items,
+                merges,
+                heads,
+                q,
+                q_stride,
+                &kv,
+                at(&mut tables),
+                scale,
+                window,
+                out,
+                partial,
+            )
+            .unwrap();
+        }
+    });
+    for &(row, count, start, table) in &placed {
+        for t in 0..count {
+            for head in 0..all {
+                let position = start + t;
+                let from = if window > 0 { (position + 1).saturating_sub(window) } else { 0 };
+                let place = |key: usize| {
+                    paged.place(
+                        tables[table + (key >> shift)] as usize,
+                        head / (all / kv_heads),
+                        key & ((1 << shift) - 1),
+                    )
+                };
+                let number = |wide: &[bf16], narrow: &[Fp8], scale: f32, i: usize| match in_fp8 {
+                    true => f64::from(narrow[i].to_f32()) * f64::from(scale),
+                    false => f64::from(wide[i].to_f32()),
+                };
+                let query = &q[(row + t) * q_stride + head * dim..][..dim];
+                let scores: Vec<f64> = (from..=position)
+                    .map(|key| {
+                        let dot =
+                            |i: usize| f64::from(query[i].to_f32()) * number(&keys, &keys8, k_scale, place(key) + i);
+                        (0..dim).map(dot).sum::<f64>() * f64::from(scale)
+                    })
+                    .collect();
+                let most = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for i in 0..dim {
+                    let weigh =
+                        |(at, weight): (usize, &f64)| weight * number(&values, &values8, v_scale, place(from + at) + i);
+                    let expected = weights.iter().enumerate().map(weigh).sum::<f64>() / total;
+                    let found = out[((row + t) * all + head) * dim + i].to_f32();
+                    // Weights are bf16 when they meet the values.
+                    near(
+                        found,
+                        expected,
+                        0.01,
+                        0.006 * f64::from(if in_fp8 { 448.0 * v_scale } else { 1.0 }),
+                        &format!(
+                            "row {row} + {t} at {position}, head {head}, {i}; {spans:?}, window {window}, wanted {wanted}"
+                        ),
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_over_pages() {
+    let mut dice = Dice(6);
+    let smol = Heads { heads: 9, kv_heads: 3, dim: 64 };
+    let llama = Heads { heads: 8, kv_heads: 2, dim: 128 };
+    let gemma = Heads { heads: 4, kv_heads: 1, dim: 256 };
+    // Decodes of any length, drafts, chunks, all in one step; whole and cut into ranges.
+    for (heads, shift) in [(smol, 4), (llama, 4), (llama, 5), (gemma, 4)] {
+        attends(&mut dice, heads, shift, &[(1, 0), (1, 36), (1, 127), (3, 70), (20, 0)], 0, 0, false);
+        attends(&mut dice, heads, shift, &[(1, 700), (2, 300)], 0, 1000, false);
+    }
+    attends(&mut dice, llama, 4, &[(1, 500), (40, 530)], 100, 0, false);
+    attends(&mut dice, llama, 4, &[(1, 900), (33, 600)], 0, 1000, false);
+    attends(&mut dice, Heads { heads: 16, kv_heads: 1, dim: 64 }, 4, &[(1, 65), (5, 3)], 0, 0, false);
+}
+
+#[test]
+fn attention_over_pages_in_fp8() {
+    let mut dice = Dice(7);
+    for dim in [64, 128, 256] {
+        let heads = Heads { heads: 4, kv_heads: 2, dim };
+        attends(&mut dice, heads, 4, &[(1, 90), (17, 20)], 0, 0, true);
+    }
+    attends(&mut dice, Heads { heads: 8, kv_heads: 1, dim: 128 }, 4, &[(1, 600)], 0, 1000, true);
+}
+
+/// A small product in each format against f64, for rows of every tile; a row's bits do not depend on how many there are.
+#[test]
+fn few_rows_times_a_matrix() {
+    let mut dice = Dice(8);
+    for (n, k) in [(8, 128), (24, 640)] {
+        let weight = dice.bf16(n * k, 1.0);
+        let (weight8, scales8) = (dice.fp8(n * k), (0..n).map(|_| dice.value().abs() + 0.1).collect::<Vec<f32>>());
+        let file: Vec<u8> = (0..n * k / 32)
+            .flat_map(|_| {
+                let scale = f16::from_f32(dice.value()).to_le_bytes();
+                let codes: Vec<u8> = (0..16).map(|_| dice.bits() as u8).collect();
+                [scale.to_vec(), codes].concat()
+            })
+            .collect();
+        let (codes, scales4) = pack_q4(&file, n, k).unwrap();
+        let mut weight4 = vec![0.0; n * k];
+        dequantize_row(Dtype::Q4_0, &file, &mut weight4).unwrap();
+        let x = dice.bf16(64 * k, 1.0);
+        let (x8, x_scales) = (dice.fp8(64 * k), (0..64).map(|_| dice.value().abs() + 0.1).collect::<Vec<f32>>());
+        let mut whole: Vec<Vec<bf16>> = Vec::new();
+        for m in [64, 1, 15, 17, 33] {
+            for add in [false, true] {
+                for format in 0..3 {
+                    let stride = n + 8;
+                    let found = in_any_order(&vec![bf16::from_f32(2.0); m * stride], |on, out| {
+                        let (mut x, mut weight, mut codes, mut scales4) =
+                            (x.clone(), weight.clone(), codes.clone(), scales4.clone());
+                        let (mut x8, mut x_scales, mut weight8, mut scales8) =
+                            (x8.clone(), x_scales.clone(), weight8.clone(), scales8.clone());
+                        let weight = match format {
+                            0 => Weight::Bf16(at(&mut weight), at(&mut x)),
+                            1 => Weight::Fp8(
+                                Scaled { data: at(&mut weight8), scales: at(&mut scales8) },
+                                Scaled { data: at(&mut x8), scales: at(&mut x_scales) },
+                            ),
+                            _ => Weight::Q4(at(&mut codes), at(&mut scales4), at(&mut x)),
+                        };
+                        gemm_small(on, (m, n, k), weight, at(out), stride, add).unwrap();
+                    });
+                    for row in 0..m {
+                        for channel in 0..n {
+                            let (mut sum, mut size) = (0.0, 0.0);
+                            for i in 0..k {
+                                let (a, b) = match format {
+                                    0 => (x[row * k + i].to_f32(), weight[channel * k + i].to_f32()),
+                                    1 => (x8[row * k + i].to_f32(), weight8[channel * k + i].to_f32()),
+                                    _ => (x[row * k + i].to_f32(), weight4[channel * k + i]),
+                                };
+                                sum += f64::from(a) * f64::from(b);
+                                size += f64::from(a * b).abs();
+                            }
+                            let scale =
+                                if format == 1 { f64::from(x_scales[row]) * f64::from(scales8[channel]) } else { 1.0 };
+                            let expected = sum * scale + if add { 2.0 } else { 0.0 };
+                            let what = format!("{m} x {n} x {k}, format {format}, row {row}, channel {channel}");
+                            near(found[row * stride + channel].to_f32(), expected, BF16, 1e-6 * size * scale, &what);
+                        }
+                        assert!(
+                            found[row * stride + n..][..8].iter().all(|&x| x == bf16::from_f32(2.0)),
+                            "beyond its columns"
+                        );
+                    }
+                    match m {
+                        64 => whole.push(found),
+                        _ => {
+                            let same = &whole[whole.len() - 6..][usize::from(add) * 3 + format];
+                            assert!(
+                                found[..] == same[..m * stride],
+                                "{m} rows have other bits than 64, format {format}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_add_to_the_rows_that_have_one() {
+    let mut dice = Dice(10);
+    for (n, k, items) in [
+        (8, 32, vec![(0, 1, 0)]),
+        (40, 96, vec![(0, 16, 1), (16, 3, 1), (25, 2, 0)]),
+        (1536, 576, vec![(3, 7, 2), (10, 1, 0)]),
+    ] {
+        let (rows, x_stride, out_stride) = (32, k + 8, n + 2);
+        let matrices = |dice: &mut Dice, len: usize| (0..3).map(|_| dice.bf16(len, 1.0)).collect::<Vec<_>>();
+        let (a, b) = (matrices(&mut dice, LORA_RANK * k), matrices(&mut dice, n * LORA_RANK));
+        let scales = [0.5, 2.0, 1.0];
+        let (x, before) = (dice.bf16(rows * x_stride, 1.0), dice.bf16(rows * out_stride, 1.0));
+        let adapted: Vec<Adapted> =
+            items.iter().map(|&(row, rows, adapter)| Adapted { row, rows, adapter, unused: 0 }).collect();
+        let found = in_any_order(&before, |on, out| {
+            let (mut a, mut b, mut x, mut scales) = (a.clone(), b.clone(), x.clone(), scales.to_vec());
+            let addresses = |matrices: &mut Vec<Vec<bf16>>| -> Vec<u64> {
+                matrices.iter_mut().map(|matrix| at(matrix).address()).collect()
+            };
+            let (mut a, mut b) = (addresses(&mut a), addresses(&mut b));
+            let (mut between, mut adapted) = (vec![bf16::NAN; rows * LORA_RANK], adapted.clone());
+            let adapters = Lora { a: at(&mut a), b: at(&mut b), scales: at(&mut scales) };
+            let items = (at(&mut adapted), adapted.len());
+            lora(on, items, &adapters, (n, k), at(&mut x), x_stride, at(&mut between), at(out), out_stride).unwrap();
+        });
+        for row in 0..rows {
+            let item = items.iter().find(|item| (item.0..item.0 + item.1).contains(&(row as i32)));
+            let between: Vec<f64> = (0..LORA_RANK)
+                .map(|r| {
+                    let Some(&(_, _, adapter)) = item else { return 0.0 };
+                    let number = |i: usize| {
+                        f64::from(x[row * x_stride + i].to_f32()) * f64::from(a[adapter as usize][r * k + i].to_f32())
+                    };
+                    (0..k).map(number).sum::<f64>() * f64::from(scales[adapter as usize])
+                })
+                .collect();
+            for channel in 0..out_stride {
+                let old = before[row * out_stride + channel];
+                let Some(&(_, _, adapter)) = item.filter(|_| channel < n) else {
+                    assert_eq!(found[row * out_stride + channel], old);
+                    continue;
+                };
+                let part = |r: usize| between[r] * f64::from(b[adapter as usize][channel * LORA_RANK + r].to_f32());
+                let expected = f64::from(old.to_f32()) + (0..LORA_RANK).map(part).sum::<f64>();
+                let size: f64 = (0..LORA_RANK).map(|r| part(r).abs()).sum();
+                near(
+                    found[row * out_stride + channel].to_f32(),
+                    expected,
+                    BF16,
+                    BF16 * size,
+                    &format!("row {row}, {channel}"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_become_fp8_and_are_made_up() {
+    let mut dice = Dice(11);
+    for (n, k) in [(1, 8), (5, 576), (2, 8192)] {
+        let mut weight = dice.bf16(n * k, 0.1);
+        weight[..8].fill(bf16::ZERO);
+        let mut scales = vec![f32::NAN; n];
+        let found = in_any_order(&vec![Fp8(0x7f); n * k], |on, out| {
+            let (mut weight, mut scales) = (weight.clone(), vec![0.0; n]);
+            quantize_fp8(on, (n, k), at(&mut weight), at(out), at(&mut scales)).unwrap();
+        });
+        quantize_fp8(&Emulator::default(), (n, k), at(&mut weight.clone()), at(&mut found.clone()), at(&mut scales))
+            .unwrap();
+        for (i, (found, weight)) in found.iter().zip(&weight).enumerate() {
+            let scale = scales[i / k];
+            near(found.to_f32() * scale, f64::from(weight.to_f32()), 1.0 / 15.0, f64::from(scale) / 500.0, &i);
+        }
+    }
+    let made =
+        |seed, len: usize| in_any_order(&vec![bf16::NAN; len], |on, out| random_bf16(on, at(out), seed, 0.5).unwrap());
+    let (one, other) = (made(1, 5000), made(2, 5000));
+    assert!(one[..100] == made(1, 100)[..] && one != other);
+    let mean = one.iter().map(|x| x.to_f32()).sum::<f32>() / 5000.0;
+    let square = one.iter().map(|x| x.to_f32().powi(2)).sum::<f32>() / 5000.0;
+    assert!(mean.abs() < 0.02 && (square - 0.25 / 3.0).abs() < 0.005, "{mean} {square}");
+}
+
+fn wish() -> Wish {
+    Wish {
+        seed: 0,
+        position: 0,
+        temperature: 1.0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        frequency_penalty: 0.0,
+        presence_penalty: 0.0,
+        top_k: 0,
+        first_edit: 0,
+        edits: 0,
+        masked: 0,
+        logprob: 0,
+        given: -1,
+    }
+}
+
+fn draw(logits: &[f32], wishes: &[Wish], masks: &[u32], edits: &[Edit]) -> Vec<Drawn> {
+    let rows = wishes.len();
+    let vocab = logits.len() / rows;
+    let draw = |seed: u32| {
+        let (mut logits, mut wishes, mut masks, mut edits) =
+            (logits.to_vec(), wishes.to_vec(), masks.to_vec(), edits.to_vec());
+        let (mut scratch, mut drawn) = (vec![u64::MAX; rows * vocab], vec![Drawn::default(); rows]);
+        let masks = if masks.is_empty() { Ptr::null() } else { at(&mut masks) };
+        let (logits, wishes, edits) = (at(&mut logits), at(&mut wishes), at(&mut edits));
+        sample(&Emulator { seed }, rows, vocab, logits, wishes, masks, edits, at(&mut scratch), at(&mut drawn))
+            .unwrap();
+        drawn
+    };
+    let drawn = draw(0);
+    assert!(drawn == draw(1) && drawn == draw(7), "the result depends on the order of threads");
+    drawn
+}
+
+/// What is left of a row by sorting it, in order of ids, and what it weighs.
+fn kept(logits: &[f32], wish: &Wish) -> Vec<(usize, f64)> {
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |id: usize| (f64::from(logits[id] - best) / f64::from(wish.temperature)).exp();
+    let mut order: Vec<usize> = (0..logits.len()).filter(|&id| logits[id] > f32::NEG_INFINITY).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    if wish.top_k > 0 {
+        order.truncate(wish.top_k as usize);
+    }
+    let total: f64 = order.iter().map(|&id| weight(id)).sum();
+    let mut sum = 0.0;
+    let within = |&id: &usize| {
+        let before = sum;
+        sum += weight(id);
+        before == 0.0 || before < f64::from(wish.top_p) * total
+    };
+    let mut kept: Vec<usize> =
+        order.iter().copied().take_while(within).filter(|&id| weight(id) >= f64::from(wish.min_p)).collect();
+    kept.sort();
+    kept.into_iter().map(|id| (id, weight(id))).collect()
+}
+
+#[test]
+fn tokens_are_drawn_as_the_filters_say() {
+    let mut dice = Dice(9);
+    for vocab in [33, 1000, 3001] {
+        let logits: Vec<f32> = (0..vocab).map(|_| dice.value() * 6.0).collect();
+        let plain = wish();
+        for filter in [
+            plain,
+            Wish { temperature: 0.5, ..plain },
+            Wish { top_k: 7, temperature: 2.0, ..plain },
+            Wish { top_p: 0.8, ..plain },
+            Wish { min_p: 0.2, ..plain },
+            Wish { top_k: 20, top_p: 0.7, min_p: 0.05, temperature: 1.3, ..plain },
+            Wish { top_p: 0.0, ..plain },
+            Wish { top_k: 1, ..plain },
+            Wish { top_k: 1_000_000, top_p: 0.9, ..plain },
+        ] {
+            let left = kept(&logits, &filter);
+            let total: f64 = left.iter().map(|(_, weight)| weight).sum();
+            let wishes: Vec<Wish> = (0..6).map(|seed| Wish { seed, position: 3 * seed, ..filter }).collect();
+            let drawn = draw(&logits.repeat(6), &wishes, &[], &[]);
+            for (wish, drawn) in wishes.iter().zip(&drawn) {
+                let place = left.iter().position(|&(id, _)| id as i32 == drawn.token);
+                let place = place.unwrap_or_else(|| panic!("{filter:?} leaves {left:?}, and {drawn:?}"));
+                assert!((drawn.candidates - left.len() as i32).abs() <= 1, "{drawn:?} of {}", left.len());
+                // Where the random number falls among the weights, but for rounding.
+                let goal = uniform(wish.seed, wish.position) * total;
+                let before: f64 = left[..place].iter().map(|(_, weight)| weight).sum();
+                let slack = 1e-4 * total;
+                assert!(before - slack <= goal && goal <= before + left[place].1 + slack, "{filter:?}: {drawn:?}");
+            }
+        }
+    }
+}
+
+/// As the engine's sampler has it.
+fn uniform(seed: u64, position: u64) -> f64 {
+    let mix = |mut x: u64| {
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    };
+    let stream = mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15));
+    let bits = mix(stream.wrapping_add(position.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(1));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[test]
+fn greedy_masks_edits_and_log_probabilities() {
+    let greedy = Wish { temperature: 0.0, ..wish() };
+    let token = |logits: &[f32], wish: Wish, mask: &[u32], edits: &[Edit]| draw(logits, &[wish], mask, edits)[0].token;
+    for (logits, expected) in [
+        (vec![1.0, 3.0, 2.0, 3.0], 1),
+        (vec![f32::NAN, -5.0, f32::NEG_INFINITY], 1),
+        (vec![f32::NAN, f32::NEG_INFINITY], -1),
+        (vec![0.0, f32::INFINITY], 1),
+    ] {
+        assert_eq!(token(&logits, greedy, &[], &[]), expected, "{logits:?}");
+        if !logits.contains(&f32::INFINITY) && logits.len() != 4 {
+            assert_eq!(token(&logits, wish(), &[], &[]), expected);
+        }
+    }
+    let logits: Vec<f32> = (0..70).map(|id| id as f32 / 10.0).collect();
+    let masked = Wish { masked: 1, ..greedy };
+    assert_eq!(token(&logits, masked, &[u32::MAX, 1 << 3, 0], &[]), 35);
+    assert_eq!(token(&logits, Wish { masked: 1, ..wish() }, &[0, 0, 1 << 2], &[]), 66);
+    assert_eq!(token(&logits, masked, &[0, 0, 0], &[]), -1);
+    let edit = |token, bias, answered, seen| Edit { token, bias, answered, seen };
+    let small = [2.0, 1.9, -1.0];
+    let with = |wish: Wish, edits: &[Edit]| token(&small, Wish { edits: edits.len() as i32, ..wish }, &[], edits);
+    assert_eq!(with(greedy, &[edit(2, 4.0, 0, 0), edit(99, 9.0, 0, 0)]), 2);
+    assert_eq!(with(Wish { repetition_penalty: 1.2, ..greedy }, &[edit(0, 0.0, 0, 1)]), 1);
+    assert_eq!(with(Wish { presence_penalty: 0.2, ..greedy }, &[edit(0, 0.0, 0, 1)]), 0, "only in the prompt");
+    assert_eq!(with(Wish { presence_penalty: 0.2, ..greedy }, &[edit(0, 0.0, 1, 1)]), 1);
+    assert_eq!(with(Wish { frequency_penalty: 0.06, ..greedy }, &[edit(0, 0.0, 1, 1)]), 0);
+    assert_eq!(with(Wish { frequency_penalty: 0.06, ..greedy }, &[edit(0, 0.0, 2, 1)]), 1);
+    // Of the raw logits, whatever was done to them.
+    let total = small.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
+    for temperature in [0.0, 1.0] {
+        let wish = Wish { temperature, top_k: 1, logprob: 1, edits: 1, repetition_penalty: 1.5, ..wish() };
+        let drawn = draw(&small, &[wish], &[], &[edit(2, 9.0, 0, 1)])[0];
+        assert_eq!(drawn.token, 2);
+        near(drawn.logprob, -1.0 - total, 1e-5, 0.0, &"log-probability");
+    }
+    let given = draw(&small, &[Wish { given: 1, logprob: 1, ..greedy }], &[], &[])[0];
+    assert_eq!((given.token, given.rank), (1, 2));
+    near(given.logprob, 1.9 - total, 1e-5, 0.0, &"log-probability");
+}
+
+#[test]
+fn drafts_count_up_to_the_first_that_did_not_come_true() {
+    let token = |token| Drawn { token, ..Drawn::default() };
+    let mut drawn: Vec<Drawn> = [5, 6, 7, 1, 2, 9, 4].map(token).to_vec();
+    let mut drafts = vec![5, 6, -1, 1, 3, -1, -1];
+    let mut spans = vec![0, 3, 3, 3, 6, 1];
+    let mut accepted = vec![0; 3];
+    let on = Emulator::default();
+    verify(&on, 3, at(&mut drawn), at(&mut drafts), at(&mut spans), at(&mut accepted)).unwrap();
+    assert_eq!(accepted, [3, 2, 1]);
+}
