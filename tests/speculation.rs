@@ -190,7 +190,7 @@ fn answers(lane: &mut Lane, asked: &[Asked]) -> Vec<(Vec<u32>, Usage)> {
         // worth one.
         lane.compute(&|| now).expect("a step");
         lane.deliver(now);
-        lane.step_took(Duration::from_millis(10));
+        lane.step_took(Duration::from_millis(10), Duration::from_millis(10));
     }
     lane.check().expect("books");
     let answer = |(receiver, asked): (flume::Receiver<Event>, &Asked)| {

@@ -41,8 +41,6 @@ pub struct Lane {
     /// The step under way, and when that was begun.
     plan: Plan,
     begun: Instant,
-    /// When the tokens of the one before were known, if that was just now.
-    drawn: Option<Instant>,
     /// The one after it, as far as that can be told.
     next: Plan,
     /// By the scheduler's request key.
@@ -88,7 +86,6 @@ impl Lane {
             sampler: Sampler::default(),
             plan: Plan::default(),
             begun: Instant::now(),
-            drawn: None,
             next: Plan::default(),
             answers: Vec::new(),
             ended: Vec::new(),
@@ -227,7 +224,6 @@ impl Lane {
         }
         let rows = self.plan.batch.rows();
         if rows == 0 {
-            self.drawn = None;
             self.show();
             return false;
         }
@@ -293,9 +289,6 @@ impl Lane {
             }
         }
         self.masks.start(&mut self.answers, &self.plan);
-        if let Some(drawn) = self.drawn.take() {
-            self.slot.metrics.step_gap.observe(clock().saturating_duration_since(drawn).as_secs_f64());
-        }
         let mut prepare = || self.scheduler.prepare(&self.plan, self.begun, &mut self.next);
         let logits = self.slot.runner.forward(&self.plan.batch, &mut prepare);
         self.masks.join(&mut self.answers);
@@ -317,7 +310,6 @@ impl Lane {
     /// Ends a step: complete sequences leave, the scribe gets what there is to tell.
     pub fn deliver(&mut self, now: Instant) {
         self.steps += 1;
-        self.drawn = Some(now);
         // Whoever hears that its answer is complete may count on the adapter being idle.
         self.plan.batch.adapters.clear();
         self.finish_stopped();
@@ -395,10 +387,11 @@ impl Lane {
         }
     }
 
-    /// Counts a step's time, from plan to delivery.
-    pub fn step_took(&mut self, time: Duration) {
+    /// Counts a step's time, from plan to delivery, of which [`Lane::compute`] had `computing`.
+    pub fn step_took(&mut self, time: Duration, computing: Duration) {
         self.scheduler.took(&self.plan, time);
         self.slot.metrics.step_time.observe(time.as_secs_f64());
+        self.slot.metrics.step_gap.observe(time.saturating_sub(computing).as_secs_f64());
     }
 
     /// Checks everything that must hold between two steps. For tests, simulations and debug builds.

@@ -112,9 +112,11 @@ impl AnyLane {
             Self::OneShot(lane) => lane.step(begun).map(|_| ()),
             Self::Text(lane) => {
                 if lane.plan(begun) {
+                    let planned = Instant::now();
                     lane.compute(&Instant::now)?;
-                    lane.deliver(Instant::now());
-                    lane.step_took(begun.elapsed());
+                    let drawn = Instant::now();
+                    lane.deliver(drawn);
+                    lane.step_took(begun.elapsed(), drawn - planned);
                 }
                 Ok(())
             }

@@ -198,7 +198,7 @@ pub struct EngineMetrics {
     pub scribe_wait: Histogram,
     /// Seconds that a draft model took of a step.
     pub draft_time: Histogram,
-    /// Seconds from the tokens of one step to the start of the next.
+    /// Seconds of a step in which nothing was computed.
     pub step_gap: Histogram,
 }
 
@@ -421,7 +421,7 @@ impl Metrics {
                 ),
                 step_gap: r.histograms(
                     "neurond_step_gap_seconds",
-                    "How long the device waited between one step's tokens and the next step, with work to do: what could not be decided before the tokens were known.",
+                    "How much of a step the device waited: planning what could not be decided before the tokens of the step before were known, and delivery.",
                     by_engine,
                     MASK,
                 ),

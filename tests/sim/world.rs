@@ -451,7 +451,8 @@ impl World {
         self.lane.compute(&|| self.now)?;
         self.lane.deliver(self.now);
         let rows = self.lane.planned().batch.rows() as u32;
-        self.lane.step_took(STEP / 4 + STEP * rows / 32);
+        let took = STEP / 4 + STEP * rows / 32;
+        self.lane.step_took(took, took);
         Ok(())
     }
 
