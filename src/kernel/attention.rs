@@ -331,7 +331,7 @@ impl Tile {
         unsafe {
             let (q, p) = ((&raw const (*s).q).cast::<f32>(), (&raw mut (*s).p).cast::<f32>());
             let acc = (&raw mut (*s).acc).cast::<f32>();
-            each_chunk(queries, |i, count| {
+            each_chunk(isa, queries, |i, count| {
                 let (q, p) = (q.add(i * dim), p.add(i * SCORES));
                 macro_rules! scores {
                     ($($count:literal),*) => {
@@ -342,13 +342,13 @@ impl Tile {
                         }
                     };
                 }
-                scores!(12, 8, 4, 3, 2, 1);
+                scores!(12, 8, 6, 4, 3, 2, 1);
             });
             for i in 0..queries {
                 let (p, acc) = (p.add(i * SCORES), acc.add(i * padded));
                 softmax(isa, self, seen(i), p, &raw mut (*s).max[i], &raw mut (*s).sum[i], acc, padded);
             }
-            each_chunk(queries, |i, count| {
+            each_chunk(isa, queries, |i, count| {
                 let (p, acc) = (p.add(i * SCORES).cast_const(), acc.add(i * padded));
                 macro_rules! weigh {
                     ($($count:literal),*) => {
@@ -359,22 +359,24 @@ impl Tile {
                         }
                     };
                 }
-                weigh!(12, 8, 4, 3, 2, 1);
+                weigh!(12, 8, 6, 4, 3, 2, 1);
             });
         }
     }
 }
 
-/// Cuts queries into the sizes that kernels exist for: `work(first, count)`.
+/// Cuts queries into the sizes that kernels exist for: `work(first, count)`. Twelve sums of a vector each, or six where there
+/// are fewer registers, and whatever they are made of.
 #[inline]
-fn each_chunk(queries: usize, mut work: impl FnMut(usize, usize)) {
+fn each_chunk(isa: Isa, queries: usize, mut work: impl FnMut(usize, usize)) {
     let mut first = 0;
     while first < queries {
-        let count = match queries - first {
-            12.. => 12,
-            8..12 => 8,
-            4..8 => 4,
-            rest => rest,
+        let count = match (queries - first, isa.is_wide()) {
+            (12.., true) => 12,
+            (8..12, true) => 8,
+            (6.., false) => 6,
+            (4.., _) => 4,
+            (rest, _) => rest,
         };
         work(first, count);
         first += count;
@@ -392,43 +394,55 @@ by_isa! { fn scores<const C: usize, const HALF: bool>(tile: &Tile, q: *const f32
 /// `p[c][token] = q[c] . k[token]` for all tokens of the tile.
 #[inline(always)]
 unsafe fn scores_body<S: Simd, const C: usize, const HALF: bool>(tile: &Tile, q: *const f32, dim: usize, p: *mut f32) {
-    // SAFETY: C queries of `dim`, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
-    // values behind it: at least a vector of them is there. The empty lanes of a short group are
-    // overwritten by the next one, or lie behind the last token, where nobody looks. A few queries take four groups at
-    // once, so that there are sums enough to hide the latency of one.
+    let mut g = 0;
+    // A few queries take several groups at once, so that there are sums enough to hide the latency of one.
+    // SAFETY: the caller's promises are passed on.
     unsafe {
-        let mut g = 0;
-        while C <= 3 && g + 4 <= tile.len {
-            let mut sums = [[S::splat(0.0); 4]; C];
-            for d in 0..dim {
-                let k: [S::F; 4] =
-                    std::array::from_fn(|i| load::<S, HALF>(tile.groups[g + i].keys, d * tile.groups[g + i].width));
-                for (c, sums) in sums.iter_mut().enumerate() {
-                    let q = S::splat(*q.add(c * dim + d));
-                    for (sum, k) in sums.iter_mut().zip(k) {
-                        *sum = S::fma(k, q, *sum);
-                    }
-                }
-            }
-            for (c, sums) in sums.into_iter().enumerate() {
-                for (i, sum) in sums.into_iter().enumerate() {
-                    S::store(p.add(c * SCORES + tile.groups[g + i].first), sum);
-                }
-            }
+        while (C == 1 || C <= 3 && S::ROWS == 8) && g + 4 <= tile.len {
+            scores_strip::<S, C, 4, HALF>(tile, g, q, dim, p);
             g += 4;
         }
+        while (C == 2 || C == 3) && g + 2 <= tile.len {
+            scores_strip::<S, C, 2, HALF>(tile, g, q, dim, p);
+            g += 2;
+        }
         while g < tile.len {
-            let mut sums = [S::splat(0.0); C];
-            for d in 0..dim {
-                let k = load::<S, HALF>(tile.groups[g].keys, d * tile.groups[g].width);
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = S::fma(k, S::splat(*q.add(c * dim + d)), *sum);
+            scores_strip::<S, C, 1, HALF>(tile, g, q, dim, p);
+            g += 1;
+        }
+    }
+}
+
+/// [`scores`] of V groups from `g` on.
+#[inline(always)]
+unsafe fn scores_strip<S: Simd, const C: usize, const V: usize, const HALF: bool>(
+    tile: &Tile,
+    g: usize,
+    q: *const f32,
+    dim: usize,
+    p: *mut f32,
+) {
+    // SAFETY: C queries of `dim`, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
+    // values behind it: at least a vector of them is there. The empty lanes of a short group are
+    // overwritten by the next one, or lie behind the last token, where nobody looks.
+    unsafe {
+        let mut sums = [[S::splat(0.0); V]; C];
+        for d in 0..dim {
+            let mut k = [S::splat(0.0); V];
+            for (i, k) in k.iter_mut().enumerate() {
+                *k = load::<S, HALF>(tile.groups[g + i].keys, d * tile.groups[g + i].width);
+            }
+            for (c, sums) in sums.iter_mut().enumerate() {
+                let q = S::splat(*q.add(c * dim + d));
+                for (sum, k) in sums.iter_mut().zip(k) {
+                    *sum = S::fma(k, q, *sum);
                 }
             }
-            for (c, sum) in sums.into_iter().enumerate() {
-                S::store(p.add(c * SCORES + tile.groups[g].first), sum);
+        }
+        for (c, sums) in sums.into_iter().enumerate() {
+            for (i, sum) in sums.into_iter().enumerate() {
+                S::store(p.add(c * SCORES + tile.groups[g + i].first), sum);
             }
-            g += 1;
         }
     }
 }
@@ -493,46 +507,60 @@ unsafe fn weigh_body<S: Simd, const C: usize, const HALF: bool>(
     padded: usize,
     acc: *mut f32,
 ) {
-    // SAFETY: C rows of SCORES weights and `padded` accumulators, groups of `tokens` rows of V.
+    let mut at = 0;
+    // A few queries take several vectors at once, as above.
+    // SAFETY: the caller's promises are passed on.
     unsafe {
-        let mut at = 0;
-        // A few queries take four vectors at once, as above.
-        while C <= 4 && at + 4 * GROUP <= padded {
-            let mut sums: [[S::F; 4]; C] =
-                std::array::from_fn(|c| std::array::from_fn(|i| S::load(acc.add(c * padded + at + i * GROUP))));
-            for group in &tile.groups[..tile.len] {
-                for token in 0..group.tokens {
-                    let v: [S::F; 4] =
-                        std::array::from_fn(|i| load::<S, HALF>(group.values, token * padded + at + i * GROUP));
-                    for (c, sums) in sums.iter_mut().enumerate() {
-                        let p = S::splat(*p.add(c * SCORES + group.first + token));
-                        for (sum, v) in sums.iter_mut().zip(v) {
-                            *sum = S::fma(v, p, *sum);
-                        }
-                    }
-                }
-            }
-            for (c, sums) in sums.into_iter().enumerate() {
-                for (i, sum) in sums.into_iter().enumerate() {
-                    S::store(acc.add(c * padded + at + i * GROUP), sum);
-                }
-            }
+        while (C == 1 || C <= 4 && S::ROWS == 8) && at + 4 * GROUP <= padded {
+            weigh_strip::<S, C, 4, HALF>(tile, at, p, padded, acc);
             at += 4 * GROUP;
         }
+        while (C == 2 || C == 3) && at + 2 * GROUP <= padded {
+            weigh_strip::<S, C, 2, HALF>(tile, at, p, padded, acc);
+            at += 2 * GROUP;
+        }
         while at < padded {
-            let mut sums: [S::F; C] = std::array::from_fn(|c| S::load(acc.add(c * padded + at)));
-            for group in &tile.groups[..tile.len] {
-                for token in 0..group.tokens {
-                    let v = load::<S, HALF>(group.values, token * padded + at);
-                    for (c, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::fma(v, S::splat(*p.add(c * SCORES + group.first + token)), *sum);
+            weigh_strip::<S, C, 1, HALF>(tile, at, p, padded, acc);
+            at += GROUP;
+        }
+    }
+}
+
+/// [`weigh`] of V vectors from number `at` on.
+#[inline(always)]
+unsafe fn weigh_strip<S: Simd, const C: usize, const V: usize, const HALF: bool>(
+    tile: &Tile,
+    at: usize,
+    p: *const f32,
+    padded: usize,
+    acc: *mut f32,
+) {
+    // SAFETY: C rows of SCORES weights and `padded` accumulators, groups of `tokens` rows of V.
+    unsafe {
+        let mut sums = [[S::splat(0.0); V]; C];
+        for (c, sums) in sums.iter_mut().enumerate() {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(acc.add(c * padded + at + i * GROUP));
+            }
+        }
+        for group in &tile.groups[..tile.len] {
+            for token in 0..group.tokens {
+                let mut v = [S::splat(0.0); V];
+                for (i, v) in v.iter_mut().enumerate() {
+                    *v = load::<S, HALF>(group.values, token * padded + at + i * GROUP);
+                }
+                for (c, sums) in sums.iter_mut().enumerate() {
+                    let p = S::splat(*p.add(c * SCORES + group.first + token));
+                    for (sum, v) in sums.iter_mut().zip(v) {
+                        *sum = S::fma(v, p, *sum);
                     }
                 }
             }
-            for (c, sum) in sums.into_iter().enumerate() {
-                S::store(acc.add(c * padded + at), sum);
+        }
+        for (c, sums) in sums.into_iter().enumerate() {
+            for (i, sum) in sums.into_iter().enumerate() {
+                S::store(acc.add(c * padded + at + i * GROUP), sum);
             }
-            at += GROUP;
         }
     }
 }

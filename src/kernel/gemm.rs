@@ -1,7 +1,7 @@
 //! Rows times panels: `out[row][channel] = sum over k of x[row][k] * w[channel][k]`, and what follows it in a network.
 //!
-//!     task = block of 128 rows x 1 panel        a panel's weights stay in L1 while the rows go by, 8 at a time
-//!       tile = 8 rows x 16 channels             one accumulator register a row; weights decoded once for 8 rows
+//!     task = block of 128 rows x 1 panel        a panel's weights stay in L1 while the rows go by
+//!       tile = 8 rows x 16 channels             sums in registers, weights decoded once for 8 rows; 4 where registers are few
 //!
 //! Bound by memory for a few rows (each weight is read once a step), by the int8 multiplier beyond some ten.
 //! Each row's sum runs over k in order whatever the size of its tile, so its bits do not depend on its company.
@@ -13,18 +13,17 @@ use std::mem::MaybeUninit;
 use crate::kernel::lowrank::Delta;
 use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
 use crate::kernel::rows::{Activations, CENTRES, View};
-use crate::kernel::simd::{BYTE, FULL, NIBBLE, Simd, by_isa, exp};
+use crate::kernel::simd::{BYTE, FULL, NIBBLE, Simd, by_isa, exp, tile_rows};
 use crate::kernel::{Cpu, Isa, Shared};
 
 /// Rows that a task takes through a panel: their int8 form stays in L2.
 const ROWS: usize = 128;
-/// Rows of the largest tile.
-const TILE: usize = 8;
 
-type Tile = [MaybeUninit<f32>; TILE * LANES];
+/// What a task computes: `[rows, 16]`, of the block's first rows.
+type Block = [MaybeUninit<f32>; ROWS * LANES];
 
 /// Not yet written. Zeroing it would take as long as a kernel does for a row of few inputs.
-const EMPTY: Tile = [MaybeUninit::uninit(); TILE * LANES];
+const EMPTY: Block = [MaybeUninit::uninit(); ROWS * LANES];
 
 /// One matrix, or several of the same inputs side by side (q, k and v), each of its own kind.
 pub struct Linear {
@@ -122,25 +121,19 @@ impl Linear {
             let part = &self.parts[index];
             let valid = LANES.min(part.channels() - panel * LANES);
             let bias = self.bias.as_ref().map(|bias| &bias[channel..channel + valid]);
-            each_tile(first, last, |row, count| {
-                let mut tile = EMPTY;
-                let tile = part.tile(cpu.isa, panel, view, row, count, &mut tile);
-                if let Some(delta) = &delta {
-                    delta.add(cpu.isa, index, panel, row, tile);
+            let mut block = EMPTY;
+            let block = part.block(cpu.isa, panel, view, first, last, &mut block);
+            if let Some(delta) = &delta {
+                delta.add(cpu.isa, index, panel, first, block);
+            }
+            for (i, values) in block.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                if let Some(bias) = bias {
+                    values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
                 }
-                for (i, values) in tile.chunks_exact_mut(LANES).enumerate() {
-                    // SAFETY: each pair of panel and rows is handed out once, and panels are different channels.
-                    let out = unsafe { out.part((row + i) * stride + before + channel, valid) };
-                    if let Some(bias) = bias {
-                        values.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
-                    }
-                    if add {
-                        out.iter_mut().zip(values).for_each(|(out, value)| *out += *value);
-                    } else {
-                        out.copy_from_slice(&values[..valid]);
-                    }
-                }
-            });
+                // SAFETY: each pair of panel and rows is handed out once, and panels are different channels.
+                let out = unsafe { out.part((first + i) * stride + before + channel, valid) };
+                if add { add_to(out, values) } else { copy_to(out, values) }
+            }
         });
     }
 
@@ -180,23 +173,38 @@ pub fn gated(
     let out = Shared::new(out);
     each_task(&mut || (), cpu, gate.count(), rows, |panel, first, last| {
         let valid = LANES.min(width - panel * LANES);
-        each_tile(first, last, |row, count| {
-            let (mut a, mut b) = (EMPTY, EMPTY);
-            let a = gate.tile(cpu.isa, panel, view, row, count, &mut a);
-            let b = up.tile(cpu.isa, panel, view, row, count, &mut b);
-            if let Some(delta) = &delta {
-                delta.add(cpu.isa, 0, panel, row, a);
-                delta.add(cpu.isa, 1, panel, row, b);
-            }
-            // SAFETY: `count` rows of 16 each.
-            unsafe { silu_mul(cpu.isa, a.as_mut_ptr(), b.as_ptr(), count) };
-            for (i, values) in a.chunks_exact(LANES).enumerate() {
-                // SAFETY: each pair of panel and rows is handed out once.
-                let out = unsafe { out.part((row + i) * width + panel * LANES, valid) };
-                out.copy_from_slice(&values[..valid]);
-            }
-        });
+        let (mut a, mut b) = (EMPTY, EMPTY);
+        let a = gate.block(cpu.isa, panel, view, first, last, &mut a);
+        let b = up.block(cpu.isa, panel, view, first, last, &mut b);
+        if let Some(delta) = &delta {
+            delta.add(cpu.isa, 0, panel, first, a);
+            delta.add(cpu.isa, 1, panel, first, b);
+        }
+        // SAFETY: as many rows of 16 each.
+        unsafe { silu_mul(cpu.isa, a.as_mut_ptr(), b.as_ptr(), last - first) };
+        for (i, values) in a.as_chunks::<LANES>().0.iter().enumerate() {
+            // SAFETY: each pair of panel and rows is handed out once.
+            copy_to(unsafe { out.part((first + i) * width + panel * LANES, valid) }, values);
+        }
     });
+}
+
+/// A panel's results for a row: all of them, but for a last panel that is not full.
+#[inline]
+fn copy_to(out: &mut [f32], values: &[f32; LANES]) {
+    match <&mut [f32; LANES]>::try_from(&mut *out) {
+        Ok(out) => *out = *values,
+        Err(_) => out.copy_from_slice(&values[..out.len()]),
+    }
+}
+
+/// As [`copy_to`], on top of what is there.
+#[inline]
+fn add_to(out: &mut [f32], values: &[f32; LANES]) {
+    match <&mut [f32; LANES]>::try_from(&mut *out) {
+        Ok(out) => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+        Err(_) => out.iter_mut().zip(values).for_each(|(out, value)| *out += value),
+    }
 }
 
 /// Hands out `work(panel, first row, end row)`: all panels for a block of rows, then the next block.
@@ -216,101 +224,54 @@ fn each_task(
     });
 }
 
-/// Cuts rows into tiles of 8, 4, 2 and 1: `work(row, count)`.
-#[inline]
-pub(super) fn each_tile(first: usize, last: usize, mut work: impl FnMut(usize, usize)) {
-    let mut row = first;
-    while row < last {
-        let count = match last - row {
-            8.. => 8,
-            4..8 => 4,
-            2..4 => 2,
-            _ => 1,
-        };
-        work(row, count);
-        row += count;
-    }
-}
-
 impl Panels {
     /// Number of panels.
     fn count(&self) -> usize {
         self.channels().div_ceil(LANES)
     }
 
-    /// `count` (1, 2, 4 or 8) rows of `x` from `row` on, times one panel: `[count, 16]`.
+    /// Rows `first..last` of `x`, at most a block of them, times one panel: `[rows, 16]`.
     #[inline]
-    fn tile<'a>(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: &'a mut Tile) -> &'a mut [f32] {
-        let out = out.as_mut_ptr().cast::<f32>();
-        // SAFETY: a tile has room for 8 rows; `multiply` writes as many numbers as the slice then has.
-        unsafe {
-            self.multiply(isa, panel, x, row, count, out);
-            std::slice::from_raw_parts_mut(out, count * LANES)
-        }
-    }
-
-    /// [`Panels::tile`], into `count * 16` numbers at `out`.
-    ///
-    /// # Safety
-    /// `out` has that much room, `x` holds `row + count` rows of this matrix's inputs.
-    #[inline]
-    unsafe fn multiply(&self, isa: Isa, panel: usize, x: View, row: usize, count: usize, out: *mut f32) {
-        debug_assert!(panel < self.count() && matches!(count, 1 | 2 | 4 | 8));
-        let inputs = self.inputs();
+    fn block<'a>(
+        &self,
+        isa: Isa,
+        panel: usize,
+        x: View,
+        first: usize,
+        last: usize,
+        out: &'a mut Block,
+    ) -> &'a mut [f32] {
+        let rows = last - first;
+        assert!(rows <= ROWS && panel < self.count());
+        let (inputs, out) = (self.inputs(), out.as_mut_ptr().cast::<f32>());
         let weights = self.data[panel * self.stride..][..self.stride].as_ptr();
-        let (codes, groups, affine, zero, factor) = match self.kind {
-            Kind::Quant { codes, groups, affine, zero, factor } => (codes, groups, affine, zero, factor),
-            // SAFETY: `view` was made for at least `row + count` rows of this width; a panel holds `inputs` vectors.
-            kind => unsafe {
-                let x = x.floats.add(row * inputs);
-                return match (kind, count) {
-                    (Kind::F16, 1) => float_tile::<F16, 1>(isa, weights, inputs, x, out),
-                    (Kind::F16, 2) => float_tile::<F16, 2>(isa, weights, inputs, x, out),
-                    (Kind::F16, 4) => float_tile::<F16, 4>(isa, weights, inputs, x, out),
-                    (Kind::F16, _) => float_tile::<F16, 8>(isa, weights, inputs, x, out),
-                    (Kind::Bf16, 1) => float_tile::<BF16, 1>(isa, weights, inputs, x, out),
-                    (Kind::Bf16, 2) => float_tile::<BF16, 2>(isa, weights, inputs, x, out),
-                    (Kind::Bf16, 4) => float_tile::<BF16, 4>(isa, weights, inputs, x, out),
-                    (Kind::Bf16, _) => float_tile::<BF16, 8>(isa, weights, inputs, x, out),
-                    (_, 1) => float_tile::<F32, 1>(isa, weights, inputs, x, out),
-                    (_, 2) => float_tile::<F32, 2>(isa, weights, inputs, x, out),
-                    (_, 4) => float_tile::<F32, 4>(isa, weights, inputs, x, out),
-                    (_, _) => float_tile::<F32, 8>(isa, weights, inputs, x, out),
-                };
-            },
-        };
-        let blocks = inputs / BLOCK;
-        // SAFETY: as above, for the int8 form.
-        let input = unsafe {
-            Int8 {
-                codes: x.codes.add(row * inputs),
-                scales: x.scales.add(row * blocks),
-                sums: x.sums.add(row * blocks * 2),
-                totals: x.totals.add(row * blocks),
-                starts: x.starts.add(row * blocks * CENTRES.len()),
-                blocks,
-            }
-        };
-        macro_rules! rows {
-            ($codes:ident, $groups:literal, $affine:literal) => {
-                // SAFETY: as above.
-                unsafe {
-                    match count {
-                        1 => int8_tile::<$codes, $groups, $affine, 1>(isa, weights, input, zero, factor, out),
-                        2 => int8_tile::<$codes, $groups, $affine, 2>(isa, weights, input, zero, factor, out),
-                        4 => int8_tile::<$codes, $groups, $affine, 4>(isa, weights, input, zero, factor, out),
-                        _ => int8_tile::<$codes, $groups, $affine, 8>(isa, weights, input, zero, factor, out),
+        // SAFETY: the view was made for at least `last` rows of this width, a panel holds `inputs` vectors or as many
+        // blocks, the kernels write 16 numbers a row, and a block has room for its rows.
+        unsafe {
+            let floats = x.floats.wrapping_add(first * inputs);
+            match self.kind {
+                Kind::F32 => float_panel::<F32>(isa, weights, inputs, floats, rows, out),
+                Kind::F16 => float_panel::<F16>(isa, weights, inputs, floats, rows, out),
+                Kind::Bf16 => float_panel::<BF16>(isa, weights, inputs, floats, rows, out),
+                Kind::Quant { codes, groups, affine, zero, factor } => {
+                    let x = Int8 { x, blocks: inputs / BLOCK }.from(first);
+                    match (codes, groups, affine) {
+                        (Codes::Nibble, _, false) => {
+                            int8_panel::<NIBBLE, 1, false>(isa, weights, x, rows, zero, factor, out)
+                        }
+                        (Codes::Nibble, _, true) => {
+                            int8_panel::<NIBBLE, 1, true>(isa, weights, x, rows, zero, factor, out)
+                        }
+                        (Codes::Byte, 1, false) => {
+                            int8_panel::<BYTE, 1, false>(isa, weights, x, rows, zero, factor, out)
+                        }
+                        (Codes::Byte, 1, true) => int8_panel::<BYTE, 1, true>(isa, weights, x, rows, zero, factor, out),
+                        (Codes::Byte, _, _) => int8_panel::<BYTE, 2, false>(isa, weights, x, rows, zero, factor, out),
+                        (Codes::Full, _, _) => int8_panel::<FULL, 1, false>(isa, weights, x, rows, zero, factor, out),
                     }
                 }
-            };
-        }
-        match (codes, groups, affine) {
-            (Codes::Nibble, _, false) => rows!(NIBBLE, 1, false),
-            (Codes::Nibble, _, true) => rows!(NIBBLE, 1, true),
-            (Codes::Byte, 1, false) => rows!(BYTE, 1, false),
-            (Codes::Byte, 1, true) => rows!(BYTE, 1, true),
-            (Codes::Byte, _, _) => rows!(BYTE, 2, false),
-            (Codes::Full, _, _) => rows!(FULL, 1, false),
+            }
+            std::slice::from_raw_parts_mut(out, rows * LANES)
         }
     }
 }
@@ -319,10 +280,29 @@ const F32: u8 = 0;
 const F16: u8 = 1;
 const BF16: u8 = 2;
 
-by_isa! { fn float_tile<const KIND: u8, const R: usize>(w: *const u8, inputs: usize, x: *const f32, out: *mut f32) = float_body }
+by_isa! { fn float_panel<const KIND: u8>(w: *const u8, inputs: usize, x: *const f32, rows: usize, out: *mut f32) = float_body }
 
 #[inline(always)]
-unsafe fn float_body<S: Simd, const KIND: u8, const R: usize>(
+unsafe fn float_body<S: Simd, const KIND: u8>(w: *const u8, inputs: usize, x: *const f32, rows: usize, out: *mut f32) {
+    let mut row = 0;
+    while row < rows {
+        let count = tile_rows(S::ROWS, rows - row);
+        // SAFETY: by contract, `rows` rows of `inputs` numbers and of 16 results.
+        unsafe {
+            let (x, out) = (x.add(row * inputs), out.add(row * LANES));
+            match count {
+                8.. if S::ROWS == 8 => float_tile::<S, KIND, 8>(w, inputs, x, out),
+                4.. => float_tile::<S, KIND, 4>(w, inputs, x, out),
+                2.. => float_tile::<S, KIND, 2>(w, inputs, x, out),
+                _ => float_tile::<S, KIND, 1>(w, inputs, x, out),
+            }
+        }
+        row += count;
+    }
+}
+
+#[inline(always)]
+unsafe fn float_tile<S: Simd, const KIND: u8, const R: usize>(
     w: *const u8,
     inputs: usize,
     x: *const f32,
@@ -347,28 +327,73 @@ unsafe fn float_body<S: Simd, const KIND: u8, const R: usize>(
     }
 }
 
-/// R rows of int8 activations: strides follow from `blocks`.
+/// Rows of int8 activations: strides follow from `blocks`.
 #[derive(Clone, Copy)]
 struct Int8 {
-    codes: *const i8,
-    scales: *const f32,
-    sums: *const f32,
-    totals: *const f32,
-    starts: *const i32,
+    x: View,
     blocks: usize,
+}
+
+impl Int8 {
+    /// From row `row` on.
+    ///
+    /// # Safety
+    /// There are that many rows.
+    #[inline(always)]
+    unsafe fn from(self, row: usize) -> Self {
+        let (x, blocks) = (self.x, row * self.blocks);
+        // SAFETY: by contract.
+        unsafe {
+            let x = View {
+                floats: x.floats,
+                codes: x.codes.add(blocks * BLOCK),
+                scales: x.scales.add(blocks),
+                sums: x.sums.add(blocks * 2),
+                totals: x.totals.add(blocks),
+                starts: x.starts.add(blocks * CENTRES.len()),
+            };
+            Self { x, blocks: self.blocks }
+        }
+    }
 }
 
 /// Bytes that a single row's weights are asked for ahead of their use.
 const AHEAD: usize = 4096;
 
 by_isa! {
-    fn int8_tile<const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
-        w: *const u8, x: Int8, zero: f32, factor: f32, out: *mut f32,
+    fn int8_panel<const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
+        w: *const u8, x: Int8, rows: usize, zero: f32, factor: f32, out: *mut f32,
     ) = int8_body
 }
 
 #[inline(always)]
-unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
+unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
+    w: *const u8,
+    x: Int8,
+    rows: usize,
+    zero: f32,
+    factor: f32,
+    out: *mut f32,
+) {
+    let mut row = 0;
+    while row < rows {
+        let count = tile_rows(S::ROWS, rows - row);
+        // SAFETY: by contract, `rows` rows of activations and of 16 results.
+        unsafe {
+            let (x, out) = (x.from(row), out.add(row * LANES));
+            match count {
+                8.. if S::ROWS == 8 => int8_tile::<S, CODES, GROUPS, AFFINE, 8>(w, x, zero, factor, out),
+                4.. => int8_tile::<S, CODES, GROUPS, AFFINE, 4>(w, x, zero, factor, out),
+                2.. => int8_tile::<S, CODES, GROUPS, AFFINE, 2>(w, x, zero, factor, out),
+                _ => int8_tile::<S, CODES, GROUPS, AFFINE, 1>(w, x, zero, factor, out),
+            }
+        }
+        row += count;
+    }
+}
+
+#[inline(always)]
+unsafe fn int8_tile<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
     w: *const u8,
     x: Int8,
     zero: f32,
@@ -377,7 +402,8 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
 ) {
     let code_bytes = if CODES == NIBBLE { 256 } else { 512 };
     let block_bytes = code_bytes + GROUPS * LANES * 2 * if AFFINE { 2 } else { 1 };
-    let width = x.blocks * BLOCK;
+    let Int8 { x, blocks } = x;
+    let width = blocks * BLOCK;
     // SAFETY: a panel of `blocks` blocks in the layout of panel.rs, R rows of as many blocks, R x 16 results.
     unsafe {
         // Where all codes of a kind have one centre, the sums begin with what it takes off, unless the set's own dot
@@ -390,7 +416,7 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
         debug_assert!(AFFINE || CODES == BYTE || zero == CENTRES[usize::from(CODES == FULL)] as f32);
         let zero = S::splat(-zero);
         let mut results = [S::splat(0.0); R];
-        for block in 0..x.blocks {
+        for block in 0..blocks {
             let codes = w.add(block * block_bytes);
             let scales = codes.add(code_bytes).cast::<u16>();
             if R == 1 {
@@ -400,16 +426,16 @@ unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
                 }
             }
             for group in 0..GROUPS {
-                let mut acc: [S::I; R] = std::array::from_fn(|r| match centre {
-                    Some(centre) => S::splat_i(*x.starts.add((r * x.blocks + block) * CENTRES.len() + centre)),
-                    None => S::zero_i(),
-                });
+                let start = |r| match centre {
+                    Some(centre) => *x.starts.add((r * blocks + block) * CENTRES.len() + centre),
+                    None => 0,
+                };
                 let pairs = group * (4 / GROUPS)..(group + 1) * (4 / GROUPS);
-                S::accumulate::<CODES, R>(codes, pairs, x.codes.add(block * BLOCK), width, &mut acc);
+                let acc = S::dots::<CODES, R>(codes, pairs, x.codes.add(block * BLOCK), width, start);
                 let scale = S::load_f16(scales.add(group * LANES));
                 let min = if AFFINE { S::load_f16(scales.add((GROUPS + group) * LANES)) } else { scale };
                 for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
-                    let at = r * x.blocks + block;
+                    let at = r * blocks + block;
                     let sum = S::splat(if GROUPS == 1 { *x.totals.add(at) } else { *x.sums.add(at * 2 + group) });
                     let value = if AFFINE {
                         S::fma(min, sum, S::mul(S::to_f(acc), scale))

@@ -11,7 +11,6 @@
 use std::ops::Range;
 
 use crate::base::{Error, Result};
-use crate::kernel::gemm::each_tile;
 use crate::kernel::panel::{Kind, LANES, Panels};
 use crate::kernel::rows::Activations;
 use crate::kernel::simd::{Simd, by_isa};
@@ -122,7 +121,7 @@ impl Adapters {
     }
 
     /// Takes in a step: `count` adapters, and spans of rows as `(rows, adapter)` from row 0 on, adapter 0 being none.
-    pub fn plan(&mut self, count: usize, spans: impl Iterator<Item = (usize, usize)> + Clone) {
+    pub fn plan(&mut self, isa: Isa, count: usize, spans: impl Iterator<Item = (usize, usize)> + Clone) {
         let Self { of, rows, gathers, .. } = self;
         of.clear();
         rows.clear();
@@ -137,7 +136,7 @@ impl Adapters {
         for adapter in 1..=count as u16 {
             let first = rows.len();
             rows.extend(of.iter().enumerate().filter(|(_, of)| **of == adapter).map(|(row, _)| row as u32));
-            each_tile(first, rows.len(), |first, count| {
+            isa.each_tile(first, rows.len(), |first, count| {
                 gathers.push(Gather { adapter, count: count as u8, first: first as u32 });
             });
         }
@@ -204,7 +203,7 @@ impl Delta<'_> {
             let run = of[at..].iter().take_while(|&&other| other == adapter).count();
             let found = if adapter > 0 { (self.find)(usize::from(adapter) - 1) } else { None };
             if let Some(pair) = found.and_then(|adapter| adapter.parts[part].as_ref()) {
-                each_tile(at, at + run, |first, count| {
+                isa.each_tile(at, at + run, |first, count| {
                     let (mut from, mut to) = ([std::ptr::null(); TILE], [std::ptr::null_mut(); TILE]);
                     for i in 0..count {
                         from[i] = self.low[(row + first + i) * LOW + part * MAX_RANK..][..MAX_RANK].as_ptr();
@@ -364,7 +363,7 @@ mod tests {
                 }
                 let step = |x: &[f32], count: usize, spans: &[(usize, usize)]| {
                     let mut plan = Adapters::new(spans.iter().map(|(rows, _)| rows).sum());
-                    plan.plan(count, spans.iter().copied());
+                    plan.plan(cpu.isa, count, spans.iter().copied());
                     let x = inputs(x, width);
                     let find = |adapter: usize| adapters.get(adapter);
                     let delta = plan.project(&cpu, &x, 2, Cut::default(), &find);
@@ -413,7 +412,7 @@ mod tests {
                 pairs.push((a.1, b.1));
             }
             let mut plan = Adapters::new(rows);
-            plan.plan(1, [(4, 0), (rows - 4, 1)].into_iter());
+            plan.plan(cpu.isa, 1, [(4, 0), (rows - 4, 1)].into_iter());
             let activations = inputs(&x, width);
             let find = |_: usize| Some(&adapter);
             let delta = plan.project(&cpu, &activations, 2, Cut::default(), &find);
@@ -454,7 +453,7 @@ mod tests {
                 };
                 let run = |linear: &Linear, x: &[f32], cut: Cut| {
                     let (mut plan, find) = (Adapters::new(rows), |_: usize| Some(&adapter));
-                    plan.plan(1, [(rows, 1)].into_iter());
+                    plan.plan(cpu.isa, 1, [(rows, 1)].into_iter());
                     let x = inputs(x, x.len() / rows);
                     let mut out = vec![0.0; rows * linear.channels()];
                     linear.apply_adapted(&cpu, &x, rows, Out::Set(&mut out), plan.project(&cpu, &x, 1, cut, &find));

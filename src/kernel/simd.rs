@@ -61,6 +61,35 @@ impl Isa {
     }
 }
 
+impl Isa {
+    /// Whether there are 32 registers of 16 lanes each, rather than half as many lanes or registers.
+    pub(super) fn is_wide(self) -> bool {
+        self == Self::Avx512
+    }
+
+    /// Cuts rows into tiles of as many as the set takes, 4, 2 and 1: `work(row, count)`.
+    #[inline]
+    pub(super) fn each_tile(self, first: usize, last: usize, mut work: impl FnMut(usize, usize)) {
+        let mut row = first;
+        while row < last {
+            let count = tile_rows(if self.is_wide() { 8 } else { 4 }, last - row);
+            work(row, count);
+            row += count;
+        }
+    }
+}
+
+/// Rows of the next tile when `left` are left and a tile has at most `most`: 8, 4, 2 or 1.
+#[inline(always)]
+pub(super) fn tile_rows(most: usize, left: usize) -> usize {
+    match left.min(most) {
+        8.. => 8,
+        4..8 => 4,
+        2..4 => 2,
+        _ => 1,
+    }
+}
+
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -128,6 +157,9 @@ pub(super) trait Simd: Copy {
     type C: Copy;
     /// What [`Simd::dot2`] takes off each code when `FULL`.
     const FULL_OFFSET: f32;
+    /// Rows of a tile of 16 channels: more sums than there are registers would go to memory and back with every
+    /// multiplication.
+    const ROWS: usize = 4;
 
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
@@ -168,18 +200,22 @@ pub(super) trait Simd: Copy {
     /// `FULL`: codes may be up to 255 and are taken less [`Simd::FULL_OFFSET`]; else they are at most 63.
     unsafe fn dot2<const FULL: bool>(acc: Self::I, w0: Self::C, w1: Self::C, x0: i32, x1: i32) -> Self::I;
 
-    /// `acc[r]` += the dot products of R rows, `width` apart, with `8 * pairs.len()` inputs' codes of a block; both begin with
-    /// the block. Sets of few registers go another way to the same sums.
+    /// `start(r)` + the dot products of R rows, `width` apart, with `8 * pairs.len()` inputs' codes of a block; both begin
+    /// with the block. Sets of few registers go another way to the same sums.
     #[inline(always)]
-    unsafe fn accumulate<const CODES: u8, const R: usize>(
+    unsafe fn dots<const CODES: u8, const R: usize>(
         codes: *const u8,
         pairs: Range<usize>,
         x: *const i8,
         width: usize,
-        acc: &mut [Self::I; R],
-    ) {
+        start: impl Fn(usize) -> i32,
+    ) -> [Self::I; R] {
         // SAFETY: by contract.
         unsafe {
+            let mut acc = [Self::zero_i(); R];
+            for (r, acc) in acc.iter_mut().enumerate() {
+                *acc = Self::splat_i(start(r));
+            }
             // Eight inputs a turn: two vectors of codes, which are one vector of nibbles.
             for pair in pairs {
                 let (w0, w1) = match CODES {
@@ -195,6 +231,7 @@ pub(super) trait Simd: Copy {
                     };
                 }
             }
+            acc
         }
     }
 }

@@ -136,14 +136,7 @@ impl Words {
             let panel = self.data[first / LANES * stride..][..stride].as_ptr();
             let bias = self.bias[first..first + LANES].as_ptr();
             let valid = LANES.min(self.channels - first);
-            let mut row = 0;
-            while row < rows {
-                let count = match rows - row {
-                    TILE.. => TILE,
-                    4..TILE => 4,
-                    2..4 => 2,
-                    _ => 1,
-                };
+            isa.each_tile(0, rows, |row, count| {
                 let mut tile = [0f32; TILE * LANES];
                 let sums = tile.as_mut_ptr();
                 // SAFETY: a whole panel; `count` rows of inputs, and of results in the tile.
@@ -180,8 +173,7 @@ impl Words {
                     unsafe { finish(isa, then as u8, sums.as_ptr(), bias, padded.as_mut_ptr()) };
                     out.copy_from_slice(&padded[..valid]);
                 }
-                row += count;
-            }
+            });
         }
     }
 }

@@ -285,7 +285,7 @@ impl Decoder {
         });
         self.attention.plan(spans, self.shard.spec.heads / self.shard.spec.kv_heads);
         let adapted = batch.spans.iter().map(|span| (span.rows as usize, span.adapter as usize));
-        self.adapters.plan(batch.adapters.len(), adapted);
+        self.adapters.plan(self.cpu.isa, batch.adapters.len(), adapted);
         for layer in 0..self.layers.len() {
             match layer {
                 0 => self.attend(layer, batch, errand)?,

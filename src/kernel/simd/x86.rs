@@ -17,6 +17,7 @@ impl Simd for Avx512 {
     type I = __m512i;
     type C = __m512i;
     const FULL_OFFSET: f32 = 0.0;
+    const ROWS: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
@@ -302,50 +303,54 @@ impl Simd for Avx2 {
         };
         [half(acc[0], w0[0], w1[0]), half(acc[1], w0[1], w1[1])]
     }
-    /// Four rows at a time: their sums then stay in the 16 registers.
+    /// A block of nibbles is summed in 16 bits, which hold 15 * 127 * 16 = 30,480.
     #[inline(always)]
-    unsafe fn accumulate<const CODES: u8, const R: usize>(
+    unsafe fn dots<const CODES: u8, const R: usize>(
         codes: *const u8,
         pairs: Range<usize>,
         x: *const i8,
         width: usize,
-        acc: &mut [Self::I; R],
-    ) {
-        let ones = _mm256_set1_epi16(1);
-        // Rows taken together: their sums stay in registers.
-        const ROWS: usize = 4;
-        for first in (0..R).step_by(ROWS) {
-            let mut sums = [[_mm256_setzero_si256(); 2]; ROWS];
-            for pair in pairs.clone() {
-                let (w0, w1) = if CODES == NIBBLE {
-                    Self::nibbles(codes.add(pair * 64))
-                } else {
-                    (Self::codes(codes.add(pair * 128)), Self::codes(codes.add(pair * 128 + 64)))
-                };
-                for (r, sum) in sums.iter_mut().enumerate().take(R - first) {
-                    let x = x.add((first + r) * width + pair * 8).cast::<i32>();
-                    let (x0, x1) = (x.read_unaligned(), x.add(1).read_unaligned());
-                    if CODES == NIBBLE {
-                        // A whole block fits into 16 bits: 15 * 127 * 16 = 30,480.
-                        let (x0, x1) = (_mm256_set1_epi32(x0), _mm256_set1_epi32(x1));
-                        for half in 0..2 {
-                            let (a, b) = (_mm256_maddubs_epi16(w0[half], x0), _mm256_maddubs_epi16(w1[half], x1));
-                            sum[half] = _mm256_add_epi16(_mm256_add_epi16(sum[half], a), b);
-                        }
-                    } else {
-                        *sum = match CODES == FULL {
-                            true => Self::dot2::<true>(*sum, w0, w1, x0, x1),
-                            false => Self::dot2::<false>(*sum, w0, w1, x0, x1),
-                        };
+        start: impl Fn(usize) -> i32,
+    ) -> [Self::I; R] {
+        let mut sums = [Self::zero_i(); R];
+        // The compiler must not know how many turns there are: it would unroll them, add in another order to shorten the
+        // chain, and run out of the 16 registers, which costs half as much again.
+        let (mut pair, mut end) = (pairs.start, pairs.end);
+        if R > 2 {
+            end = std::ptr::read_volatile(&end);
+        }
+        while pair != end {
+            let (w0, w1) = if CODES == NIBBLE {
+                Self::nibbles(codes.add(pair * 64))
+            } else {
+                (Self::codes(codes.add(pair * 128)), Self::codes(codes.add(pair * 128 + 64)))
+            };
+            for (r, sum) in sums.iter_mut().enumerate() {
+                let x = x.add(r * width + pair * 8).cast::<i32>();
+                let (x0, x1) = (x.read_unaligned(), x.add(1).read_unaligned());
+                if CODES == NIBBLE {
+                    let (x0, x1) = (_mm256_set1_epi32(x0), _mm256_set1_epi32(x1));
+                    for half in 0..2 {
+                        sum[half] = _mm256_add_epi16(sum[half], _mm256_maddubs_epi16(w0[half], x0));
+                        sum[half] = _mm256_add_epi16(sum[half], _mm256_maddubs_epi16(w1[half], x1));
                     }
+                } else {
+                    *sum = match CODES == FULL {
+                        true => Self::dot2::<true>(*sum, w0, w1, x0, x1),
+                        false => Self::dot2::<false>(*sum, w0, w1, x0, x1),
+                    };
                 }
             }
-            for (acc, sum) in acc[first..].iter_mut().zip(sums) {
-                for half in 0..2 {
-                    let sum = if CODES == NIBBLE { _mm256_madd_epi16(sum[half], ones) } else { sum[half] };
-                    acc[half] = _mm256_add_epi32(acc[half], sum);
-                }
+            pair += 1;
+        }
+        let ones = _mm256_set1_epi16(1);
+        for (r, sum) in sums.iter_mut().enumerate() {
+            let start = _mm256_set1_epi32(start(r));
+            for half in sum {
+                let whole = if CODES == NIBBLE { _mm256_madd_epi16(*half, ones) } else { *half };
+                *half = _mm256_add_epi32(start, whole);
             }
         }
+        sums
     }
 }
