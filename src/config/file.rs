@@ -189,7 +189,8 @@ pub struct EngineSection {
     pub prefix_cache: bool,
     /// How many times longer a step may take because of a prompt while other answers are being written: 2 allows twice the
     /// time of a step without prompts. Smaller keeps the time between two tokens even, larger reads prompts sooner. When
-    /// many prompts come at once beside few answers, up to thirteen times as much is added. 0: no bound but `step_tokens`.
+    /// many prompts come at once beside few answers, up to thirteen times as much is added until they are read. 0: no bound
+    /// but `step_tokens`.
     pub prefill_stretch: f64,
     /// Most tokens of one answer that are guessed ahead and verified in the same step (speculative decoding); 0 switches it
     /// off. How many of them are tried follows from how often the guesses come true and from how full the step is. Answers are

@@ -30,8 +30,8 @@ const GUESSED_CONTEXT: f64 = 0.25;
 /// What a row adds to a step, in steps without rows, while nothing is known; and the least that is ever believed.
 const GUESSED_ROW: f64 = 0.2;
 const LEAST_ROW: f64 = 0.01;
-/// How much more prompts may add when as many prompts are read or wait as answers are written: a crowd that arrives at
-/// once would otherwise be let in one by one, each waiting for all before.
+/// How much more prompts may add when as many prompts are read or wait as answers are written, and until those are read: a
+/// crowd that arrives at once would otherwise be let in one by one, each waiting for all before.
 const CROWD: f64 = 12.0;
 
 /// What a step computes.
@@ -117,13 +117,14 @@ impl Pace {
     }
 
     /// Prompt rows of a step that decodes `load`, while `prompts` sequences read their prompts or wait to, the first of
-    /// them after `context` tokens. A few at least, so that prompts move on; as many as you like while nothing is known.
-    pub fn prompt_rows(&self, load: Load, prompts: usize, context: usize, stretch: f64) -> usize {
+    /// them after `context` tokens, as part of a `crowd` or not. A few at least, so that prompts move on; as many as you
+    /// like while nothing is known.
+    pub fn prompt_rows(&self, load: Load, prompts: usize, crowd: bool, context: usize, stretch: f64) -> usize {
         if !self.is_known() {
             return usize::MAX;
         }
         let decode = load.decode;
-        let crowd = (prompts.saturating_sub(1) as f64 / decode.max(1) as f64).min(1.0);
+        let crowd = if crowd { 1.0 } else { (prompts.saturating_sub(1) as f64 / decode.max(1) as f64).min(1.0) };
         let mut all = load;
         all.decodes(prompts, load.decode_context / decode.max(1));
         let most = self.seconds(all) * (1.0 + (stretch - 1.0) * (1.0 + CROWD * crowd));
@@ -191,7 +192,7 @@ mod tests {
     /// What `prompt_rows` allows makes a step of at most `stretch` times one in which all decode, and wastes little.
     fn check(device: &Device, rows: usize, stretch: f64) {
         let (pace, load) = (device.known(), decode(rows, 200));
-        let read = pace.prompt_rows(load, 1, 100, stretch);
+        let read = pace.prompt_rows(load, 1, false, 100, stretch);
         let even = device.seconds(decode(rows + 1, 200));
         let took = device.seconds(with(load, read, 100));
         assert!(
@@ -215,20 +216,22 @@ mod tests {
 
     #[test]
     fn prompts_always_move_on_and_nothing_is_bounded_before_anything_is_known() {
-        assert_eq!(Pace::default().prompt_rows(decode(16, 10), 1, 0, 1.5), usize::MAX);
+        assert_eq!(Pace::default().prompt_rows(decode(16, 10), 1, false, 0, 1.5), usize::MAX);
         let dear = Device(10.0, 1.0, 10_000.0, 0.0).known();
-        assert_eq!(dear.prompt_rows(decode(16, 10), 1, 0, 1.5), LEAST_PROMPT);
+        assert_eq!(dear.prompt_rows(decode(16, 10), 1, false, 0, 1.5), LEAST_PROMPT);
         let mut free = Pace::default();
         (0..100).for_each(|_| free.learn(decode(16, 10), Duration::from_millis(1)));
-        assert!(free.prompt_rows(decode(16, 10), 1, 0, 2.0) >= TILE);
+        assert!(free.prompt_rows(decode(16, 10), 1, false, 0, 2.0) >= TILE);
     }
 
     #[test]
     fn a_crowd_of_prompts_is_allowed_more_than_a_single_one() {
         let pace = CPU.known();
-        let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(decode(8, 100), prompts, 0, 1.5)).into();
+        let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(decode(8, 100), prompts, false, 0, 1.5)).into();
         assert!(rows[0] < rows[1] && rows[1] < rows[2], "{rows:?}");
         assert!(pace.seconds(with(decode(8, 100), rows[2], 0)) < 8.0 * pace.seconds(decode(16, 100)));
+        // Its last prompts as much as its first.
+        assert!(pace.prompt_rows(decode(15, 100), 1, true, 0, 1.5) > rows[1]);
     }
 
     #[test]
@@ -237,7 +240,7 @@ mod tests {
         let (mut read, mut own) = (0, 200);
         while read < 4_000 {
             let load = decode(16, own);
-            let rows = pace.prompt_rows(load, 1, read, 1.5);
+            let rows = pace.prompt_rows(load, 1, false, read, 1.5);
             let took = CPU.seconds(with(load, rows, read));
             let even = CPU.seconds(decode(17, own));
             assert!(took < 1.7 * even || rows <= LEAST_PROMPT, "after {read}: {rows} rows take {took} beside {even}");

@@ -147,6 +147,8 @@ pub struct Scheduler {
     held: usize,
     growth: f32,
     pace: Pace,
+    /// Prompts still to be read of a crowd that came at once.
+    crowd: usize,
     names_quickly: bool,
     /// Of the draft model.
     draft_pace: Pace,
@@ -186,6 +188,7 @@ impl Scheduler {
             held: 0,
             growth: GROWTH_START,
             pace: Pace::default(),
+            crowd: 0,
             names_quickly: false,
             draft_pace: Pace::default(),
             mirror,
@@ -314,14 +317,17 @@ impl Scheduler {
         let rows = self.rows_beside(self.decodes());
         // Before anything is placed: what was placed must keep its blocks.
         self.let_in(rows, Displace::Heavier, now, plan);
-        let (mut budget, mut readers) = (self.limits.step_tokens, false);
+        let (mut budget, mut readers) = (self.limits.step_tokens, 0);
         for at in 0..self.running.len() {
             match self.sequences[self.running[at]].reads() {
-                true => readers = true,
+                true => readers += 1,
                 false => budget -= self.place(self.running[at], budget, plan),
             }
         }
-        if readers {
+        if readers > 0 {
+            // Once more prompts than answers, a crowd is one to its last prompt: that would wait for the longest otherwise.
+            let (prompts, answers) = (readers + self.coming_prompts(), self.running.len() - readers);
+            self.crowd = if prompts > answers.max(1) { prompts } else { self.crowd.min(prompts) };
             self.read(rows.min(budget), plan);
         }
         self.draft(plan);
@@ -355,9 +361,9 @@ impl Scheduler {
             return usize::MAX;
         }
         let reading = self.running.iter().map(|&key| &self.sequences[key]).filter(|sequence| sequence.reads());
-        let coming = self.queue.len().min(self.limits.max_running.saturating_sub(self.running.len()));
         let context = reading.clone().next().map_or(0, |first| first.computed);
-        self.pace.prompt_rows(decode, reading.count() + coming, context, self.limits.prefill_stretch)
+        let prompts = reading.count() + self.coming_prompts();
+        self.pace.prompt_rows(decode, prompts, self.crowd > 0, context, self.limits.prefill_stretch)
     }
 
     /// Whether this much is read in several steps.
@@ -394,6 +400,11 @@ impl Scheduler {
         }
     }
 
+    /// How many of those who wait have a place.
+    fn coming_prompts(&self) -> usize {
+        self.queue.len().min(self.limits.max_running.saturating_sub(self.running.len()))
+    }
+
     /// Gives a sequence as many rows as the budget and its share allow. Returns how many.
     fn place(&mut self, key: SequenceKey, budget: usize, plan: &mut Plan) -> usize {
         let sequence = &mut self.sequences[key];
@@ -412,6 +423,9 @@ impl Scheduler {
         let scored = (first, end.clamp(first, last));
         plan.shares.push(Share { rows, drafts: 0, source: Source::Lookup, catch_up: 0, scored });
         plan.prompt_rows += end.min(sequence.prompt).saturating_sub(start);
+        if start < sequence.prompt && end >= sequence.prompt {
+            self.crowd = self.crowd.saturating_sub(1);
+        }
         match rows {
             1 => plan.load.decodes(1, start),
             rows => plan.load.reads(rows, start),
@@ -657,8 +671,15 @@ mod tests {
 
     #[test]
     fn prompts_add_to_a_step_only_what_those_who_decode_can_bear() {
-        let limits = Limits { step_tokens: 512, prefill_chunk: 256, prefill_stretch: 2.0, ..limits() };
-        let mut scheduler = Scheduler::new(limits, 256, 16);
+        let limits = Limits {
+            step_tokens: 512,
+            prefill_chunk: 256,
+            prefill_stretch: 2.0,
+            max_running: 18,
+            max_queue: 12,
+            ..limits()
+        };
+        let mut scheduler = Scheduler::new(limits.clone(), 256, 16);
         let (now, mut plan) = (Instant::now(), Plan::default());
         let submit = |scheduler: &mut Scheduler, token: u32, length: usize| {
             let account = AccountId::new("a");
@@ -701,6 +722,17 @@ mod tests {
             steps += 1;
         }
         assert!((45..120).contains(&steps), "{steps}");
+        // A crowd is let in by more at once, down to the last of it.
+        let mut scheduler = Scheduler::new(limits, 1024, 16);
+        (1..=6).for_each(|token| submit(&mut scheduler, token, 10));
+        (0..50).for_each(|_| assert!(step(&mut scheduler, &mut plan).0 >= 6));
+        (10..22).for_each(|token| submit(&mut scheduler, token, 100));
+        let mut left = 1200;
+        while left > 0 {
+            let (_, prompt) = step(&mut scheduler, &mut plan);
+            assert!(prompt >= 120.min(left), "{prompt} of {left}");
+            left -= prompt;
+        }
     }
 
     #[test]
