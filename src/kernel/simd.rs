@@ -200,6 +200,13 @@ pub(super) trait Simd: Copy {
     /// `FULL`: codes may be up to 255 and are taken less [`Simd::FULL_OFFSET`]; else they are at most 63.
     unsafe fn dot2<const FULL: bool>(acc: Self::I, w0: Self::C, w1: Self::C, x0: i32, x1: i32) -> Self::I;
 
+    /// `count`, hidden from the compiler where it must not know how many turns a loop over R rows has: it would unroll them,
+    /// add in another order to shorten the chain, and run out of registers, which costs half as much again.
+    #[inline(always)]
+    unsafe fn turns<const R: usize>(count: usize) -> usize {
+        count
+    }
+
     /// `start(r)` + the dot products of R rows, `width` apart, with `8 * pairs.len()` inputs' codes of a block; both begin
     /// with the block. Sets of few registers go another way to the same sums.
     #[inline(always)]

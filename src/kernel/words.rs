@@ -333,7 +333,7 @@ unsafe fn word_body<S: Pairs, const R: usize>(
         for block in 0..blocks {
             let panel = panel.add(block * BLOCK_BYTES);
             let mut acc = [S::zero_i(); R];
-            for pair in 0..BLOCK / 2 {
+            for pair in 0..S::turns::<R>(BLOCK / 2) {
                 let w = S::codes(panel.add(pair * LANES * 4));
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = codes.add((r * blocks + block) * BLOCK + pair * 2).cast::<i32>().read_unaligned();

@@ -303,6 +303,10 @@ impl Simd for Avx2 {
         };
         [half(acc[0], w0[0], w1[0]), half(acc[1], w0[1], w1[1])]
     }
+    #[inline(always)]
+    unsafe fn turns<const R: usize>(count: usize) -> usize {
+        if R > 2 { std::ptr::read_volatile(&count) } else { count }
+    }
     /// A block of nibbles is summed in 16 bits, which hold 15 * 127 * 16 = 30,480.
     #[inline(always)]
     unsafe fn dots<const CODES: u8, const R: usize>(
@@ -313,12 +317,7 @@ impl Simd for Avx2 {
         start: impl Fn(usize) -> i32,
     ) -> [Self::I; R] {
         let mut sums = [Self::zero_i(); R];
-        // The compiler must not know how many turns there are: it would unroll them, add in another order to shorten the
-        // chain, and run out of the 16 registers, which costs half as much again.
-        let (mut pair, mut end) = (pairs.start, pairs.end);
-        if R > 2 {
-            end = std::ptr::read_volatile(&end);
-        }
+        let (mut pair, end) = (pairs.start, Self::turns::<R>(pairs.end));
         while pair != end {
             let (w0, w1) = if CODES == NIBBLE {
                 Self::nibbles(codes.add(pair * 64))
