@@ -54,7 +54,7 @@ __device__ __forceinline__ void small_bf16(const bf16* x, const bf16* w, bf16* o
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const bf16* const channel = w + (size_t)(blockIdx.x * 8 + g) * k;
     float sums[TILES][4] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int at = warp * 32 + q * 8; at < k; at += WARPS * 32) {
         const uint4 b = *reinterpret_cast<const uint4*>(channel + at);
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ __forceinline__ void small_q4(const bf16* x, const uint32_t* codes, c
     const __half* const left = scales + (size_t)(blockIdx.x * 8 + 2 * q) * (k / 32);
     const __half* const right = left + k / 32;
     float sums[TILES][4] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int at = warp * 128; at < k; at += WARPS * 128) {
         const uint4 four = *reinterpret_cast<const uint4*>(codes + n * (k / 8) + at / 8 + q * 4);
         const uint32_t words[4] = {four.x, four.y, four.z, four.w};

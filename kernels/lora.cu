@@ -31,6 +31,7 @@ KERNEL __launch_bounds__(WARPS * 32)
     const bf16* const matrix = a[adapter];
     const bf16* const first = x + (size_t)row * x_stride;
     float sums[RANK / 8][4] = {};
+#pragma unroll 2
     for (int at = warp * 32 + q * 8; at < k; at += WARPS * 32) {
         const uint4 low = piece_of(first, g, rows, x_stride, at), high = piece_of(first, g + 8, rows, x_stride, at);
         const uint32_t left[4] = {low.x, high.x, low.y, high.y}, right[4] = {low.z, high.z, low.w, high.w};

@@ -216,7 +216,7 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
             copy_wait<0>();
         }
         __syncthreads();
-        if (WIDE) {
+        if constexpr (WIDE) {
             accumulate<DIM, TOKENS / 16>(sums, queries, key_tile(at), value_tile(at), 0, key, last, from, scale * LOG2E);
         } else {
             constexpr int OWN = TOKENS / WARPS;

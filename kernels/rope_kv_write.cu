@@ -5,6 +5,7 @@
 //     keys, values [blocks, kv_heads, block_tokens, dim], bf16 or fp8: a row goes to place `slots[row]`, which is
 //         block * block_tokens + place in the block; below 0: nowhere, a row that fills a batch up
 //
+// bias [(heads + 2 * kv_heads) * dim] bf16: added to qkv first, or null
 // q_norm, k_norm [dim] bf16: the RMS norm of each head that some models have before, or null; with eps and offset as in
 // `add_rms_norm.cu`. fp8 holds value / scale. dim is even and at most 256.
 //
@@ -18,7 +19,7 @@ __device__ __forceinline__ void put(fp8* at, float value, float inverse) { *at =
 
 template <class Kv>
 __device__ __forceinline__ void rope_kv_write(bf16* qkv, const int* positions, const int* slots, const float* frequencies,
-                                              const bf16* q_norm, const bf16* k_norm, Kv* keys, Kv* values, int rows, int heads,
+                                              const bf16* bias, const bf16* q_norm, const bf16* k_norm, Kv* keys, Kv* values, int rows, int heads,
                                               int kv_heads, int dim, int block_tokens, float eps, float offset,
                                               float magnitude, float k_scale, float v_scale) {
     const int all = heads + 2 * kv_heads, lane = threadIdx.x % 32, half = dim / 2;
@@ -32,6 +33,10 @@ __device__ __forceinline__ void rope_kv_write(bf16* qkv, const int* positions, c
         const int i = k * 32 + lane;
         low[k] = i < half ? to_float(at[i]) : 0.0f;
         high[k] = i < half ? to_float(at[half + i]) : 0.0f;
+        if (bias && i < half) {
+            low[k] += to_float(bias[head * dim + i]);
+            high[k] += to_float(bias[head * dim + half + i]);
+        }
     }
     const bool is_value = head >= heads + kv_heads, is_query = head < heads;
     const bf16* const norm = is_query ? q_norm : is_value ? nullptr : k_norm;
@@ -91,11 +96,12 @@ __device__ __forceinline__ void rope_kv_write(bf16* qkv, const int* positions, c
 
 #define ROPE_KV_WRITE(name, Kv)                                                                                            \
     KERNEL name(bf16* __restrict__ qkv, const int* __restrict__ positions, const int* __restrict__ slots,                  \
-                const float* __restrict__ frequencies, const bf16* __restrict__ q_norm, const bf16* __restrict__ k_norm,   \
+                const float* __restrict__ frequencies, const bf16* __restrict__ bias, const bf16* __restrict__ q_norm,     \
+                const bf16* __restrict__ k_norm,                                                                           \
                 Kv* __restrict__ keys, Kv* __restrict__ values, int rows, int heads, int kv_heads, int dim,                \
                 int block_tokens, float eps, float offset, float magnitude, float k_scale, float v_scale) {                \
-        rope_kv_write<Kv>(qkv, positions, slots, frequencies, q_norm, k_norm, keys, values, rows, heads, kv_heads, dim,    \
-                          block_tokens, eps, offset, magnitude, k_scale, v_scale);                                         \
+        rope_kv_write<Kv>(qkv, positions, slots, frequencies, bias, q_norm, k_norm, keys, values, rows, heads, kv_heads,   \
+                          dim, block_tokens, eps, offset, magnitude, k_scale, v_scale);                                         \
     }                                                                                                                      \
     EXPORT(name)
 ROPE_KV_WRITE(rope_kv_write_bf16, bf16)

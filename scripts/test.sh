@@ -4,12 +4,13 @@
 #   scripts/test.sh                all of it: about 25 minutes on two cores the first time, a few after that
 #   scripts/test.sh fmt clippy     only these stages
 #
-# Needs Rust, a C compiler, Python 3 with pip, and git; the demo model and the official SDKs are fetched (target/, .venv/).
+# Needs Rust, a C++ compiler, Python 3 with pip, and git; the demo model, the official SDKs and NVIDIA's compiler are fetched
+# (target/, .venv/, .cuda/).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all=(fmt model clippy test kernels doc release sdk)
-case ${1:-} in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; echo "Stages: ${all[*]}"; exit ;; esac
+all=(fmt model cuda clippy test doc release sdk)
+case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; echo "Stages: ${all[*]}"; exit ;; esac
 stages=("${@:-${all[@]}}")
 [[ $# -gt 0 ]] || stages=("${all[@]}")
 for stage in "${stages[@]}"; do
@@ -25,11 +26,12 @@ stage_model() {
     scripts/fetch_model.sh demo "$NEUROND_TEST_MODELS"
     scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
-stage_clippy() { cargo clippy --locked --all-targets --features emulate -- -D warnings; }
-# The generated documents, the floors and the goldens are tests like any other.
-stage_test() { cargo test --locked; }
-# GPU kernels, run by a host.
-stage_kernels() { cargo test --locked --features emulate --test kernels; }
+stage_cuda() { scripts/fetch_cuda.sh; }
+# Compiles GPU kernels for every chip, and fails where one spills.
+stage_clippy() { cargo clippy --locked --all-targets --features cuda,emulate -- -D warnings; }
+# The generated documents, the floors, the goldens and GPU kernels run by a host are tests like any other. The daemon that they
+# start could use a GPU, and there is none.
+stage_test() { cargo test --locked --features cuda,emulate; }
 stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 
 # What users run: the optimised build, a real model against its goldens.

@@ -240,13 +240,20 @@ fn queries_are_turned_and_keys_and_values_put_into_the_pool() {
         let frequencies: Vec<f32> = (0..dim / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / dim as f32)).collect();
         let (q_weight, k_weight, eps, offset, magnitude) = (dice.bf16(dim, 1.0), dice.bf16(dim, 1.0), 1e-6, 1.0, 1.25);
         let (k_scale, v_scale) = (0.5, 0.25);
+        let bias = if rows > 2 { dice.bf16(all * dim, 1.0) } else { vec![] };
         let run = |on: &dyn Launcher, qkv: &mut Vec<bf16>, data: Keys, scales: (f32, f32)| {
             let (mut positions, mut slots, mut frequencies) = (positions.clone(), slots.clone(), frequencies.clone());
             let (mut q, mut k) = (q_weight.clone(), k_weight.clone());
             let norm =
                 |weight: &mut Vec<bf16>| Norm { weight: if with_norm { at(weight) } else { Ptr::null() }, eps, offset };
-            let rope =
-                RopeKv { frequencies: at(&mut frequencies), magnitude, q_norm: norm(&mut q), k_norm: norm(&mut k) };
+            let mut bias = bias.clone();
+            let rope = RopeKv {
+                frequencies: at(&mut frequencies),
+                magnitude,
+                bias: if bias.is_empty() { Ptr::null() } else { at(&mut bias) },
+                q_norm: norm(&mut q),
+                k_norm: norm(&mut k),
+            };
             let kv = PagedKv { data, block_shift: 4, k_scale: scales.0, v_scale: scales.1 };
             rope_kv_write(on, rows, paged.heads, at(qkv), at(&mut positions), at(&mut slots), &rope, &kv).unwrap();
         };
@@ -265,8 +272,9 @@ fn queries_are_turned_and_keys_and_values_put_into_the_pool() {
         let mut written = 0;
         for row in 0..rows {
             for head in 0..all {
-                let x: Vec<f64> =
-                    qkv[(row * all + head) * dim..][..dim].iter().map(|x| f64::from(x.to_f32())).collect();
+                let bias = |i: usize| bias.get(head * dim + i).map_or(0.0, |bias| f64::from(bias.to_f32()));
+                let x = &qkv[(row * all + head) * dim..][..dim];
+                let x: Vec<f64> = x.iter().enumerate().map(|(i, x)| f64::from(x.to_f32()) + bias(i)).collect();
                 let weight = if head < heads { &q_weight } else { &k_weight };
                 let is_value = head >= heads + kv_heads;
                 let factor = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / dim as f64 + f64::from(eps)).sqrt();

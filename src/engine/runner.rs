@@ -1,5 +1,5 @@
-//! Who executes a planned step: a model on a device, a model divided over the ranks of one, and the simulated device of tests
-//! and `simulate`.
+//! Who executes a planned step: a model on a CPU or a GPU, a model divided over ranks, and the simulated device of tests and
+//! `simulate`.
 
 use crate::base::Result;
 use crate::kernel::Pool;
@@ -122,6 +122,39 @@ impl Runner for Group {
 
     fn import(&mut self, block: u32, from: &[u8]) {
         Group::import(self, block, from);
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+impl Runner for crate::model::GpuDecoder {
+    fn blocks(&self) -> usize {
+        Self::blocks(self)
+    }
+
+    fn block_tokens(&self) -> usize {
+        Self::block_tokens(self)
+    }
+
+    fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
+        let vocab = self.spec().vocab;
+        let (data, pool) = Self::forward(self, batch, meanwhile)?;
+        Ok(Logits { data, vocab, pool })
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        Self::copy(self, from, to);
+    }
+
+    fn block_bytes(&self) -> usize {
+        Self::block_bytes(self)
+    }
+
+    fn export(&mut self, block: u32, out: &mut [u8]) {
+        Self::export(self, block, out);
+    }
+
+    fn import(&mut self, block: u32, from: &[u8]) {
+        Self::import(self, block, from);
     }
 }
 

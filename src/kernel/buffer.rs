@@ -28,6 +28,8 @@ unsafe impl Plain for i32 {}
 unsafe impl Plain for u32 {}
 // SAFETY: numbers.
 unsafe impl Plain for f32 {}
+// SAFETY: numbers.
+unsafe impl Plain for half::bf16 {}
 
 /// A slice of zeros to begin with, aligned to a cache line, on the heap or in pages of its own. Pages are only taken
 /// from the system when first written.

@@ -14,7 +14,7 @@ mod attention;
 mod buffer;
 mod collective;
 mod gemm;
-#[cfg(feature = "emulate")]
+#[cfg(any(feature = "cuda", feature = "emulate"))]
 pub mod gpu;
 mod lowrank;
 mod panel;

@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use crate::base::{Error, Result};
 use crate::model::lora::Adapter;
 
 /// What the runner computes in one step. Reused from step to step, so that a step allocates nothing.
@@ -99,4 +100,54 @@ impl Batch {
     pub fn table(&self, span: &Span) -> &[u32] {
         &self.tables[span.table as usize..(span.table + span.blocks) as usize]
     }
+
+    /// Whether it is whole, and small enough.
+    ///
+    /// # Errors
+    /// `Internal`: what is wrong with it.
+    pub(super) fn check(&self, most: &Bounds) -> Result<()> {
+        let rows = self.rows();
+        let wrong = |what: String| Err(Error::internal(format!("a batch that cannot be computed: {what}")));
+        if rows > most.rows || self.sample_rows.len() > most.sample_rows {
+            let sampled = self.sample_rows.len();
+            return wrong(format!("{rows} rows of {}, {sampled} sampled of {}", most.rows, most.sample_rows));
+        }
+        if self.positions.len() != rows || self.spans.iter().map(|span| span.rows as usize).sum::<usize>() != rows {
+            return wrong("spans and positions do not cover its rows".to_owned());
+        }
+        if let Some(token) = self.tokens.iter().find(|&&token| token as usize >= most.vocab) {
+            return wrong(format!("token {token} of {}", most.vocab));
+        }
+        if let Some(row) = self.sample_rows.iter().find(|&&row| row as usize >= rows) {
+            return wrong(format!("sampled row {row} of {rows}"));
+        }
+        let mut row = 0;
+        for span in &self.spans {
+            let tokens = span.start as usize + span.rows as usize;
+            let end = span.table as usize + span.blocks as usize;
+            if span.row as usize != row || end > self.tables.len() {
+                return wrong(format!("{span:?} of {rows} rows and {} blocks", self.tables.len()));
+            }
+            if (span.blocks as usize).saturating_mul(most.block_tokens) < tokens {
+                return wrong(format!("{} blocks for {tokens} tokens", span.blocks));
+            }
+            if span.adapter as usize > self.adapters.len() {
+                return wrong(format!("adapter {} of {}", span.adapter, self.adapters.len()));
+            }
+            row += span.rows as usize;
+        }
+        match self.tables.iter().find(|&&block| block as usize >= most.blocks) {
+            Some(block) => wrong(format!("block {block} of {}", most.blocks)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a decoder was opened for.
+pub(super) struct Bounds {
+    pub(super) rows: usize,
+    pub(super) sample_rows: usize,
+    pub(super) vocab: usize,
+    pub(super) blocks: usize,
+    pub(super) block_tokens: usize,
 }

@@ -18,6 +18,7 @@ use crate::kernel::{
     MAX_GROUP, Out, Panels, Pool, Query, Rope, each_row, gated, rotate,
 };
 use crate::model::Batch;
+use crate::model::batch::Bounds;
 use crate::model::kv::KvPool;
 use crate::model::layers::{Layer, Packer};
 use crate::model::shard::{Matrix, Shard};
@@ -310,41 +311,17 @@ impl Decoder {
 
     /// Whether a batch can be computed.
     pub(super) fn check(&self, batch: &Batch) -> Result<()> {
-        let rows = batch.rows();
-        let wrong = |what: String| Err(Error::internal(format!("a batch that cannot be computed: {what}")));
-        if rows > self.max_rows || batch.sample_rows.len() > self.max_sample_rows {
-            let sampled = batch.sample_rows.len();
-            return wrong(format!("{rows} rows of {}, {sampled} sampled of {}", self.max_rows, self.max_sample_rows));
-        }
-        if batch.positions.len() != rows || batch.spans.iter().map(|span| span.rows as usize).sum::<usize>() != rows {
-            return wrong("spans and positions do not cover its rows".to_owned());
-        }
-        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
-            return wrong(format!("token {token} of {}", self.spec.vocab));
-        }
-        if let Some(row) = batch.sample_rows.iter().find(|&&row| row as usize >= rows) {
-            return wrong(format!("sampled row {row} of {rows}"));
-        }
-        let mut row = 0;
-        for span in &batch.spans {
-            let tokens = span.start as usize + span.rows as usize;
-            let end = span.table as usize + span.blocks as usize;
-            if span.row as usize != row || end > batch.tables.len() {
-                return wrong(format!("{span:?} of {rows} rows and {} blocks", batch.tables.len()));
+        batch.check(&Bounds {
+            rows: self.max_rows,
+            sample_rows: self.max_sample_rows,
+            vocab: self.spec.vocab,
+            blocks: self.kv.blocks(),
+            block_tokens: self.block_tokens(),
+        })?;
+        match batch.adapters.iter().find(|adapter| !adapter.fits(&self.spec)) {
+            Some(adapter) => {
+                Err(Error::internal(format!("a batch that cannot be computed: {adapter:?} is for another model")))
             }
-            if (span.blocks as usize).saturating_mul(self.block_tokens()) < tokens {
-                return wrong(format!("{} blocks for {tokens} tokens", span.blocks));
-            }
-            if span.adapter as usize > batch.adapters.len() {
-                return wrong(format!("adapter {} of {}", span.adapter, batch.adapters.len()));
-            }
-            row += span.rows as usize;
-        }
-        if let Some(adapter) = batch.adapters.iter().find(|adapter| !adapter.fits(&self.spec)) {
-            return wrong(format!("{adapter:?} is for another model"));
-        }
-        match batch.tables.iter().find(|&&block| block as usize >= self.kv.blocks()) {
-            Some(block) => wrong(format!("block {block} of {}", self.kv.blocks())),
             None => Ok(()),
         }
     }

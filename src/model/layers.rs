@@ -93,7 +93,7 @@ impl Packer<'_> {
 }
 
 /// The row of a file that becomes `channel`: the even numbers of an interleaved head first, then the odd ones.
-fn halves(heads: Option<usize>, channel: usize) -> usize {
+pub(super) fn halves(heads: Option<usize>, channel: usize) -> usize {
     let Some(dim) = heads else { return channel };
     let (head, i, half) = (channel / dim * dim, channel % dim, dim / 2);
     head + if i < half { 2 * i } else { 2 * (i - half) + 1 }

@@ -17,6 +17,8 @@ pub mod weights;
 
 mod batch;
 mod decoder;
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+mod gpu;
 mod group;
 mod kv;
 mod layers;
@@ -28,6 +30,8 @@ pub(crate) mod tests_support;
 
 pub use batch::{Batch, Span};
 pub use decoder::{Decoder, DecoderOptions};
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub use gpu::{Format, GpuDecoder, GpuOptions};
 pub use group::Group;
 pub use shard::Division;
 pub use vocab::{Detokenizer, Vocabulary};

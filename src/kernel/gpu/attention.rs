@@ -138,6 +138,20 @@ impl Attention {
         }
     }
 
+    /// Whether there are kernels for such heads.
+    ///
+    /// # Errors
+    /// `Unsupported` for those that are not 64, 128 or 256 wide or in groups of more than 16.
+    pub fn takes(Heads { heads, kv_heads, dim }: Heads) -> Result<()> {
+        let group = heads / kv_heads;
+        if [64, 128, 256].contains(&dim) && group <= NARROW {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "heads of {dim} in groups of {group}: GPU kernels take 64, 128 and 256, in groups of up to {NARROW}"
+        )))
+    }
+
     /// Numbers that the parts of `merges` take: `tile` is [`NARROW`] or [`WIDE`].
     pub fn partial_len(merges: &[Merge], tile: usize, heads: Heads) -> usize {
         let parts = merges.last().map_or(0, |merge| (merge.part + merge.parts) as usize);
@@ -148,8 +162,7 @@ impl Attention {
     /// `[rows, q_stride]`, queries first; out `[rows, heads * dim]`. `scale` is that of the scores.
     ///
     /// # Errors
-    /// `Unsupported` for heads that are not 64, 128 or 256 wide or in groups of more than 16; `Internal` when memory is too
-    /// short.
+    /// `Unsupported` for heads that [`Attention::takes`] refuses; `Internal` when memory is too short.
     #[allow(clippy::too_many_arguments)]
     pub fn run(
         on: &dyn Launcher,
@@ -166,13 +179,8 @@ impl Attention {
         out: Ptr<bf16>,
         partial: Ptr<f32>,
     ) -> Result<()> {
+        Self::takes(heads)?;
         let Heads { heads, kv_heads, dim } = heads;
-        if ![64, 128, 256].contains(&dim) || heads / kv_heads > NARROW {
-            let group = heads / kv_heads;
-            return Err(Error::unsupported(format!(
-                "heads of {dim} in groups of {group}: GPU kernels take 64, 128 and 256, in groups of up to {NARROW}"
-            )));
-        }
         items.needs("items", count, 4)?;
         merges.needs("merges", merge_count, 4)?;
         q.needs("q", q_stride, 16)?;

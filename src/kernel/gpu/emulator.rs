@@ -2,8 +2,12 @@
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 
+use parking_lot::Mutex;
+
+use super::card::Card;
 use super::launch::{Launch, Launcher, Ptr};
-use crate::base::{Error, Result};
+use crate::base::{Error, Kind, Result};
+use crate::kernel::Buffer;
 
 unsafe extern "C" {
     fn emulate_launch(
@@ -59,5 +63,95 @@ impl Launcher for Emulator {
             1 => Err(Error::internal(format!("there is no kernel {}", launch.name))),
             _ => Err(Error::internal(format!("kernel {} takes another number of arguments", launch.name))),
         }
+    }
+}
+
+/// An emulated device with memory of its own.
+#[derive(Default)]
+pub struct EmulatedCard {
+    emulator: Emulator,
+    memory: Mutex<Vec<Buffer<u8>>>,
+}
+
+impl EmulatedCard {
+    /// One whose threads run in this order.
+    pub fn new(seed: u32) -> Self {
+        Self { emulator: Emulator { seed }, memory: Mutex::default() }
+    }
+}
+
+impl Launcher for EmulatedCard {
+    fn launch(&self, launch: Launch) -> Result<()> {
+        self.emulator.launch(launch)
+    }
+}
+
+impl Card for EmulatedCard {
+    fn name(&self) -> String {
+        "emulated".to_owned()
+    }
+
+    fn processors(&self) -> usize {
+        4
+    }
+
+    fn free_bytes(&self) -> Result<usize> {
+        Ok(64 << 20)
+    }
+
+    fn alloc_bytes(&self, bytes: usize) -> Result<u64> {
+        let Some(mut memory) = Buffer::<u8>::try_zeroed(bytes) else {
+            return Err(Error::new(Kind::ModelUnavailable, format!("there are no {bytes} bytes")));
+        };
+        let address = memory.as_mut_ptr() as u64;
+        self.memory.lock().push(memory);
+        Ok(address)
+    }
+
+    unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()> {
+        // SAFETY: by the caller's promise; launches are over when they return.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        Ok(())
+    }
+
+    unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a kernel makes of 0, 1, … 127 with threads in several orders.
+    fn sums(name: &str) -> Vec<f32> {
+        let card: Box<dyn Card> = Box::new(EmulatedCard::default());
+        let (x, out) = (card.alloc::<f32>(128).unwrap(), card.alloc::<f32>(1).unwrap());
+        let numbers: Vec<f32> = (0..128).map(|number| number as f32).collect();
+        card.upload(&numbers, x).unwrap();
+        let sum = |seed| {
+            let mut sum = [f32::NAN];
+            card.upload(&sum, out).unwrap();
+            Emulator { seed }.launch(Launch::new(name, [1, 1, 1], 128).ptr(x).ptr(out)).unwrap();
+            card.download(out, &mut sum).unwrap();
+            sum[0]
+        };
+        (0..6).map(sum).collect()
+    }
+
+    /// What the tests of kernels rely on: a missing barrier is seen in the order of threads, a wrong index in the result.
+    #[test]
+    fn a_broken_barrier_or_index_shows() {
+        let right = 127.0 * 128.0 / 2.0;
+        assert!(sums("sum_right").iter().all(|&sum| sum == right));
+        let racing = sums("sum_no_barrier");
+        assert!(racing.iter().any(|sum| *sum != racing[0]), "{racing:?}");
+        assert!(sums("sum_wrong_index").iter().all(|&sum| sum != right));
+        let error = Emulator::default().launch(Launch::new("sum_right", [1, 1, 1], 128)).unwrap_err();
+        assert!(error.message().contains("another number of arguments"), "{error}");
+        let error = Emulator::default().launch(Launch::new("no_such", [1, 1, 1], 32)).unwrap_err();
+        assert!(error.message().contains("there is no kernel no_such"), "{error}");
     }
 }

@@ -78,6 +78,15 @@ impl<T> Ptr<T> {
         self.len == 0
     }
 
+    /// `len` of its numbers from number `first` on.
+    ///
+    /// # Panics
+    /// When it has not so many.
+    pub fn part(self, first: usize, len: usize) -> Self {
+        assert!(first.checked_add(len).is_some_and(|end| end <= self.len), "{first} + {len} of {}", self.len);
+        Self { address: self.address + (first * size_of::<T>()) as u64, len, of: PhantomData }
+    }
+
     /// What is wrong with it when a kernel needs `least` numbers at a multiple of `align` bytes.
     pub(super) fn needs(self, what: &str, least: usize, align: u64) -> Result<()> {
         if least == 0 {

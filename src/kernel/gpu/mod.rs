@@ -10,6 +10,12 @@
 //! would be told to. Memory is a [`Ptr`]: an address of the device, typed and of known length. Nothing here allocates.
 
 mod attention;
+#[cfg(feature = "cuda")]
+mod blas;
+mod card;
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(feature = "emulate")]
 mod emulator;
 mod gemm;
 mod launch;
@@ -18,7 +24,11 @@ mod rows;
 mod sample;
 
 pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
-pub use emulator::Emulator;
+pub use card::{Bits, Card, LARGE_UNIT};
+#[cfg(feature = "cuda")]
+pub use device::{Device, find, preload};
+#[cfg(feature = "emulate")]
+pub use emulator::{EmulatedCard, Emulator};
 pub use gemm::{SMALL_ROWS, Scaled, Weight, gemm_small, pack_q4};
 pub use launch::{Fp8, Launch, Launcher, Ptr};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};

@@ -193,6 +193,8 @@ pub struct RopeKv {
     pub frequencies: Ptr<f32>,
     /// Of what is turned; 1 for most models.
     pub magnitude: f32,
+    /// `[(heads + 2 * kv_heads) * dim]`, added first; or null.
+    pub bias: Ptr<bf16>,
     /// Of each query head, if the model has one; its weight may be null.
     pub q_norm: Norm,
     /// Of each key head.
@@ -224,6 +226,7 @@ pub fn rope_kv_write(
     positions.needs("positions", rows, 4)?;
     slots.needs("slots", rows, 4)?;
     rope.frequencies.needs("frequencies", dim / 2, 4)?;
+    rope.bias.needs("bias", if rope.bias.is_null() { 0 } else { all * dim }, 2)?;
     for norm in [rope.q_norm, rope.k_norm].iter().filter(|norm| !norm.weight.is_null()) {
         norm.weight.needs("norm of heads", dim, 2)?;
     }
@@ -236,7 +239,7 @@ pub fn rope_kv_write(
     };
     let launch = Launch::new(name, [(rows * all).div_ceil(4), 1, 1], 128);
     let launch = launch.ptr(qkv).ptr(positions).ptr(slots).ptr(rope.frequencies);
-    let launch = launch.ptr(rope.q_norm.weight).ptr(rope.k_norm.weight);
+    let launch = launch.ptr(rope.bias).ptr(rope.q_norm.weight).ptr(rope.k_norm.weight);
     let launch = match kv.data {
         Keys::Bf16(keys, values) => launch.ptr(keys).ptr(values),
         Keys::Fp8(keys, values) => launch.ptr(keys).ptr(values),

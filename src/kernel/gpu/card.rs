@@ -1,0 +1,121 @@
+//! What a decoder needs of a device beside launches: memory that lasts as long as the device, and ways in and out of it.
+
+use half::{bf16, f16};
+
+use super::attention::{Item, Merge};
+use super::gemm::Weight;
+use super::launch::{Fp8, Launcher, Ptr};
+use crate::base::Result;
+
+/// Rows of a [`Card::product`] come in multiples of it: those beyond what is wanted are computed for nothing, as they would be
+/// inside a tile.
+pub const LARGE_UNIT: usize = 64;
+
+/// A device of one engine. Everything it is asked for happens in order.
+pub trait Card: Launcher + Send {
+    /// What it calls itself.
+    fn name(&self) -> String;
+
+    /// Its multiprocessors: how many blocks of threads it works on at once, at least.
+    fn processors(&self) -> usize;
+
+    /// Bytes that are free now.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn free_bytes(&self) -> Result<usize>;
+
+    /// `bytes` zero bytes at a multiple of 64, which are there until the card is dropped.
+    ///
+    /// # Errors
+    /// `ModelUnavailable` when there are not so many.
+    fn alloc_bytes(&self, bytes: usize) -> Result<u64>;
+
+    /// Copies in. `from` may change afterwards.
+    ///
+    /// # Safety
+    /// There are as many bytes at `to`, of this card.
+    ///
+    /// # Errors
+    /// The driver's.
+    unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()>;
+
+    /// Copies out, after all that was launched, and waits for it.
+    ///
+    /// # Safety
+    /// There are as many bytes at `from`, of this card.
+    ///
+    /// # Errors
+    /// The driver's, and those of whatever was launched before.
+    unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()>;
+
+    /// `out = x * w^T`, or `out += x * w^T` with `add`, of `m` rows, a multiple of [`LARGE_UNIT`], by a library of the card's maker:
+    /// out `[m, out_stride]`, its first `n` columns. False: there is none, or it does not do that.
+    ///
+    /// # Errors
+    /// `Internal` when memory is too short, and the library's.
+    fn product(
+        &self,
+        (_m, _n, _k): (usize, usize, usize),
+        _weight: Weight,
+        _out: Ptr<bf16>,
+        _out_stride: usize,
+        _add: bool,
+    ) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+impl dyn Card + '_ {
+    /// Room for `len` numbers, all bits zero.
+    ///
+    /// # Errors
+    /// As [`Card::alloc_bytes`].
+    pub fn alloc<T: Bits>(&self, len: usize) -> Result<Ptr<T>> {
+        let address = self.alloc_bytes(len * size_of::<T>())?;
+        // SAFETY: as many numbers as were asked for, as long as the card is there; whoever launches has the card.
+        Ok(unsafe { Ptr::new(address, len) })
+    }
+
+    /// Copies numbers to where `to` begins.
+    ///
+    /// # Errors
+    /// `Internal` when they are more than there is room for, and the driver's.
+    pub fn upload<T: Bits>(&self, from: &[T], to: Ptr<T>) -> Result<()> {
+        to.needs("upload", from.len(), 1)?;
+        // SAFETY: nothing but bits, without gaps; the target is as long.
+        unsafe {
+            let bytes = std::slice::from_raw_parts(from.as_ptr().cast::<u8>(), size_of_val(from));
+            self.upload_bytes(bytes, to.address())
+        }
+    }
+
+    /// Copies numbers from where `from` begins.
+    ///
+    /// # Errors
+    /// `Internal` when there are fewer, and those of [`Card::download_bytes`].
+    pub fn download<T: Bits>(&self, from: Ptr<T>, to: &mut [T]) -> Result<()> {
+        from.needs("download", to.len(), 1)?;
+        // SAFETY: any bits are a value; the source is as long.
+        unsafe {
+            let bytes = std::slice::from_raw_parts_mut(to.as_mut_ptr().cast::<u8>(), size_of_val(to));
+            self.download_bytes(from.address(), bytes)
+        }
+    }
+}
+
+/// Numbers that are nothing but their bits.
+///
+/// # Safety
+/// Any bits are a value, and there are no gaps between them.
+pub unsafe trait Bits: Copy {}
+
+macro_rules! bits {
+    ($($number:ty),*) => {
+        $(
+            // SAFETY: numbers, or a few of the same size in the order of C.
+            unsafe impl Bits for $number {}
+        )*
+    };
+}
+bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge);

@@ -1,0 +1,268 @@
+//! A GPU through CUDA's driver, which is looked for when neurond runs: the same binary starts where there is none.
+//!
+//! ```text
+//! find()  ── no libcuda, no card ──> Err: what is missing            (the CPU serves)
+//!         └─ open(ordinal) ──> context, one stream, every kernel of the embedded binaries by name
+//! ```
+//!
+//! A [`Device`] belongs to one thread at a time, whose current context is the device's. Whatever the driver refuses is an error of
+//! this device; since it may come from any earlier launch, nothing that the device holds can be trusted afterwards.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::path::Path;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use half::bf16;
+use parking_lot::Mutex;
+
+use super::blas::{Blas, WORKSPACE};
+use super::card::Card;
+use super::gemm::Weight;
+use super::launch::{Launch, Launcher, Ptr};
+use crate::base::{Error, Kind, Result};
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Dynamic shared memory that a kernel may have without asking.
+const FREE_SHARED: usize = 48 << 10;
+
+/// One card and one stream of it.
+pub struct Device {
+    name: String,
+    processors: usize,
+    context: sys::CUcontext,
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+    modules: Vec<sys::CUmodule>,
+    functions: Mutex<HashMap<String, sys::CUfunction>>,
+    /// All that was allocated.
+    memory: Mutex<Vec<u64>>,
+    blas: Mutex<Option<Blas>>,
+}
+
+// SAFETY: contexts, streams and functions of the driver may be used by any thread that makes the context its own, which every
+// method does.
+unsafe impl Send for Device {}
+
+/// How many cards there are.
+///
+/// # Errors
+/// `ModelUnavailable` when the driver is not installed or sees none; the message says which.
+pub fn find() -> Result<usize> {
+    // SAFETY: only asks whether the library can be opened. Without it every other call would panic.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::new(
+            Kind::ModelUnavailable,
+            "libcuda.so.1 is not here: install NVIDIA's driver, or serve on the CPU.",
+        ));
+    }
+    let count = result::init()
+        .and_then(|()| result::device::get_count())
+        .map_err(|error| failed("looking for cards", error))?;
+    match usize::try_from(count) {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err(Error::new(Kind::ModelUnavailable, "the driver sees no card")),
+    }
+}
+
+/// Opens CUDA's libraries by path, so that later opens by name find them: for those that no search path has. Returns what was
+/// opened. Never closed.
+pub fn preload(folders: &[impl AsRef<Path>]) -> Vec<std::path::PathBuf> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    let mut opened = Vec::new();
+    for name in ["libcublasLt.so.13", "libcublas.so.13"] {
+        for path in folders.iter().map(|folder| folder.as_ref().join(name)).filter(|path| path.exists()) {
+            // SAFETY: what the operator named; its initialisers run, as they would at the first use.
+            match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
+                Ok(library) => {
+                    std::mem::forget(library);
+                    opened.push(path);
+                    break;
+                }
+                Err(error) => tracing::warn!(path = %path.display(), %error, "cannot be opened"),
+            }
+        }
+    }
+    opened
+}
+
+fn failed(what: &str, error: DriverError) -> Error {
+    Error::internal(format!("{what}: {error}"))
+}
+
+impl Device {
+    /// Opens card `ordinal`, after [`find`] has found more than so many.
+    ///
+    /// # Errors
+    /// `Internal` when the driver refuses anything, or has no code for this chip.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        let ordinal = ordinal as i32;
+        let device = result::device::get(ordinal).map_err(|error| failed("finding the card", error))?;
+        let name = result::device::get_name(device).map_err(|error| failed("naming the card", error))?;
+        // SAFETY: the device comes from the driver.
+        let context =
+            unsafe { result::primary_ctx::retain(device) }.map_err(|error| failed("opening the card", error))?;
+        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        // SAFETY: as above.
+        let processors = unsafe { result::device::get_attribute(device, attribute) };
+        let processors = processors.map_err(|error| failed("asking for its processors", error))? as usize;
+        let mut this = Self {
+            name,
+            processors,
+            context,
+            device,
+            stream: std::ptr::null_mut(),
+            modules: Vec::new(),
+            functions: Mutex::default(),
+            memory: Mutex::default(),
+            blas: Mutex::default(),
+        };
+        this.enter()?;
+        this.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(|error| failed("making a stream", error))?;
+        for (file, binary) in KERNELS {
+            // SAFETY: a whole fat binary, which says its length itself.
+            let module = unsafe { result::module::load_data(binary.as_ptr().cast()) };
+            let module =
+                module.map_err(|error| failed(&format!("loading kernels of {file} on {}", this.name), error))?;
+            this.modules.push(module);
+        }
+        let blas = Blas::open(this.alloc_bytes(WORKSPACE)?)?;
+        if blas.is_none() {
+            tracing::warn!("libcublasLt.so.13 is not here: prompts are read by slower kernels of our own");
+        }
+        *this.blas.lock() = blas;
+        Ok(this)
+    }
+
+    /// Makes the context this thread's own.
+    fn enter(&self) -> Result<()> {
+        // SAFETY: retained until `self` is dropped.
+        unsafe { result::ctx::set_current(self.context) }.map_err(|error| failed("entering the card's context", error))
+    }
+
+    /// Waits until all that was launched is done.
+    fn finish(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: this device's stream.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| failed("waiting for the card", error))
+    }
+
+    /// A kernel by its name, looked for once.
+    fn function(&self, launch: &Launch) -> Result<sys::CUfunction> {
+        let mut functions = self.functions.lock();
+        if let Some(&function) = functions.get(&launch.name) {
+            return Ok(function);
+        }
+        let name = &launch.name;
+        let symbol = CString::new(name.as_str()).map_err(|_| Error::internal("a kernel's name holds a zero"))?;
+        let found = self.modules.iter().find_map(|&module| {
+            // SAFETY: a module of this context.
+            unsafe { result::module::get_function(module, symbol.clone()) }.ok()
+        });
+        let function = found.ok_or_else(|| Error::internal(format!("there is no kernel {name}")))?;
+        functions.insert(name.clone(), function);
+        Ok(function)
+    }
+}
+
+impl Launcher for Device {
+    fn launch(&self, mut launch: Launch) -> Result<()> {
+        self.enter()?;
+        let function = self.function(&launch)?;
+        if launch.shared > FREE_SHARED {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of this context.
+            unsafe { result::function::set_function_attribute(function, attribute, launch.shared as i32) }.map_err(
+                |error| failed(&format!("{} bytes of shared memory for {}", launch.shared, launch.name), error),
+            )?;
+        }
+        let (grid, block) = (<(u32, u32, u32)>::from(launch.grid), <(u32, u32, u32)>::from(launch.block));
+        let shared = launch.shared as u32;
+        let mut arguments: Vec<*mut c_void> = launch.arguments();
+        // SAFETY: the arguments are those of the kernel, by its launcher; memory behind them is there by the promise of whoever
+        // made the pointers.
+        unsafe { result::launch_kernel(function, grid, block, shared, self.stream, &mut arguments) }
+            .map_err(|error| failed(&format!("launching {}", launch.name), error))
+    }
+}
+
+impl Card for Device {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn processors(&self) -> usize {
+        self.processors
+    }
+
+    fn free_bytes(&self) -> Result<usize> {
+        self.enter()?;
+        result::mem_get_info().map(|(free, _)| free).map_err(|error| failed("asking for memory", error))
+    }
+
+    fn alloc_bytes(&self, bytes: usize) -> Result<u64> {
+        self.enter()?;
+        let bytes = bytes.max(1);
+        // SAFETY: freed when the device is dropped; zeroed before anybody has it.
+        let address = unsafe { result::malloc_sync(bytes) }.map_err(|error| {
+            Error::new(Kind::ModelUnavailable, format!("{} has no {bytes} bytes left: {error}", self.name))
+        })?;
+        self.memory.lock().push(address);
+        // SAFETY: as many as were allocated.
+        unsafe { result::memset_d8_async(address, 0, bytes, self.stream) }.map_err(|error| failed("zeroing", error))?;
+        Ok(address)
+    }
+
+    unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()> {
+        self.enter()?;
+        // SAFETY: by the caller's promise. From memory that is not pinned, the driver returns when it has its own copy.
+        unsafe { result::memcpy_htod_async(to, from, self.stream) }.map_err(|error| failed("copying in", error))
+    }
+
+    unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: by the caller's promise.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.map_err(|error| failed("copying out", error))?;
+        self.finish()
+    }
+
+    fn product(
+        &self,
+        shape: (usize, usize, usize),
+        weight: Weight,
+        out: Ptr<bf16>,
+        out_stride: usize,
+        add: bool,
+    ) -> Result<bool> {
+        let mut blas = self.blas.lock();
+        let Some(blas) = blas.as_mut() else { return Ok(false) };
+        self.enter()?;
+        blas.product(shape, weight, out, out_stride, add, self.stream.cast())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        *self.blas.lock() = None;
+        // SAFETY: nobody has the device any more. Failures cost what the driver then keeps.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            for &address in self.memory.lock().iter() {
+                let _ = result::free_sync(address);
+            }
+            for &module in &self.modules {
+                let _ = result::module::unload(module);
+            }
+            if !self.stream.is_null() {
+                let _ = result::stream::destroy(self.stream);
+            }
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
