@@ -19,6 +19,8 @@ pub type BlockId = u32;
 const NONE: BlockId = BlockId::MAX;
 /// In the place of a link: this block is in no chain.
 const UNNAMED: BlockId = BlockId::MAX - 1;
+/// Chains for each block: so many that few have a second block, since each block of a chain is another cache miss.
+const CHAINS: usize = 4;
 /// Tokens hashed at a time, so that the hash input fits a small stack buffer.
 const PIECE: usize = 32;
 
@@ -58,10 +60,12 @@ impl BlockHash {
             product as u64 ^ (product >> 64) as u64
         };
         let (mut low, mut high) = (self.0 as u64, (self.0 >> 64) as u64);
-        for pair in tokens.chunks(2) {
-            let word = u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or_default()) << 32;
-            low = fold(low ^ word, 0x9e37_79b9_7f4a_7c15);
-            high = fold(high ^ word, 0xd6e8_feb8_6659_fd93).wrapping_add(low);
+        for four in tokens.chunks(4) {
+            let word = |at: usize| four.get(at).copied().map_or(0, u64::from);
+            let (one, other) = (word(0) | word(1) << 32, word(2) | word(3) << 32);
+            // Neither waits for the other: a name takes as long as one of them.
+            low = fold(low ^ one, 0x9e37_79b9_7f4a_7c15 ^ other);
+            high = fold(high ^ other, 0xd6e8_feb8_6659_fd93 ^ one.rotate_left(29));
         }
         Self(u128::from(fold(low ^ high, 0xa076_1d64_78bd_642f)) | u128::from(high) << 64)
     }
@@ -132,7 +136,7 @@ impl Blocks {
             blocks: (0..total)
                 .map(|_| Block { hash: BlockHash(0), refs: 0, prev: NONE, next: NONE, chain: UNNAMED })
                 .collect(),
-            chains: vec![NONE; total.next_power_of_two()],
+            chains: vec![NONE; total.next_power_of_two() * CHAINS],
             head: NONE,
             tail: NONE,
             free: 0,

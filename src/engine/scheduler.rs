@@ -262,6 +262,7 @@ impl Scheduler {
         let mut tokens = prompt;
         let prompt = tokens.len();
         tokens.reserve_exact((request.most - prompt).min(1024));
+        let blocks = self.blocks.needed(tokens.capacity());
         let sequence = self.sequences.insert(Sequence {
             request: key,
             choice,
@@ -273,9 +274,9 @@ impl Scheduler {
             mirrored: 0,
             tagged: 0,
             scored: None,
-            table: Vec::new(),
+            table: Vec::with_capacity(blocks),
             published: 0,
-            hashes: Vec::new(),
+            hashes: Vec::with_capacity(blocks),
             named_quickly: self.names_quickly,
             admitted: 0,
             fed: 0,
