@@ -70,7 +70,7 @@ fn rows(c: &mut Criterion) {
                             mask: None,
                             given: None,
                         };
-                        sampler.pick(Logits { data, vocab, pool: &pool }, |_| Some(draw()));
+                        let _ = sampler.pick(Logits::Host { data, vocab, pool: &pool }, |_| Some(draw()));
                         black_box(sampler.drawn()[0].token)
                     },
                     criterion::BatchSize::SmallInput,

@@ -11,7 +11,8 @@
 //     gemm_small_fp8      w [n, k] fp8 with a scale a channel, x [m, k] fp8 with a scale a row (W8A8); sums of up to 64 products at a time
 //     gemm_small_q4       w in blocks of 32 k, 4 bits each, code - 8 times an f16 scale (GGUF's Q4_0, repacked by `pack_q4`)
 //
-// k is a multiple of 32 (bf16), 64 (fp8), 128 (q4); n of 8. out [m, out_stride] bf16: = or, with `add`, += the product.
+// k is a multiple of 32 (bf16), 64 (fp8), 128 (q4); n of 8. out [m, out_stride]: what becomes of the product is `sink`: 0 bf16, 1 added
+// to bf16, 2 f32.
 // Grid: (n / 8); block: 128 threads.
 #include "common.cuh"
 
@@ -19,7 +20,7 @@ constexpr int WARPS = 4;
 
 /// The warps' sums for 8 channels become one, and go out. sums [TILES][4] of each lane as `multiply_add` leaves them.
 template <int TILES>
-__device__ __forceinline__ void finish(const float (&sums)[TILES][4], float* shared, bf16* out, int m, int out_stride, bool add,
+__device__ __forceinline__ void finish(const float (&sums)[TILES][4], float* shared, void* out, int m, int out_stride, int sink,
                                        const float* row_scales, const float* channel_scales) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // [warp, tile, 4, lane]
@@ -37,8 +38,13 @@ __device__ __forceinline__ void finish(const float (&sums)[TILES][4], float* sha
 #pragma unroll
         for (int other = 0; other < WARPS; other++) sum += shared[(other * TILES * 128) + at];
         if (row_scales) sum *= row_scales[row] * channel_scales[channel];
-        bf16* const to = out + (size_t)row * out_stride + channel;
-        *to = to_bf16(add ? to_float(*to) + sum : sum);
+        const size_t to = (size_t)row * out_stride + channel;
+        if (sink == 2) {
+            static_cast<float*>(out)[to] = sum;
+        } else {
+            bf16* const narrow = static_cast<bf16*>(out) + to;
+            *narrow = to_bf16(sink == 1 ? to_float(*narrow) + sum : sum);
+        }
     }
 }
 
@@ -49,7 +55,7 @@ __device__ __forceinline__ uint4 piece_of(const T* x, int row, int m, size_t k, 
 }
 
 template <int TILES>
-__device__ __forceinline__ void small_bf16(const bf16* x, const bf16* w, bf16* out, int m, int k, int out_stride, int add,
+__device__ __forceinline__ void small_bf16(const bf16* x, const bf16* w, void* out, int m, int k, int out_stride, int sink,
                                            float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const bf16* const channel = w + (size_t)(blockIdx.x * 8 + g) * k;
@@ -65,12 +71,12 @@ __device__ __forceinline__ void small_bf16(const bf16* x, const bf16* w, bf16* o
             multiply_add(sums[tile], second, b.z, b.w);
         }
     }
-    finish<TILES>(sums, shared, out, m, out_stride, add, nullptr, nullptr);
+    finish<TILES>(sums, shared, out, m, out_stride, sink, nullptr, nullptr);
 }
 
 template <int TILES>
 __device__ __forceinline__ void small_fp8(const fp8* x, const float* row_scales, const fp8* w, const float* channel_scales,
-                                          bf16* out, int m, int k, int out_stride, int add, float* shared) {
+                                          void* out, int m, int k, int out_stride, int sink, float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const fp8* const channel = w + (size_t)(blockIdx.x * 8 + g) * k;
     float sums[TILES][4] = {};
@@ -85,7 +91,7 @@ __device__ __forceinline__ void small_fp8(const fp8* x, const float* row_scales,
             multiply_add_fp8(sums[tile], second, b.z, b.w);
         }
     }
-    finish<TILES>(sums, shared, out, m, out_stride, add, row_scales, channel_scales);
+    finish<TILES>(sums, shared, out, m, out_stride, sink, row_scales, channel_scales);
 }
 
 /// Two codes of 4 bits as bf16: the one in bits 0..4 and the one in bits 16..20. 0x4300 is 128, so that a code in its last bits adds
@@ -98,8 +104,8 @@ __device__ __forceinline__ uint32_t two_codes(uint32_t bits) {
 // Codes lie as [n][k / 128][q: 4][block: 4] words of 8 codes, scales as [n][k / 32] f16. The word of block b and q has k = 128 * i +
 // 32 * b + 8 * q + j for j = 0..8: pair p of neighbours (j = 2p, 2p + 1) in its bits 4p.. and 16 + 4p...
 template <int TILES>
-__device__ __forceinline__ void small_q4(const bf16* x, const uint32_t* codes, const __half* scales, bf16* out, int m, int k,
-                                         int out_stride, int add, float* shared) {
+__device__ __forceinline__ void small_q4(const bf16* x, const uint32_t* codes, const __half* scales, void* out, int m, int k,
+                                         int out_stride, int sink, float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const size_t n = blockIdx.x * 8 + g;
     // Results of a lane are channels 2q and 2q + 1 of the 8.
@@ -128,31 +134,31 @@ __device__ __forceinline__ void small_q4(const bf16* x, const uint32_t* codes, c
             }
         }
     }
-    finish<TILES>(sums, shared, out, m, out_stride, add, nullptr, nullptr);
+    finish<TILES>(sums, shared, out, m, out_stride, sink, nullptr, nullptr);
 }
 
 #define SMALL(TILES)                                                                                                          \
     KERNEL __launch_bounds__(WARPS * 32) gemm_small_bf16_##TILES(const bf16* __restrict__ x, const bf16* __restrict__ w,      \
-                                                                 bf16* __restrict__ out, int m, int k, int out_stride,        \
-                                                                 int add) {                                                   \
+                                                                 void* __restrict__ out, int m, int k, int out_stride,        \
+                                                                 int sink) {                                                   \
         __shared__ float shared[WARPS * TILES * 128];                                                                         \
-        small_bf16<TILES>(x, w, out, m, k, out_stride, add, shared);                                                          \
+        small_bf16<TILES>(x, w, out, m, k, out_stride, sink, shared);                                                          \
     }                                                                                                                         \
     EXPORT(gemm_small_bf16_##TILES)                                                                                           \
     KERNEL __launch_bounds__(WARPS * 32)                                                                                      \
         gemm_small_fp8_##TILES(const fp8* __restrict__ x, const float* __restrict__ row_scales, const fp8* __restrict__ w,    \
-                               const float* __restrict__ channel_scales, bf16* __restrict__ out, int m, int k,                \
-                               int out_stride, int add) {                                                                     \
+                               const float* __restrict__ channel_scales, void* __restrict__ out, int m, int k,                \
+                               int out_stride, int sink) {                                                                     \
         __shared__ float shared[WARPS * TILES * 128];                                                                         \
-        small_fp8<TILES>(x, row_scales, w, channel_scales, out, m, k, out_stride, add, shared);                               \
+        small_fp8<TILES>(x, row_scales, w, channel_scales, out, m, k, out_stride, sink, shared);                               \
     }                                                                                                                         \
     EXPORT(gemm_small_fp8_##TILES)                                                                                            \
     KERNEL __launch_bounds__(WARPS * 32)                                                                                      \
         gemm_small_q4_##TILES(const bf16* __restrict__ x, const uint32_t* __restrict__ codes,                                 \
-                              const __half* __restrict__ scales, bf16* __restrict__ out, int m, int k, int out_stride,        \
-                              int add) {                                                                                      \
+                              const __half* __restrict__ scales, void* __restrict__ out, int m, int k, int out_stride,        \
+                              int sink) {                                                                                      \
         __shared__ float shared[WARPS * TILES * 128];                                                                         \
-        small_q4<TILES>(x, codes, scales, out, m, k, out_stride, add, shared);                                                \
+        small_q4<TILES>(x, codes, scales, out, m, k, out_stride, sink, shared);                                                \
     }                                                                                                                         \
     EXPORT(gemm_small_q4_##TILES)
 SMALL(1)

@@ -9,8 +9,8 @@
 // put aside. The random number is the hash of seed and position that the host's sampler uses, so a row's token depends on nothing but
 // its logits and its wishes, and an answer is the same wherever its rows are drawn, rounding of sums aside.
 //
-//     logits [rows, vocab] f32, changed in place
-//     wishes [rows]: struct Wish below
+//     logits [rows, stride] f32, the first vocab of each, changed in place
+//     wishes [rows]: struct Wish below; given: nothing is drawn, this token of the prompt is looked up; -1: one is drawn; -2: nobody wants the row
 //     masks [rows, (vocab + 31) / 32] u32: a bit a token, those set may be drawn; used where wish.masked
 //     edits [*]: struct Edit, those of a row from wish.first_edit on: tokens that were seen, or are favoured by the caller
 //     aside [rows, vocab] of 8 bytes: scratch
@@ -139,13 +139,17 @@ __device__ __forceinline__ int keep(Candidate* aside, int count, float bar, int 
 
 KERNEL __launch_bounds__(THREADS)
     sample(float* __restrict__ logits, const Wish* __restrict__ wishes, const uint32_t* __restrict__ masks,
-           const Edit* __restrict__ edits, Candidate* __restrict__ scratch, Drawn* __restrict__ drawn, int vocab) {
+           const Edit* __restrict__ edits, Candidate* __restrict__ scratch, Drawn* __restrict__ drawn, int vocab, int stride) {
     __shared__ Shared shared;
     const Wish wish = wishes[blockIdx.x];
-    float* const row = logits + (size_t)blockIdx.x * vocab;
+    float* const row = logits + (size_t)blockIdx.x * stride;
     Candidate* const aside = scratch + (size_t)blockIdx.x * vocab;
     const uint32_t* const mask = wish.masked ? masks + (size_t)blockIdx.x * ((vocab + 31) / 32) : nullptr;
 
+    if (wish.given == -2) {
+        if (threadIdx.x == 0) drawn[blockIdx.x] = {-1, 0.0f, 0, 0};
+        return;
+    }
     // The sum of all that the model thinks possible, before anything is changed.
     float raw_total = 0.0f;
     if (wish.logprob) {

@@ -1,5 +1,6 @@
 //! Builds the house floor by floor, listens to signals, drains it from the top, exits.
 
+use std::collections::HashSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::pin::pin;
@@ -15,14 +16,14 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
 use crate::adapters::Adapters;
-use crate::base::{DeviceId, Error, Phase, Result};
+use crate::base::{Error, Phase, Result};
 use crate::config::{self, Config, Live, Overrides};
 use crate::gateway::Gateway;
 use crate::http::{self, Batches, Listener, Services};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::signal::{self, Notifier, Signal, Signals};
-use crate::supervisor::{FleetView, Outcome, Report, Supervisor};
+use crate::supervisor::{Devices, FleetView, Outcome, Report};
 use crate::telemetry::{self, LogControl};
 use crate::vault::Vault;
 
@@ -73,7 +74,7 @@ struct App {
     servers: Vec<ServerHandle>,
     config: Live,
     vault: Vault,
-    device: Supervisor,
+    devices: Devices,
     ledger: Ledger,
     metrics: Arc<Metrics>,
     phase: watch::Sender<Phase>,
@@ -89,7 +90,7 @@ impl App {
         let metrics = Arc::new(Metrics::new());
         let ledger = Ledger::start();
         let fleet = FleetView::default();
-        let device = Supervisor::start(DeviceId(0), config.engine.threads, fleet.clone(), metrics.clone())?;
+        let devices = Devices::start(&config, &fleet, &metrics)?;
         let vault = Vault::new(config.auth.clone());
         let (phase, phase_view) = watch::channel(Phase::Starting);
         let live = Live::new(config);
@@ -112,7 +113,7 @@ impl App {
             phase: phase_view,
         };
         let servers = listen(&live.get(), &services)?;
-        Ok(Self { options, log, servers, config: live, vault, device, ledger, metrics, phase, notifier })
+        Ok(Self { options, log, servers, config: live, vault, devices, ledger, metrics, phase, notifier })
     }
 
     /// Listens to signals while models are loaded and reloaded beside it: neither the watchdog nor TERM waits for a model.
@@ -160,7 +161,7 @@ impl App {
                     }
                 }
                 _ = watchdog.tick() => {
-                    let silent = app.device.silent_for();
+                    let silent = app.devices.silent_for();
                     if silent < HUNG {
                         app.notifier.ping();
                     } else {
@@ -184,14 +185,15 @@ impl App {
         let config = self.config.get();
         self.notifier.status("loading models");
         let started = Instant::now();
-        let report = self.device.reconcile(config.models.clone(), config.engine.clone()).await?;
+        let report = self.devices.reconcile(&config).await?;
         let failed = failures(&report);
         if !failed.is_empty() && failed.len() == report.len() {
             return Err(Error::internal(format!("No configured model could be loaded: {}", failed.join("; "))));
         }
         self.phase.send_replace(Phase::Ready);
         self.notifier.ready();
-        let models = report.len() - failed.len();
+        let served = report.iter().filter(|(_, outcome)| !matches!(outcome, Outcome::Failed(_)));
+        let models = served.map(|(model, _)| model).collect::<HashSet<_>>().len();
         self.notifier.status(&format!("serving {models} models"));
         info!(models, failed = failed.len(), ms = started.elapsed().as_millis() as u64, "ready");
         Ok(())
@@ -228,10 +230,9 @@ impl App {
         }
         // A model that is new must be known to be on its way before the first call for it comes in; one that is gone must be
         // answered until it is retired. Both hold when the snapshot changes first and the fleet follows.
-        let (models, engine) = (next.models.clone(), next.engine.clone());
         self.vault.replace(next.auth.clone());
         self.config.set(next);
-        let report = self.device.reconcile(models, engine).await?;
+        let report = self.devices.reconcile(&self.config.get()).await?;
         for (model, outcome) in &report {
             match outcome {
                 Outcome::Failed(error) => error!(%model, %error, "reload: model not loaded, what was there stays"),
@@ -244,12 +245,14 @@ impl App {
 
     /// Writes what every floor is doing to the log.
     async fn dump(&self) {
-        match self.device.status().await {
-            Ok(status) => {
-                let state = serde_json::to_string(&status).unwrap_or_default();
-                info!(phase = ?*self.phase.borrow(), device = %status.device, %state, "state");
+        for status in self.devices.status().await {
+            match status {
+                Ok(status) => {
+                    let state = serde_json::to_string(&status).unwrap_or_default();
+                    info!(phase = ?*self.phase.borrow(), device = %status.device, %state, "state");
+                }
+                Err(error) => error!(%error, "state: device"),
             }
-            Err(error) => error!(%error, "state: device"),
         }
         match self.ledger.rows().await {
             Ok(rows) => {
@@ -278,10 +281,10 @@ impl App {
         if hurried {
             // Failing the sequences ends their streams with an error event; the servers are then left behind.
             warn!("cutting off what is still open");
-            self.device.drain(Instant::now()).await;
+            self.devices.drain(Instant::now()).await;
             let _ = tokio::time::timeout(LAST_WORDS, closed).await;
         } else {
-            self.device.drain(deadline).await;
+            self.devices.drain(deadline).await;
         }
         info!("drained");
     }

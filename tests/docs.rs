@@ -19,12 +19,13 @@ const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 12] = [
+const SECTIONS: [(&str, &str, bool, bool); 13] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
     ("auth.token", "TokenSection", true, false),
     ("engine", "EngineSection", false, true),
+    ("gpu", "GpuSection", false, true),
     ("batch", "BatchSection", false, true),
     ("account", "AccountSection", true, false),
     ("model", "ModelSection", true, false),
@@ -188,6 +189,7 @@ fn default_of(section: &str, field: &Field) -> Option<String> {
         "bool" => Some("false".into()),
         "Precision" => Some("\"fast\"".into()),
         "KvType" => Some("\"f16\"".into()),
+        "Format" => Some("\"bf16\"".into()),
         _ => None,
     }
 }

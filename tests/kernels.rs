@@ -10,8 +10,8 @@
 use half::{bf16, f16};
 use neurond::kernel::gpu::{
     Adapted, Attention, Drawn, Edit, Emulator, Fp8, Gate, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW,
-    Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed, gather_rows,
-    gemm_small, lora, pack_q4, quantize_fp8, random_bf16, rope_kv_write, sample, silu_mul, verify,
+    Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, UNWANTED, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed,
+    gather_rows, gemm_small, lora, pack_q4, quantize_fp8, random_bf16, rope_kv_write, sample, silu_mul, verify,
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
 
@@ -515,7 +515,7 @@ fn few_rows_times_a_matrix() {
             for add in [false, true] {
                 for format in 0..3 {
                     let stride = n + 8;
-                    let found = in_any_order(&vec![bf16::from_f32(2.0); m * stride], |on, out| {
+                    let compute = |on: &dyn Launcher, out: Sink| {
                         let (mut x, mut weight, mut codes, mut scales4) =
                             (x.clone(), weight.clone(), codes.clone(), scales4.clone());
                         let (mut x8, mut x_scales, mut weight8, mut scales8) =
@@ -528,8 +528,12 @@ fn few_rows_times_a_matrix() {
                             ),
                             _ => Weight::Q4(at(&mut codes), at(&mut scales4), at(&mut x)),
                         };
-                        gemm_small(on, (m, n, k), weight, at(out), stride, add).unwrap();
+                        gemm_small(on, (m, n, k), weight, out, stride).unwrap();
+                    };
+                    let found = in_any_order(&vec![bf16::from_f32(2.0); m * stride], |on, out| {
+                        compute(on, if add { Sink::Add(at(out)) } else { Sink::Set(at(out)) });
                     });
+                    let wide = in_any_order(&vec![2f32; m * stride], |on, out| compute(on, Sink::Wide(at(out))));
                     for row in 0..m {
                         for channel in 0..n {
                             let (mut sum, mut size) = (0.0, 0.0);
@@ -547,6 +551,7 @@ fn few_rows_times_a_matrix() {
                             let expected = sum * scale + if add { 2.0 } else { 0.0 };
                             let what = format!("{m} x {n} x {k}, format {format}, row {row}, channel {channel}");
                             near(found[row * stride + channel].to_f32(), expected, BF16, 1e-6 * size * scale, &what);
+                            near(wide[row * stride + channel], sum * scale, 0.0, 1e-6 * size * scale, &what);
                         }
                         assert!(
                             found[row * stride + n..][..8].iter().all(|&x| x == bf16::from_f32(2.0)),
@@ -677,13 +682,25 @@ fn draw(logits: &[f32], wishes: &[Wish], masks: &[u32], edits: &[Edit]) -> Vec<D
     let rows = wishes.len();
     let vocab = logits.len() / rows;
     let draw = |seed: u32| {
-        let (mut logits, mut wishes, mut masks, mut edits) =
-            (logits.to_vec(), wishes.to_vec(), masks.to_vec(), edits.to_vec());
+        // Behind each row lies what would win if anybody looked at it.
+        let stride = vocab + 3;
+        let mut logits: Vec<f32> = logits.chunks(vocab).flat_map(|row| [row, &[f32::MAX; 3]].concat()).collect();
+        let (mut wishes, mut masks, mut edits) = (wishes.to_vec(), masks.to_vec(), edits.to_vec());
         let (mut scratch, mut drawn) = (vec![u64::MAX; rows * vocab], vec![Drawn::default(); rows]);
         let masks = if masks.is_empty() { Ptr::null() } else { at(&mut masks) };
         let (logits, wishes, edits) = (at(&mut logits), at(&mut wishes), at(&mut edits));
-        sample(&Emulator { seed }, rows, vocab, logits, wishes, masks, edits, at(&mut scratch), at(&mut drawn))
-            .unwrap();
+        sample(
+            &Emulator { seed },
+            rows,
+            (vocab, stride),
+            logits,
+            wishes,
+            masks,
+            edits,
+            at(&mut scratch),
+            at(&mut drawn),
+        )
+        .unwrap();
         drawn
     };
     let drawn = draw(0);
@@ -800,6 +817,8 @@ fn greedy_masks_edits_and_log_probabilities() {
     let given = draw(&small, &[Wish { given: 1, logprob: 1, ..greedy }], &[], &[])[0];
     assert_eq!((given.token, given.rank), (1, 2));
     near(given.logprob, 1.9 - total, 1e-5, 0.0, &"log-probability");
+    let both = draw(&[small, small].concat(), &[Wish { given: UNWANTED, ..wish() }, greedy], &[], &[]);
+    assert_eq!((both[0].token, both[1].token), (-1, 0), "who wants nothing gets nothing");
 }
 
 #[test]

@@ -109,7 +109,7 @@ impl Runner for Little {
             let blurred = logits(batch.tokens[row as usize]).into_iter().zip([0.4, -0.8, 0.0, 0.9]);
             self.logits.extend(blurred.map(|(logit, off)| logit + self.blur * off));
         }
-        Ok(Logits { data: &mut self.logits, vocab: WORDS, pool: &self.pool })
+        Ok(Logits::Host { data: &mut self.logits, vocab: WORDS, pool: &self.pool })
     }
 }
 
@@ -277,19 +277,18 @@ fn verified(rule: Rule, answers: u64) -> Vec<u64> {
             let last = answer.last().copied().unwrap_or(0);
             let mut rows: Vec<f32> = std::iter::once(last).chain(drafts.iter().copied()).flat_map(logits).collect();
             let from = answer.len() as u64;
-            sampler.pick(Logits { data: &mut rows, vocab: WORDS, pool: &pool }, |row| {
-                let position = from + row as u64;
-                Some(Draw {
-                    sampling: &sampling,
-                    seed,
-                    position,
-                    seen: None,
-                    ahead: &[],
-                    logprobs: None,
-                    mask: None,
-                    given: None,
-                })
-            });
+            let draw = |row: usize| Draw {
+                sampling: &sampling,
+                seed,
+                position: from + row as u64,
+                seen: None,
+                ahead: &[],
+                logprobs: None,
+                mask: None,
+                given: None,
+            };
+            let logits = Logits::Host { data: &mut rows, vocab: WORDS, pool: &pool };
+            sampler.pick(logits, |row| Some(draw(row))).unwrap();
             let drawn: Vec<u32> = sampler.drawn().iter().map(|drawn| drawn.token.unwrap()).collect();
             answer.extend(rule(&drafts, &drawn));
         }

@@ -2,7 +2,7 @@
 //!
 //!     serve ─> app          chat, models, bench ─> client ─> any OpenAI-compatible URL
 //!     check-config ─> config             pull ─> any hub with Hugging Face's URL layout
-//!     simulate ─> simulate
+//!     simulate ─> simulate               gpus ─> kernel
 //!
 //! Answers go to stdout, everything said about them to stderr, so that output can be piped.
 
@@ -18,6 +18,7 @@ mod chat;
 mod check;
 mod client;
 mod completions;
+mod gpus;
 mod models;
 mod pull;
 mod serve;
@@ -63,6 +64,8 @@ enum Command {
     Bench(bench::Args),
     /// Simulate a fleet under a day of traffic: the real scheduler over devices that are a cost model
     Simulate(Box<simulate::Args>),
+    /// List this machine's GPUs, and measure what they can do at best
+    Gpus(gpus::Args),
     /// Print a completion script for your shell
     Completions(completions::Args),
 }
@@ -78,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Bench(args) => block_on(bench::run(args)),
         Command::Simulate(args) => simulate::run(*args).map(|()| ExitCode::SUCCESS),
+        Command::Gpus(args) => gpus::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Completions(args) => completions::run(args, &mut Cli::command()).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::catalog::Block;
 use super::value::{ByteSize, Written};
-use super::{KvType, Precision};
+use super::{Format, KvType, Precision};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -36,6 +36,8 @@ pub struct File {
     pub auth: AuthSection,
     /// How the device computes, for all models.
     pub engine: EngineSection,
+    /// NVIDIA GPUs.
+    pub gpu: GpuSection,
     /// Work that nobody waits for.
     pub batch: BatchSection,
     /// One block an account that is not like all others.
@@ -218,6 +220,51 @@ impl Default for EngineSection {
     }
 }
 
+/// `[gpu]`: NVIDIA GPUs. Each that serves holds a whole copy of every model for text generation that is not kept from it, and
+/// answers go to the one that has least to do. Where there is none, or no driver, the CPU serves and the log says so. The keys that
+/// `[engine]` has as well count here in their place; all others of `[engine]` count on GPUs too.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GpuSection {
+    /// Numbers of the GPUs that serve, as `nvidia-smi` counts those that `CUDA_VISIBLE_DEVICES` leaves; `[]`: none.
+    /// Left out: all of them.
+    /// Example: `[0, 1]`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<u16>>,
+    /// Folders that hold CUDA's libraries (`libcublasLt.so.13`) where the system's loader does not find them. Without that
+    /// library prompts are read by slower kernels.
+    pub library_folders: Vec<PathBuf>,
+    /// Share of the memory that weights and work buffers leave free on a GPU that becomes the KV pool of a model without
+    /// `kv_bytes`. The first to be loaded takes it: with several models on a GPU, or to swap a model while it serves, write
+    /// `kv_bytes` so that all fit.
+    pub memory_share: f64,
+    /// Threads of each GPU, which convert weights when a model is loaded and draw tokens whose wishes the GPU cannot meet.
+    /// Left out: a quarter of the physical cores, at least 1, at most 8.
+    /// Example: `4`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// As `engine.step_tokens`.
+    pub step_tokens: usize,
+    /// As `engine.prefill_chunk`.
+    pub prefill_chunk: usize,
+    /// As `engine.max_running`.
+    pub max_running: usize,
+}
+
+impl Default for GpuSection {
+    fn default() -> Self {
+        Self {
+            devices: None,
+            library_folders: Vec::new(),
+            memory_share: 0.9,
+            threads: None,
+            step_tokens: 4096,
+            prefill_chunk: 2048,
+            max_running: 256,
+        }
+    }
+}
+
 /// `[batch]`: work that nobody waits for.
 #[derive(Debug, Clone, Serialize, Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
@@ -268,7 +315,7 @@ pub struct ModelSection {
     /// Bytes of KV pool, a number or text such as `"512MiB"`: how many tokens can be in flight and cached. The pool is reserved at
     /// load and costs memory only where it has been used.
     /// Left out: an eighth of the memory this process may use (cgroup limit respected), at least 64 MiB and
-    /// at most 2 GiB; with many models on one machine, write it.
+    /// at most 2 GiB; with many models on one machine, write it. On a GPU: what `gpu.memory_share` says.
     /// Example: `"512MiB"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<ByteSize>,
@@ -299,6 +346,20 @@ pub struct ModelSection {
     /// Example: `2`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor_parallel: Option<usize>,
+    /// Numbers of the GPUs that serve it, out of those of `[gpu]`, each with a copy of its own; `[]`: the CPU does. Only models
+    /// for text generation whose shapes the GPU's kernels take: 16-bit and quantised files alike become `gpu_weights`.
+    /// Left out: all of them, or the CPU where there is none or its kernels do not take the model.
+    /// Example: `[0]`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpus: Option<Vec<u16>>,
+    /// How a GPU keeps the matrices: `"bf16"`, or `"fp8"`, which is half as much to read for each token and rounds more.
+    /// Left out: `"fp8"` for ids that say so (`…-fp8`, `…-fp8-fast`), else `"bf16"`.
+    /// Example: `"fp8"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_weights: Option<Format>,
+    /// How a GPU keeps keys and values: `"bf16"`, or `"fp8"` for twice as many tokens.
+    #[serde(default)]
+    pub gpu_kv: Format,
     /// Longest sequence served, prompt and answer, in tokens.
     /// Left out: what the catalog says, or the model file if that is less.
     /// Example: `4096`
@@ -314,7 +375,7 @@ pub struct ModelSection {
 impl ModelSection {
     /// A block that says nothing but this.
     pub(super) fn new(id: String, path: PathBuf, entry: Option<Block>) -> Self {
-        let (precision, kv) = Default::default();
+        let (precision, kv, gpu_kv) = Default::default();
         Self {
             id,
             path,
@@ -325,6 +386,9 @@ impl ModelSection {
             spill_folder: None,
             draft: None,
             tensor_parallel: None,
+            gpus: None,
+            gpu_weights: None,
+            gpu_kv,
             context: None,
             entry,
         }

@@ -43,6 +43,8 @@ pub struct Config {
     pub auth: Auth,
     /// How devices compute.
     pub engine: Engine,
+    /// GPUs, and how they compute where that differs.
+    pub gpu: Gpu,
     /// Where batches lie that wait in line; `None`: there is no line.
     pub batches: Option<PathBuf>,
     /// Accounts of which something is said.
@@ -192,6 +194,34 @@ pub struct Engine {
     pub prompt_lookup: bool,
 }
 
+/// GPUs, and how they compute where that differs from the CPU.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gpu {
+    /// Which serve, by ordinal; `None`: all there are.
+    pub devices: Option<Vec<u16>>,
+    /// Where CUDA's libraries are looked for before the system's own places.
+    pub library_folders: Vec<PathBuf>,
+    /// Share of what is free beside weights and work buffers that becomes KV, for a model that does not say how much; above 0, at
+    /// most 1.
+    pub memory_share: f64,
+    /// Threads of each.
+    pub threads: usize,
+    /// As [`Engine::step_tokens`].
+    pub step_tokens: usize,
+    /// As [`Engine::prefill_chunk`].
+    pub prefill_chunk: usize,
+    /// As [`Engine::max_running`].
+    pub max_running: usize,
+}
+
+impl Engine {
+    /// The same on a GPU.
+    pub fn on_gpu(&self, gpu: &Gpu) -> Self {
+        let Gpu { threads, step_tokens, prefill_chunk, max_running, .. } = *gpu;
+        Self { threads, step_tokens, prefill_chunk, max_running, ..self.clone() }
+    }
+}
+
 /// What is special about an account.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Account {
@@ -226,8 +256,23 @@ pub struct Model {
     pub draft: Option<Draft>,
     /// Ranks that it is divided over, at least 1.
     pub tensor_parallel: usize,
+    /// What is different where a GPU serves it.
+    pub on_gpu: OnGpu,
     /// When the file (of a folder: its newest file) was last written, so that a reload notices new weights under an old name.
     pub modified: Option<Millis>,
+}
+
+/// How GPUs serve a model.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct OnGpu {
+    /// Which do, by ordinal; `None`: all that serve, `[]`: the CPU does.
+    pub gpus: Option<Vec<u16>>,
+    /// How matrices are kept.
+    pub weights: Format,
+    /// How keys and values are kept.
+    pub kv: Format,
+    /// Bytes of KV pool on each; `None`: what is left.
+    pub kv_bytes: Option<usize>,
 }
 
 /// A smaller model that guesses for another.
@@ -270,6 +315,13 @@ pub fn simulated(path: &Path) -> Option<&str> {
     ((name == "sim" || name.starts_with("sim:")) && !path.exists()).then_some(name)
 }
 
+/// The shape of a model whose weights a GPU makes up, so that its speed can be measured where there are no weights: a path
+/// `synthetic:NAME`, unless there is such a file.
+pub fn synthetic(path: &Path) -> Option<&str> {
+    let name = path.file_name()?.to_str()?.strip_prefix("synthetic:")?;
+    (!path.exists()).then_some(name)
+}
+
 /// Which arithmetic the CPU uses for the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
@@ -290,6 +342,17 @@ pub enum KvType {
     F16,
     /// For comparisons.
     F32,
+}
+
+/// How a GPU keeps numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// As computed.
+    #[default]
+    Bf16,
+    /// Half as large, and half as much to read: 3 bits of mantissa and a scale.
+    Fp8,
 }
 
 /// What is logged and how.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::AccountId;
 
-use super::{Account, Auth, Config, Draft, Engine, Log, Lora, Model, Server, Spill};
+use super::{Account, Auth, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Server, Spill};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,6 +54,7 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.note("binding", binding(old), binding(new), Effect::Restart);
     changes.auth(&old.auth, &new.auth);
     changes.engine(&old.engine, &new.engine);
+    changes.gpu(&old.gpu, &new.gpu);
     let folder = |config: &Config| config.batches.as_ref().map(|folder| folder.display().to_string());
     changes.note("batch.folder", folder(old), folder(new), Effect::Restart);
     changes.accounts(&old.accounts, &new.accounts);
@@ -146,6 +147,18 @@ impl Changes {
         self.note("engine.prompt_lookup", old.prompt_lookup, *prompt_lookup, Effect::Swap);
     }
 
+    fn gpu(&mut self, old: &Gpu, new: &Gpu) {
+        let Gpu { devices, library_folders, memory_share, threads, step_tokens, prefill_chunk, max_running } = new;
+        self.note("gpu.devices", ordinals(&old.devices), ordinals(devices), Effect::Restart);
+        let folders = |folders: &[PathBuf]| (!folders.is_empty()).then(|| format!("{folders:?}"));
+        self.note("gpu.library_folders", folders(&old.library_folders), folders(library_folders), Effect::Restart);
+        self.note("gpu.memory_share", old.memory_share, *memory_share, Effect::Restart);
+        self.note("gpu.threads", old.threads, *threads, Effect::Restart);
+        self.note("gpu.step_tokens", old.step_tokens, *step_tokens, Effect::Swap);
+        self.note("gpu.prefill_chunk", old.prefill_chunk, *prefill_chunk, Effect::Swap);
+        self.note("gpu.max_running", old.max_running, *max_running, Effect::Swap);
+    }
+
     fn accounts(&mut self, old: &[Account], new: &[Account]) {
         let find = |list: &[Account], id: &AccountId| list.iter().find(|account| account.id == *id).cloned();
         let mut ids: Vec<_> = old.iter().chain(new).map(|account| &account.id).collect();
@@ -167,8 +180,20 @@ impl Changes {
                 self.note(key, Some(&model.path), None::<String>, Effect::Swap);
                 continue;
             };
-            let Model { id: _, task, path, precision, kv, kv_bytes, spill, draft, tensor_parallel, context, modified } =
-                other;
+            let Model {
+                id: _,
+                task,
+                path,
+                precision,
+                kv,
+                kv_bytes,
+                spill,
+                draft,
+                tensor_parallel,
+                on_gpu,
+                context,
+                modified,
+            } = other;
             self.note(format!("{key}: task"), model.task.name(), task.name(), Effect::Swap);
             self.note(format!("{key}: path"), &model.path, path, Effect::Swap);
             self.note(format!("{key}: precision"), word(model.precision), word(*precision), Effect::Swap);
@@ -184,6 +209,14 @@ impl Changes {
             self.note(format!("{key}: context"), Some(model.context), Some(*context), Effect::Swap);
             let (from, to) = (model.tensor_parallel, *tensor_parallel);
             self.note(format!("{key}: tensor_parallel"), from, to, Effect::Swap);
+            let OnGpu { gpus, weights, kv, kv_bytes: gpu_kv_bytes } = on_gpu;
+            let was = &model.on_gpu;
+            self.note(format!("{key}: gpus"), ordinals(&was.gpus), ordinals(gpus), Effect::Swap);
+            self.note(format!("{key}: gpu_weights"), word(was.weights), word(*weights), Effect::Swap);
+            self.note(format!("{key}: gpu_kv"), word(was.kv), word(*kv), Effect::Swap);
+            if model.kv_bytes == *kv_bytes {
+                self.note(format!("{key}: kv_bytes on a GPU"), was.kv_bytes, *gpu_kv_bytes, Effect::Swap);
+            }
             let paths = |draft: &Option<Draft>| draft.as_ref().map(|draft| draft.path.clone());
             self.note(format!("{key}: draft"), paths(&model.draft), paths(draft), Effect::Swap);
             if paths(&model.draft) == paths(draft) && model.draft != *draft {
@@ -248,6 +281,11 @@ fn word(value: impl fmt::Debug) -> String {
     format!("{value:?}").to_lowercase()
 }
 
+/// Numbers of GPUs as the file writes them.
+fn ordinals(gpus: &Option<Vec<u16>>) -> Option<String> {
+    gpus.as_ref().map(|gpus| format!("{gpus:?}"))
+}
+
 /// How a value appears in a change; what is absent is empty.
 trait Shown {
     fn shown(&self) -> String;
@@ -298,6 +336,7 @@ mod tests {
             context: 8192,
             draft: Some(Draft { path: "small".into(), modified: Some(Millis(1)) }),
             tensor_parallel: 1,
+            on_gpu: OnGpu::default(),
             modified: Some(Millis(1)),
         }
     }

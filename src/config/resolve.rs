@@ -13,12 +13,15 @@ use sha2::{Digest, Sha256};
 
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
 use super::file::{
-    AccountSection, EngineSection, File, LogSection, LoraSection, ModelSection, ServerSection, TokenSection,
+    AccountSection, EngineSection, File, GpuSection, LogSection, LoraSection, ModelSection, ServerSection, TokenSection,
 };
 use super::machine::Surroundings;
-use super::simulated;
 use super::value::{ByteSize, Written};
-use super::{Account, Auth, Binding, Config, Draft, Engine, Log, Lora, Model, Overrides, Price, Server, Spill, Token};
+use super::{
+    Account, Auth, Binding, Config, Draft, Engine, Format, Gpu, Log, Lora, Model, OnGpu, Overrides, Precision, Price,
+    Server, Spill, Token,
+};
+use super::{simulated, synthetic};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
 use crate::task::Task;
 
@@ -50,6 +53,7 @@ pub(super) fn resolve(
     });
     let auth = auth(&mut check, &file, folder, machine);
     let engine = engine(&mut check, &file.engine, machine);
+    let gpu = gpu(&mut check, &file.gpu, folder, machine);
     let batches = match (&file.batch.folder, (machine.variable)("STATE_DIRECTORY")) {
         (Some(written), _) => Some(folder.join(written)),
         // systemd lists several with colons between them; the unit has one.
@@ -100,7 +104,7 @@ pub(super) fn resolve(
         }
     }
     let origin = origin.map(Path::to_path_buf);
-    Ok(Config { server, binding, auth, engine, batches, accounts, models, lora, catalog, log, origin, warnings })
+    Ok(Config { server, binding, auth, engine, gpu, batches, accounts, models, lora, catalog, log, origin, warnings })
 }
 
 /// The command line wins; its models follow in [`catalog`], once aliases are known.
@@ -197,6 +201,46 @@ fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) ->
         prefill_stretch: stretch,
         draft_tokens: section.draft_tokens,
         prompt_lookup: section.prompt_lookup,
+    }
+}
+
+fn gpu(check: &mut Check, section: &GpuSection, folder: &Path, machine: &Surroundings) -> Gpu {
+    let threads = section.threads.unwrap_or_else(|| (machine.cores / 4).clamp(1, 8));
+    for (key, value) in [
+        ("gpu.threads", threads),
+        ("gpu.step_tokens", section.step_tokens),
+        ("gpu.prefill_chunk", section.prefill_chunk),
+        ("gpu.max_running", section.max_running),
+    ] {
+        check.at_least_one(key, value);
+    }
+    if threads > 4096 {
+        check.wrong("gpu.threads", threads, "is more than 4096; leave it out for the default");
+    }
+    if section.prefill_chunk > section.step_tokens {
+        let remedy = format!("is more than gpu.step_tokens = {}; lower it", section.step_tokens);
+        check.wrong("gpu.prefill_chunk", section.prefill_chunk, &remedy);
+    }
+    if section.step_tokens < section.max_running {
+        let remedy = format!("is more than gpu.step_tokens = {}; raise that, or lower this", section.step_tokens);
+        check.wrong("gpu.max_running", section.max_running, &remedy);
+    }
+    if section.step_tokens > 1 << 20 {
+        check.wrong("gpu.step_tokens", section.step_tokens, "is more than 1048576; lower it");
+    }
+    let share = section.memory_share;
+    if !(share > 0.0 && share <= 1.0) {
+        check.wrong("gpu.memory_share", share, "is not above 0 and at most 1; 0.9 is the default");
+    }
+    check.unlike("gpu.devices", section.devices.as_deref());
+    Gpu {
+        devices: section.devices.clone(),
+        library_folders: section.library_folders.iter().map(|path| folder.join(path)).collect(),
+        memory_share: share,
+        threads,
+        step_tokens: section.step_tokens,
+        prefill_chunk: section.prefill_chunk,
+        max_running: section.max_running,
     }
 }
 
@@ -484,7 +528,7 @@ fn models(
         }
         let mut modified = |name: &str, path: &Path| match (machine.modified)(path) {
             Ok(modified) => Some(modified),
-            Err(_) if simulated(path).is_some() => None,
+            Err(_) if simulated(path).is_some() || synthetic(path).is_some() => None,
             Err(error) => {
                 let remedy = format!("cannot be read ({error}); correct it, or fetch the model with neurond pull");
                 check.wrong(&key(name), path.display(), &remedy);
@@ -524,6 +568,22 @@ fn models(
                 key("tensor_parallel")
             ));
         }
+        check.unlike(&key("gpus"), section.gpus.as_deref());
+        if section.gpus.as_ref().is_some_and(|gpus| !gpus.is_empty()) {
+            let wrong = match () {
+                () if entry.task != Task::TextGeneration => "GPUs serve models for text generation only; take it out",
+                () if simulated(&path).is_some() => "a simulated device needs none; take it out",
+                () if ranks > 1 => "ranks are computed by the CPU; write tensor_parallel = 1, or take one of them out",
+                () if section.precision == Precision::Plain => {
+                    "precision = \"plain\" is the CPU's; take one of them out"
+                }
+                () => "",
+            };
+            if !wrong.is_empty() {
+                check.wrong(&key("gpus"), format_args!("{:?}", section.gpus.as_deref().unwrap_or_default()), wrong);
+            }
+        }
+        let says_fp8 = entry.id.as_str().split('-').any(|part| part == "fp8");
         let spill = section.spill_bytes.map(|bytes| Spill {
             bytes: usize::try_from(bytes.0).unwrap_or(usize::MAX),
             folder: section.spill_folder.as_ref().map(|path| folder.join(path)),
@@ -545,6 +605,12 @@ fn models(
             spill,
             draft,
             tensor_parallel: ranks,
+            on_gpu: OnGpu {
+                gpus: section.gpus.clone(),
+                weights: section.gpu_weights.unwrap_or(if says_fp8 { Format::Fp8 } else { Format::Bf16 }),
+                kv: section.gpu_kv,
+                kv_bytes: section.kv_bytes.map(|bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
+            },
             context: section.context.unwrap_or(u32::MAX).min(entry.context),
             modified,
         });
@@ -589,6 +655,14 @@ impl Check {
     fn at_least_one(&mut self, key: &str, value: usize) {
         if value == 0 {
             self.wrong(key, value, "allows nothing; write at least 1, or leave it out for the default");
+        }
+    }
+
+    /// Numbers of GPUs, each once.
+    fn unlike(&mut self, key: &str, gpus: Option<&[u16]>) {
+        let gpus = gpus.unwrap_or_default();
+        if let Some(twice) = gpus.iter().enumerate().find_map(|(at, gpu)| gpus[..at].contains(gpu).then_some(gpu)) {
+            self.wrong(key, format_args!("{gpus:?}"), &format!("names GPU {twice} twice; write each once"));
         }
     }
 

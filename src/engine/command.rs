@@ -1,7 +1,7 @@
 //! What the engine thread is told, and the handle that tells it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{SendTimeoutError, Sender, TrySendError};
@@ -180,13 +180,24 @@ pub struct Engine {
     inbox: Sender<Command>,
     heartbeat: Arc<AtomicU64>,
     started: Instant,
+    /// Calls that are on their way here.
+    coming: Arc<AtomicUsize>,
+}
+
+/// A call on its way to an engine.
+pub struct Coming(Arc<AtomicUsize>);
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Engine {
     /// For the thread's starter: the handle of an inbox. `heartbeat` is milliseconds since `started`, stored by the
     /// thread at least once a second while it lives.
     pub(super) fn new(device: DeviceId, inbox: Sender<Command>, heartbeat: Arc<AtomicU64>, started: Instant) -> Self {
-        Self { device, inbox, heartbeat, started }
+        Self { device, inbox, heartbeat, started, coming: Arc::default() }
     }
 
     /// Which device.
@@ -231,6 +242,17 @@ impl Engine {
             SendTimeoutError::Timeout(_) => full(),
             SendTimeoutError::Disconnected(_) => lost(),
         })
+    }
+
+    /// A call will come here, and counts until what this returns is dropped, or the call is sent: whatever is done before.
+    pub fn expect(&self) -> Coming {
+        self.coming.fetch_add(1, Ordering::Relaxed);
+        Coming(self.coming.clone())
+    }
+
+    /// Calls that are on their way or sent and not looked at yet.
+    pub fn backlog(&self) -> usize {
+        self.coming.load(Ordering::Relaxed) + self.inbox.len()
     }
 
     /// How long ago the thread last came round its loop.

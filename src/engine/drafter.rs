@@ -95,7 +95,7 @@ impl Drafter {
     ) -> Result<()> {
         let begun = clock();
         let logits = self.runner.forward(batch.unwrap_or(&plan.catch_up), &mut || ())?;
-        if logits.data.len() != self.riders.len() * logits.vocab {
+        if logits.rows() != self.riders.len() {
             return Err(Error::internal("the draft model returned another number of rows than were asked for"));
         }
         self.sampler.pick(logits, |row| {
@@ -103,7 +103,7 @@ impl Drafter {
             let part = plan.parts[part];
             let draw = answers[part.request as usize].as_ref()?.draw(part.choice, plan.ahead(sampled + made));
             Some(Draw { mask: None, logprobs: None, ..draw })
-        });
+        })?;
         for (chain, drawn) in self.riders.iter().zip(self.sampler.drawn()) {
             let at = plan.batch.sample_rows[chain.sampled] as usize + 1 + made;
             // Without a number among the logits any draft is as good as another.

@@ -25,6 +25,7 @@ use crate::engine::sequence::RequestKey;
 use crate::engine::speculate::agreed;
 use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, SlotStatus, Submit};
+use crate::model::Launched;
 use crate::task::Event;
 
 /// How much the newest request counts in the moving average of how long one takes.
@@ -293,7 +294,7 @@ impl Lane {
         let logits = self.slot.runner.forward(&self.plan.batch, &mut prepare);
         self.masks.join(&mut self.answers);
         let logits = logits?;
-        if logits.data.len() != self.plan.batch.sample_rows.len() * logits.vocab {
+        if logits.rows() != self.plan.batch.sample_rows.len() {
             return Err(Error::internal("the runner returned another number of rows than were asked for"));
         }
         debug_assert!(self.next.prepared, "a runner has something done meanwhile");
@@ -303,7 +304,7 @@ impl Lane {
             let answer = answers[part.request as usize].as_ref()?;
             let draw = || answer.draw(part.choice, plan.ahead(row));
             Some(plan.given(row).map_or_else(draw, |token| answer.look_up(token)))
-        });
+        })?;
         self.scribe.join()
     }
 
@@ -315,6 +316,12 @@ impl Lane {
         self.finish_stopped();
         let metrics = &self.slot.metrics;
         metrics.steps.inc();
+        match self.slot.runner.launched() {
+            Some(Launched::Replayed) => metrics.graph_replayed.inc(),
+            Some(Launched::Noted) => metrics.graph_noted.inc(),
+            Some(Launched::Eager) => metrics.graph_eager.inc(),
+            None => {}
+        }
         let mut row = 0;
         while let Some(first) = self.plan.sampled.get(row) {
             let (part, drafts) = (first.part, self.plan.drafts(row));
@@ -492,7 +499,7 @@ mod tests {
                 self.logits.extend([0.0, 0.5, 1.0].map(|logit| if broken { f32::NAN } else { logit }));
             }
             self.logits.truncate(self.logits.len() - 3 * self.rows_missing);
-            Ok(Logits { data: &mut self.logits, vocab: 3, pool: &self.pool })
+            Ok(Logits::Host { data: &mut self.logits, vocab: 3, pool: &self.pool })
         }
     }
 

@@ -40,6 +40,6 @@ mod runner;
 mod scribe;
 mod slab;
 
-pub use command::{Command, Engine, EngineStatus, ModelSlot, SlotStatus, Speculation, Submit};
+pub use command::{Coming, Command, Engine, EngineStatus, ModelSlot, SlotStatus, Speculation, Submit};
 pub use run::start;
 pub use runner::{Logits, Runner};

@@ -4,7 +4,7 @@
 use crate::base::Result;
 use crate::kernel::Pool;
 use crate::model::lora::Adapter;
-use crate::model::{Batch, Decoder, Group};
+use crate::model::{Batch, Decoder, GpuDecoder, GpuLogits, Group, Launched};
 
 /// Computes packed steps over its own paged KV pool.
 pub trait Runner: Send {
@@ -27,6 +27,11 @@ pub trait Runner: Send {
     /// may not have been called then.
     fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>>;
 
+    /// How the last step was launched; `None`: it is not the device of this runner that launches.
+    fn launched(&self) -> Option<Launched> {
+        None
+    }
+
     /// Makes a block hold what another holds.
     fn copy(&mut self, from: u32, to: u32);
 
@@ -42,15 +47,29 @@ pub trait Runner: Send {
     fn import(&mut self, _block: u32, _from: &[u8]) {}
 }
 
-/// Logits of the sampled rows of a step, `[rows, vocab]` f32 row-major, to be changed in place by the sampler; and the
-/// threads to do it with.
-pub struct Logits<'a> {
-    /// `rows * vocab` values.
-    pub data: &'a mut [f32],
-    /// Length of a row.
-    pub vocab: usize,
-    /// Worker threads that are idle now.
-    pub pool: &'a Pool,
+/// Logits of the sampled rows of a step, where they are. The sampler changes them.
+pub enum Logits<'a> {
+    /// In our memory, `[rows, vocab]` f32 row-major.
+    Host {
+        /// `rows * vocab` values.
+        data: &'a mut [f32],
+        /// Length of a row.
+        vocab: usize,
+        /// Worker threads that are idle now.
+        pool: &'a Pool,
+    },
+    /// On a GPU.
+    Gpu(GpuLogits<'a>),
+}
+
+impl Logits<'_> {
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        match self {
+            Self::Host { data, vocab, .. } => data.len() / (*vocab).max(1),
+            Self::Gpu(logits) => logits.rows(),
+        }
+    }
 }
 
 impl Runner for Decoder {
@@ -69,7 +88,7 @@ impl Runner for Decoder {
     fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
         let vocab = self.spec().vocab;
         let (data, pool) = self.forward_beside(batch, meanwhile)?;
-        Ok(Logits { data, vocab, pool })
+        Ok(Logits::Host { data, vocab, pool })
     }
 
     fn copy(&mut self, from: u32, to: u32) {
@@ -105,7 +124,7 @@ impl Runner for Group {
     fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
         let vocab = self.spec().vocab;
         let (data, pool) = self.forward_beside(batch, meanwhile)?;
-        Ok(Logits { data, vocab, pool })
+        Ok(Logits::Host { data, vocab, pool })
     }
 
     fn copy(&mut self, from: u32, to: u32) {
@@ -125,8 +144,7 @@ impl Runner for Group {
     }
 }
 
-#[cfg(any(feature = "cuda", feature = "emulate"))]
-impl Runner for crate::model::GpuDecoder {
+impl Runner for GpuDecoder {
     fn blocks(&self) -> usize {
         Self::blocks(self)
     }
@@ -136,9 +154,11 @@ impl Runner for crate::model::GpuDecoder {
     }
 
     fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
-        let vocab = self.spec().vocab;
-        let (data, pool) = Self::forward(self, batch, meanwhile)?;
-        Ok(Logits { data, vocab, pool })
+        Ok(Logits::Gpu(Self::forward(self, batch, meanwhile)?))
+    }
+
+    fn launched(&self) -> Option<Launched> {
+        Some(Self::launched(self))
     }
 
     fn copy(&mut self, from: u32, to: u32) {

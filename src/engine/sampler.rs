@@ -10,22 +10,28 @@
 //! of the two, not a state, so neither batch company nor a preemption can change an answer.
 //!
 //! Here a step's rows are handed to threads and each row takes its way; `penalty.rs` shapes logits, `filter.rs` chooses
-//! among them, `passes.rs` is the arithmetic of both.
+//! among them, `passes.rs` is the arithmetic of both. Logits on a GPU are drawn there, as `wish.rs` tells it, but for rows that
+//! want what its kernel does not do.
 
 mod filter;
 mod passes;
 mod penalty;
+mod wish;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+use crate::base::Result;
 use crate::engine::Logits;
 use crate::engine::seen::Seen;
+use crate::kernel::Pool;
+use crate::model::GpuLogits;
 use crate::task::Sampling;
 use filter::{Scratch, choose, find_best};
 use passes::{Found, count_above, keep_allowed, max, sum_exp};
 use penalty::shape;
+use wish::Wishes;
 
 /// What one row's draw depends on, its logits aside.
 pub struct Draw<'a> {
@@ -66,6 +72,7 @@ pub struct Sampler {
     scratch: Vec<Mutex<Scratch>>,
     drawn: Vec<Drawn>,
     rows: usize,
+    wishes: Wishes,
 }
 
 impl Sampler {
@@ -75,32 +82,84 @@ impl Sampler {
     }
 
     /// One token for each row of `logits`; `draw(row)` says how, `None` that nobody wants it. Changes the logits.
-    pub fn pick<'a>(&mut self, logits: Logits<'_>, draw: impl Fn(usize) -> Option<Draw<'a>> + Sync) {
-        let vocab = logits.vocab.max(1);
-        let rows = logits.data.len() / vocab;
-        self.rows = rows;
-        self.scratch.resize_with(logits.pool.threads().max(self.scratch.len()), Mutex::default);
-        self.drawn.resize_with(rows.max(self.drawn.len()), Drawn::default);
-        let data = Rows { first: logits.data.as_mut_ptr(), length: vocab, rows };
-        let out = Rows { first: self.drawn.as_mut_ptr(), length: 1, rows };
+    ///
+    /// # Errors
+    /// The device's whose logits they are.
+    pub fn pick<'a>(&mut self, logits: Logits<'_>, draw: impl Fn(usize) -> Option<Draw<'a>> + Sync) -> Result<()> {
+        self.rows = logits.rows();
+        self.drawn.resize_with(self.rows.max(self.drawn.len()), Drawn::default);
+        match logits {
+            Logits::Host { data, vocab, pool } => {
+                self.pick_rows(data, vocab, pool, None, draw);
+                Ok(())
+            }
+            Logits::Gpu(logits) => self.pick_on_gpu(logits, draw),
+        }
+    }
+
+    fn pick_on_gpu<'a>(
+        &mut self,
+        mut logits: GpuLogits<'_>,
+        draw: impl Fn(usize) -> Option<Draw<'a>> + Sync,
+    ) -> Result<()> {
+        if self.rows == 0 {
+            return Ok(());
+        }
+        let mut wishes = std::mem::take(&mut self.wishes);
+        wishes.write((0..self.rows).map(&draw), logits.most_edits());
+        if wishes.any() {
+            let masks = wishes.masked.iter().filter_map(|&row| Some((row, draw(row)?.mask?)));
+            let found = logits.draw(&wishes.rows, &wishes.edits, masks)?;
+            for (drawn, found) in self.drawn.iter_mut().zip(found) {
+                drawn.token = u32::try_from(found.token).ok();
+                (drawn.logprob, drawn.rank) = (found.logprob, found.rank.unsigned_abs());
+                drawn.top.clear();
+            }
+        } else {
+            self.drawn[..self.rows].iter_mut().for_each(|drawn| drawn.token = None);
+        }
+        if !wishes.others.is_empty() {
+            let vocab = logits.vocab();
+            let (data, pool) = logits.land(&wishes.others)?;
+            self.pick_rows(data, vocab, pool, Some(&wishes.others), draw);
+        }
+        self.wishes = wishes;
+        Ok(())
+    }
+
+    /// The rows in `data` are those of the step, or those that are named.
+    fn pick_rows<'a>(
+        &mut self,
+        data: &mut [f32],
+        vocab: usize,
+        pool: &Pool,
+        named: Option<&[usize]>,
+        draw: impl Fn(usize) -> Option<Draw<'a>> + Sync,
+    ) {
+        let vocab = vocab.max(1);
+        let count = data.len() / vocab;
+        self.scratch.resize_with(pool.threads().max(self.scratch.len()), Mutex::default);
+        let data = Rows { first: data.as_mut_ptr(), length: vocab, rows: count };
+        let out = Rows { first: self.drawn.as_mut_ptr(), length: 1, rows: self.rows };
         let (next, scratch) = (AtomicUsize::new(0), &self.scratch);
         let work = |thread: usize| {
             let mut scratch = scratch[thread].lock();
             loop {
-                let row = next.fetch_add(1, Ordering::Relaxed);
-                if row >= rows {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                if at >= count {
                     return;
                 }
-                // SAFETY: the counter gives each row to one thread, and both slices live until `pick` returns.
-                let (values, drawn) = unsafe { (data.get(row), &mut out.get(row)[0]) };
+                let row = named.map_or(at, |named| named[at]);
+                // SAFETY: the counter gives each row to one thread, no row is named twice, and both slices live until all is done.
+                let (values, drawn) = unsafe { (data.get(at), &mut out.get(row)[0]) };
                 match draw(row) {
                     Some(draw) => pick_row(values, &draw, &mut scratch, drawn),
                     None => drawn.token = None,
                 }
             }
         };
-        if rows > 1 {
-            logits.pool.run(work);
+        if count > 1 {
+            pool.run(work);
         } else {
             work(0);
         }
@@ -173,11 +232,11 @@ mod tests {
         seen.iter().for_each(|&token| past.push(token));
         let past = Mutex::new(past);
         let pool = Pool::new(1);
-        let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
+        let rows = Logits::Host { data: &mut data, vocab: logits.len(), pool: &pool };
         let mut sampler = Sampler::default();
-        sampler.pick(rows, |_| {
-            Some(Draw { sampling, seed, position: 0, seen: Some(&past), ahead: &[], logprobs, mask: None, given: None })
-        });
+        let how =
+            || Draw { sampling, seed, position: 0, seen: Some(&past), ahead: &[], logprobs, mask: None, given: None };
+        sampler.pick(rows, |_| Some(how())).unwrap();
         sampler.drawn()[0].clone()
     }
 
@@ -241,10 +300,10 @@ mod tests {
         let (pool, mut sampler) = (Pool::new(1), Sampler::default());
         for seed in 0..DRAWS as u64 {
             let mut data = logits.to_vec();
-            let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
+            let rows = Logits::Host { data: &mut data, vocab: logits.len(), pool: &pool };
             let (seed, position) = (seed / 7, seed % 7);
             let draw = Draw { sampling, seed, position, seen, ahead: &[], logprobs: None, mask: None, given: None };
-            sampler.pick(rows, |_| Some(Draw { ..draw }));
+            sampler.pick(rows, |_| Some(Draw { ..draw })).unwrap();
             counts[sampler.drawn()[0].token.unwrap() as usize] += 1;
         }
         let (mut square, mut cells, mut rare, mut rare_chance) = (0.0, 0, 0, 0.0);
@@ -296,7 +355,7 @@ mod tests {
         for token in [0, 7, 1_500, 2_999] {
             let mut data = logits.clone();
             let mut sampler = Sampler::default();
-            let rows = Logits { data: &mut data, vocab: logits.len(), pool: &pool };
+            let rows = Logits::Host { data: &mut data, vocab: logits.len(), pool: &pool };
             let draw = || Draw {
                 sampling: &sampling,
                 seed: 0,
@@ -307,7 +366,7 @@ mod tests {
                 mask: None,
                 given: Some(token),
             };
-            sampler.pick(rows, |_| Some(draw()));
+            sampler.pick(rows, |_| Some(draw())).unwrap();
             let (drawn, logit) = (&sampler.drawn()[0], logits[token as usize]);
             assert_eq!((drawn.token, drawn.top.len()), (Some(token), 2));
             assert!((f64::from(drawn.logprob) - (f64::from(logit) - total)).abs() < 1e-5);
@@ -324,21 +383,19 @@ mod tests {
         for threads in [1, 3] {
             let mut data = rows.concat();
             let pool = Pool::new(threads);
-            let all = Logits { data: &mut data, vocab: 700, pool: &pool };
+            let all = Logits::Host { data: &mut data, vocab: 700, pool: &pool };
             let mut sampler = Sampler::default();
-            sampler.pick(all, |row| {
-                let seed = row as u64;
-                Some(Draw {
-                    sampling: &sampling,
-                    seed,
-                    position: 0,
-                    seen: None,
-                    ahead: &[],
-                    logprobs: Some(3),
-                    mask: None,
-                    given: None,
-                })
-            });
+            let draw = |row: usize| Draw {
+                sampling: &sampling,
+                seed: row as u64,
+                position: 0,
+                seen: None,
+                ahead: &[],
+                logprobs: Some(3),
+                mask: None,
+                given: None,
+            };
+            sampler.pick(all, |row| Some(draw(row))).unwrap();
             assert_eq!(sampler.drawn(), alone);
         }
     }

@@ -11,9 +11,10 @@ use std::time::Instant;
 use tokio::time::timeout_at;
 
 use crate::base::{Error, Kind, Neurons, Result};
+use crate::engine::Coming;
 use crate::engine::oneshot::Encode;
 use crate::gateway::delivery::{self, Close};
-use crate::gateway::{Call, DEADLINE_GRACE, Gateway, INLINE_PROMPT_BYTES, candidate, route};
+use crate::gateway::{Call, DEADLINE_GRACE, Gateway, INLINE_PROMPT_BYTES, Lost, choose, route};
 use crate::ledger::Claim;
 use crate::model::encoder::{EncoderText, Tokens};
 use crate::supervisor::Replica;
@@ -43,30 +44,32 @@ impl Gateway {
     /// Whatever stops the call before it answers; nothing is charged then.
     pub async fn encode(&self, call: Call<Arc<EncodeInput>>) -> Result<Encoded> {
         let deadline = call.received + self.config.get().server.request_timeout;
-        let mut lost = None;
+        let mut lost = Lost::default();
         for _ in 0..route::ATTEMPTS {
-            let replica = self.encoder(&call)?;
-            match self.attempt_encode(&call, &replica, deadline).await {
-                Err(error) if route::is_worth_another(error.kind()) => lost = Some(error),
+            let replica = match self.encoder(&call, &lost) {
+                Some(replica) => replica,
+                None => return Err(lost.error.unwrap_or_else(|| self.absent(&call.entry.id))),
+            };
+            let coming = replica.engine.expect();
+            match self.attempt_encode(&call, &replica, coming, deadline).await {
+                Err(error) if route::is_worth_another(error.kind()) => lost.note(replica.slot, error),
                 outcome => return outcome,
             }
         }
-        Err(lost.unwrap_or_else(|| Error::internal("The call was not tried.")))
+        Err(lost.error.unwrap_or_else(|| Error::internal("The call was not tried.")))
     }
 
-    fn encoder(&self, call: &Call<Arc<EncodeInput>>) -> Result<Replica<Arc<EncoderText>>> {
+    fn encoder(&self, call: &Call<Arc<EncodeInput>>, lost: &Lost) -> Option<Replica<Arc<EncoderText>>> {
         let fleet = self.fleet.get();
-        let replicas = fleet.encoders.get(&call.entry.id).map(Vec::as_slice).unwrap_or_default();
         // No cache to meet again: a session is served like anybody.
-        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), None, &call.account);
-        let replica = chosen.and_then(|at| replicas.get(at));
-        replica.cloned().ok_or_else(|| self.absent(&call.entry.id))
+        choose(fleet.encoders.get(&call.entry.id)?, lost, None, &call.account).cloned()
     }
 
     async fn attempt_encode(
         &self,
         call: &Call<Arc<EncodeInput>>,
         replica: &Replica<Arc<EncoderText>>,
+        coming: Coming,
         deadline: Instant,
     ) -> Result<Encoded> {
         if call.reject_if_busy && replica.metrics.queue.get() > 0 {
@@ -101,6 +104,7 @@ impl Gateway {
             received: call.received,
             answer: sender,
         });
+        drop(coming);
         let patience = tokio::time::Instant::from_std(deadline + DEADLINE_GRACE);
         let answered = match sent {
             Err(error) => Err(error),

@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout_at;
 
 use crate::adapters::Adapters;
-use crate::base::{Error, Kind, ModelId, Result};
+use crate::base::{AccountId, Error, Kind, ModelId, Result, SlotId};
 use crate::config::Live;
-use crate::engine::Submit;
+use crate::engine::{Coming, Submit};
 use crate::gateway::calls::Calls;
 use crate::gateway::delivery::Begun;
 use crate::gateway::route::Candidate;
@@ -65,27 +65,27 @@ impl Gateway {
     /// Whatever stops the call before it answers; nothing is charged then.
     pub async fn serve(&self, call: Call) -> Result<Delivery> {
         let deadline = call.received + self.config.get().server.request_timeout;
-        let mut lost = None;
+        let mut lost = Lost::default();
         for _ in 0..route::ATTEMPTS {
-            let replica = self.replica(&call)?;
-            match self.attempt(&call, &replica, deadline).await {
-                Err(error) if route::is_worth_another(error.kind()) => lost = Some(error),
+            let replica = match self.replica(&call, &lost) {
+                Some(replica) => replica,
+                None => return Err(lost.error.unwrap_or_else(|| self.absent(&call.entry.id))),
+            };
+            // Prompts are read before they are sent: who comes meanwhile is to see that somebody is on the way.
+            let coming = replica.engine.expect();
+            match self.attempt(&call, &replica, coming, deadline).await {
+                Err(error) if route::is_worth_another(error.kind()) => lost.note(replica.slot, error),
                 outcome => return outcome,
             }
         }
-        Err(lost.unwrap_or_else(|| Error::internal("The call was not tried.")))
+        Err(lost.error.unwrap_or_else(|| Error::internal("The call was not tried.")))
     }
 
     /// The replica that answers.
-    fn replica(&self, call: &Call) -> Result<Replica> {
+    fn replica(&self, call: &Call, lost: &Lost) -> Option<Replica> {
         let fleet = self.fleet.get();
-        let replicas = fleet.models.get(&call.entry.id).map(Vec::as_slice).unwrap_or_default();
         let affinity = call.affinity.as_ref().map(|session| route::affinity(session, &call.account));
-        let chosen = route::choose(&replicas.iter().map(candidate).collect::<Vec<_>>(), affinity, &call.account);
-        if let Some(replica) = chosen.and_then(|at| replicas.get(at)) {
-            return Ok(replica.clone());
-        }
-        Err(self.absent(&call.entry.id))
+        choose(fleet.models.get(&call.entry.id)?, lost, affinity, &call.account).cloned()
     }
 
     /// Why nobody answers for a model of the catalog.
@@ -107,7 +107,7 @@ impl Gateway {
         (weight, call.input.priority.min(most))
     }
 
-    async fn attempt(&self, call: &Call, replica: &Replica, deadline: Instant) -> Result<Delivery> {
+    async fn attempt(&self, call: &Call, replica: &Replica, coming: Coming, deadline: Instant) -> Result<Delivery> {
         if call.reject_if_busy && replica.metrics.queue.get() > 0 {
             return Err(Error::new(Kind::Busy, "Capacity temporarily exceeded, please try again.")
                 .with_retry_after(Duration::from_secs(1)));
@@ -164,6 +164,7 @@ impl Gateway {
             vocabulary: calls.as_ref().and_then(|_| replica.text.vocabulary_with_markers().cloned()),
             events: sender,
         })?;
+        drop(coming);
 
         let patience = tokio::time::Instant::from_std(deadline + DEADLINE_GRACE);
         match timeout_at(patience, events.recv_async()).await {
@@ -186,10 +187,39 @@ impl Gateway {
     }
 }
 
+/// Where a call has been in vain. A device that died looks idle until its supervisor has noticed.
+#[derive(Default)]
+struct Lost {
+    slots: Vec<SlotId>,
+    /// The last error.
+    error: Option<Error>,
+}
+
+impl Lost {
+    fn note(&mut self, slot: SlotId, error: Error) {
+        self.slots.push(slot);
+        self.error = Some(error);
+    }
+}
+
+/// The replica that answers, of those where the call was not lost.
+fn choose<'a, Half>(
+    replicas: &'a [Replica<Half>],
+    lost: &Lost,
+    affinity: Option<u64>,
+    account: &AccountId,
+) -> Option<&'a Replica<Half>> {
+    let left: Vec<_> = replicas.iter().filter(|replica| !lost.slots.contains(&replica.slot)).collect();
+    let candidates: Vec<_> = left.iter().map(|replica| candidate(replica)).collect();
+    Some(left[route::choose(&candidates, affinity, account)?])
+}
+
 fn candidate<Half>(replica: &Replica<Half>) -> Candidate {
     let count = |gauge: i64| u64::try_from(gauge).unwrap_or(0);
     let metrics = &replica.metrics;
-    Candidate { device: replica.device, waiting: count(metrics.queue.get()), running: count(metrics.running.get()) }
+    // Who is on the way there and is not looked at yet counts as if it ran: a crowd would otherwise go where its first went.
+    let running = count(metrics.running.get()) + replica.engine.backlog() as u64;
+    Candidate { device: replica.device, waiting: count(metrics.queue.get()), running }
 }
 
 /// What the answer must look like: what the caller asked for, and calls where they are forced or promised to be exact.

@@ -14,7 +14,6 @@ mod attention;
 mod buffer;
 mod collective;
 mod gemm;
-#[cfg(any(feature = "cuda", feature = "emulate"))]
 pub mod gpu;
 mod lowrank;
 mod panel;

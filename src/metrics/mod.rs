@@ -5,8 +5,8 @@
 //! counting in a step is one atomic add.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::base::{DeviceId, ModelId};
@@ -56,6 +56,18 @@ pub struct Metrics {
     pub reloads: IntCounterVec,
     /// Times an engine thread was started again after it died, by device.
     pub engine_restarts: IntCounterVec,
+    /// Memory of a GPU, `total` and `used`, in bytes.
+    pub gpu_memory: IntGaugeVec,
+    /// Clocks of a GPU, `sm` and `memory`, in hertz.
+    pub gpu_clock: IntGaugeVec,
+    /// What a GPU draws, in watts.
+    pub gpu_power: GaugeVec,
+    /// How warm a GPU is, in degrees Celsius.
+    pub gpu_temperature: IntGaugeVec,
+    /// Share of the last moments in which a GPU computed.
+    pub gpu_busy: GaugeVec,
+    /// What went wrong in a GPU: memory errors that could not be corrected, critical errors.
+    pub gpu_errors: IntGaugeVec,
 
     /// Adapters in memory.
     pub adapters: IntGauge,
@@ -117,6 +129,7 @@ struct EngineVecs {
     scribe_wait: HistogramVec,
     draft_time: HistogramVec,
     step_gap: HistogramVec,
+    graph_steps: IntCounterVec,
 }
 
 /// The series of one model on one device, resolved when the model is installed.
@@ -200,6 +213,12 @@ pub struct EngineMetrics {
     pub draft_time: Histogram,
     /// Seconds of a step in which nothing was computed.
     pub step_gap: Histogram,
+    /// Steps that a GPU was told of as a whole.
+    pub graph_replayed: IntCounter,
+    /// Steps that it was told of launch by launch, to be told as a whole from then on.
+    pub graph_noted: IntCounter,
+    /// Steps that it was told of launch by launch, since no other is like them.
+    pub graph_eager: IntCounter,
 }
 
 impl Metrics {
@@ -247,6 +266,28 @@ impl Metrics {
                 "neurond_engine_restarts_total",
                 "Engine threads started again after they died.",
                 &["device"],
+            ),
+            gpu_memory: r.gauges(
+                "neurond_gpu_memory_bytes",
+                "Memory of a GPU: all of it (`total`) and what anybody has taken (`used`).",
+                &["device", "kind"],
+            ),
+            gpu_clock: r.gauges(
+                "neurond_gpu_clock_hertz",
+                "Clocks of a GPU now: its multiprocessors' (`sm`) and its memory's (`memory`).",
+                &["device", "clock"],
+            ),
+            gpu_power: r.numbers("neurond_gpu_power_watts", "What a GPU draws now.", &["device"]),
+            gpu_temperature: r.gauges("neurond_gpu_temperature_celsius", "How warm a GPU is.", &["device"]),
+            gpu_busy: r.numbers(
+                "neurond_gpu_busy_ratio",
+                "Share of the last moments in which some kernel ran on a GPU, as its driver counts.",
+                &["device"],
+            ),
+            gpu_errors: r.gauges(
+                "neurond_gpu_errors",
+                "Errors of a GPU: of its memory, not corrected, since the driver was loaded (`ecc`), and critical ones since the daemon was started (`xid`).",
+                &["device", "kind"],
             ),
             adapters: r.gauge("neurond_adapters_loaded", "LoRA adapters in memory."),
             adapter_bytes: r
@@ -419,6 +460,11 @@ impl Metrics {
                     by_engine,
                     INTER_TOKEN,
                 ),
+                graph_steps: r.counters(
+                    "neurond_gpu_graph_steps_total",
+                    "Steps on a GPU: launched as a whole (`replayed`), noted for that (`noted`), or launched piece by piece because of prompts or drafts (`eager`).",
+                    &["model", "device", "launch"],
+                ),
                 step_gap: r.histograms(
                     "neurond_step_gap_seconds",
                     "How much of a step the device waited: planning what could not be decided before the tokens of the step before were known, and delivery.",
@@ -478,6 +524,9 @@ impl Metrics {
             scribe_wait: v.scribe_wait.with_label_values(l),
             draft_time: v.draft_time.with_label_values(l),
             step_gap: v.step_gap.with_label_values(l),
+            graph_replayed: v.graph_steps.with_label_values(&[l[0], l[1], "replayed"]),
+            graph_noted: v.graph_steps.with_label_values(&[l[0], l[1], "noted"]),
+            graph_eager: v.graph_steps.with_label_values(&[l[0], l[1], "eager"]),
         }
     }
 
@@ -523,6 +572,10 @@ impl Registrar<'_> {
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
         self.add(IntGaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    fn numbers(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        self.add(GaugeVec::new(Opts::new(name, help), labels))
     }
 
     fn histograms(&self, name: &str, help: &str, labels: &[&str], edges: &[f64]) -> HistogramVec {

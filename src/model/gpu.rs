@@ -6,38 +6,52 @@
 //!                     └──────────────────────────────────────────────────────────────┘└─────────────────────────────────────┘
 //! ```
 //!
-//! All memory is taken when the model is loaded. Activations are bf16, sums f32; matrices are bf16, or fp8 with a scale a
-//! channel, whose rows are quantised in the step before them. A [`GpuDecoder`] belongs to one thread; any error is the device's,
-//! and nothing of it can be trusted afterwards.
+//! All memory is taken when the model is loaded. Activations are bf16, sums and logits f32; matrices are bf16, or fp8 with a scale a
+//! channel, whose rows are quantised in the step before them. Tokens are drawn where the logits are ([`GpuLogits`]).
+//!
+//! A step in which every sequence has one row is launched as a whole: what it launches is noted once for each of a few numbers of
+//! rows, and whatever differs from step to step lies in the device's memory. Rows that fill such a number up write nothing.
+//!
+//! A [`GpuDecoder`] belongs to one thread; any error is the device's, and nothing of it can be trusted afterwards.
+
+mod draw;
+mod load;
+mod synthetic;
 
 use std::sync::Arc;
 
 use half::bf16;
 
+use self::draw::Drawing;
+pub use self::draw::GpuLogits;
+use self::load::Loader;
+pub use self::load::Source;
+pub use self::synthetic::synthetic;
+
 use crate::base::{Error, Result};
+use crate::config::Format;
+use crate::kernel::Pool;
 use crate::kernel::gpu::{
     Attention, Bits, Card, Fp8, Gate, Heads, Item, Keys, LARGE_UNIT, Merge, NARROW, Norm, Normed, PagedKv, Ptr, RopeKv,
-    SMALL_ROWS, Scaled, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small, quantize_fp8,
+    SMALL_ROWS, Scaled, Sink, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small, quantize_fp8,
     rope_kv_write, silu_mul,
 };
-use crate::kernel::quant::dequantize_row;
-use crate::kernel::{Pool, Shared};
 use crate::model::Batch;
 use crate::model::batch::Bounds;
-use crate::model::layers::halves;
-use crate::model::spec::{DecoderSpec, RopeStyle};
-use crate::model::weights::Weights;
+use crate::model::spec::DecoderSpec;
 
-/// Weights that are converted on the host before they are sent.
-const CHUNK: usize = 4 << 20;
+/// Rows of a step that is launched as a whole are filled up to a multiple of this, above it.
+const FEW: usize = 8;
 
-/// How numbers are kept.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Format {
-    /// As computed.
-    Bf16,
-    /// Half as large, and half as much to read: 3 bits of mantissa and a scale.
-    Fp8,
+/// How large a KV pool is.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum KvSize {
+    /// As many blocks as so many bytes hold.
+    Bytes(usize),
+    /// So many blocks.
+    Blocks(usize),
+    /// This share of what is free when everything else has its memory.
+    Share(f64),
 }
 
 /// How a decoder is laid out on a GPU.
@@ -50,7 +64,7 @@ pub struct GpuOptions {
     /// Of keys and values.
     pub kv: Format,
     /// Size of the KV pool.
-    pub kv_bytes: usize,
+    pub kv_size: KvSize,
     /// Tokens in a KV block: a power of two.
     pub block_tokens: usize,
     /// Rows in a step, at most.
@@ -79,7 +93,11 @@ pub struct GpuDecoder {
     step: Step,
     work: Work,
     attention: Attention,
-    logits: Vec<f32>,
+    drawing: Drawing,
+    /// The note of a whole step, by [`bucket`] of its rows.
+    notes: Vec<Option<usize>>,
+    /// How the last step was launched.
+    launched: Launched,
     /// What a copy of blocks ran into: the next step says so.
     failed: Option<Error>,
 }
@@ -143,6 +161,33 @@ struct KvPool {
 }
 
 impl KvPool {
+    fn alloc(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<Self> {
+        let element = if options.kv == Format::Bf16 { 2 } else { 1 };
+        let block_bytes = spec.kv_width() * options.block_tokens * element;
+        let whole = 2 * spec.layers * block_bytes;
+        let fit = |bytes: usize| match bytes / whole {
+            0 => Err(Error::bad_input(format!(
+                "a block of {} tokens takes {whole} bytes, and the KV pool on {} has {bytes}: give it more with kv_bytes, or free \
+                 memory of the GPU",
+                options.block_tokens,
+                card.name(),
+            ))),
+            blocks => Ok(blocks),
+        };
+        let blocks = match options.kv_size {
+            KvSize::Bytes(bytes) => fit(bytes)?,
+            KvSize::Blocks(blocks) => blocks,
+            KvSize::Share(share) => fit((card.free_bytes()? as f64 * share) as usize)?,
+        };
+        Ok(Self {
+            data: card.alloc(blocks * whole)?,
+            blocks,
+            block_bytes,
+            block_shift: options.block_tokens.trailing_zeros(),
+            pair: card.alloc(2)?,
+        })
+    }
+
     /// From the keys of a layer to its values, and on to the next layer's keys.
     fn stride(&self) -> usize {
         self.blocks * self.block_bytes
@@ -209,20 +254,47 @@ struct Work {
     /// `[sampled rows, hidden]`
     sampled: Ptr<bf16>,
     /// `[sampled rows, vocab]`, the vocabulary rounded up to eights.
-    logits: Ptr<bf16>,
-    /// The same on the host.
-    landed: Vec<bf16>,
+    logits: Ptr<f32>,
+}
+
+/// How a step was launched.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Launched {
+    /// As a whole, as it was noted before.
+    Replayed,
+    /// Piece by piece, and noted.
+    Noted,
+    /// Piece by piece.
+    Eager,
+}
+
+/// How large the launches of a step are.
+#[derive(Clone, Copy)]
+struct Extent {
+    rows: usize,
+    sampled: usize,
+    /// Items of attention, and merges with the most rows of one: narrow, wide.
+    items: [(usize, usize, usize); 2],
+}
+
+/// Which of a few numbers of rows a step that is launched as a whole has: the smallest that is large enough, and its place among
+/// all. 1, 2, 4, then eights.
+fn bucket(rows: usize) -> (usize, usize) {
+    match rows.max(1).next_power_of_two() {
+        rows if rows < FEW => (rows, rows.trailing_zeros() as usize),
+        _ => (rows.next_multiple_of(FEW), FEW.trailing_zeros() as usize - 1 + rows.div_ceil(FEW)),
+    }
 }
 
 impl GpuDecoder {
-    /// Sends the weights to the device and takes all memory that a step needs. `progress` hears how much is sent, 0 to 1.
+    /// Sends the weights to the device, or has it make them up, and takes all memory that a step needs. `progress` hears how much is sent, 0 to 1.
     ///
     /// # Errors
     /// `ModelUnavailable` when a tensor is missing or broken or the device has not the memory, `Unsupported` for shapes the
     /// kernels do not have, `BadInput` when the KV pool is too small, and whatever the device says.
     pub fn open(
         card: Box<dyn Card>,
-        weights: &Weights,
+        source: Source<'_>,
         spec: DecoderSpec,
         options: &GpuOptions,
         progress: &(dyn Fn(f32) + Sync),
@@ -243,11 +315,10 @@ impl GpuDecoder {
         let [rows, sample_rows] =
             [options.max_rows, options.max_sample_rows].map(|rows| rows.max(1).next_multiple_of(LARGE_UNIT));
 
-        let mut loader =
-            Loader { card: &*card, weights, pool: &options.pool, progress, done: 0, sent: vec![], scratch: None };
+        let mut loader = Loader::new(&*card, source, &spec, &options.pool, progress);
         let embedding = loader.matrix(&["token_embd.weight"], None, Format::Bf16)?;
         let layers: Vec<Layer> =
-            (0..spec.layers).map(|layer| loader.layer(&spec, layer, options.weights)).collect::<Result<_>>()?;
+            (0..spec.layers).map(|layer| loader.layer(layer, options.weights)).collect::<Result<_>>()?;
         let norm = loader.norm("output_norm.weight", spec.norm_eps)?;
         let head = match spec.tied_head {
             true => embedding,
@@ -259,25 +330,6 @@ impl GpuDecoder {
         let frequencies = spec.rope.frequencies(spec.head_dim);
         let frequencies_at = card.alloc(frequencies.len())?;
         card.upload(&frequencies, frequencies_at)?;
-
-        let element = if options.kv == Format::Bf16 { 2 } else { 1 };
-        let block_bytes = spec.kv_width() * options.block_tokens * element;
-        let blocks = options.kv_bytes / (2 * spec.layers * block_bytes);
-        if blocks == 0 {
-            return Err(Error::bad_input(format!(
-                "kv_bytes is {}, but a block of {} tokens takes {}: give the KV pool more",
-                options.kv_bytes,
-                options.block_tokens,
-                2 * spec.layers * block_bytes
-            )));
-        }
-        let kv = KvPool {
-            data: card.alloc(2 * spec.layers * blocks * block_bytes)?,
-            blocks,
-            block_bytes,
-            block_shift: options.block_tokens.trailing_zeros(),
-            pair: card.alloc(2)?,
-        };
 
         // Attention is cut until there are so many blocks of threads.
         let wanted = 2 * card.processors();
@@ -302,8 +354,10 @@ impl GpuDecoder {
             partial: card.alloc(wanted * WIDE * (spec.head_dim + 2))?,
             sampled: card.alloc(sample_rows * spec.hidden)?,
             logits: card.alloc(sample_rows * head.n)?,
-            landed: vec![bf16::ZERO; sample_rows * head.n],
         };
+        let drawing = Drawing::alloc(&*card, sample_rows, spec.vocab)?;
+        // Last, so that it can have what is left.
+        let kv = KvPool::alloc(&*card, &spec, &options)?;
         progress(1.0);
         Ok(Self {
             heads,
@@ -316,7 +370,9 @@ impl GpuDecoder {
             step,
             work,
             attention: Attention::default(),
-            logits: vec![0.0; sample_rows * spec.vocab],
+            drawing,
+            notes: vec![None; bucket(options.max_sequences).1 + 1],
+            launched: Launched::Eager,
             failed: None,
             card,
             spec,
@@ -342,6 +398,11 @@ impl GpuDecoder {
     /// Bytes of a block over all layers.
     pub fn block_bytes(&self) -> usize {
         2 * self.spec.layers * self.kv.block_bytes
+    }
+
+    /// How the last step was launched.
+    pub fn launched(&self) -> Launched {
+        self.launched
     }
 
     /// Makes a block hold what another holds.
@@ -386,13 +447,12 @@ impl GpuDecoder {
         }
     }
 
-    /// Writes K and V of all rows into their blocks and computes logits of `batch.sample_rows`: `[rows, vocab]` and the host's
-    /// threads. Calls `errand` when all is launched.
+    /// Writes K and V of all rows into their blocks and computes logits of `batch.sample_rows`. Calls `errand` when all is launched.
     ///
     /// # Errors
     /// `Internal` when the batch is larger than this decoder was opened for or names what does not exist, and whatever the
     /// device says: then nothing of it can be trusted.
-    pub fn forward(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<(&mut [f32], &Pool)> {
+    pub fn forward(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<GpuLogits<'_>> {
         if let Some(failed) = self.failed.take() {
             return Err(failed);
         }
@@ -403,71 +463,92 @@ impl GpuDecoder {
             blocks: self.kv.blocks,
             block_tokens: self.options.block_tokens,
         })?;
-        self.tell(batch)?;
         let rows = batch.rows();
+        let whole = (is_decode(batch) && rows <= self.options.max_sequences).then(|| bucket(rows));
+        let extent = self.tell(batch, whole.map(|(rows, _)| rows))?;
+        self.launched = match whole.map(|(_, at)| (at, self.notes[at])) {
+            Some((_, Some(note))) => {
+                self.card.replay(note)?;
+                Launched::Replayed
+            }
+            Some((at, None)) => {
+                self.launch(extent)?;
+                self.notes[at] = Some(self.card.record(&mut || self.launch(extent))?);
+                Launched::Noted
+            }
+            None => {
+                self.launch(extent)?;
+                Launched::Eager
+            }
+        };
+        errand();
+        Ok(GpuLogits::new(self, batch.sample_rows.len()))
+    }
+
+    /// Launches all of a step.
+    fn launch(&self, extent: Extent) -> Result<()> {
+        let Extent { rows, sampled, .. } = extent;
         let (card, spec, work) = (&*self.card, &self.spec, &self.work);
         embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, 0..spec.vocab, 1.0, work.x)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(index, layer, rows)?;
+            self.attend(index, layer, extent)?;
             self.feed_forward(layer, rows)?;
         }
-        let sampled = batch.sample_rows.len();
-        if sampled > 0 {
-            gather_rows(card, sampled, work.x, self.step.sampled.device, spec.hidden, work.sampled)?;
-            let normed = Normed::Bf16(work.inputs.bf16);
-            add_rms_norm(card, sampled, spec.hidden, work.sampled, Ptr::null(), self.norm, normed)?;
-            self.product(&self.head, work.inputs, sampled, work.logits, false)?;
+        if sampled == 0 {
+            return Ok(());
         }
-        errand();
-        self.land(sampled)
+        gather_rows(card, sampled, work.x, self.step.sampled.device, spec.hidden, work.sampled)?;
+        let normed = Normed::Bf16(work.inputs.bf16);
+        add_rms_norm(card, sampled, spec.hidden, work.sampled, Ptr::null(), self.norm, normed)?;
+        self.product(&self.head, work.inputs, sampled, Sink::Wide(work.logits))
     }
 
-    /// Brings the logits over.
-    fn land(&mut self, sampled: usize) -> Result<(&mut [f32], &Pool)> {
-        let (vocab, width) = (self.spec.vocab, self.head.n);
-        let landed = &mut self.work.landed[..sampled * width];
-        self.card.download(self.work.logits, landed)?;
-        let logits = &mut self.logits[..sampled * vocab];
-        let out = Shared::new(logits);
-        self.options.pool.each(sampled, 1, |row| {
-            // SAFETY: each row is handed out once.
-            let out = unsafe { out.part(row * vocab, vocab) };
-            out.iter_mut().zip(&landed[row * width..]).for_each(|(out, logit)| *out = logit.to_f32());
-        });
-        Ok((&mut self.logits[..sampled * vocab], &self.options.pool))
-    }
-
-    /// Sends what the kernels are told of a step.
-    fn tell(&mut self, batch: &Batch) -> Result<()> {
+    /// Sends what the kernels are told of a step, filled up to so many rows.
+    fn tell(&mut self, batch: &Batch, fill: Option<usize>) -> Result<Extent> {
         let (card, step, tokens) = (&*self.card, &mut self.step, self.options.block_tokens);
-        step.ids.tell(card, batch.tokens.iter().map(|&token| token as i32))?;
-        step.positions.tell(card, batch.positions.iter().map(|&position| position as i32))?;
+        let rows = fill.unwrap_or(batch.rows());
+        let more = rows - batch.rows();
+        let fill_up = |value: i32| std::iter::repeat_n(value, more);
+        step.ids.tell(card, batch.tokens.iter().map(|&token| token as i32).chain(fill_up(0)))?;
+        step.positions.tell(card, batch.positions.iter().map(|&position| position as i32).chain(fill_up(0)))?;
         let slots = batch.spans.iter().flat_map(|span| {
             let table = batch.table(span);
             (span.start as usize..(span.start + span.rows) as usize)
                 .map(move |position| (table[position / tokens] as usize * tokens + position % tokens) as i32)
         });
-        step.slots.tell(card, slots)?;
-        step.sampled.tell(card, batch.sample_rows.iter().map(|&row| row as i32))?;
+        // They are written nowhere.
+        step.slots.tell(card, slots.chain(fill_up(-1)))?;
+        step.sampled.tell(card, batch.sample_rows.iter().map(|&row| row as i32).chain(fill_up(0)))?;
         step.tables.tell(card, batch.tables.iter().map(|&block| block as i32))?;
         let spans = batch
             .spans
             .iter()
             .map(|span| (span.row as usize, span.rows as usize, span.start as usize, span.table as usize));
         let Heads { heads, kv_heads, .. } = self.heads;
-        self.attention.plan(spans, heads / kv_heads, kv_heads, 0, 2 * card.processors());
-        step.narrow.tell(card, self.attention.narrow.iter().copied())?;
-        step.wide.tell(card, self.attention.wide.iter().copied())?;
-        step.narrow_merges.tell(card, self.attention.narrow_merges.iter().copied())?;
-        step.wide_merges.tell(card, self.attention.wide_merges.iter().copied())
+        let (plan, wanted) = (&mut self.attention, 2 * card.processors());
+        plan.plan(spans, heads / kv_heads, kv_heads, 0, wanted);
+        if fill.is_some() {
+            // As many as there can be of so many rows: see `Attention::plan`.
+            plan.narrow.resize(rows.max(wanted / kv_heads), Item::default());
+            plan.narrow_merges.resize(rows, Merge::default());
+        }
+        step.narrow.tell(card, plan.narrow.iter().copied())?;
+        step.wide.tell(card, plan.wide.iter().copied())?;
+        step.narrow_merges.tell(card, plan.narrow_merges.iter().copied())?;
+        step.wide_merges.tell(card, plan.wide_merges.iter().copied())?;
+        let most = |merges: &[Merge]| merges.iter().map(|merge| merge.rows as usize).max().unwrap_or(0).max(1);
+        let items = [(&plan.narrow, &plan.narrow_merges), (&plan.wide, &plan.wide_merges)];
+        let items = items.map(|(items, merges)| (items.len(), merges.len(), most(merges)));
+        Ok(Extent { rows, sampled: batch.sample_rows.len() + more, items })
     }
 
     /// x += output(attention(rope(qkv(norm(x)))))
-    fn attend(&self, index: usize, layer: &Layer, rows: usize) -> Result<()> {
+    fn attend(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
         let (card, spec, work, step, heads) = (&*self.card, &self.spec, &self.work, &self.step, self.heads);
+        let rows = extent.rows;
         let into = work.inputs.for_matrix(&layer.qkv);
         add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.attention_norm, into)?;
-        self.product(&layer.qkv, work.inputs, rows, work.qkv, false)?;
+        self.product(&layer.qkv, work.inputs, rows, Sink::Set(work.qkv))?;
         let none = Norm { weight: Ptr::null(), eps: 0.0, offset: 0.0 };
         let rope =
             RopeKv { frequencies: self.frequencies, magnitude: 1.0, bias: layer.bias, q_norm: none, k_norm: none };
@@ -475,15 +556,13 @@ impl GpuDecoder {
         rope_kv_write(card, rows, heads, work.qkv, step.positions.device, step.slots.device, &rope, &kv)?;
         let scale = 1.0 / (spec.head_dim as f32).sqrt();
         let attended = work.inputs.bf16;
-        for (tile, items, merges) in
-            [(NARROW, &step.narrow, &step.narrow_merges), (WIDE, &step.wide, &step.wide_merges)]
-        {
-            let most = merges.host.iter().map(|merge| merge.rows as usize).max().unwrap_or(0);
+        let tiles = [(NARROW, &step.narrow, &step.narrow_merges), (WIDE, &step.wide, &step.wide_merges)];
+        for ((tile, items, merges), (count, merge_count, most)) in tiles.into_iter().zip(extent.items) {
             Attention::run(
                 card,
                 tile,
-                (items.device, items.host.len()),
-                (merges.device, merges.host.len(), most),
+                (items.device, count),
+                (merges.device, merge_count, most),
                 heads,
                 work.qkv,
                 layer.qkv.n,
@@ -498,7 +577,7 @@ impl GpuDecoder {
         if let Normed::Fp8(out, scales) = work.inputs.for_matrix(&layer.output) {
             quantize_fp8(card, (rows, spec.q_width()), attended, out, scales)?;
         }
-        self.product(&layer.output, work.inputs, rows, work.x, true)
+        self.product(&layer.output, work.inputs, rows, Sink::Add(work.x))
     }
 
     /// x += down(silu(gate(norm(x))) * up(norm(x)))
@@ -506,13 +585,13 @@ impl GpuDecoder {
         let (card, spec, work) = (&*self.card, &self.spec, &self.work);
         let into = work.inputs.for_matrix(&layer.gate_up);
         add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.ffn_norm, into)?;
-        self.product(&layer.gate_up, work.inputs, rows, work.gate_up, false)?;
+        self.product(&layer.gate_up, work.inputs, rows, Sink::Set(work.gate_up))?;
         silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, work.middle.for_matrix(&layer.down))?;
-        self.product(&layer.down, work.middle, rows, work.x, true)
+        self.product(&layer.down, work.middle, rows, Sink::Add(work.x))
     }
 
-    /// `out = x * matrix^T`, or `out += …` with `add`.
-    fn product(&self, matrix: &Matrix, x: Rows, rows: usize, out: Ptr<bf16>, add: bool) -> Result<()> {
+    /// `x * matrix^T` into `out`.
+    fn product(&self, matrix: &Matrix, x: Rows, rows: usize, out: Sink) -> Result<()> {
         let (card, Matrix { n, k, data }) = (&*self.card, *matrix);
         let part = |first: usize, count: usize| match data {
             Data::Bf16(data) => Weight::Bf16(data, x.bf16.part(first * k, count * k)),
@@ -522,117 +601,21 @@ impl GpuDecoder {
             }
         };
         let whole = rows.next_multiple_of(LARGE_UNIT);
-        if rows > SMALL_ROWS && card.product((whole, n, k), part(0, whole), out.part(0, whole * n), n, add)? {
+        if rows > SMALL_ROWS && card.product((whole, n, k), part(0, whole), out.part(0, whole * n), n)? {
             return Ok(());
         }
         for first in (0..rows).step_by(SMALL_ROWS) {
             let count = SMALL_ROWS.min(rows - first);
-            gemm_small(card, (count, n, k), part(first, count), out.part(first * n, count * n), n, add)?;
+            gemm_small(card, (count, n, k), part(first, count), out.part(first * n, count * n), n)?;
         }
         Ok(())
     }
 }
 
-/// Brings a file's tensors to the device, and says how far it is.
-struct Loader<'a> {
-    card: &'a dyn Card,
-    weights: &'a Weights,
-    pool: &'a Pool,
-    progress: &'a (dyn Fn(f32) + Sync),
-    /// Bytes of tensors sent so far.
-    done: u64,
-    /// A chunk on the host.
-    sent: Vec<bf16>,
-    /// A chunk on the device, on its way to fp8.
-    scratch: Option<Ptr<bf16>>,
-}
-
-impl Loader<'_> {
-    fn layer(&mut self, spec: &DecoderSpec, layer: usize, format: Format) -> Result<Layer> {
-        let name = |part: &str| format!("blk.{layer}.{part}");
-        let [q, k, v] = ["attn_q.weight", "attn_k.weight", "attn_v.weight"].map(name);
-        let heads = (spec.rope.style == RopeStyle::Interleaved).then_some(spec.head_dim);
-        let bias = if spec.qkv_bias {
-            let mut bias = Vec::new();
-            for (part, heads) in [("attn_q.bias", heads), ("attn_k.bias", heads), ("attn_v.bias", None)] {
-                let values = self.weights.tensor(&name(part))?.to_f32()?;
-                bias.extend((0..values.len()).map(|channel| bf16::from_f32(values[halves(heads, channel)])));
-            }
-            let at = self.card.alloc(bias.len())?;
-            self.card.upload(&bias, at)?;
-            at
-        } else {
-            Ptr::null()
-        };
-        Ok(Layer {
-            attention_norm: self.norm(&name("attn_norm.weight"), spec.norm_eps)?,
-            qkv: self.matrix(&[&q, &k, &v], heads, format)?,
-            bias,
-            output: self.matrix(&[&name("attn_output.weight")], None, format)?,
-            ffn_norm: self.norm(&name("ffn_norm.weight"), spec.norm_eps)?,
-            gate_up: self.matrix(&[&name("ffn_gate.weight"), &name("ffn_up.weight")], None, format)?,
-            down: self.matrix(&[&name("ffn_down.weight")], None, format)?,
-        })
-    }
-
-    fn norm(&mut self, name: &str, eps: f32) -> Result<Norm> {
-        let values: Vec<bf16> = self.weights.tensor(name)?.to_f32()?.into_iter().map(bf16::from_f32).collect();
-        let weight = self.card.alloc(values.len())?;
-        self.card.upload(&values, weight)?;
-        Ok(Norm { weight, eps, offset: 0.0 })
-    }
-
-    /// Matrices of the same inputs, one below the other, rows of zeros behind them up to a multiple of 8. The rows of all but a
-    /// third are put into halves when they are interleaved heads of `heads` numbers.
-    fn matrix(&mut self, names: &[&str], heads: Option<usize>, format: Format) -> Result<Matrix> {
-        let tensors = names.iter().map(|name| self.weights.tensor(name)).collect::<Result<Vec<_>>>()?;
-        let k = tensors[0].cols;
-        let n = tensors.iter().map(|tensor| tensor.rows).sum::<usize>().next_multiple_of(8);
-        if let Some(other) = tensors.iter().position(|tensor| tensor.cols != k) {
-            return Err(Error::internal(format!("{} and {} have other inputs", names[0], names[other])));
-        }
-        let data = match format {
-            Format::Bf16 => Data::Bf16(self.card.alloc(n * k)?),
-            Format::Fp8 => Data::Fp8(Scaled { data: self.card.alloc(n * k)?, scales: self.card.alloc(n)? }),
-        };
-        let mut below = 0;
-        for (index, (tensor, name)) in tensors.iter().zip(names).enumerate() {
-            let heads = heads.filter(|_| index < 2);
-            let most = (CHUNK / k).max(1);
-            for first in (0..tensor.rows).step_by(most) {
-                let rows = most.min(tensor.rows - first);
-                self.sent.resize(rows * k, bf16::ZERO);
-                let sent = Shared::new(&mut self.sent[..]);
-                self.pool.each(rows, 1, |row| {
-                    let mut values = vec![0f32; k];
-                    // Cannot fail: the tensor's length was checked when its file was opened.
-                    let read = dequantize_row(tensor.dtype, tensor.row(halves(heads, first + row)), &mut values);
-                    debug_assert!(read.is_ok());
-                    // SAFETY: each row is handed out once.
-                    let out = unsafe { sent.part(row * k, k) };
-                    out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(value));
-                });
-                let at = below + first;
-                match data {
-                    Data::Bf16(data) => self.card.upload(&self.sent, data.part(at * k, rows * k))?,
-                    Data::Fp8(Scaled { data, scales }) => {
-                        let scratch = match self.scratch.filter(|scratch| scratch.len() >= rows * k) {
-                            Some(scratch) => scratch,
-                            None => *self.scratch.insert(self.card.alloc(CHUNK.max(rows * k))?),
-                        };
-                        self.card.upload(&self.sent, scratch)?;
-                        let (data, scales) = (data.part(at * k, rows * k), scales.part(at, rows));
-                        quantize_fp8(self.card, (rows, k), scratch, data, scales)?;
-                    }
-                }
-            }
-            below += tensor.rows;
-            self.done += tensor.data.len() as u64;
-            self.weights.release(name);
-            (self.progress)((self.done as f64 / self.weights.bytes().max(1) as f64).min(1.0) as f32);
-        }
-        Ok(Matrix { n, k, data })
-    }
+/// Whether every sequence has one row, and each is looked at.
+fn is_decode(batch: &Batch) -> bool {
+    let rows = batch.rows();
+    batch.spans.len() == rows && batch.sample_rows.len() == rows && batch.adapters.is_empty()
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crate::config::{KvType, Precision};
 use crate::kernel::gpu::EmulatedCard;
 use crate::kernel::{Dtype, Isa};
 use crate::model::tests_support::Tiny;
+use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
 
 const BLOCK: usize = 16;
@@ -43,12 +44,12 @@ struct Pair {
     cpu: Decoder,
 }
 
-fn options(weights: Format, kv: Format, kv_bytes: usize) -> GpuOptions {
+fn options(weights: Format, kv: Format, kv_size: KvSize) -> GpuOptions {
     GpuOptions {
         pool: Arc::new(Pool::new(2)),
         weights,
         kv,
-        kv_bytes,
+        kv_size,
         block_tokens: BLOCK,
         max_rows: 96,
         max_sample_rows: 8,
@@ -68,7 +69,14 @@ impl Pair {
         let spec = weights.spec().unwrap();
         let element = if kv == Format::Bf16 { 2 } else { 1 };
         let bytes = 2 * spec.layers * spec.kv_width() * BLOCK * BLOCKS * element;
-        let gpu = GpuDecoder::open(card, &weights, spec.clone(), &options(format, kv, bytes), &|_| ()).unwrap();
+        let gpu = GpuDecoder::open(
+            card,
+            Source::File(&weights),
+            spec.clone(),
+            &options(format, kv, KvSize::Bytes(bytes)),
+            &|_| (),
+        )
+        .unwrap();
         assert_eq!((gpu.blocks(), gpu.block_tokens()), (BLOCKS, BLOCK));
         let mut options = DecoderOptions {
             pool: Arc::new(Pool::new(1)),
@@ -88,12 +96,18 @@ impl Pair {
     fn step(&mut self, batch: &Batch) -> f32 {
         let expected = self.cpu.forward(batch).unwrap().0.to_vec();
         let mut asked = 0;
-        let found = self.gpu.forward(batch, &mut || asked += 1).unwrap().0;
+        let found = logits(self.gpu.forward(batch, &mut || asked += 1).unwrap());
         assert_eq!((found.len(), asked), (expected.len(), 1));
         let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|value| f64::from(value).powi(2)).sum::<f64>();
         let errors = squares(&mut found.iter().zip(&expected).map(|(found, expected)| found - expected));
         (errors / squares(&mut expected.iter().copied())).sqrt() as f32
     }
+}
+
+/// All rows of a step.
+fn logits(mut of: GpuLogits<'_>) -> Vec<f32> {
+    let rows: Vec<usize> = (0..of.rows()).collect();
+    of.land(&rows).unwrap().0.to_vec()
 }
 
 /// `count` words of sequence `slot` from `start` on, with logits for the last.
@@ -112,12 +126,17 @@ fn emulated() -> Box<dyn Card> {
 fn follow(card: Box<dyn Card>, tiny: &Tiny, format: Format, kv: Format, most: f32) {
     let mut pair = Pair::new(card, tiny, format, kv);
     let vocab = pair.gpu.spec().vocab;
-    // Long and short prompts together, a chunk that goes on behind a decoding row, then decoding rows alone.
-    let steps: [&[(usize, usize, usize)]; 4] = [
+    // Long and short prompts together, a chunk that goes on behind a decoding row, then decoding rows alone: as many as were
+    // noted before, and fewer.
+    let steps: [&[(usize, usize, usize)]; 8] = [
         &[(0, 0, 70), (1, 0, 1)],
         &[(1, 1, 1), (0, 70, 20), (2, 0, 33)],
         &[(0, 90, 1), (1, 2, 1), (2, 33, 1)],
         &[(2, 34, 1)],
+        &[(2, 35, 1), (0, 91, 1), (1, 3, 1)],
+        &[(1, 4, 1), (2, 36, 1), (0, 92, 1)],
+        &[(0, 93, 1)],
+        &[(2, 37, 1), (0, 94, 1), (1, 5, 1)],
     ];
     for (at, parts) in steps.iter().enumerate() {
         let mut batch = Batch::default();
@@ -135,21 +154,42 @@ fn it_computes_what_the_cpu_does() {
     }
 }
 
+/// Keys are cut into ranges as a text grows, in a step that was noted when there was one.
+#[test]
+fn a_note_is_of_no_length() {
+    let mut pair = Pair::new(emulated(), &LLAMA, Format::Bf16, Format::Bf16);
+    let vocab = pair.gpu.spec().vocab as u32;
+    let table: Vec<u32> = (0..BLOCKS as u32).map(|block| block * 5 % BLOCKS as u32).collect();
+    let word = |at: u32| (at * 31 + 5) % vocab;
+    let mut step = |first: u32, count: u32| {
+        let words: Vec<u32> = (first..first + count).map(word).collect();
+        let mut batch = Batch::default();
+        batch.push(&words, first, &table[..((first + count) as usize).div_ceil(BLOCK)], [count - 1]);
+        let off = pair.step(&batch);
+        assert!(off < 0.03, "{count} rows from {first} are off by {off}");
+    };
+    step(0, 40);
+    step(40, 1);
+    step(41, 1);
+    (42..330).step_by(96).for_each(|first| step(first, 96));
+    step(330, 1);
+    step(331, 1);
+}
+
 /// Says so where there is no GPU: a machine that has one runs the same steps on it.
 #[cfg(feature = "cuda")]
 #[test]
 fn a_real_card_computes_the_same() {
-    use crate::kernel::gpu::{Device, find};
-    match find() {
+    use crate::kernel::gpu::{count, open};
+    match count(&[""]) {
         Err(error) => {
             assert_eq!(error.kind(), Kind::ModelUnavailable);
             eprintln!("not run: {error}");
         }
         Ok(_) => {
             for tiny in [&LLAMA, &QWEN] {
-                let open = || Box::new(Device::open(0).unwrap());
-                follow(open(), tiny, Format::Bf16, Format::Bf16, 0.03);
-                follow(open(), tiny, Format::Fp8, Format::Fp8, 0.25);
+                follow(open(0).unwrap(), tiny, Format::Bf16, Format::Bf16, 0.03);
+                follow(open(0).unwrap(), tiny, Format::Fp8, Format::Fp8, 0.25);
             }
         }
     }
@@ -167,7 +207,7 @@ fn blocks_are_copied_and_leave_and_come_back() {
         batch.push(&[vocab as u32 - 1], 20, table, [0]);
         batch
     };
-    let logits = |pair: &mut Pair, table: &[u32]| pair.gpu.forward(&next(table), &mut || ()).unwrap().0.to_vec();
+    let logits = |pair: &mut Pair, table: &[u32]| logits(pair.gpu.forward(&next(table), &mut || ()).unwrap());
     let expected = logits(&mut pair, &[3, 5]);
     pair.gpu.copy(3, 9);
     pair.gpu.copy(5, 1);
@@ -184,15 +224,18 @@ fn what_cannot_be_computed_is_refused_by_name() {
     let refused = |tiny: &Tiny, options: &GpuOptions| {
         let weights = weights(tiny);
         let spec = weights.spec().unwrap();
-        GpuDecoder::open(Box::new(EmulatedCard::default()), &weights, spec, options, &|_| ()).err().unwrap()
+        GpuDecoder::open(Box::new(EmulatedCard::default()), Source::File(&weights), spec, options, &|_| ())
+            .err()
+            .unwrap()
     };
     let odd = Tiny { ffn: 272, dtypes: &[Dtype::F16], ..LLAMA };
-    let error = refused(&odd, &options(Format::Bf16, Format::Bf16, 1 << 20));
+    let options = |bytes| options(Format::Bf16, Format::Bf16, KvSize::Bytes(bytes));
+    let error = refused(&odd, &options(1 << 20));
     assert!(error.kind() == Kind::Unsupported && error.message().contains("feed-forward of 272"), "{error}");
     let narrow = Tiny { dim: 32, heads: 6, kv_heads: 2, ..LLAMA };
-    assert!(refused(&narrow, &options(Format::Bf16, Format::Bf16, 1 << 20)).message().contains("heads of 32"));
-    assert!(refused(&LLAMA, &options(Format::Bf16, Format::Bf16, 100)).message().contains("kv_bytes is 100"));
-    let uneven = GpuOptions { block_tokens: 12, ..options(Format::Bf16, Format::Bf16, 1 << 20) };
+    assert!(refused(&narrow, &options(1 << 20)).message().contains("heads of 32"));
+    assert!(refused(&LLAMA, &options(100)).message().contains("has 100: give it more with kv_bytes"));
+    let uneven = GpuOptions { block_tokens: 12, ..options(1 << 20) };
     assert!(refused(&LLAMA, &uneven).message().contains("block_tokens is 12"));
 
     let mut pair = Pair::new(emulated(), &LLAMA, Format::Bf16, Format::Bf16);

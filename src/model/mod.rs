@@ -17,7 +17,6 @@ pub mod weights;
 
 mod batch;
 mod decoder;
-#[cfg(any(feature = "cuda", feature = "emulate"))]
 mod gpu;
 mod group;
 mod kv;
@@ -30,8 +29,7 @@ pub(crate) mod tests_support;
 
 pub use batch::{Batch, Span};
 pub use decoder::{Decoder, DecoderOptions};
-#[cfg(any(feature = "cuda", feature = "emulate"))]
-pub use gpu::{Format, GpuDecoder, GpuOptions};
+pub use gpu::{GpuDecoder, GpuLogits, GpuOptions, KvSize, Launched, Source, synthetic};
 pub use group::Group;
 pub use shard::Division;
 pub use vocab::{Detokenizer, Vocabulary};

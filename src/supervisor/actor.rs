@@ -14,17 +14,20 @@ use crate::base::{DeviceId, Error, Kind, ModelId, Result, SlotId};
 use crate::config::{Engine as EngineConfig, Model as ModelConfig};
 use crate::engine::{self, Command, Engine, EngineStatus};
 use crate::kernel::Pool;
+use crate::kernel::gpu::{Health, Watch};
 use crate::metrics::Metrics;
 use crate::model::encoder::EncoderText;
 use crate::supervisor::encoders::{self, ReadyEncoder};
 use crate::supervisor::fleet::{FleetView, Installed, Replica};
-use crate::supervisor::loader::{self, Identity, Ready};
+use crate::supervisor::loader::{self, Identity, Place, Ready};
 use crate::task::Task;
 
 /// Reconciliations waiting behind the one that runs; more are refused.
 const QUEUE: usize = 4;
 /// How often the device is looked at.
 const TICK: Duration = Duration::from_millis(250);
+/// Ticks between two looks at a GPU.
+const WATCH_EVERY: u32 = 8;
 /// How long an installation may wait for the engine to come round its loop.
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// First wait before a dead engine thread is started again; doubles up to the longest.
@@ -62,6 +65,8 @@ pub struct DeviceStatus {
     pub restarts: u64,
     /// Milliseconds since its thread last came round its loop.
     pub silent_ms: u64,
+    /// Critical errors of the GPU since the daemon was started; none of a CPU.
+    pub critical_errors: u64,
     /// What the thread says of itself; `None` if it did not answer in time.
     pub engine: Option<EngineStatus>,
 }
@@ -77,11 +82,17 @@ pub struct Supervisor {
 type Pulse = Arc<RwLock<Option<Engine>>>;
 
 impl Supervisor {
-    /// Starts the engine thread of a CPU device with `threads` workers, and the actor that looks after it.
+    /// Starts the engine thread of a device with `threads` workers, and the actor that looks after it.
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(device: DeviceId, threads: usize, fleet: FleetView, metrics: Arc<Metrics>) -> Result<Self> {
+    pub fn start(
+        device: DeviceId,
+        place: Place,
+        threads: usize,
+        fleet: FleetView,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let (engine, thread) = engine::start(device)?;
         let pulse = Pulse::new(RwLock::new(Some(engine.clone())));
         let shared = pulse.clone();
@@ -90,6 +101,7 @@ impl Supervisor {
             ctx.set_mailbox_capacity(64);
             SupervisorActor {
                 device,
+                place,
                 pool: Arc::new(Pool::new(threads)),
                 engine,
                 pulse: shared,
@@ -105,6 +117,12 @@ impl Supervisor {
                 retiring: Vec::new(),
                 fleet,
                 metrics,
+                watch: match place {
+                    Place::Cpu => None,
+                    Place::Gpu { ordinal, .. } => Watch::begin(ordinal),
+                },
+                health: Health::default(),
+                unwatched: WATCH_EVERY,
             }
         });
         Ok(Self { addr, pulse })
@@ -149,6 +167,7 @@ fn dead(error: MailboxError) -> Error {
 
 struct SupervisorActor {
     device: DeviceId,
+    place: Place,
     pool: Arc<Pool>,
     engine: Engine,
     pulse: Pulse,
@@ -165,6 +184,12 @@ struct SupervisorActor {
     retiring: Vec<Retiring>,
     fleet: FleetView,
     metrics: Arc<Metrics>,
+    /// Of a GPU that can be watched.
+    watch: Option<Watch>,
+    /// As it was when it was looked at last.
+    health: Health,
+    /// Ticks since then.
+    unwatched: u32,
 }
 
 /// A reconciliation whose loader thread is at work.
@@ -270,6 +295,7 @@ impl Handler<Status> for SupervisorActor {
             models: self.loaded.keys().cloned().collect(),
             restarts: self.restarts,
             silent_ms: self.engine.silent_for().as_millis() as u64,
+            critical_errors: self.health.critical,
             engine: None,
         };
         status.models.sort();
@@ -363,12 +389,12 @@ impl SupervisorActor {
         if load.is_empty() {
             return self.next_reconciliation(ctx);
         }
-        let (device, engine, pool) = (self.device, self.engine.clone(), self.pool.clone());
+        let (device, place, engine, pool) = (self.device, self.place, self.engine.clone(), self.pool.clone());
         let (metrics, addr) = (self.metrics.clone(), ctx.address());
         let work = move || {
             for identity in load {
                 let result = match identity.model.task {
-                    Task::TextGeneration => loader::load(&identity, device, &pool, &metrics)
+                    Task::TextGeneration => loader::load(&identity, device, place, &pool, &metrics)
                         .and_then(|ready| install(&engine, ready))
                         .map(Installed::Text),
                     _ => encoders::load(&identity, device, &pool, &metrics)
@@ -436,6 +462,7 @@ impl SupervisorActor {
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
         self.look_after_retiring();
+        self.look_at_gpu();
         if self.stopping {
             return;
         }
@@ -445,6 +472,34 @@ impl SupervisorActor {
         if self.restart_at.is_some_and(|at| Instant::now() >= at) {
             self.revive(ctx);
         }
+    }
+
+    /// Tells the metrics how the GPU is, and the log when something in it broke.
+    fn look_at_gpu(&mut self) {
+        let Some(watch) = &mut self.watch else { return };
+        self.unwatched += 1;
+        if self.unwatched < WATCH_EVERY {
+            return;
+        }
+        self.unwatched = 0;
+        let (now, device) = (watch.look(), self.device.to_string());
+        let (device, metrics) = (device.as_str(), &self.metrics);
+        metrics.gpu_memory.with_label_values(&[device, "total"]).set(now.memory_total as i64);
+        metrics.gpu_memory.with_label_values(&[device, "used"]).set(now.memory_used as i64);
+        metrics.gpu_clock.with_label_values(&[device, "sm"]).set(i64::from(now.sm_mhz) * 1_000_000);
+        metrics.gpu_clock.with_label_values(&[device, "memory"]).set(i64::from(now.memory_mhz) * 1_000_000);
+        metrics.gpu_power.with_label_values(&[device]).set(f64::from(now.power_mw) / 1e3);
+        metrics.gpu_temperature.with_label_values(&[device]).set(i64::from(now.temperature));
+        metrics.gpu_busy.with_label_values(&[device]).set(f64::from(now.busy) / 100.0);
+        metrics.gpu_errors.with_label_values(&[device, "ecc"]).set(now.uncorrected as i64);
+        metrics.gpu_errors.with_label_values(&[device, "xid"]).set(now.critical as i64);
+        if now.critical > self.health.critical {
+            error!(device, xid = now.xid, "the GPU had a critical error; nvidia-smi -q and the kernel's log say more");
+        }
+        if now.uncorrected > self.health.uncorrected {
+            error!(device, errors = now.uncorrected, "the GPU's memory had errors that could not be corrected");
+        }
+        self.health = now;
     }
 
     /// The thread is gone: nothing it served can be served until it is started again.

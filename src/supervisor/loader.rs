@@ -7,24 +7,40 @@ use std::time::Instant;
 use tracing::info;
 
 use crate::base::{DeviceId, Error, ModelId, Result, SlotId};
-use crate::config::{Draft, Engine as EngineConfig, Model as ModelConfig, simulated};
+use crate::config::{Draft, Engine as EngineConfig, Model as ModelConfig, simulated, synthetic};
 use crate::engine::scheduler::SCORED_ROWS;
 use crate::engine::sim::{SimRunner, SimSpec, VOCABULARY as SIM_VOCABULARY};
 use crate::engine::spill::Store;
 use crate::engine::{ModelSlot, Runner, Speculation};
-use crate::kernel::{Isa, Pool};
+use crate::kernel::{Isa, Pool, gpu};
 use crate::metrics::{EngineMetrics, Metrics};
 use crate::model::files::ModelFiles;
 use crate::model::lora::Shape;
 use crate::model::spec::DecoderSpec;
 use crate::model::text::TextModel;
 use crate::model::weights::Weights;
-use crate::model::{Decoder, DecoderOptions, Division, Group};
+use crate::model::{
+    self, Decoder, DecoderOptions, Division, GpuDecoder, GpuOptions, Group, KvSize, Source, Vocabulary,
+};
 
 /// Drafts in a step over all sequences. When more would pay, the step is so large that hardly any does.
 const DRAFT_ROWS: usize = 32;
 /// Context window of a simulated model.
 const SIM_CONTEXT: u32 = 32_768;
+
+/// Where a device computes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Place {
+    /// On the threads of its supervisor.
+    Cpu,
+    /// On a GPU.
+    Gpu {
+        /// Its number.
+        ordinal: u16,
+        /// Of what is left beside a model, how much becomes its KV pool, if nothing else is said.
+        memory_share: f64,
+    },
+}
 
 /// What makes two loads the same: the model's options, the time of its file among them, and the device's.
 #[derive(Clone, PartialEq, Debug)]
@@ -41,15 +57,24 @@ pub(super) struct Ready {
     pub(super) metrics: EngineMetrics,
 }
 
-/// Reads, checks and packs one model. `pool` computes it later; the packing itself uses threads of its own.
-pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metrics: &Metrics) -> Result<Ready> {
+/// Reads, checks and packs one model, or sends it to a GPU. `pool` computes it later, or what is left to it; the packing itself uses
+/// threads of its own.
+pub(super) fn load(
+    identity: &Identity,
+    device: DeviceId,
+    place: Place,
+    pool: &Arc<Pool>,
+    metrics: &Metrics,
+) -> Result<Ready> {
     let started = Instant::now();
     let (model, engine) = (&identity.model, &identity.engine);
-    let Opened { text, runner, draft, shape } = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
+    let Opened { text, runner, draft, shape } =
+        open(model, engine, place, pool).map_err(|error| error.context(&model.id))?;
     let context = model.context.min(text.context());
     let metrics = metrics.engine(&model.id, device);
     info!(
         model = %model.id,
+        %device,
         path = %model.path.display(),
         kv_blocks = runner.blocks(),
         ranks = model.tensor_parallel,
@@ -93,23 +118,40 @@ fn draft_rows(engine: &EngineConfig) -> usize {
 }
 
 /// Both halves of a model at the same time: the text half is a quarter of a small model's load time.
-fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<Opened> {
+fn open(model: &ModelConfig, engine: &EngineConfig, place: Place, pool: &Arc<Pool>) -> Result<Opened> {
     if let Some(spec) = simulated(&model.path) {
         let text = TextModel::bytes(SimRunner::vocabulary(), SIM_CONTEXT)?;
         let runner: Box<dyn Runner> = Box::new(SimRunner::new(spec.parse::<SimSpec>()?));
-        let draft = draft(model, engine, pool, &text, runner.as_ref(), SIM_VOCABULARY)?;
+        let draft = draft(model, engine, place, pool, &text, runner.as_ref(), SIM_VOCABULARY)?;
         return Ok(Opened { text, runner, draft, shape: None });
+    }
+    let rows = (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens);
+    if let Some(name) = synthetic(&model.path) {
+        let spec = model::synthetic(name)?;
+        let text = made_up(&spec)?;
+        let runner = match place {
+            Place::Gpu { ordinal, memory_share } => {
+                on_gpu(None, spec.clone(), model, engine, ordinal, kv_size(model, memory_share), pool, rows)?
+            }
+            Place::Cpu => {
+                let message = format!("synthetic:{name}: weights are made up on a GPU, and none serves this model");
+                return Err(Error::bad_input(message));
+            }
+        };
+        let draft = draft(model, engine, place, pool, &text, &runner, spec.vocab)?;
+        return Ok(Opened { text, runner: Box::new(runner), draft, shape: None });
     }
     let files = Arc::new(ModelFiles::open(&model.path)?);
     std::thread::scope(|scope| {
         let text = scope.spawn(|| TextModel::of(&files));
-        let rows = (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens);
-        let target = target(&files, model, engine, pool, rows);
+        let target = target(&files, model, engine, place, pool, rows);
         let text =
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
         let Target { runner, pool, spec } = target?;
-        let draft = draft(model, engine, &pool, &text, runner.as_ref(), spec.vocab)?;
-        Ok(Opened { text, runner, draft, shape: Some(Shape::of(&spec)) })
+        let draft = draft(model, engine, place, &pool, &text, runner.as_ref(), spec.vocab)?;
+        // Adapters are computed by the CPU only.
+        let shape = (place == Place::Cpu).then(|| Shape::of(&spec));
+        Ok(Opened { text, runner, draft, shape })
     })
 }
 
@@ -126,9 +168,16 @@ fn target(
     files: &Arc<ModelFiles>,
     model: &ModelConfig,
     engine: &EngineConfig,
+    place: Place,
     pool: &Arc<Pool>,
     rows: usize,
 ) -> Result<Target> {
+    if let Place::Gpu { ordinal, memory_share } = place {
+        let weights = Weights::of(files.clone())?;
+        let (spec, size) = (weights.spec()?, kv_size(model, memory_share));
+        let decoder = on_gpu(Some(&weights), spec.clone(), model, engine, ordinal, size, pool, rows)?;
+        return Ok(Target { runner: Box::new(decoder), pool: pool.clone(), spec });
+    }
     if model.tensor_parallel == 1 {
         let decoder = decoder(files, model, engine, pool, |_, _| model.kv_bytes, rows)?;
         let spec = decoder.spec().clone();
@@ -138,7 +187,7 @@ fn target(
     let spec = weights.spec()?;
     let division = Division::new(&weights, &spec, model.tensor_parallel)?;
     let options = DecoderOptions { kv_bytes: model.kv_bytes, ..options(model, engine, pool, rows) };
-    let progress = Progress::of(model, &weights);
+    let progress = Progress::of(model, weights.bytes());
     let group = Group::open(&weights, &division, &options, &|done| progress.tell(done))?;
     let pool = group.pool().clone();
     Ok(Target { runner: Box::new(group), pool, spec })
@@ -148,6 +197,7 @@ fn target(
 fn draft(
     model: &ModelConfig,
     engine: &EngineConfig,
+    place: Place,
     pool: &Arc<Pool>,
     text: &TextModel,
     target: &dyn Runner,
@@ -160,17 +210,36 @@ fn draft(
             let (blocks, block_tokens) = (target.blocks(), target.block_tokens());
             return Ok(Box::new(SimRunner::new(SimSpec { blocks, block_tokens, ..spec.parse()? })));
         }
+        if let (Some(name), Place::Gpu { ordinal, .. }) = (synthetic(path), place) {
+            let spec = model::synthetic(name)?;
+            text.vocabulary().check_same(made_up(&spec)?.vocabulary())?;
+            let size = KvSize::Blocks(target.blocks());
+            return Ok(Box::new(on_gpu(None, spec, model, engine, ordinal, size, pool, engine.max_running)?));
+        }
         let files = Arc::new(ModelFiles::open(path)?);
         let small = TextModel::of(&files)?;
         text.vocabulary().check_same(small.vocabulary())?;
-        let bytes = |options: &DecoderOptions, spec: &DecoderSpec| target.blocks() * options.kv_block_bytes(spec);
-        let decoder = decoder(&files, model, engine, pool, bytes, engine.max_running)?;
-        if decoder.spec().vocab != vocab || decoder.blocks() != target.blocks() {
-            let has = decoder.spec().vocab;
+        let (runner, has): (Box<dyn Runner>, usize) = match place {
+            Place::Cpu => {
+                let bytes =
+                    |options: &DecoderOptions, spec: &DecoderSpec| target.blocks() * options.kv_block_bytes(spec);
+                let decoder = decoder(&files, model, engine, pool, bytes, engine.max_running)?;
+                let has = decoder.spec().vocab;
+                (Box::new(decoder), has)
+            }
+            Place::Gpu { ordinal, .. } => {
+                let (weights, size) = (Weights::of(files.clone())?, KvSize::Blocks(target.blocks()));
+                let spec = weights.spec()?;
+                let has = spec.vocab;
+                let rows = engine.max_running;
+                (Box::new(on_gpu(Some(&weights), spec, model, engine, ordinal, size, pool, rows)?), has)
+            }
+        };
+        if has != vocab || runner.blocks() != target.blocks() {
             return Err(Error::bad_input(format!("its logits are of {has} tokens, the model's of {vocab}")));
         }
         info!(model = %model.id, draft = %path.display(), "draft model loaded");
-        Ok(Box::new(decoder))
+        Ok(runner)
     };
     open().map(Some).map_err(|error| error.context(format!("draft model {}", path.display())))
 }
@@ -188,8 +257,50 @@ fn decoder(
     let spec = weights.spec()?;
     let mut options = options(model, engine, pool, rows);
     options.kv_bytes = kv_bytes(&options, &spec);
-    let progress = Progress::of(model, &weights);
+    let progress = Progress::of(model, weights.bytes());
     Decoder::open(&weights, spec, &options, &|done| progress.tell(done))
+}
+
+/// How large a model's KV pool on a GPU is.
+fn kv_size(model: &ModelConfig, memory_share: f64) -> KvSize {
+    model.on_gpu.kv_bytes.map_or(KvSize::Share(memory_share), KvSize::Bytes)
+}
+
+/// Texts for weights that are made up: what is read is bytes, and every token has a word.
+fn made_up(spec: &DecoderSpec) -> Result<TextModel> {
+    let bytes = (0..=255u8).map(|byte| vec![byte]);
+    let words = (257..spec.vocab).map(|word| format!(" {word:x}").into_bytes());
+    let vocabulary = Vocabulary::new(bytes.chain([vec![]]).chain(words), vec![256]);
+    TextModel::bytes(Arc::new(vocabulary), spec.context)
+}
+
+/// The decoder on a GPU, with memory and an order of work of its own there; `rows` rows of a step have logits. Without `weights` they
+/// are made up.
+#[allow(clippy::too_many_arguments)]
+fn on_gpu(
+    weights: Option<&Weights>,
+    spec: DecoderSpec,
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    ordinal: u16,
+    kv_size: KvSize,
+    pool: &Arc<Pool>,
+    rows: usize,
+) -> Result<GpuDecoder> {
+    let card = gpu::open(ordinal)?;
+    let options = GpuOptions {
+        pool: pool.clone(),
+        weights: model.on_gpu.weights,
+        kv: model.on_gpu.kv,
+        kv_size,
+        block_tokens: engine.block_tokens,
+        max_rows: engine.step_tokens,
+        max_sample_rows: rows,
+        max_sequences: engine.max_running,
+        context: model.context.min(spec.context) as usize,
+    };
+    let progress = Progress::of(model, weights.map_or(0, Weights::bytes));
+    GpuDecoder::open(card, weights.map_or(Source::Random, Source::File), spec, &options, &|done| progress.tell(done))
 }
 
 /// All but the size of the KV pool.
@@ -216,8 +327,8 @@ struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    fn of(model: &'a ModelConfig, weights: &Weights) -> Self {
-        Self { model: &model.id, bytes: weights.bytes(), told: AtomicU64::new(0), begun: Instant::now() }
+    fn of(model: &'a ModelConfig, bytes: u64) -> Self {
+        Self { model: &model.id, bytes, told: AtomicU64::new(0), begun: Instant::now() }
     }
 
     fn tell(&self, done: f32) {

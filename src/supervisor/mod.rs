@@ -8,9 +8,12 @@
 //! recovery after a dead engine thread are all the same reconciliation.
 
 mod actor;
+mod devices;
 mod encoders;
 mod fleet;
 mod loader;
 
 pub use actor::{DeviceStatus, Outcome, Report, Supervisor};
+pub use devices::Devices;
 pub use fleet::{Fleet, FleetView, Replica};
+pub use loader::Place;

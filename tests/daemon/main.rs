@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod batch;
+#[cfg(feature = "emulate")]
+mod gpu;
 mod harness;
 mod parallel;
 mod signals;

@@ -37,6 +37,7 @@ fn model(id: &str, task: Task, path: &str) -> Model {
         spill: None,
         draft: None,
         tensor_parallel: 1,
+        on_gpu: Default::default(),
         context: 512,
         modified: None,
     }

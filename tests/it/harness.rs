@@ -13,7 +13,7 @@ use neurond::http::{self, Batches, Listener, Services};
 use neurond::ledger::Ledger;
 use neurond::metrics::Metrics;
 use neurond::net::sse::{Decoder, SseEvent};
-use neurond::supervisor::{FleetView, Outcome, Supervisor};
+use neurond::supervisor::{FleetView, Outcome, Place, Supervisor};
 use neurond::task::Task;
 use neurond::vault::Vault;
 use serde_json::Value;
@@ -58,6 +58,7 @@ impl Daemon {
             spill: None,
             draft: None,
             tensor_parallel: 1,
+            on_gpu: Default::default(),
             context: CONTEXT,
             modified: None,
         };
@@ -93,7 +94,8 @@ impl Daemon {
                 let fleet = FleetView::default();
                 let ledger = Ledger::start();
                 let wanted = config.get();
-                let start = |id| Supervisor::start(DeviceId(id), 1, fleet.clone(), metrics.clone()).unwrap();
+                let start =
+                    |id| Supervisor::start(DeviceId(id), Place::Cpu, 1, fleet.clone(), metrics.clone()).unwrap();
                 let devices: Vec<_> = (0..devices).map(start).collect();
                 for device in &devices {
                     let report = device.reconcile(wanted.models.clone(), wanted.engine.clone()).await.unwrap();

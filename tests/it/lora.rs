@@ -34,6 +34,7 @@ fn daemon(folder: &Path, tune: impl FnOnce(&mut Config)) -> Daemon {
             spill: None,
             draft: None,
             tensor_parallel: 1,
+            on_gpu: Default::default(),
             context: 512,
             modified: None,
         };

@@ -14,10 +14,8 @@ use std::ffi::c_void;
 use cudarc::cublas::sys::cublasOperation_t;
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
-use half::bf16;
 
-use super::gemm::Weight;
-use super::launch::Ptr;
+use super::gemm::{Sink, Weight};
 use crate::base::{Error, Result};
 
 /// Bytes that a kernel may use for itself: what the library recommends for Hopper.
@@ -41,6 +39,7 @@ struct Shape {
     n: usize,
     k: usize,
     out_stride: usize,
+    wide: bool,
     add: bool,
 }
 
@@ -67,14 +66,13 @@ impl Blas {
         Ok(Some(Self { handle, workspace, plans: HashMap::new() }))
     }
 
-    /// `out = x * w^T` or `out += x * w^T` of `m` rows; false where the library cannot.
+    /// `x * w^T` into `out` of `m` rows; false where the library cannot.
     pub(super) fn product(
         &mut self,
         (m, n, k): (usize, usize, usize),
         weight: Weight,
-        out: Ptr<bf16>,
+        out: Sink,
         out_stride: usize,
-        add: bool,
         stream: *mut c_void,
     ) -> Result<bool> {
         let (fp8, w, x, scales) = match weight {
@@ -92,8 +90,13 @@ impl Blas {
             }
             Weight::Q4(..) => return Ok(false),
         };
-        out.needs("out", (m - 1) * out_stride + n, 16)?;
-        let shape = Shape { fp8, m, n, k, out_stride, add };
+        out.needs((m - 1) * out_stride + n, 16)?;
+        let (to, wide, add) = match out {
+            Sink::Set(out) => (out.address(), false, false),
+            Sink::Add(out) => (out.address(), false, true),
+            Sink::Wide(out) => (out.address(), true, false),
+        };
+        let shape = Shape { fp8, m, n, k, out_stride, wide, add };
         let handle = self.handle;
         let plan = self.plans.entry(shape).or_insert_with(|| match Plan::new(handle, shape, scales) {
             Ok(plan) => Some(plan),
@@ -118,9 +121,9 @@ impl Blas {
                 plan.w,
                 x as *const c_void,
                 plan.x,
-                out.address() as *const c_void,
+                to as *const c_void,
                 plan.out,
-                out.address() as *mut c_void,
+                to as *mut c_void,
                 plan.out,
                 &raw const plan.algorithm,
                 self.workspace as *mut c_void,
@@ -146,11 +149,10 @@ impl Plan {
         shape: Shape,
         scales: Option<(u64, u64)>,
     ) -> std::result::Result<Self, CublasError> {
-        let Shape { fp8, m, n, k, out_stride, .. } = shape;
-        let (from, to) = match fp8 {
-            true => (sys::cudaDataType_t::CUDA_R_8F_E4M3, sys::cudaDataType_t::CUDA_R_16BF),
-            false => (sys::cudaDataType_t::CUDA_R_16BF, sys::cudaDataType_t::CUDA_R_16BF),
-        };
+        let Shape { fp8, m, n, k, out_stride, wide, add: _ } = shape;
+        use sys::cudaDataType_t as Type;
+        let from = if fp8 { Type::CUDA_R_8F_E4M3 } else { Type::CUDA_R_16BF };
+        let to = if wide { Type::CUDA_R_32F } else { Type::CUDA_R_16BF };
         let mut plan = Self {
             product: result::create_matmul_desc(
                 sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,

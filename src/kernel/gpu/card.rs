@@ -3,8 +3,9 @@
 use half::{bf16, f16};
 
 use super::attention::{Item, Merge};
-use super::gemm::Weight;
+use super::gemm::{Sink, Weight};
 use super::launch::{Fp8, Launcher, Ptr};
+use super::sample::{Drawn, Edit, Wish};
 use crate::base::Result;
 
 /// Rows of a [`Card::product`] come in multiples of it: those beyond what is wanted are computed for nothing, as they would be
@@ -49,8 +50,21 @@ pub trait Card: Launcher + Send {
     /// The driver's, and those of whatever was launched before.
     unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()>;
 
-    /// `out = x * w^T`, or `out += x * w^T` with `add`, of `m` rows, a multiple of [`LARGE_UNIT`], by a library of the card's maker:
-    /// out `[m, out_stride]`, its first `n` columns. False: there is none, or it does not do that.
+    /// Notes what `work` launches without running it, to be [replayed](Card::replay). What it launches has been launched once before,
+    /// and it copies nothing. Returns the number of the note.
+    ///
+    /// # Errors
+    /// Those of `work`, and the driver's.
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<usize>;
+
+    /// Launches all of a note, in much less time than each by itself.
+    ///
+    /// # Errors
+    /// `Internal` when there is no such note, and the driver's.
+    fn replay(&self, note: usize) -> Result<()>;
+
+    /// `x * w^T` into `out` of `m` rows, a multiple of [`LARGE_UNIT`], by a library of the card's maker: rows of `out_stride` numbers,
+    /// their first `n` columns. False: there is none, or it does not do that.
     ///
     /// # Errors
     /// `Internal` when memory is too short, and the library's.
@@ -58,9 +72,8 @@ pub trait Card: Launcher + Send {
         &self,
         (_m, _n, _k): (usize, usize, usize),
         _weight: Weight,
-        _out: Ptr<bf16>,
+        _out: Sink,
         _out_stride: usize,
-        _add: bool,
     ) -> Result<bool> {
         Ok(false)
     }
@@ -118,4 +131,4 @@ macro_rules! bits {
         )*
     };
 }
-bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge);
+bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge, Wish, Edit, Drawn);

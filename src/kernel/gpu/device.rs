@@ -9,18 +9,17 @@
 //! this device; since it may come from any earlier launch, nothing that the device holds can be trusted afterwards.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::path::Path;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
-use half::bf16;
 use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
 use super::card::Card;
-use super::gemm::Weight;
-use super::launch::{Launch, Launcher, Ptr};
+use super::gemm::{Sink, Weight};
+use super::launch::{Launch, Launcher};
 use crate::base::{Error, Kind, Result};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -39,6 +38,8 @@ pub struct Device {
     functions: Mutex<HashMap<String, sys::CUfunction>>,
     /// All that was allocated.
     memory: Mutex<Vec<u64>>,
+    /// What was noted, ready to be launched at once.
+    graphs: Mutex<Vec<sys::CUgraphExec>>,
     blas: Mutex<Option<Blas>>,
 }
 
@@ -50,7 +51,7 @@ unsafe impl Send for Device {}
 ///
 /// # Errors
 /// `ModelUnavailable` when the driver is not installed or sees none; the message says which.
-pub fn find() -> Result<usize> {
+pub(super) fn find() -> Result<usize> {
     // SAFETY: only asks whether the library can be opened. Without it every other call would panic.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::new(
@@ -67,9 +68,19 @@ pub fn find() -> Result<usize> {
     }
 }
 
+/// Where on the bus card `ordinal` is, as the management library writes it.
+pub(super) fn bus(ordinal: u16) -> Option<String> {
+    let device = result::device::get(ordinal.into()).ok()?;
+    let mut text = [0u8; 32];
+    // SAFETY: as much room as is said; the driver ends what it writes with a zero.
+    let status = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr().cast(), text.len() as i32, device) };
+    status.result().ok()?;
+    Some(CStr::from_bytes_until_nul(&text).ok()?.to_str().ok()?.to_owned())
+}
+
 /// Opens CUDA's libraries by path, so that later opens by name find them: for those that no search path has. Returns what was
 /// opened. Never closed.
-pub fn preload(folders: &[impl AsRef<Path>]) -> Vec<std::path::PathBuf> {
+pub(super) fn preload(folders: &[impl AsRef<Path>]) -> Vec<std::path::PathBuf> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     let mut opened = Vec::new();
     for name in ["libcublasLt.so.13", "libcublas.so.13"] {
@@ -117,6 +128,7 @@ impl Device {
             modules: Vec::new(),
             functions: Mutex::default(),
             memory: Mutex::default(),
+            graphs: Mutex::default(),
             blas: Mutex::default(),
         };
         this.enter()?;
@@ -229,18 +241,41 @@ impl Card for Device {
         self.finish()
     }
 
-    fn product(
-        &self,
-        shape: (usize, usize, usize),
-        weight: Weight,
-        out: Ptr<bf16>,
-        out_stride: usize,
-        add: bool,
-    ) -> Result<bool> {
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        self.enter()?;
+        // Other threads may load models meanwhile.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: this device's stream; capturing ends below whatever becomes of the work.
+        let (worked, graph) = unsafe {
+            result::stream::begin_capture(self.stream, mode).map_err(|error| failed("beginning a graph", error))?;
+            (work(), result::stream::end_capture(self.stream))
+        };
+        worked?;
+        let graph = graph.map_err(|error| failed("ending a graph", error))?;
+        // SAFETY: a graph that was just made, and is not needed once it is instantiated.
+        let instance = unsafe {
+            let instance = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
+            let _ = result::graph::destroy(graph);
+            instance.map_err(|error| failed("instantiating a graph", error))?
+        };
+        let mut graphs = self.graphs.lock();
+        graphs.push(instance);
+        Ok(graphs.len() - 1)
+    }
+
+    fn replay(&self, note: usize) -> Result<()> {
+        self.enter()?;
+        let graph = self.graphs.lock().get(note).copied();
+        let graph = graph.ok_or_else(|| Error::internal(format!("there is no graph {note}")))?;
+        // SAFETY: a graph of this stream's context; what it touches is there as long as the device.
+        unsafe { result::graph::launch(graph, self.stream) }.map_err(|error| failed("launching a graph", error))
+    }
+
+    fn product(&self, shape: (usize, usize, usize), weight: Weight, out: Sink, out_stride: usize) -> Result<bool> {
         let mut blas = self.blas.lock();
         let Some(blas) = blas.as_mut() else { return Ok(false) };
         self.enter()?;
-        blas.product(shape, weight, out, out_stride, add, self.stream.cast())
+        blas.product(shape, weight, out, out_stride, self.stream.cast())
     }
 }
 
@@ -253,6 +288,9 @@ impl Drop for Device {
         // SAFETY: nobody has the device any more. Failures cost what the driver then keeps.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            for &graph in self.graphs.lock().iter() {
+                let _ = result::graph::exec_destroy(graph);
+            }
             for &address in self.memory.lock().iter() {
                 let _ = result::free_sync(address);
             }

@@ -9,6 +9,11 @@ use super::launch::{Launch, Launcher, Ptr};
 use crate::base::{Error, Kind, Result};
 use crate::kernel::Buffer;
 
+/// Memory of an emulated card, in bytes; nobody counts it.
+pub(super) const MEMORY: usize = 64 << 20;
+/// Names a file: see [`broken`].
+const FAULT: &str = "NEUROND_EMULATED_FAULT";
+
 unsafe extern "C" {
     fn emulate_launch(
         name: *const c_char,
@@ -71,18 +76,40 @@ impl Launcher for Emulator {
 pub struct EmulatedCard {
     emulator: Emulator,
     memory: Mutex<Vec<Buffer<u8>>>,
+    notes: Mutex<Notes>,
+}
+
+/// What was launched to be launched again.
+#[derive(Default)]
+struct Notes {
+    /// While something is noted.
+    open: Option<Vec<Launch>>,
+    all: Vec<Vec<Launch>>,
 }
 
 impl EmulatedCard {
     /// One whose threads run in this order.
     pub fn new(seed: u32) -> Self {
-        Self { emulator: Emulator { seed }, memory: Mutex::default() }
+        Self { emulator: Emulator { seed }, ..Self::default() }
     }
 }
 
 impl Launcher for EmulatedCard {
     fn launch(&self, launch: Launch) -> Result<()> {
+        if let Some(noted) = &mut self.notes.lock().open {
+            noted.push(launch);
+            return Ok(());
+        }
+        broken()?;
         self.emulator.launch(launch)
+    }
+}
+
+/// Fails once when the file that [`FAULT`] names is there: as a driver does after a kernel that went wrong.
+fn broken() -> Result<()> {
+    match std::env::var_os(FAULT).is_some_and(|path| std::fs::remove_file(path).is_ok()) {
+        true => Err(Error::internal("an emulated card has broken down, as it was told to")),
+        false => Ok(()),
     }
 }
 
@@ -96,7 +123,7 @@ impl Card for EmulatedCard {
     }
 
     fn free_bytes(&self) -> Result<usize> {
-        Ok(64 << 20)
+        Ok(MEMORY)
     }
 
     fn alloc_bytes(&self, bytes: usize) -> Result<u64> {
@@ -106,6 +133,23 @@ impl Card for EmulatedCard {
         let address = memory.as_mut_ptr() as u64;
         self.memory.lock().push(memory);
         Ok(address)
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
+        self.notes.lock().open = Some(Vec::new());
+        let worked = work();
+        let mut notes = self.notes.lock();
+        let noted = notes.open.take().unwrap_or_default();
+        worked?;
+        notes.all.push(noted);
+        Ok(notes.all.len() - 1)
+    }
+
+    fn replay(&self, note: usize) -> Result<()> {
+        let notes = self.notes.lock();
+        let Some(noted) = notes.all.get(note) else { return Err(Error::internal(format!("there is no note {note}"))) };
+        broken()?;
+        noted.iter().try_for_each(|launch| self.emulator.launch(launch.clone()))
     }
 
     unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()> {

@@ -28,7 +28,39 @@ pub enum Weight {
     Q4(Ptr<u32>, Ptr<f16>, Ptr<bf16>),
 }
 
-/// `out = x * w^T`, or `out += x * w^T` with `add`: out `[m, out_stride]`, its first `n` columns.
+/// Where a product goes: `[m, stride]`, its first `n` columns.
+#[derive(Clone, Copy)]
+pub enum Sink {
+    /// It replaces what is there.
+    Set(Ptr<bf16>),
+    /// It is added to what is there.
+    Add(Ptr<bf16>),
+    /// It replaces what is there, not rounded.
+    Wide(Ptr<f32>),
+}
+
+impl Sink {
+    /// `len` of its numbers from number `first` on.
+    ///
+    /// # Panics
+    /// As [`Ptr::part`].
+    pub fn part(self, first: usize, len: usize) -> Self {
+        match self {
+            Self::Set(out) => Self::Set(out.part(first, len)),
+            Self::Add(out) => Self::Add(out.part(first, len)),
+            Self::Wide(out) => Self::Wide(out.part(first, len)),
+        }
+    }
+
+    pub(super) fn needs(self, least: usize, align: u64) -> Result<()> {
+        match self {
+            Self::Set(out) | Self::Add(out) => out.needs("out", least, align),
+            Self::Wide(out) => out.needs("out", least, align),
+        }
+    }
+}
+
+/// `x * w^T` into `out`, of rows of `out_stride` numbers.
 ///
 /// # Errors
 /// `Unsupported` for more than [`SMALL_ROWS`] rows, channels that are no multiple of 8 or inputs of none of 32 (bf16), 64 (fp8), 128
@@ -37,9 +69,8 @@ pub fn gemm_small(
     on: &dyn Launcher,
     (m, n, k): (usize, usize, usize),
     weight: Weight,
-    out: Ptr<bf16>,
+    out: Sink,
     out_stride: usize,
-    add: bool,
 ) -> Result<()> {
     let (kind, unit) = match weight {
         Weight::Bf16(..) => ("bf16", 32),
@@ -54,7 +85,7 @@ pub fn gemm_small(
     if m == 0 || n == 0 {
         return Ok(());
     }
-    out.needs("out", (m - 1) * out_stride + n, 2)?;
+    out.needs((m - 1) * out_stride + n, 4)?;
     let tiles = [1, 2, 4].into_iter().find(|tiles| tiles * 16 >= m).unwrap_or(4);
     let launch = Launch::new(format!("gemm_small_{kind}_{tiles}"), [n / 8, 1, 1], 128);
     let launch = match weight {
@@ -77,7 +108,12 @@ pub fn gemm_small(
             launch.ptr(x).ptr(codes).ptr(scales)
         }
     };
-    on.launch(launch.ptr(out).int(m).int(k).int(out_stride).int(usize::from(add)))
+    let (launch, sink) = match out {
+        Sink::Set(out) => (launch.ptr(out), 0),
+        Sink::Add(out) => (launch.ptr(out), 1),
+        Sink::Wide(out) => (launch.ptr(out), 2),
+    };
+    on.launch(launch.int(m).int(k).int(out_stride).int(sink))
 }
 
 /// Rows of GGUF's Q4_0 (`[n, k]`, blocks of 32) as the kernel reads them: codes `[n, k / 128, 4, 4]` words of 8 and scales

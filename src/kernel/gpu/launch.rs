@@ -113,6 +113,7 @@ union Value {
 }
 
 /// A kernel to be run.
+#[derive(Clone)]
 pub struct Launch {
     /// Its name in `kernels/`.
     pub name: String,

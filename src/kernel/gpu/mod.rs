@@ -20,20 +20,22 @@ mod emulator;
 mod gemm;
 mod launch;
 mod lora;
+mod open;
 mod rows;
 mod sample;
+mod watch;
 
 pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
 pub use card::{Bits, Card, LARGE_UNIT};
-#[cfg(feature = "cuda")]
-pub use device::{Device, find, preload};
 #[cfg(feature = "emulate")]
 pub use emulator::{EmulatedCard, Emulator};
-pub use gemm::{SMALL_ROWS, Scaled, Weight, gemm_small, pack_q4};
+pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4};
 pub use launch::{Fp8, Launch, Launcher, Ptr};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
+pub use open::{count, open};
 pub use rows::{
     Gate, Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, quantize_fp8, random_bf16,
     rope_kv_write, silu_mul,
 };
-pub use sample::{Drawn, Edit, Wish, sample, verify};
+pub use sample::{Drawn, Edit, UNWANTED, Wish, sample, verify};
+pub use watch::{Health, Watch};

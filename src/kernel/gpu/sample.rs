@@ -33,9 +33,12 @@ pub struct Wish {
     pub masked: i32,
     /// 1: the log-probability is wanted.
     pub logprob: i32,
-    /// Nothing is drawn, and this token of the prompt looked up; below 0: one is drawn.
+    /// Nothing is drawn, and this token of the prompt looked up; -1: one is drawn; [`UNWANTED`].
     pub given: i32,
 }
+
+/// [`Wish::given`] of a row that nobody wants anything of.
+pub const UNWANTED: i32 = -2;
 
 /// What is changed about one token's logit.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +68,7 @@ pub struct Drawn {
     pub candidates: i32,
 }
 
-/// Draws a token for each row of logits `[rows, vocab]`, which it changes. masks `[rows, vocab / 32 rounded up]`; scratch `[rows,
+/// Draws a token for each row of logits `[rows, stride]`, the first `vocab` of each, which it changes. masks `[rows, vocab / 32 rounded up]`; scratch `[rows,
 /// vocab]`.
 ///
 /// # Errors
@@ -74,7 +77,7 @@ pub struct Drawn {
 pub fn sample(
     on: &dyn Launcher,
     rows: usize,
-    vocab: usize,
+    (vocab, stride): (usize, usize),
     logits: Ptr<f32>,
     wishes: Ptr<Wish>,
     masks: Ptr<u32>,
@@ -82,7 +85,7 @@ pub fn sample(
     scratch: Ptr<u64>,
     drawn: Ptr<Drawn>,
 ) -> Result<()> {
-    logits.needs("logits", rows * vocab, 4)?;
+    logits.needs("logits", rows * stride, 4)?;
     wishes.needs("wishes", rows, 8)?;
     scratch.needs("scratch", rows * vocab, 8)?;
     drawn.needs("drawn", rows, 4)?;
@@ -93,7 +96,7 @@ pub fn sample(
         return Ok(());
     }
     let launch = Launch::new("sample", [rows, 1, 1], 1024).ptr(logits).ptr(wishes).ptr(masks).ptr(edits);
-    on.launch(launch.ptr(scratch).ptr(drawn).int(vocab))
+    on.launch(launch.ptr(scratch).ptr(drawn).int(vocab).int(stride))
 }
 
 /// How many rows' tokens count of each sequence: those up to the first that is not the draft behind it. drafts `[rows]`; spans

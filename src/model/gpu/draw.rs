@@ -1,0 +1,121 @@
+//! Tokens drawn where the logits are, so that no row of the vocabulary travels.
+
+use crate::base::{Error, Result};
+use crate::kernel::Pool;
+use crate::kernel::gpu::{Bits, Card, Drawn, Edit, Ptr, Wish, sample};
+use crate::model::GpuDecoder;
+
+/// Edits of a step for each row with logits, on average, that there is room for.
+const EDITS: usize = 1024;
+
+/// Logits of a step on the device, until the next one. Each row is drawn there, or brought over and drawn by the host, or neither.
+pub struct GpuLogits<'a> {
+    decoder: &'a mut GpuDecoder,
+    rows: usize,
+}
+
+/// What the device is told of how tokens are drawn, and what it answers.
+pub(super) struct Drawing {
+    wishes: Ptr<Wish>,
+    edits: Ptr<Edit>,
+    /// A bit a token, a row of words each.
+    masks: Ptr<u32>,
+    scratch: Ptr<u64>,
+    drawn: Ptr<Drawn>,
+    landed: Vec<Drawn>,
+    /// Rows that the host draws.
+    logits: Vec<f32>,
+}
+
+impl Drawing {
+    pub(super) fn alloc(card: &dyn Card, rows: usize, vocab: usize) -> Result<Self> {
+        Ok(Self {
+            wishes: card.alloc(rows)?,
+            edits: card.alloc(rows * EDITS)?,
+            masks: card.alloc(rows * vocab.div_ceil(32))?,
+            scratch: card.alloc(rows * vocab)?,
+            drawn: card.alloc(rows)?,
+            landed: vec![Drawn::default(); rows],
+            // Costs memory only where it is used.
+            logits: vec![0.0; rows * vocab],
+        })
+    }
+}
+
+impl<'a> GpuLogits<'a> {
+    pub(super) fn new(decoder: &'a mut GpuDecoder, rows: usize) -> Self {
+        Self { decoder, rows }
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Numbers of a row.
+    pub fn vocab(&self) -> usize {
+        self.decoder.spec.vocab
+    }
+
+    /// Edits of all rows together that there is room for.
+    pub fn most_edits(&self) -> usize {
+        self.decoder.drawing.edits.len()
+    }
+
+    /// Draws as `wishes` say, one for each row, and waits for it. `masks` gives those of the rows that have one, as many words as
+    /// there are up to the vocabulary; what a mask does not reach is not allowed.
+    ///
+    /// # Errors
+    /// `Internal` when there are more edits than there is room for or other wishes than rows, and the device's: of this step and
+    /// whatever was launched before.
+    pub fn draw<'m>(
+        &mut self,
+        wishes: &[Wish],
+        edits: &[Edit],
+        masks: impl Iterator<Item = (usize, &'m [u32])>,
+    ) -> Result<&[Drawn]> {
+        if wishes.len() != self.rows {
+            return Err(Error::internal(format!("{} wishes for {} rows", wishes.len(), self.rows)));
+        }
+        let (vocab, stride) = (self.vocab(), self.decoder.head.n);
+        let GpuDecoder { card, work, drawing, .. } = &mut *self.decoder;
+        let card = &**card;
+        upload(card, wishes, drawing.wishes)?;
+        upload(card, edits, drawing.edits)?;
+        let words = vocab.div_ceil(32);
+        for (row, mask) in masks {
+            let to = drawing.masks.part(row * words, words);
+            match mask.len().checked_sub(words) {
+                Some(_) => card.upload(&mask[..words], to)?,
+                None => card.upload(&[mask, &vec![0; words - mask.len()]].concat(), to)?,
+            }
+        }
+        let Drawing { wishes, edits, masks, scratch, drawn, .. } = *drawing;
+        sample(card, self.rows, (vocab, stride), work.logits, wishes, masks, edits, scratch, drawn)?;
+        let landed = &mut drawing.landed[..self.rows];
+        card.download(drawing.drawn, landed)?;
+        Ok(landed)
+    }
+
+    /// Brings some rows over, `[rows, vocab]`, with the threads to work on them. After [`GpuLogits::draw`] they are what their wishes
+    /// left of them.
+    ///
+    /// # Errors
+    /// The device's, as above.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn land(&mut self, rows: &[usize]) -> Result<(&mut [f32], &Pool)> {
+        let (vocab, stride) = (self.vocab(), self.decoder.head.n);
+        let GpuDecoder { card, work, drawing, options, .. } = &mut *self.decoder;
+        let logits = &mut drawing.logits[..rows.len() * vocab];
+        for (out, &row) in logits.chunks_exact_mut(vocab).zip(rows) {
+            card.download(work.logits.part(row * stride, vocab), out)?;
+        }
+        Ok((logits, &options.pool))
+    }
+}
+
+fn upload<T: Bits>(card: &dyn Card, from: &[T], to: Ptr<T>) -> Result<()> {
+    if from.is_empty() { Ok(()) } else { card.upload(from, to) }
+}

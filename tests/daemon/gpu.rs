@@ -1,0 +1,196 @@
+//! The process on a machine with two GPUs, which are emulated: kernels, notes and draws are those of real ones.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+
+use crate::harness::{Daemon, Setup, field};
+
+const LARGE: &str = "@cf/meta/llama-3.2-1b-instruct";
+const SMALL: &str = "@cf/huggingfacetb/smollm2-135m-instruct";
+
+fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny-llama")
+}
+
+/// A Llama of two layers with heads that GPU kernels take, its weights made up; the tokenizer is the small one's.
+fn write_model(folder: &Path) {
+    let (vocab, hidden, heads, kv_heads, dim, ffn) = (512, 128, 2, 1, 64, 192);
+    std::fs::create_dir_all(folder).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(goldens().join(file), folder.join(file)).unwrap();
+    }
+    let mut config: Value = serde_json::from_slice(&std::fs::read(goldens().join("config.json")).unwrap()).unwrap();
+    for (key, value) in [
+        ("hidden_size", hidden),
+        ("num_attention_heads", heads),
+        ("num_key_value_heads", kv_heads),
+        ("head_dim", dim),
+        ("intermediate_size", ffn),
+    ] {
+        config[key] = json!(value);
+    }
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let mut state = 7u64;
+    let mut tensors: HashMap<String, (Vec<usize>, Vec<u8>)> = HashMap::new();
+    let mut put = |name: String, shape: &[usize]| {
+        let values = (0..shape.iter().product::<usize>()).map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let value = (state >> 40) as f32 / (1 << 24) as f32 - 0.5;
+            if shape.len() == 1 { 1.0 + 0.1 * value } else { 0.4 * value }
+        });
+        let bytes = values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect();
+        tensors.insert(name, (shape.to_vec(), bytes));
+    };
+    put("model.embed_tokens.weight".into(), &[vocab, hidden]);
+    put("model.norm.weight".into(), &[hidden]);
+    put("lm_head.weight".into(), &[vocab, hidden]);
+    for layer in 0..2 {
+        for (part, shape) in [
+            ("input_layernorm", vec![hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![heads * dim, hidden]),
+            ("self_attn.k_proj", vec![kv_heads * dim, hidden]),
+            ("self_attn.v_proj", vec![kv_heads * dim, hidden]),
+            ("self_attn.o_proj", vec![hidden, heads * dim]),
+            ("mlp.gate_proj", vec![ffn, hidden]),
+            ("mlp.up_proj", vec![ffn, hidden]),
+            ("mlp.down_proj", vec![hidden, ffn]),
+        ] {
+            put(format!("model.layers.{layer}.{part}.weight"), &shape);
+        }
+    }
+    let views = tensors
+        .iter()
+        .map(|(name, (shape, bytes))| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn gpus_are_listed_and_measured() {
+    let gpus = |args: &[&str], count: &str| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_neurond"))
+            .arg("gpus")
+            .args(args)
+            .env("NEUROND_EMULATED_GPUS", count)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let found: Value = serde_json::from_str(&gpus(&["--measure", "--scale", "0.003", "--json"], "2")).unwrap();
+    assert_eq!((found.as_array().unwrap().len(), &found[1]["name"]), (2, &json!("emulated")));
+    assert!(found[0]["copy_bytes_per_s"].as_f64().unwrap() > 0.0, "{found}");
+    assert!(found[0]["bf16_flops_per_s"].is_null(), "no library multiplies on an emulated card");
+    let table = gpus(&[], "1");
+    assert!(table.lines().count() == 2 && table.contains("emulated"), "{table}");
+}
+
+async fn ask(base: &str, body: Value) -> Result<Value, u16> {
+    let answer = reqwest::Client::new().post(format!("{base}/v1/completions")).json(&body).send().await.unwrap();
+    match answer.status().as_u16() {
+        200 => Ok(answer.json().await.unwrap()),
+        status => Err(status),
+    }
+}
+
+fn text(answer: &Value) -> &str {
+    answer["choices"][0]["text"].as_str().unwrap()
+}
+
+#[actix::test]
+async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, fault) = (folder.path().join("model"), folder.path().join("fault"));
+    write_model(&model);
+    let config = |gpus: &str| {
+        let small = goldens();
+        format!(
+            "[gpu]\nstep_tokens = 64\nprefill_chunk = 32\nmax_running = 4\nthreads = 1\n\
+             [[model]]\nid = {LARGE:?}\npath = {model:?}\nkv_bytes = \"1MiB\"\ncontext = 256\n{gpus}\n\
+             [[model]]\nid = {SMALL:?}\npath = {small:?}\nkv_bytes = \"4MiB\"\n"
+        )
+    };
+    let fault_path = fault.to_str().unwrap();
+    let env = [("NEUROND_EMULATED_GPUS", "2"), ("NEUROND_EMULATED_FAULT", fault_path)];
+    let mut daemon = Daemon::start(Setup { config: &config(""), env: &env });
+    assert_eq!(field(&daemon.wait_log("GPUs serve"), "gpus"), json!("[0, 1]"));
+    let loaded = |daemon: &Daemon| {
+        let lines = daemon.logged("model loaded");
+        let mut places: Vec<_> = lines
+            .iter()
+            .map(|line| (field(line, "model").as_str().unwrap().to_owned(), field(line, "device").to_string()))
+            .collect();
+        places.sort();
+        places
+    };
+    let at = |model: &str, device: &str| (model.to_owned(), format!("{device:?}"));
+    assert_eq!(loaded(&daemon), [at(SMALL, "2"), at(LARGE, "0"), at(LARGE, "1")]);
+    let refused = daemon.wait_log("GPU kernels do not take this model: the CPU serves it");
+    assert!(field(&refused, "error").as_str().unwrap().contains("heads of 16"), "{refused}");
+
+    // Both GPUs work, and say the same: greedy, drawn with a seed, and with rivals, which the host ranks.
+    let base = daemon.base.clone();
+    let prompts = ["The pilot", "A river that", "Seven", "Once more,"];
+    let body = |model: &str, prompt: &str, more: Value| {
+        let mut body = json!({"model": model, "prompt": prompt, "max_tokens": 6, "ignore_eos": true});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let wishes = [
+        json!({"temperature": 0}),
+        json!({"temperature": 1, "seed": 5, "top_p": 0.9, "frequency_penalty": 0.4}),
+        json!({"temperature": 0, "logprobs": 2}),
+    ];
+    let all = async || {
+        let calls = wishes.iter().flat_map(|wish| prompts.map(|prompt| ask(&base, body(LARGE, prompt, wish.clone()))));
+        futures_util::future::join_all(calls).await
+    };
+    let first: Vec<Value> = all().await.into_iter().map(Result::unwrap).collect();
+    let said: Vec<&str> = first.iter().map(text).collect();
+    assert!(said.iter().all(|text| !text.is_empty()) && said[0] != said[1] && said[0] != said[4], "{said:?}");
+    assert_eq!(said[..4], said[8..], "greedy with rivals");
+    let rivals = first[8]["choices"][0]["logprobs"]["top_logprobs"].as_array().unwrap();
+    assert!(rivals.len() == 6 && rivals[0].as_object().unwrap().len() >= 2, "{rivals:?}");
+    let tokens = async |device: u32, model: &str| {
+        daemon.metric(&format!(r#"neurond_generation_tokens_total{{device="{device}",model="{model}"}}"#)).await
+    };
+    for device in 0..2 {
+        assert!(tokens(device, LARGE).await > 0.0, "GPU {device} did nothing");
+    }
+    let small = ask(&base, body(SMALL, "The pilot", json!({"temperature": 0}))).await.unwrap();
+    assert!(!text(&small).is_empty());
+    assert_eq!(tokens(2, SMALL).await, 6.0);
+
+    // One breaks down: the other goes on meanwhile, and the broken one comes back.
+    std::fs::write(&fault, "").unwrap();
+    let outcomes = all().await;
+    assert!(!fault.exists(), "nothing broke");
+    let failed = outcomes.iter().filter(|outcome| outcome.is_err()).count();
+    assert!(failed < outcomes.len(), "a device that breaks takes others with it: {outcomes:?}");
+    for (outcome, expected) in outcomes.iter().zip(&said) {
+        assert!(outcome.as_ref().is_ok_and(|answer| text(answer) == *expected) || outcome.is_err());
+    }
+    daemon.wait_logs("model loaded", 4);
+    let again: Vec<String> = all().await.into_iter().map(|answer| text(&answer.unwrap()).to_owned()).collect();
+    assert_eq!(again, said);
+    let restarts =
+        async |device: u32| daemon.metric(&format!(r#"neurond_engine_restarts_total{{device="{device}"}}"#)).await;
+    assert_eq!((restarts(0).await + restarts(1).await, restarts(2).await), (1.0, 0.0));
+
+    // Kept from the GPUs, the model is the CPU's; given to one, it is that one's alone.
+    for (done, (gpus, device)) in [("gpus = []", 2), ("gpus = [1]", 1)].into_iter().enumerate() {
+        daemon.rewrite_config(&config(gpus));
+        daemon.signal(libc::SIGHUP);
+        daemon.wait_logs("reload done", done + 1);
+        let before =
+            daemon.metric(&format!(r#"neurond_generation_tokens_total{{device="{device}",model="{LARGE}"}}"#)).await;
+        assert!(all().await.iter().all(Result::is_ok));
+        let after =
+            daemon.metric(&format!(r#"neurond_generation_tokens_total{{device="{device}",model="{LARGE}"}}"#)).await;
+        assert_eq!(after - before, 72.0, "{gpus}");
+    }
+}
