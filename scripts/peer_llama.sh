@@ -69,8 +69,14 @@ if ! command -v cmake >/dev/null || ! command -v ninja >/dev/null; then
     PATH=$HOME_DIR/venv/bin:$PATH
 fi
 
+# Its AMX kernels (tilezero of tiles that nobody configured) end the process on machines that have AMX, so it gets everything but.
+native=(-DGGML_NATIVE=ON)
+if grep -qw amx_tile /proc/cpuinfo; then
+    native=(-DGGML_NATIVE=OFF)
+    for option in SSE42 AVX AVX2 BMI2 F16C FMA AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16; do native+=("-DGGML_$option=ON"); done
+fi
 echo "building llama.cpp for this machine's CPU" >&2
-cmake -S "$TREE/vendor/llama.cpp" -B "$HOME_DIR/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+cmake -S "$TREE/vendor/llama.cpp" -B "$HOME_DIR/build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${native[@]}" \
     -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_CURL=OFF \
     -DLLAMA_OPENSSL=OFF >"$HOME_DIR/cmake.log"
 nice -n 10 cmake --build "$HOME_DIR/build" --target llama-server llama-bench llama >"$HOME_DIR/build.log" 2>&1 || {
