@@ -1,52 +1,153 @@
 #!/usr/bin/env bash
-# What only a GPU can tell. The machine that has one needs neither Rust nor a compiler.
+# What only a GPU can tell. The machine that has one needs neither Rust nor a compiler, nor weights: those are made up on the GPU.
 #
-#   scripts/gpu_check.sh pack      compiles with the feature cuda and puts stripped binaries into .gpu/ (scripts/fetch_cuda.sh first)
-#   scripts/gpu_check.sh           runs them, on the machine with the GPU; what they say goes to $OUT, or to target/gpu
+#   scripts/gpu_check.sh pack         compiles with the feature cuda and puts stripped binaries into .gpu/ (scripts/fetch_cuda.sh first)
+#   scripts/gpu_check.sh              all parts, on the machine with the GPU: some ten minutes
+#   scripts/gpu_check.sh card speed   only these
 #
+#   card      the card, its memory bandwidth and the rate of its products in bf16 and fp8: the ceilings
+#   kernels   every kernel against its reference, on the card
+#   decoder   decoders of random weights against the CPU's plain arithmetic
+#   serve     a small synthetic model through HTTP: answers, repeats, metrics
+#   speed     8B in bf16, fp8 and 4 bits and 70B in fp8, if it fits: time to ready, decode and prompts by concurrency and length, CPU use, memory
+#
+# Everything is written to $OUT, or target/gpu; REPORT.md there is the whole of it. A part that fails does not stop the others.
 # cuBLASLt is looked for where CUDA's installer and Python packages put it; set LD_LIBRARY_PATH if it is elsewhere.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 pack() {
     mkdir -p .gpu
-    local tests
-    tests=$(cargo test --release --locked --features cuda,emulate --lib --no-run --message-format=json |
+    cargo test --release --locked --features cuda,emulate --lib --test kernels --no-run --message-format=json |
         python3 -c '
-import json, sys
+import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
     if message.get("executable") and message.get("profile", {}).get("test"):
-        print(message["executable"])')
-    [[ -n $tests ]] || { echo "gpu_check: the tests did not compile" >&2; exit 1; }
+        shutil.copy(message["executable"], ".gpu/" + {"neurond": "tests"}.get(message["target"]["name"], message["target"]["name"]))' ||
+        { echo "gpu_check: the tests did not compile" >&2; exit 1; }
     cargo build --release --locked --features cuda || exit 1
-    cp "$tests" .gpu/tests
     cp target/release/neurond .gpu/neurond
-    strip .gpu/tests .gpu/neurond
+    strip .gpu/*
     du -h .gpu/*
 }
 
+all=(card kernels decoder serve speed)
 case ${1:-} in
--h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
+-h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit ;;
 pack) pack; exit ;;
-"") ;;
-*) echo "gpu_check: unknown argument $1; see --help" >&2; exit 2 ;;
 esac
+parts=("${@:-${all[@]}}")
+[[ $# -gt 0 ]] || parts=("${all[@]}")
+for part in "${parts[@]}"; do
+    [[ " ${all[*]} " == *" $part "* ]] || { echo "gpu_check: there is no part $part: ${all[*]}" >&2; exit 2; }
+done
+[[ -x .gpu/neurond ]] || { echo "gpu_check: there is no .gpu/neurond: run scripts/gpu_check.sh pack where Rust is" >&2; exit 1; }
 
-[[ -x .gpu/tests ]] || { echo "gpu_check: there is no .gpu/tests: run scripts/gpu_check.sh pack where Rust is" >&2; exit 1; }
 out=${OUT:-target/gpu}
 mkdir -p "$out"
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv | tee "$out/card.txt"
 library=$(find / -name 'libcublasLt.so.13' -not -path '/proc/*' -print -quit 2>/dev/null)
 export LD_LIBRARY_PATH=${library:+$(dirname "$library"):}${LD_LIBRARY_PATH:-}
-echo "cuBLASLt: ${library:-not found}" | tee -a "$out/card.txt"
-
+report=$out/REPORT.md
+echo "# GPU check of $(date -u +%F), $(.gpu/neurond --version)" >"$report"
 status=0
-check() { # NAME COMMAND...
+
+# Runs a command, keeps what it says, and puts the end of it into the report.
+note() { # NAME COMMAND...
     local name=$1
     shift
-    if timeout 300 "$@" >"$out/$name.txt" 2>&1; then echo "$name: ok"; else echo "$name: FAILED, see $out/$name.txt"; status=1; fi
-    tail -n 25 "$out/$name.txt"
+    local begun=$SECONDS word=ok
+    (trap stop EXIT; "$@") >"$out/$name.txt" 2>&1 &
+    local job=$!
+    (sleep "${LIMIT:-300}"; pkill -P "$job" 2>/dev/null; kill "$job" 2>/dev/null) &
+    local guard=$!
+    wait "$job" || { word=FAILED; status=1; }
+    pkill -P "$guard" 2>/dev/null; kill "$guard" 2>/dev/null
+    echo "$name: $word, $((SECONDS - begun)) s"
+    { printf '\n## %s: %s\n\n```\n' "$name" "$word"; tail -n 40 "$out/$name.txt"; printf '```\n'; } >>"$report"
 }
-check decoder .gpu/tests a_real_card --nocapture --test-threads 1
+
+# Each part is a shell of its own: whatever ends it, ends its daemon.
+daemon=
+stop() { [[ -z $daemon ]] || { kill "$daemon" 2>/dev/null; wait "$daemon" 2>/dev/null; daemon=; }; }
+
+# Starts the daemon with a model block and waits until it is ready; says how long that took.
+start() { # NAME, further lines of the [[model]] block
+    local name=$1 begun=${EPOCHREALTIME/./}
+    printf '[server]\nlisten = "127.0.0.1:18080"\n[auth]\nanonymous = "local"\n[[model]]\nid = "@cf/meta/llama-3.1-8b-instruct"\nentry = { context = 32768 }\n%b\n' "$2" \
+        >"$out/$name.toml"
+    .gpu/neurond serve --config "$out/$name.toml" >"$out/$name.log" 2>&1 &
+    daemon=$!
+    for _ in $(seq 1200); do
+        if curl -sf http://127.0.0.1:18080/health/ready >/dev/null; then
+            echo "ready after $(((${EPOCHREALTIME/./} - begun) / 1000)) ms"
+            nvidia-smi --query-gpu=memory.used --format=csv,noheader
+            return
+        fi
+        kill -0 "$daemon" 2>/dev/null || break
+        sleep 0.1
+    done
+    tail -n 5 "$out/$name.log"
+    return 1
+}
+
+ticks() { awk '{ print $14 + $15 }' "/proc/$daemon/stat"; }
+
+bench() { .gpu/neurond bench --url http://127.0.0.1:18080 --seed "$RANDOM" "$@"; }
+
+part_card() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv
+    echo "cuBLASLt: ${library:-not found}"
+    .gpu/neurond gpus --measure
+}
+
+part_kernels() { NEUROND_TEST_GPU=1 .gpu/kernels --test-threads 1; }
+
+part_decoder() { .gpu/tests a_real_card --nocapture --test-threads 1; }
+
+part_serve() {
+    start serve 'path = "synthetic:llama-3.2-1b"\ngpus = [0]' || return 1
+    local ask='{"model": "@cf/meta/llama-3.1-8b-instruct", "prompt": "Once", "max_tokens": 24, "temperature": 0, "ignore_eos": true}'
+    local first second
+    first=$(curl -sf http://127.0.0.1:18080/v1/completions -d "$ask") || return 1
+    second=$(curl -sf http://127.0.0.1:18080/v1/completions -d "$ask") || return 1
+    echo "$first"
+    [[ $(sed 's/.*"text":"\([^"]*\)".*/\1/' <<<"$first") == $(sed 's/.*"text":"\([^"]*\)".*/\1/' <<<"$second") ]] ||
+        { echo "the same question has another answer: $second"; return 1; }
+    curl -sf http://127.0.0.1:18080/metrics | grep -E '^neurond_(gpu|steps|kv)'
+    stop
+}
+
+# One model: how fast it is ready, decodes at each number of streams, and reads prompts of each length.
+speed() { # NAME SHAPE WEIGHTS
+    start "$1" "path = \"synthetic:$2\"\ngpu_weights = \"$3\"\ngpus = [0]" || return 1
+    local before
+    before=$(ticks)
+    local begun=$SECONDS
+    bench --concurrency 1,8,32,64,128,256 --input-tokens 128 --output-tokens 128 -n 256 --temperature 0
+    echo "CPU: $((($(ticks) - before) / (SECONDS - begun + 1))) % of a core"
+    for length in 512 4096 16384; do
+        echo "== prompts of $length"
+        bench --concurrency 1 --input-tokens "$length" --output-tokens 1 -n 8
+    done
+    echo "== prefix: 2,000 of 2,100 tokens in common"
+    bench --concurrency 1 --input-tokens 2100 --shared-prefix 2000 --output-tokens 1 -n 8
+    echo "== 1,000 tokens in, 1,000 out"
+    bench --concurrency 256 --input-tokens 1000 --output-tokens 1000 -n 256
+    nvidia-smi --query-gpu=memory.used,clocks.sm,power.draw --format=csv,noheader
+    stop
+}
+
+for part in "${parts[@]}"; do
+    if [[ $part != speed ]]; then
+        note "$part" "part_$part"
+        continue
+    fi
+    note speed-8b-bf16 speed 8b-bf16 llama-3.1-8b bf16
+    note speed-8b-fp8 speed 8b-fp8 llama-3.1-8b fp8
+    note speed-8b-q4 speed 8b-q4 llama-3.1-8b q4
+    memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
+    if ((memory > 76000)); then note speed-70b-fp8 speed 70b-fp8 llama-3.3-70b fp8; else echo "speed-70b-fp8: left out, $memory MiB are too few"; fi
+done
+echo "report: $report"
 exit $status

@@ -46,6 +46,100 @@ fn at<T>(slice: &mut [T]) -> Ptr<T> {
     unsafe { Emulator::memory(slice) }
 }
 
+/// What runs kernels: the emulator with threads in this order, or a GPU where `NEUROND_TEST_GPU` is set.
+fn on(seed: u32) -> &'static dyn Launcher {
+    static ORDERS: [Emulator; 8] = [
+        Emulator { seed: 0 },
+        Emulator { seed: 1 },
+        Emulator { seed: 2 },
+        Emulator { seed: 3 },
+        Emulator { seed: 4 },
+        Emulator { seed: 5 },
+        Emulator { seed: 6 },
+        Emulator { seed: 7 },
+    ];
+    #[cfg(feature = "cuda")]
+    if let Some(card) = real::card() {
+        return card;
+    }
+    &ORDERS[seed as usize]
+}
+
+/// The same tests on a GPU: from the first launch on all memory of this process is CUDA's managed memory, so that the vectors of
+/// tests are the device's as well. Nothing of it is given back, which tests can bear.
+#[cfg(feature = "cuda")]
+mod real {
+    use std::alloc::{GlobalAlloc, Layout, System};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Mutex, OnceLock};
+
+    use cudarc::driver::result;
+    use cudarc::driver::sys::CUmemAttach_flags;
+    use neurond::base::Result;
+    use neurond::kernel::gpu::{Card, Launch, Launcher, open};
+
+    /// Address space that is set aside; memory is taken where it is touched.
+    const ARENA: usize = 32 << 30;
+
+    struct Managed;
+
+    #[global_allocator]
+    static MEMORY: Managed = Managed;
+    static BEGIN: AtomicUsize = AtomicUsize::new(0);
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+
+    // SAFETY: each piece of the arena is handed out once; everything else is the system's.
+    unsafe impl GlobalAlloc for Managed {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            let begin = BEGIN.load(Ordering::Acquire);
+            if begin == 0 {
+                // SAFETY: the caller's layout.
+                return unsafe { System.alloc(layout) };
+            }
+            let align = layout.align().max(256);
+            let at = NEXT
+                .fetch_add(layout.size().next_multiple_of(align) + align, Ordering::Relaxed)
+                .next_multiple_of(align);
+            if at + layout.size() > begin + ARENA { std::ptr::null_mut() } else { at as *mut u8 }
+        }
+
+        unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+            let begin = BEGIN.load(Ordering::Acquire);
+            if begin == 0 || !(begin..begin + ARENA).contains(&(memory as usize)) {
+                // SAFETY: allocated by the system before the arena was there.
+                unsafe { System.dealloc(memory, layout) }
+            }
+        }
+    }
+
+    /// A card that is waited for after each launch.
+    pub struct Waiting(Mutex<Box<dyn Card>>);
+
+    impl Launcher for Waiting {
+        fn launch(&self, launch: Launch) -> Result<()> {
+            let card = self.0.lock().unwrap();
+            card.launch(launch)?;
+            card.marked().map(|_| ())
+        }
+    }
+
+    pub fn card() -> Option<&'static Waiting> {
+        static CARD: OnceLock<Option<Waiting>> = OnceLock::new();
+        let begin = || {
+            std::env::var_os("NEUROND_TEST_GPU")?;
+            neurond::kernel::gpu::count(&[""]).expect("a GPU");
+            let card = open(0).expect("GPU 0");
+            // SAFETY: the card's context is this thread's; the memory is never freed.
+            let arena = unsafe { result::malloc_managed(ARENA, CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL) };
+            let arena = arena.expect("managed memory") as usize;
+            NEXT.store(arena, Ordering::Release);
+            BEGIN.store(arena, Ordering::Release);
+            Some(Waiting(Mutex::new(card)))
+        };
+        CARD.get_or_init(begin).as_ref()
+    }
+}
+
 /// `run(launcher, out)` with threads in four orders: the same to the bit. Returns it.
 fn in_any_order<T: Clone + PartialEq + std::fmt::Debug>(
     fresh: &[T],
@@ -53,7 +147,7 @@ fn in_any_order<T: Clone + PartialEq + std::fmt::Debug>(
 ) -> Vec<T> {
     let mut outcomes = (0..4).map(|seed| {
         let mut out = fresh.to_vec();
-        run(&Emulator { seed }, &mut out);
+        run(on(seed), &mut out);
         out
     });
     let first = outcomes.next().unwrap();
@@ -118,9 +212,7 @@ fn rows_of_the_embedding() {
         }
         (table[0], ids) = (bf16::ONE, vec![]);
         assert!(
-            ids.is_empty()
-                && embed(&Emulator::default(), 1, at(&mut ids), at(&mut table), hidden, 0..1, 1.0, Ptr::null())
-                    .is_err()
+            ids.is_empty() && embed(on(0), 1, at(&mut ids), at(&mut table), hidden, 0..1, 1.0, Ptr::null()).is_err()
         );
     }
 }
@@ -150,7 +242,7 @@ fn the_residual_stream_and_its_norm() {
             });
             let (sums, normed) = found.split_at(rows * width);
             let (mut scaled, mut scales) = (vec![Fp8(0x7f); rows * width], vec![f32::NAN; rows]);
-            run(&Emulator { seed: 3 }, &mut x.clone(), Normed::Fp8(at(&mut scaled), at(&mut scales)));
+            run(on(3), &mut x.clone(), Normed::Fp8(at(&mut scaled), at(&mut scales)));
             for row in 0..rows {
                 let range = row * width..(row + 1) * width;
                 let added = |i: usize| x[i].to_f32() + if with_delta { delta[i].to_f32() } else { 0.0 };
@@ -185,7 +277,7 @@ fn the_gate_of_a_feed_forward_layer() {
             });
             let (mut scaled, mut scales) = (vec![Fp8(0x7f); rows * width], vec![f32::NAN; rows]);
             let to = Normed::Fp8(at(&mut scaled), at(&mut scales));
-            silu_mul(&Emulator { seed: 2 }, rows, width, at(&mut gate_up.clone()), gate, to).unwrap();
+            silu_mul(on(2), rows, width, at(&mut gate_up.clone()), gate, to).unwrap();
             for row in 0..rows {
                 for i in 0..width {
                     let x = f64::from(gate_up[row * 2 * width + i].to_f32());
@@ -268,7 +360,7 @@ fn queries_are_turned_and_keys_and_values_put_into_the_pool() {
         let (turned, pool) = found.split_at(qkv.len());
         let (keys, values) = pool.split_at(paged.len());
         let (mut keys8, mut values8) = (vec![Fp8(0x55); paged.len()], vec![Fp8(0x55); paged.len()]);
-        run(&Emulator { seed: 1 }, &mut qkv.clone(), Keys::Fp8(at(&mut keys8), at(&mut values8)), (k_scale, v_scale));
+        run(on(1), &mut qkv.clone(), Keys::Fp8(at(&mut keys8), at(&mut values8)), (k_scale, v_scale));
         let mut written = 0;
         for row in 0..rows {
             for head in 0..all {
@@ -643,8 +735,7 @@ fn weights_become_fp8_and_are_made_up() {
             let (mut weight, mut scales) = (weight.clone(), vec![0.0; n]);
             quantize_fp8(on, (n, k), at(&mut weight), at(out), at(&mut scales)).unwrap();
         });
-        quantize_fp8(&Emulator::default(), (n, k), at(&mut weight.clone()), at(&mut found.clone()), at(&mut scales))
-            .unwrap();
+        quantize_fp8(on(0), (n, k), at(&mut weight.clone()), at(&mut found.clone()), at(&mut scales)).unwrap();
         for (i, (found, weight)) in found.iter().zip(&weight).enumerate() {
             let scale = scales[i / k];
             near(found.to_f32() * scale, f64::from(weight.to_f32()), 1.0 / 15.0, f64::from(scale) / 500.0, &i);
@@ -689,18 +780,8 @@ fn draw(logits: &[f32], wishes: &[Wish], masks: &[u32], edits: &[Edit]) -> Vec<D
         let (mut scratch, mut drawn) = (vec![u64::MAX; rows * vocab], vec![Drawn::default(); rows]);
         let masks = if masks.is_empty() { Ptr::null() } else { at(&mut masks) };
         let (logits, wishes, edits) = (at(&mut logits), at(&mut wishes), at(&mut edits));
-        sample(
-            &Emulator { seed },
-            rows,
-            (vocab, stride),
-            logits,
-            wishes,
-            masks,
-            edits,
-            at(&mut scratch),
-            at(&mut drawn),
-        )
-        .unwrap();
+        sample(on(seed), rows, (vocab, stride), logits, wishes, masks, edits, at(&mut scratch), at(&mut drawn))
+            .unwrap();
         drawn
     };
     let drawn = draw(0);
@@ -823,12 +904,12 @@ fn greedy_masks_edits_and_log_probabilities() {
 
 #[test]
 fn drafts_count_up_to_the_first_that_did_not_come_true() {
+    let on = on(0);
     let token = |token| Drawn { token, ..Drawn::default() };
     let mut drawn: Vec<Drawn> = [5, 6, 7, 1, 2, 9, 4].map(token).to_vec();
     let mut drafts = vec![5, 6, -1, 1, 3, -1, -1];
     let mut spans = vec![0, 3, 3, 3, 6, 1];
     let mut accepted = vec![0; 3];
-    let on = Emulator::default();
-    verify(&on, 3, at(&mut drawn), at(&mut drafts), at(&mut spans), at(&mut accepted)).unwrap();
+    verify(on, 3, at(&mut drawn), at(&mut drafts), at(&mut spans), at(&mut accepted)).unwrap();
     assert_eq!(accepted, [3, 2, 1]);
 }

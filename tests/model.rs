@@ -473,6 +473,50 @@ fn tokens_templates_and_text_are_the_references() {
     check_text(&model, &golden);
 }
 
+/// What transformers computes, in f64, of a tiny checkpoint (`scripts/family_goldens.py`).
+#[derive(Deserialize)]
+struct FamilyGolden {
+    tokens: Vec<u32>,
+    positions: Vec<usize>,
+    logits: Vec<Vec<f32>>,
+}
+
+#[test]
+fn families_agree_with_transformers() {
+    for family in ["tiny-qwen3"] {
+        let file = tiny(family).join("golden.json");
+        let golden: FamilyGolden = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        let weights = Weights::open(&tiny(family)).unwrap();
+        let spec = weights.spec().unwrap();
+        let mut options = DecoderOptions {
+            pool: Arc::new(Pool::new(2)),
+            isa: Isa::detect(),
+            precision: Precision::Plain,
+            kv: KvType::F32,
+            kv_bytes: 0,
+            block_tokens: 16,
+            max_rows: 64,
+            max_sample_rows: 64,
+        };
+        options.kv_bytes = options.kv_block_bytes(&spec) * 8;
+        let vocab = spec.vocab;
+        let mut decoder = Decoder::open(&weights, spec, &options, &|_| ()).unwrap();
+        // In two pieces: the second one finds the first one's keys.
+        let (first, second) = golden.tokens.split_at(23);
+        let mut logits = Vec::new();
+        for (start, piece) in [(0, first), (first.len(), second)] {
+            let mut batch = Batch::default();
+            batch.push(piece, start as u32, &[3, 5, 1, 0], 0..piece.len() as u32);
+            logits.extend_from_slice(decoder.forward(&batch).unwrap().0);
+        }
+        for (position, expected) in golden.positions.iter().zip(&golden.logits) {
+            let found = &logits[position * vocab..][..vocab];
+            let off = found.iter().zip(expected).map(|(found, expected)| (found - expected).abs()).fold(0f32, f32::max);
+            assert!(off < CLOSE, "{family}, position {position}: off by {off}");
+        }
+    }
+}
+
 #[test]
 fn tiny_gguf_models_of_every_block_format_agree_with_the_reference() {
     check_plain(&tiny("tiny-gguf/legacy.gguf"), &golden("tiny-gguf/legacy.json"));

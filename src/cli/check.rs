@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use super::serve::Over;
 use super::table::{Side, render};
 use crate::base::{Millis, Result};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Model};
 use crate::model::Division;
 
 const EXAMPLES: &str = "\
@@ -97,6 +97,7 @@ fn summary(config: &Config) -> String {
                 super::bytes(model.kv_bytes as u64),
                 model.context.to_string(),
                 model.tensor_parallel.to_string(),
+                gpus(model),
                 model.path.display().to_string(),
             ]
         })
@@ -107,7 +108,18 @@ fn summary(config: &Config) -> String {
         ("KV", Side::Right),
         ("context", Side::Right),
         ("ranks", Side::Right),
+        ("GPUs", Side::Left),
         ("path", Side::Left),
     ];
     text + &render(&columns, &rows)
+}
+
+/// Which GPUs serve a model, if there are any.
+fn gpus(model: &Model) -> String {
+    let packing = format!("{:?}", model.on_gpu.weights).to_lowercase();
+    match &model.on_gpu.gpus {
+        _ if !model.is_for_gpus() => "-".into(),
+        None => format!("all, {packing}"),
+        Some(gpus) => format!("{}, {packing}", gpus.iter().map(u16::to_string).collect::<Vec<_>>().join(" ")),
+    }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::catalog::Block;
 use super::value::{ByteSize, Written};
-use super::{Format, KvType, Precision};
+use super::{Format, KvType, Packing, Precision};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -352,11 +352,12 @@ pub struct ModelSection {
     /// Example: `[0]`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus: Option<Vec<u16>>,
-    /// How a GPU keeps the matrices: `"bf16"`, or `"fp8"`, which is half as much to read for each token and rounds more.
-    /// Left out: `"fp8"` for ids that say so (`…-fp8`, `…-fp8-fast`), else `"bf16"`.
+    /// How a GPU keeps the matrices of the layers: `"bf16"`; `"fp8"`, which is half as much to read for each token and rounds more;
+    /// `"q4"`, a quarter as much: 4 bits and a scale for each 32 weights, as in a file of Q4_0, which is taken as it is.
+    /// Left out: `"fp8"` for ids that say so (`…-fp8`, `…-fp8-fast`), `"q4"` for `…-awq` and `…-int4`, else `"bf16"`.
     /// Example: `"fp8"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gpu_weights: Option<Format>,
+    pub gpu_weights: Option<Packing>,
     /// How a GPU keeps keys and values: `"bf16"`, or `"fp8"` for twice as many tokens.
     #[serde(default)]
     pub gpu_kv: Format,

@@ -262,13 +262,24 @@ pub struct Model {
     pub modified: Option<Millis>,
 }
 
+impl Model {
+    /// Whether GPUs serve it where there are any, unless their kernels do not take its shapes.
+    pub fn is_for_gpus(&self) -> bool {
+        self.task == Task::TextGeneration
+            && self.precision == Precision::Fast
+            && self.tensor_parallel == 1
+            && simulated(&self.path).is_none()
+            && self.on_gpu.gpus.as_ref().is_none_or(|gpus| !gpus.is_empty())
+    }
+}
+
 /// How GPUs serve a model.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct OnGpu {
     /// Which do, by ordinal; `None`: all that serve, `[]`: the CPU does.
     pub gpus: Option<Vec<u16>>,
     /// How matrices are kept.
-    pub weights: Format,
+    pub weights: Packing,
     /// How keys and values are kept.
     pub kv: Format,
     /// Bytes of KV pool on each; `None`: what is left.
@@ -344,7 +355,20 @@ pub enum KvType {
     F32,
 }
 
-/// How a GPU keeps numbers.
+/// How a GPU keeps matrices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Packing {
+    /// Rounded to 8 bits of mantissa.
+    #[default]
+    Bf16,
+    /// Half as large, and half as much to read: 3 bits of mantissa and a scale a channel.
+    Fp8,
+    /// A quarter as large: 4 bits and a scale for each 32 (GGUF's Q4_0).
+    Q4,
+}
+
+/// How a GPU keeps keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {

@@ -18,7 +18,7 @@ use super::file::{
 use super::machine::Surroundings;
 use super::value::{ByteSize, Written};
 use super::{
-    Account, Auth, Binding, Config, Draft, Engine, Format, Gpu, Log, Lora, Model, OnGpu, Overrides, Precision, Price,
+    Account, Auth, Binding, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision, Price,
     Server, Spill, Token,
 };
 use super::{simulated, synthetic};
@@ -583,7 +583,12 @@ fn models(
                 check.wrong(&key("gpus"), format_args!("{:?}", section.gpus.as_deref().unwrap_or_default()), wrong);
             }
         }
-        let says_fp8 = entry.id.as_str().split('-').any(|part| part == "fp8");
+        let says = |words: &[&str]| entry.id.as_str().split('-').any(|part| words.contains(&part));
+        let packing = match () {
+            () if says(&["fp8"]) => Packing::Fp8,
+            () if says(&["awq", "int4"]) => Packing::Q4,
+            () => Packing::Bf16,
+        };
         let spill = section.spill_bytes.map(|bytes| Spill {
             bytes: usize::try_from(bytes.0).unwrap_or(usize::MAX),
             folder: section.spill_folder.as_ref().map(|path| folder.join(path)),
@@ -607,7 +612,7 @@ fn models(
             tensor_parallel: ranks,
             on_gpu: OnGpu {
                 gpus: section.gpus.clone(),
-                weights: section.gpu_weights.unwrap_or(if says_fp8 { Format::Fp8 } else { Format::Bf16 }),
+                weights: section.gpu_weights.unwrap_or(packing),
                 kv: section.gpu_kv,
                 kv_bytes: section.kv_bytes.map(|bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
             },

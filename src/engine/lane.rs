@@ -148,7 +148,10 @@ impl Lane {
         if submit.adapter.as_ref().is_some_and(|adapter| !self.slot.runner.takes(adapter)) {
             return Err(Error::internal("an adapter that was opened for another model"));
         }
-        let vocabulary = submit.vocabulary.as_ref().unwrap_or(vocabulary);
+        if let Some(adapter) = &submit.adapter {
+            self.slot.runner.adopt(adapter)?;
+        }
+        let vocabulary = submit.vocabulary.as_ref().unwrap_or(&self.slot.vocabulary);
         let (answer, reply) = (Answer::new(&submit, vocabulary.clone()), Reply::new(&submit, vocabulary));
         let ask = Ask {
             account: &submit.account,
@@ -305,6 +308,12 @@ impl Lane {
             let draw = || answer.draw(part.choice, plan.ahead(row));
             Some(plan.given(row).map_or_else(draw, |token| answer.look_up(token)))
         })?;
+        if let Some([product, attention, other]) = self.slot.runner.parts()? {
+            let metrics = &self.slot.metrics;
+            metrics.gpu_product.observe(product);
+            metrics.gpu_attention.observe(attention);
+            metrics.gpu_other.observe(other);
+        }
         self.scribe.join()
     }
 

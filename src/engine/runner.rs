@@ -1,8 +1,11 @@
 //! Who executes a planned step: a model on a CPU or a GPU, a model divided over ranks, and the simulated device of tests and
 //! `simulate`.
 
+use std::sync::Arc;
+
 use crate::base::Result;
 use crate::kernel::Pool;
+use crate::kernel::gpu::Parts;
 use crate::model::lora::Adapter;
 use crate::model::{Batch, Decoder, GpuDecoder, GpuLogits, Group, Launched};
 
@@ -19,6 +22,14 @@ pub trait Runner: Send {
         false
     }
 
+    /// A request with this adapter, which it takes, is about to come.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`](crate::base::Kind::Busy) when there is no room for it now.
+    fn adopt(&mut self, _: &Arc<Adapter>) -> Result<()> {
+        Ok(())
+    }
+
     /// Writes K and V of all rows into their blocks, and computes logits of `batch.sample_rows`. Calls `meanwhile` once, on
     /// this thread, when the device has begun: whatever the caller can do before it knows the logits.
     ///
@@ -30,6 +41,14 @@ pub trait Runner: Send {
     /// How the last step was launched; `None`: it is not the device of this runner that launches.
     fn launched(&self) -> Option<Launched> {
         None
+    }
+
+    /// Seconds of a GPU's last step in products, attention and everything else, if they were measured.
+    ///
+    /// # Errors
+    /// As [`Runner::forward`].
+    fn parts(&mut self) -> Result<Option<Parts>> {
+        Ok(None)
     }
 
     /// Makes a block hold what another holds.
@@ -157,8 +176,20 @@ impl Runner for GpuDecoder {
         Ok(Logits::Gpu(Self::forward(self, batch, meanwhile)?))
     }
 
+    fn takes(&self, adapter: &Adapter) -> bool {
+        Self::takes(self, adapter)
+    }
+
+    fn adopt(&mut self, adapter: &Arc<Adapter>) -> Result<()> {
+        Self::adopt(self, adapter)
+    }
+
     fn launched(&self) -> Option<Launched> {
         Some(Self::launched(self))
+    }
+
+    fn parts(&mut self) -> Result<Option<Parts>> {
+        Self::parts(self)
     }
 
     fn copy(&mut self, from: u32, to: u32) {

@@ -33,7 +33,7 @@ pub use lowrank::{Adapters, Cut, Delta, Find, LowRank, MAX_RANK};
 pub use panel::{LANES, Panels, Part, Source};
 pub use pool::Pool;
 pub use quant::Dtype;
-pub use rows::{Activations, Rope, each_row, rotate};
+pub use rows::{Activations, Rope, each_row, norm_in_place, rotate};
 pub use simd::Isa;
 pub use words::{Then, WordRows, Words, layer_norm};
 

@@ -248,6 +248,25 @@ pub fn unpack_group(dtype: Dtype, row: &[u8], group: usize, codes: &mut [u8]) ->
     }
 }
 
+/// Numbers of a Q4_0 block, and its bytes.
+const Q4_0_BLOCK: (usize, usize) = (32, 18);
+
+/// Rounds a row to Q4_0 and appends it: a scale so that the number that is furthest from 0 becomes -8, as llama.cpp chooses it.
+///
+/// # Panics
+/// When the row is no multiple of 32 long.
+pub fn quantize_q4_0(row: &[f32], out: &mut Vec<u8>) {
+    assert!(row.len().is_multiple_of(Q4_0_BLOCK.0));
+    for block in row.chunks_exact(Q4_0_BLOCK.0) {
+        let furthest = block.iter().copied().fold(0f32, |far, value| if value.abs() > far.abs() { value } else { far });
+        let (scale, inverse) = if furthest == 0.0 { (0.0, 0.0) } else { (furthest / -8.0, -8.0 / furthest) };
+        let scale = f16::from_f32(scale);
+        let code = |value: f32| (value * inverse + 8.5).clamp(0.0, 15.0) as u8;
+        out.extend(scale.to_le_bytes());
+        out.extend((0..16).map(|at| code(block[at]) | code(block[at + 16]) << 4));
+    }
+}
+
 /// Turns a row into numbers: `out.len()` weights from `row`.
 ///
 /// # Errors
@@ -335,6 +354,7 @@ fn k_group(block: &[u8], group: usize) -> Group {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::testing::Dice;
 
     /// `[u32 type][u32 weights][u32 bytes][row][f32 x weights]` for each type, written by `scripts/quant_goldens.py`.
     const GOLDENS: &[u8] = include_bytes!("goldens/quant.bin");
@@ -400,5 +420,26 @@ mod tests {
         assert_eq!(Dtype::Q4_K.row_bytes(512), Some(288));
         assert!(dequantize_row(Dtype::Q4_0, &[0; 17], &mut [0.0; 32]).is_err());
         assert!(dequantize_row(Dtype::F32, &[0; 8], &mut [0.0; 3]).is_err());
+    }
+
+    #[test]
+    fn rounding_to_four_bits_is_off_by_at_most_a_scale() {
+        let mut dice = Dice::new(9);
+        let mut row = dice.values(96);
+        row[32..64].fill(0.0);
+        row[40] = -3.0;
+        let (mut bytes, mut back) = (Vec::new(), vec![0f32; 96]);
+        quantize_q4_0(&row, &mut bytes);
+        assert_eq!(Some(bytes.len()), Dtype::Q4_0.row_bytes(96));
+        dequantize_row(Dtype::Q4_0, &bytes, &mut back).unwrap();
+        for (block, back) in row.chunks(32).zip(back.chunks(32)) {
+            let scale = block.iter().fold(0f32, |far, value| far.max(value.abs())) / 8.0;
+            let off = block.iter().zip(back).map(|(value, back)| (value - back).abs()).fold(0f32, f32::max);
+            assert!(off <= scale * 1.001, "{off} of {scale}");
+        }
+        assert!((back[40] + 3.0).abs() < 0.01 && back[41] == 0.0, "{} {}", back[40], back[41]);
+        bytes.clear();
+        quantize_q4_0(&[0.0; 32], &mut bytes);
+        assert!(bytes[..2] == [0, 0]);
     }
 }

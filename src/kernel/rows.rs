@@ -160,6 +160,13 @@ fn norm_row(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     unsafe { norm(isa, x.as_ptr(), weight.as_ptr(), eps, x.len(), out.as_mut_ptr()) }
 }
 
+/// The RMS norm of a row in its own place.
+pub fn norm_in_place(isa: Isa, row: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(row.len(), weight.len());
+    // SAFETY: equally long; each number is read before it is written, and none is read after that.
+    unsafe { norm(isa, row.as_ptr(), weight.as_ptr(), eps, row.len(), row.as_mut_ptr()) }
+}
+
 by_isa! { fn norm(x: *const f32, weight: *const f32, eps: f32, len: usize, out: *mut f32) = norm_body }
 
 #[inline(always)]

@@ -130,6 +130,7 @@ struct EngineVecs {
     draft_time: HistogramVec,
     step_gap: HistogramVec,
     graph_steps: IntCounterVec,
+    gpu_part: HistogramVec,
 }
 
 /// The series of one model on one device, resolved when the model is installed.
@@ -219,6 +220,12 @@ pub struct EngineMetrics {
     pub graph_noted: IntCounter,
     /// Steps that it was told of launch by launch, since no other is like them.
     pub graph_eager: IntCounter,
+    /// Seconds of a step in products with weights.
+    pub gpu_product: Histogram,
+    /// Seconds of a step in attention.
+    pub gpu_attention: Histogram,
+    /// Seconds of a step in everything else.
+    pub gpu_other: Histogram,
 }
 
 impl Metrics {
@@ -465,6 +472,12 @@ impl Metrics {
                     "Steps on a GPU: launched as a whole (`replayed`), noted for that (`noted`), or launched piece by piece because of prompts or drafts (`eager`).",
                     &["model", "device", "launch"],
                 ),
+                gpu_part: r.histograms(
+                    "neurond_gpu_part_seconds",
+                    "What the time of a step on a GPU goes into (`product`, `attention`, `other`), of one step in 128.",
+                    &["model", "device", "part"],
+                    INTER_TOKEN,
+                ),
                 step_gap: r.histograms(
                     "neurond_step_gap_seconds",
                     "How much of a step the device waited: planning what could not be decided before the tokens of the step before were known, and delivery.",
@@ -527,6 +540,9 @@ impl Metrics {
             graph_replayed: v.graph_steps.with_label_values(&[l[0], l[1], "replayed"]),
             graph_noted: v.graph_steps.with_label_values(&[l[0], l[1], "noted"]),
             graph_eager: v.graph_steps.with_label_values(&[l[0], l[1], "eager"]),
+            gpu_product: v.gpu_part.with_label_values(&[l[0], l[1], "product"]),
+            gpu_attention: v.gpu_part.with_label_values(&[l[0], l[1], "attention"]),
+            gpu_other: v.gpu_part.with_label_values(&[l[0], l[1], "other"]),
         }
     }
 

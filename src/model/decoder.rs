@@ -15,7 +15,7 @@ use crate::base::{Error, Result};
 use crate::config::{KvType, Precision};
 use crate::kernel::{
     Activations, Adapters, Arena, Attention, Buffer, Collective, Cpu, Delta, Isa, KvLayout, KvSpan, Linear, MAX_DIM,
-    MAX_GROUP, Out, Panels, Pool, Query, Rope, each_row, gated, rotate,
+    MAX_GROUP, Out, Panels, Pool, Query, Rope, each_row, gated, norm_in_place, rotate,
 };
 use crate::model::Batch;
 use crate::model::batch::Bounds;
@@ -346,7 +346,7 @@ impl Decoder {
         ranks.all_reduce(&self.cpu, &partial[..rows * hidden], &mut x[..rows * hidden])
     }
 
-    /// x += output(attention(rope(qkv(norm(x)))))
+    /// x += output(attention(rope(qkv(norm(x))))), heads normed before they are turned where the family does
     fn attend(&mut self, index: usize, batch: &Batch, errand: &mut dyn FnMut()) -> Result<()> {
         let (spec, cpu, work, layer) = (&self.shard.spec, &self.cpu, &mut self.work, &self.layers[index]);
         let (rows, dim) = (batch.rows(), spec.head_dim);
@@ -362,10 +362,16 @@ impl Decoder {
         layer.qkv.apply_beside(errand, cpu, &work.inputs, rows, out, delta);
 
         let (qkv, blocks, rope) = (work.qkv.share(), self.kv.share(index), &self.rope);
+        let norms = layer.head_norms.as_ref();
         each_row(cpu, rows, stride, |row| {
             // SAFETY: each row is handed out once.
             let (q, kv) = unsafe { qkv.part(row * stride, stride) }.split_at_mut(q_width);
             let (keys, values) = kv.split_at_mut(kv_width);
+            if let Some([of_queries, of_keys]) = norms {
+                let norm = |head: &mut [f32], weight| norm_in_place(cpu.isa, head, weight, spec.norm_eps);
+                q.chunks_exact_mut(dim).for_each(|head| norm(head, of_queries));
+                keys.chunks_exact_mut(dim).for_each(|head| norm(head, of_keys));
+            }
             q.chunks_exact_mut(dim).for_each(|head| rotate(cpu.isa, head, rope.of(row)));
             let (block, slot) = place(batch, row, layout.block_tokens);
             for (head, (key, value)) in keys.chunks_exact_mut(dim).zip(values.chunks_exact(dim)).enumerate() {

@@ -6,8 +6,8 @@
 //!                     └──────────────────────────────────────────────────────────────┘└─────────────────────────────────────┘
 //! ```
 //!
-//! All memory is taken when the model is loaded. Activations are bf16, sums and logits f32; matrices are bf16, or fp8 with a scale a
-//! channel, whose rows are quantised in the step before them. Tokens are drawn where the logits are ([`GpuLogits`]).
+//! All memory is taken when the model is loaded. Activations are bf16, sums and logits f32; matrices are bf16, or 4 bits in blocks, or fp8
+//! with a scale a channel, whose rows are quantised in the step before them. Tokens are drawn where the logits are ([`GpuLogits`]).
 //!
 //! A step in which every sequence has one row is launched as a whole: what it launches is noted once for each of a few numbers of
 //! rows, and whatever differs from step to step lies in the device's memory. Rows that fill such a number up write nothing.
@@ -16,30 +16,35 @@
 
 mod draw;
 mod load;
+mod lora;
 mod synthetic;
 
 use std::sync::Arc;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use self::draw::Drawing;
 pub use self::draw::GpuLogits;
 use self::load::Loader;
 pub use self::load::Source;
-pub use self::synthetic::synthetic;
+use self::lora::Adapters;
+pub use self::synthetic::{Synthetic, synthetic};
 
 use crate::base::{Error, Result};
-use crate::config::Format;
+use crate::config::{Format, Packing};
 use crate::kernel::Pool;
 use crate::kernel::gpu::{
-    Attention, Bits, Card, Fp8, Gate, Heads, Item, Keys, LARGE_UNIT, Merge, NARROW, Norm, Normed, PagedKv, Ptr, RopeKv,
-    SMALL_ROWS, Scaled, Sink, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small, quantize_fp8,
-    rope_kv_write, silu_mul,
+    Attention, Bits, Card, Fp8, Gate, Heads, Item, Keys, LARGE_UNIT, Merge, NARROW, Norm, Normed, PagedKv, Part, Parts,
+    Ptr, RopeKv, SMALL_ROWS, Scaled, Sink, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small,
+    quantize_fp8, rope_kv_write, silu_mul,
 };
 use crate::model::Batch;
 use crate::model::batch::Bounds;
+use crate::model::lora::{Adapter, Module};
 use crate::model::spec::DecoderSpec;
 
+/// Of so many steps one is launched piece by piece to see what its time goes into.
+const TIMED_EVERY: u64 = 128;
 /// Rows of a step that is launched as a whole are filled up to a multiple of this, above it.
 const FEW: usize = 8;
 
@@ -50,8 +55,16 @@ pub enum KvSize {
     Bytes(usize),
     /// So many blocks.
     Blocks(usize),
-    /// This share of what is free when everything else has its memory.
-    Share(f64),
+    /// As many blocks as this share of what is free when everything else of the decoder has its memory; out of it a draft model takes
+    /// `beside` bytes and `each` for every block.
+    Share {
+        /// Above 0, at most 1.
+        share: f64,
+        /// Of another decoder's weights.
+        beside: usize,
+        /// Of another decoder's blocks.
+        each: usize,
+    },
 }
 
 /// How a decoder is laid out on a GPU.
@@ -60,7 +73,7 @@ pub struct GpuOptions {
     /// Threads of the host, which convert weights and draw tokens.
     pub pool: Arc<Pool>,
     /// Of all matrices but the embedding and the head.
-    pub weights: Format,
+    pub weights: Packing,
     /// Of keys and values.
     pub kv: Format,
     /// Size of the KV pool.
@@ -75,6 +88,8 @@ pub struct GpuOptions {
     pub max_sequences: usize,
     /// Tokens of a sequence, at most.
     pub context: usize,
+    /// Share of the drafts that come true, where weights are made up.
+    pub accept: Option<f32>,
 }
 
 /// A model ready to compute: weights, KV pool and work buffers on a device.
@@ -94,8 +109,12 @@ pub struct GpuDecoder {
     work: Work,
     attention: Attention,
     drawing: Drawing,
+    adapters: Adapters,
     /// The note of a whole step, by [`bucket`] of its rows.
     notes: Vec<Option<usize>>,
+    steps: u64,
+    /// The last step was timed, and nobody has asked yet.
+    timed: bool,
     /// How the last step was launched.
     launched: Launched,
     /// What a copy of blocks ran into: the next step says so.
@@ -107,6 +126,8 @@ struct Layer {
     qkv: Matrix,
     /// Of the model's, all heads; null if it has none.
     bias: Ptr<bf16>,
+    /// Of each head of queries, and of keys; null weights if there are none.
+    head_norms: [Norm; 2],
     output: Matrix,
     ffn_norm: Norm,
     gate_up: Matrix,
@@ -125,6 +146,8 @@ struct Matrix {
 enum Data {
     Bf16(Ptr<bf16>),
     Fp8(Scaled),
+    /// As [`pack_q4`](crate::kernel::gpu::pack_q4) packs it.
+    Q4(Ptr<u32>, Ptr<f16>),
 }
 
 /// Rows on their way into a matrix.
@@ -143,7 +166,7 @@ impl Rows {
     /// Where they go for this matrix.
     fn for_matrix(&self, matrix: &Matrix) -> Normed {
         match matrix.data {
-            Data::Bf16(_) => Normed::Bf16(self.bf16),
+            Data::Bf16(_) | Data::Q4(..) => Normed::Bf16(self.bf16),
             Data::Fp8(_) => Normed::Fp8(self.fp8, self.scales),
         }
     }
@@ -160,14 +183,33 @@ struct KvPool {
     pair: Ptr<i32>,
 }
 
+impl GpuOptions {
+    /// Bytes of a KV block over all layers.
+    pub fn kv_block_bytes(&self, spec: &DecoderSpec) -> usize {
+        let element = if self.kv == Format::Bf16 { 2 } else { 1 };
+        2 * spec.layers * spec.kv_width() * self.block_tokens * element
+    }
+
+    /// Bytes of all weights, scales and the like left out.
+    pub fn weight_bytes(&self, spec: &DecoderSpec) -> usize {
+        let bits = |name: &str| match self.weights {
+            _ if !name.starts_with("blk.") => 16,
+            Packing::Bf16 => 16,
+            Packing::Fp8 => 8,
+            // And a scale for each 32.
+            Packing::Q4 => 5,
+        };
+        spec.tensors().map(|(name, rows, cols)| rows * cols * bits(&name) / 8).sum()
+    }
+}
+
 impl KvPool {
     fn alloc(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<Self> {
-        let element = if options.kv == Format::Bf16 { 2 } else { 1 };
-        let block_bytes = spec.kv_width() * options.block_tokens * element;
-        let whole = 2 * spec.layers * block_bytes;
-        let fit = |bytes: usize| match bytes / whole {
+        let whole = options.kv_block_bytes(spec);
+        let block_bytes = whole / (2 * spec.layers);
+        let fit = |bytes: usize, block: usize| match bytes / block {
             0 => Err(Error::bad_input(format!(
-                "a block of {} tokens takes {whole} bytes, and the KV pool on {} has {bytes}: give it more with kv_bytes, or free \
+                "a block of {} tokens takes {block} bytes, and the KV pool on {} has {bytes}: give it more with kv_bytes, or free \
                  memory of the GPU",
                 options.block_tokens,
                 card.name(),
@@ -175,9 +217,11 @@ impl KvPool {
             blocks => Ok(blocks),
         };
         let blocks = match options.kv_size {
-            KvSize::Bytes(bytes) => fit(bytes)?,
+            KvSize::Bytes(bytes) => fit(bytes, whole)?,
             KvSize::Blocks(blocks) => blocks,
-            KvSize::Share(share) => fit((card.free_bytes()? as f64 * share) as usize)?,
+            KvSize::Share { share, beside, each } => {
+                fit(((card.free_bytes()? as f64 * share) as usize).saturating_sub(beside), whole + each)?
+            }
         };
         Ok(Self {
             data: card.alloc(blocks * whole)?,
@@ -273,6 +317,10 @@ pub enum Launched {
 struct Extent {
     rows: usize,
     sampled: usize,
+    /// Its parts are timed.
+    timed: bool,
+    /// Some rows have an adapter.
+    adapted: bool,
     /// Items of attention, and merges with the most rows of one: narrow, wide.
     items: [(usize, usize, usize); 2],
 }
@@ -303,7 +351,11 @@ impl GpuDecoder {
         let heads = Heads { heads: spec.heads, kv_heads: spec.kv_heads, dim: spec.head_dim };
         Attention::takes(heads)?;
         let widths = [("hidden size", spec.hidden), ("query width", spec.q_width()), ("feed-forward", spec.ffn)];
-        let unit = if options.weights == Format::Fp8 { 64 } else { 32 };
+        let unit = match options.weights {
+            Packing::Bf16 => 32,
+            Packing::Fp8 => 64,
+            Packing::Q4 => 128,
+        };
         if let Some((what, width)) = widths.iter().find(|(_, width)| !width.is_multiple_of(unit)) {
             return Err(Error::unsupported(format!("a {what} of {width}: GPU kernels take multiples of {unit}")));
         }
@@ -316,13 +368,13 @@ impl GpuDecoder {
             [options.max_rows, options.max_sample_rows].map(|rows| rows.max(1).next_multiple_of(LARGE_UNIT));
 
         let mut loader = Loader::new(&*card, source, &spec, &options.pool, progress);
-        let embedding = loader.matrix(&["token_embd.weight"], None, Format::Bf16)?;
+        let embedding = loader.matrix(&["token_embd.weight"], None, Packing::Bf16)?;
         let layers: Vec<Layer> =
             (0..spec.layers).map(|layer| loader.layer(layer, options.weights)).collect::<Result<_>>()?;
         let norm = loader.norm("output_norm.weight", spec.norm_eps)?;
         let head = match spec.tied_head {
             true => embedding,
-            false => loader.matrix(&["output.weight"], None, Format::Bf16)?,
+            false => loader.matrix(&["output.weight"], None, Packing::Bf16)?,
         };
         let Data::Bf16(embedding) = embedding.data else {
             return Err(Error::internal("the embedding is not in bf16"));
@@ -356,6 +408,7 @@ impl GpuDecoder {
             logits: card.alloc(sample_rows * head.n)?,
         };
         let drawing = Drawing::alloc(&*card, sample_rows, spec.vocab)?;
+        let adapters = Adapters::alloc(&*card, &spec, rows, options.max_sequences.max(1))?;
         // Last, so that it can have what is left.
         let kv = KvPool::alloc(&*card, &spec, &options)?;
         progress(1.0);
@@ -371,7 +424,10 @@ impl GpuDecoder {
             work,
             attention: Attention::default(),
             drawing,
+            adapters,
             notes: vec![None; bucket(options.max_sequences).1 + 1],
+            steps: 0,
+            timed: false,
             launched: Launched::Eager,
             failed: None,
             card,
@@ -398,6 +454,19 @@ impl GpuDecoder {
     /// Bytes of a block over all layers.
     pub fn block_bytes(&self) -> usize {
         2 * self.spec.layers * self.kv.block_bytes
+    }
+
+    /// Whether it can compute with this adapter.
+    pub fn takes(&self, adapter: &Adapter) -> bool {
+        adapter.fits(&self.spec)
+    }
+
+    /// Brings an adapter over that steps will have, unless it is there.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`](crate::base::Kind::Busy) when there is no memory for it now, and the device's.
+    pub fn adopt(&mut self, adapter: &Arc<Adapter>) -> Result<()> {
+        self.adapters.adopt(&*self.card, adapter)
     }
 
     /// How the last step was launched.
@@ -465,7 +534,14 @@ impl GpuDecoder {
         })?;
         let rows = batch.rows();
         let whole = (is_decode(batch) && rows <= self.options.max_sequences).then(|| bucket(rows));
-        let extent = self.tell(batch, whole.map(|(rows, _)| rows))?;
+        let mut extent = self.tell(batch, whole.map(|(rows, _)| rows))?;
+        if extent.adapted {
+            self.adapters.tell(&*self.card, batch)?;
+        }
+        self.steps += 1;
+        extent.timed = self.steps.is_multiple_of(TIMED_EVERY) && batch.rows() > 0;
+        self.timed = extent.timed;
+        let whole = whole.filter(|_| !extent.timed);
         self.launched = match whole.map(|(_, at)| (at, self.notes[at])) {
             Some((_, Some(note))) => {
                 self.card.replay(note)?;
@@ -482,24 +558,52 @@ impl GpuDecoder {
             }
         };
         errand();
+        if self.options.accept.is_some() {
+            self.drawing.foresee(batch);
+        }
         Ok(GpuLogits::new(self, batch.sample_rows.len()))
+    }
+
+    /// What the time of the last step went into, if that was looked at.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn parts(&mut self) -> Result<Option<Parts>> {
+        match std::mem::take(&mut self.timed) {
+            true => self.card.marked().map(Some),
+            false => Ok(None),
+        }
+    }
+
+    /// What follows is timed as this part.
+    fn mark(&self, extent: Extent, part: Part) -> Result<()> {
+        if extent.timed { self.card.mark(Some(part)) } else { Ok(()) }
     }
 
     /// Launches all of a step.
     fn launch(&self, extent: Extent) -> Result<()> {
         let Extent { rows, sampled, .. } = extent;
         let (card, spec, work) = (&*self.card, &self.spec, &self.work);
+        self.mark(extent, Part::Other)?;
         embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, 0..spec.vocab, 1.0, work.x)?;
         for (index, layer) in self.layers.iter().enumerate() {
             self.attend(index, layer, extent)?;
-            self.feed_forward(layer, rows)?;
+            self.feed_forward(index, layer, extent)?;
         }
-        if sampled == 0 {
-            return Ok(());
+        if sampled > 0 {
+            self.head(extent)?;
         }
+        if extent.timed { card.mark(None) } else { Ok(()) }
+    }
+
+    /// Logits of the rows that are wanted.
+    fn head(&self, extent: Extent) -> Result<()> {
+        let (card, spec, work, sampled) = (&*self.card, &self.spec, &self.work, extent.sampled);
+        self.mark(extent, Part::Other)?;
         gather_rows(card, sampled, work.x, self.step.sampled.device, spec.hidden, work.sampled)?;
         let normed = Normed::Bf16(work.inputs.bf16);
         add_rms_norm(card, sampled, spec.hidden, work.sampled, Ptr::null(), self.norm, normed)?;
+        self.mark(extent, Part::Product)?;
         self.product(&self.head, work.inputs, sampled, Sink::Wide(work.logits))
     }
 
@@ -539,21 +643,39 @@ impl GpuDecoder {
         let most = |merges: &[Merge]| merges.iter().map(|merge| merge.rows as usize).max().unwrap_or(0).max(1);
         let items = [(&plan.narrow, &plan.narrow_merges), (&plan.wide, &plan.wide_merges)];
         let items = items.map(|(items, merges)| (items.len(), merges.len(), most(merges)));
-        Ok(Extent { rows, sampled: batch.sample_rows.len() + more, items })
+        let (adapted, timed) = (!batch.adapters.is_empty(), false);
+        Ok(Extent { rows, sampled: batch.sample_rows.len() + more, timed, adapted, items })
     }
 
     /// x += output(attention(rope(qkv(norm(x)))))
     fn attend(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
         let (card, spec, work, step, heads) = (&*self.card, &self.spec, &self.work, &self.step, self.heads);
         let rows = extent.rows;
+        self.mark(extent, Part::Other)?;
         let into = work.inputs.for_matrix(&layer.qkv);
         add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.attention_norm, into)?;
+        self.mark(extent, Part::Product)?;
         self.product(&layer.qkv, work.inputs, rows, Sink::Set(work.qkv))?;
-        let none = Norm { weight: Ptr::null(), eps: 0.0, offset: 0.0 };
-        let rope =
-            RopeKv { frequencies: self.frequencies, magnitude: 1.0, bias: layer.bias, q_norm: none, k_norm: none };
+        self.mark(extent, Part::Other)?;
+        if extent.adapted {
+            if let Normed::Fp8(..) = into {
+                // Adapters take what it was before it was rounded.
+                let exact = Normed::Bf16(work.inputs.bf16);
+                add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.attention_norm, exact)?;
+            }
+            let mut first = 0;
+            for (module, n) in [(Module::Q, spec.q_width()), (Module::K, spec.kv_width()), (Module::V, spec.kv_width())]
+            {
+                let out = work.qkv.part(first, work.qkv.len() - first);
+                self.adapters.add(card, (index, module), (n, spec.hidden), work.inputs.bf16, out, layer.qkv.n)?;
+                first += n;
+            }
+        }
+        let [q_norm, k_norm] = layer.head_norms;
+        let rope = RopeKv { frequencies: self.frequencies, magnitude: 1.0, bias: layer.bias, q_norm, k_norm };
         let kv = self.kv.layer(self.options.kv, index);
         rope_kv_write(card, rows, heads, work.qkv, step.positions.device, step.slots.device, &rope, &kv)?;
+        self.mark(extent, Part::Attention)?;
         let scale = 1.0 / (spec.head_dim as f32).sqrt();
         let attended = work.inputs.bf16;
         let tiles = [(NARROW, &step.narrow, &step.narrow_merges), (WIDE, &step.wide, &step.wide_merges)];
@@ -574,20 +696,52 @@ impl GpuDecoder {
                 work.partial,
             )?;
         }
+        self.mark(extent, Part::Other)?;
         if let Normed::Fp8(out, scales) = work.inputs.for_matrix(&layer.output) {
             quantize_fp8(card, (rows, spec.q_width()), attended, out, scales)?;
         }
-        self.product(&layer.output, work.inputs, rows, Sink::Add(work.x))
+        self.mark(extent, Part::Product)?;
+        self.product(&layer.output, work.inputs, rows, Sink::Add(work.x))?;
+        self.mark(extent, Part::Other)?;
+        if extent.adapted {
+            let shape = (spec.hidden, spec.q_width());
+            self.adapters.add(card, (index, Module::O), shape, attended, work.x, spec.hidden)?;
+        }
+        Ok(())
     }
 
     /// x += down(silu(gate(norm(x))) * up(norm(x)))
-    fn feed_forward(&self, layer: &Layer, rows: usize) -> Result<()> {
-        let (card, spec, work) = (&*self.card, &self.spec, &self.work);
+    fn feed_forward(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
+        let (card, spec, work, rows) = (&*self.card, &self.spec, &self.work, extent.rows);
         let into = work.inputs.for_matrix(&layer.gate_up);
         add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.ffn_norm, into)?;
+        self.mark(extent, Part::Product)?;
         self.product(&layer.gate_up, work.inputs, rows, Sink::Set(work.gate_up))?;
-        silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, work.middle.for_matrix(&layer.down))?;
-        self.product(&layer.down, work.middle, rows, Sink::Add(work.x))
+        self.mark(extent, Part::Other)?;
+        if extent.adapted {
+            if let Normed::Fp8(..) = into {
+                let exact = Normed::Bf16(work.inputs.bf16);
+                add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.ffn_norm, exact)?;
+            }
+            for (module, first) in [(Module::Gate, 0), (Module::Up, spec.ffn)] {
+                let out = work.gate_up.part(first, work.gate_up.len() - first);
+                let shape = (spec.ffn, spec.hidden);
+                self.adapters.add(card, (index, module), shape, work.inputs.bf16, out, layer.gate_up.n)?;
+            }
+        }
+        let into = work.middle.for_matrix(&layer.down);
+        silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, into)?;
+        self.mark(extent, Part::Product)?;
+        self.product(&layer.down, work.middle, rows, Sink::Add(work.x))?;
+        self.mark(extent, Part::Other)?;
+        if extent.adapted {
+            if let Normed::Fp8(..) = into {
+                silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, Normed::Bf16(work.middle.bf16))?;
+            }
+            let shape = (spec.hidden, spec.ffn);
+            self.adapters.add(card, (index, Module::Down), shape, work.middle.bf16, work.x, spec.hidden)?;
+        }
+        Ok(())
     }
 
     /// `x * matrix^T` into `out`.
@@ -595,6 +749,7 @@ impl GpuDecoder {
         let (card, Matrix { n, k, data }) = (&*self.card, *matrix);
         let part = |first: usize, count: usize| match data {
             Data::Bf16(data) => Weight::Bf16(data, x.bf16.part(first * k, count * k)),
+            Data::Q4(codes, scales) => Weight::Q4(codes, scales, x.bf16.part(first * k, count * k)),
             Data::Fp8(data) => {
                 let x = Scaled { data: x.fp8.part(first * k, count * k), scales: x.scales.part(first, count) };
                 Weight::Fp8(data, x)

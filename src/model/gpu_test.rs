@@ -5,9 +5,11 @@ use std::sync::Arc;
 use super::*;
 use crate::base::Kind;
 use crate::config::{KvType, Precision};
-use crate::kernel::gpu::EmulatedCard;
+use crate::kernel::gpu::{EmulatedCard, Wish};
+use crate::kernel::testing::Dice;
 use crate::kernel::{Dtype, Isa};
-use crate::model::tests_support::Tiny;
+use crate::model::lora::{CONFIG_FILE, Shape, WEIGHTS_FILE};
+use crate::model::tests_support::{SafeTensor, Tiny, safetensors};
 use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
 
@@ -44,7 +46,7 @@ struct Pair {
     cpu: Decoder,
 }
 
-fn options(weights: Format, kv: Format, kv_size: KvSize) -> GpuOptions {
+fn options(weights: Packing, kv: Format, kv_size: KvSize) -> GpuOptions {
     GpuOptions {
         pool: Arc::new(Pool::new(2)),
         weights,
@@ -55,6 +57,7 @@ fn options(weights: Format, kv: Format, kv_size: KvSize) -> GpuOptions {
         max_sample_rows: 8,
         max_sequences: 4,
         context: BLOCK * BLOCKS,
+        accept: None,
     }
 }
 
@@ -64,16 +67,19 @@ fn weights(tiny: &Tiny) -> Weights {
 }
 
 impl Pair {
-    fn new(card: Box<dyn Card>, tiny: &Tiny, format: Format, kv: Format) -> Self {
-        let weights = weights(tiny);
+    fn new(card: Box<dyn Card>, tiny: &Tiny, packing: Packing, kv: Format) -> Self {
+        Self::of(card, &weights(tiny), packing, kv)
+    }
+
+    fn of(card: Box<dyn Card>, weights: &Weights, packing: Packing, kv: Format) -> Self {
         let spec = weights.spec().unwrap();
         let element = if kv == Format::Bf16 { 2 } else { 1 };
         let bytes = 2 * spec.layers * spec.kv_width() * BLOCK * BLOCKS * element;
         let gpu = GpuDecoder::open(
             card,
-            Source::File(&weights),
+            Source::File(weights),
             spec.clone(),
-            &options(format, kv, KvSize::Bytes(bytes)),
+            &options(packing, kv, KvSize::Bytes(bytes)),
             &|_| (),
         )
         .unwrap();
@@ -89,7 +95,7 @@ impl Pair {
             max_sample_rows: 8,
         };
         options.kv_bytes = options.kv_block_bytes(&spec) * BLOCKS;
-        Self { gpu, cpu: Decoder::open(&weights, spec, &options, &|_| ()).unwrap() }
+        Self { gpu, cpu: Decoder::open(weights, spec, &options, &|_| ()).unwrap() }
     }
 
     /// Both compute a step: how far the GPU is off, root mean squares of errors and of logits compared.
@@ -123,8 +129,11 @@ fn emulated() -> Box<dyn Card> {
     Box::new(EmulatedCard::new(2))
 }
 
-fn follow(card: Box<dyn Card>, tiny: &Tiny, format: Format, kv: Format, most: f32) {
-    let mut pair = Pair::new(card, tiny, format, kv);
+fn follow(card: Box<dyn Card>, tiny: &Tiny, packing: Packing, kv: Format, most: f32) {
+    follow_pair(Pair::new(card, tiny, packing, kv), most);
+}
+
+fn follow_pair(mut pair: Pair, most: f32) {
     let vocab = pair.gpu.spec().vocab;
     // Long and short prompts together, a chunk that goes on behind a decoding row, then decoding rows alone: as many as were
     // noted before, and fewer.
@@ -142,22 +151,82 @@ fn follow(card: Box<dyn Card>, tiny: &Tiny, format: Format, kv: Format, most: f3
         let mut batch = Batch::default();
         parts.iter().for_each(|&(slot, start, count)| part(&mut batch, slot, start, count, vocab));
         let off = pair.step(&batch);
-        assert!(off < most, "step {at} in {format:?} with KV in {kv:?} is off by {off}");
+        let GpuOptions { weights, kv, .. } = &pair.gpu.options;
+        assert!(off < most, "step {at} in {weights:?} with KV in {kv:?} is off by {off}");
     }
 }
 
 #[test]
 fn it_computes_what_the_cpu_does() {
     for tiny in [&LLAMA, &QWEN] {
-        follow(emulated(), tiny, Format::Bf16, Format::Bf16, 0.03);
-        follow(emulated(), tiny, Format::Fp8, Format::Fp8, 0.25);
+        follow(emulated(), tiny, Packing::Bf16, Format::Bf16, 0.03);
+        follow(emulated(), tiny, Packing::Fp8, Format::Fp8, 0.25);
+    }
+}
+
+/// Heads that are normed before they are turned.
+#[test]
+fn a_qwen3_computes_what_it_does_on_the_cpu() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny-qwen3");
+    let weights = Weights::open(&folder).unwrap();
+    assert!(weights.spec().unwrap().qk_norm);
+    follow_pair(Pair::of(emulated(), &weights, Packing::Bf16, Format::Bf16), 0.03);
+}
+
+/// A file in 4 bits is computed as it is, one in 16 is rounded to them.
+#[test]
+fn four_bits_are_those_of_the_file() {
+    let file = Tiny { hidden: 256, heads: 4, kv_heads: 2, ffn: 384, dtypes: &[Dtype::Q4_0], ..LLAMA };
+    follow(emulated(), &file, Packing::Q4, Format::Bf16, 0.03);
+    follow(emulated(), &Tiny { dtypes: &[Dtype::F16], ..file }, Packing::Q4, Format::Bf16, 0.5);
+}
+
+/// Weights that are made up: of numbers, and of no two rows alike.
+#[test]
+fn random_weights_compute_numbers() {
+    for packing in [Packing::Bf16, Packing::Fp8, Packing::Q4] {
+        let spec = synthetic("tiny").unwrap().spec;
+        let options = options(packing, Format::Bf16, KvSize::Blocks(BLOCKS));
+        let mut gpu = GpuDecoder::open(emulated(), Source::Random, spec, &options, &|_| ()).unwrap();
+        let mut batch = Batch::default();
+        part(&mut batch, 0, 0, 9, 512);
+        part(&mut batch, 1, 0, 4, 512);
+        let found = logits(gpu.forward(&batch, &mut || ()).unwrap());
+        let (first, second) = found.split_at(512);
+        assert!(found.iter().all(|logit| logit.is_finite()) && first != second, "{packing:?}");
+        let square = first.iter().map(|logit| logit * logit).sum::<f32>() / 512.0;
+        assert!((0.1..10.0).contains(&square), "{packing:?}: mean square {square}");
+    }
+    assert!(synthetic("llama-9").unwrap_err().message().contains("llama-3.1-8b"));
+    assert!(synthetic("tiny,accept=2").unwrap_err().message().contains("a share from 0 to 1"));
+}
+
+/// As many drafts come true as are asked for, and those that do not are never right by chance.
+#[test]
+fn drafts_of_made_up_weights_come_true_as_often_as_they_are_told_to() {
+    for share in [0.0, 0.7, 1.0] {
+        let Synthetic { spec, accept } = synthetic(&format!("tiny,accept={share}")).unwrap();
+        let options = GpuOptions { accept, ..options(Packing::Bf16, Format::Bf16, KvSize::Blocks(BLOCKS)) };
+        let mut gpu = GpuDecoder::open(emulated(), Source::Random, spec, &options, &|_| ()).unwrap();
+        let (mut right, mut all) = (0, 0);
+        for step in 0..30 {
+            let mut batch = Batch::default();
+            batch.push(&[5, 6, 7, step], 0, &[1], [0, 1, 2, 3]);
+            batch.push(&[9], 0, &[2], [0]);
+            let mut logits = gpu.forward(&batch, &mut || ()).unwrap();
+            let drawn = logits.draw(&[Wish::default(); 5], &[], std::iter::empty()).unwrap();
+            right += (0..3).filter(|&row| drawn[row].token == batch.tokens[row + 1] as i32).count();
+            all += 3;
+        }
+        let found = right as f32 / all as f32;
+        assert!((found - share).abs() < if share == 0.7 { 0.2 } else { 1e-6 }, "{found}, not {share}");
     }
 }
 
 /// Keys are cut into ranges as a text grows, in a step that was noted when there was one.
 #[test]
 fn a_note_is_of_no_length() {
-    let mut pair = Pair::new(emulated(), &LLAMA, Format::Bf16, Format::Bf16);
+    let mut pair = Pair::new(emulated(), &LLAMA, Packing::Bf16, Format::Bf16);
     let vocab = pair.gpu.spec().vocab as u32;
     let table: Vec<u32> = (0..BLOCKS as u32).map(|block| block * 5 % BLOCKS as u32).collect();
     let word = |at: u32| (at * 31 + 5) % vocab;
@@ -176,6 +245,121 @@ fn a_note_is_of_no_length() {
     step(331, 1);
 }
 
+/// An adapter for a tiny model, of this rank, over the modules that are named; its weights follow from `seed`.
+fn adapter(tiny: &Tiny, spec: &DecoderSpec, rank: usize, modules: &[&str], seed: u64) -> Arc<Adapter> {
+    let mut dice = Dice::new(seed);
+    let (q, kv) = (spec.q_width(), spec.kv_width());
+    let shapes = [
+        ("self_attn.q_proj", q, tiny.hidden),
+        ("self_attn.k_proj", kv, tiny.hidden),
+        ("self_attn.v_proj", kv, tiny.hidden),
+        ("self_attn.o_proj", tiny.hidden, q),
+        ("mlp.gate_proj", tiny.ffn, tiny.hidden),
+        ("mlp.up_proj", tiny.ffn, tiny.hidden),
+        ("mlp.down_proj", tiny.hidden, tiny.ffn),
+    ];
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (layer, (module, n, k)) in (0..spec.layers).flat_map(|layer| shapes.map(|shape| (layer, shape))) {
+        // Not every layer has every one.
+        if modules.contains(&module) && (layer + module.len()) % 5 > 0 {
+            for (half, rows, cols) in [("A", rank, k), ("B", n, rank)] {
+                let name = format!("base_model.model.model.layers.{layer}.{module}.lora_{half}.weight");
+                tensors.push((name, vec![rows, cols], dice.weights(Dtype::F16, rows, cols)));
+            }
+        }
+    }
+    let tensors: Vec<SafeTensor<'_>> =
+        tensors.iter().map(|(name, shape, bytes)| (name.as_str(), "F16", shape.clone(), bytes.clone())).collect();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join(WEIGHTS_FILE), safetensors(&tensors)).unwrap();
+    let config = serde_json::json!({"peft_type": "LORA", "r": rank, "lora_alpha": 0.03 * rank as f64, "target_modules": "all-linear"});
+    std::fs::write(folder.path().join(CONFIG_FILE), config.to_string()).unwrap();
+    Arc::new(Adapter::open(folder.path(), Shape::of(spec)).unwrap())
+}
+
+/// Rows of several adapters and of none in a step, before and after a step of none.
+#[test]
+fn adapters_add_what_they_do_on_the_cpu() {
+    for (tiny, packing, kv, most) in
+        [(&LLAMA, Packing::Bf16, Format::Bf16, 0.03), (&QWEN, Packing::Fp8, Format::Fp8, 0.25)]
+    {
+        let mut pair = Pair::new(emulated(), tiny, packing, kv);
+        let spec = pair.gpu.spec().clone();
+        let all = [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ];
+        let whole = adapter(tiny, &spec, 8, &all, 5);
+        let some = adapter(tiny, &spec, 32, &["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"], 6);
+        assert!(pair.gpu.takes(&whole));
+        for adapter in [&whole, &some, &whole] {
+            pair.gpu.adopt(adapter).unwrap();
+        }
+        assert_eq!(pair.gpu.adapters.count(), 2);
+        let step = |pair: &mut Pair, parts: &[(usize, usize, usize, Option<&Arc<Adapter>>)]| {
+            let mut batch = Batch::default();
+            for &(slot, start, count, adapter) in parts {
+                part(&mut batch, slot, start, count, spec.vocab);
+                adapter.into_iter().for_each(|adapter| batch.adapt(adapter));
+            }
+            let off = pair.step(&batch);
+            assert!(off < most, "{packing:?}: off by {off}");
+            pair.gpu.launched()
+        };
+        step(&mut pair, &[(0, 0, 20, Some(&some)), (1, 0, 3, None), (2, 0, 37, Some(&whole))]);
+        assert_eq!(step(&mut pair, &[(0, 20, 1, Some(&some)), (2, 37, 1, Some(&whole))]), Launched::Eager);
+        assert_eq!(step(&mut pair, &[(1, 3, 1, None)]), Launched::Noted);
+        assert_eq!(step(&mut pair, &[(1, 4, 1, None)]), Launched::Replayed);
+        let mut batch = Batch::default();
+        part(&mut batch, 1, 5, 1, spec.vocab);
+        let plain = logits(pair.gpu.forward(&batch, &mut || ()).unwrap());
+        batch.adapt(&whole);
+        let adapted = logits(pair.gpu.forward(&batch, &mut || ()).unwrap());
+        let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>();
+        let change = squares(&mut adapted.iter().zip(&plain).map(|(adapted, plain)| adapted - plain));
+        assert!((change / squares(&mut plain.iter().copied())).sqrt() > 2.0 * most, "it makes a difference");
+        // Whoever nobody holds any more is gone with the next one that comes.
+        batch.clear();
+        drop(whole);
+        pair.gpu.adopt(&some).unwrap();
+        assert_eq!(pair.gpu.adapters.count(), 1);
+        let other = adapter(tiny, &spec, 4, &["mlp.up_proj"], 7);
+        part(&mut batch, 1, 5, 1, spec.vocab);
+        batch.adapt(&other);
+        assert!(pair.gpu.forward(&batch, &mut || ()).err().unwrap().message().contains("not on its device"));
+    }
+}
+
+#[test]
+fn a_step_now_and_then_says_what_its_time_goes_into() {
+    let spec = synthetic("tiny").unwrap().spec;
+    let options = options(Packing::Bf16, Format::Bf16, KvSize::Blocks(BLOCKS));
+    let mut gpu = GpuDecoder::open(emulated(), Source::Random, spec, &options, &|_| ()).unwrap();
+    let (mut batch, mut logits) = (Batch::default(), Vec::new());
+    batch.push(&[7], 0, &[1], [0]);
+    for step in 1..=TIMED_EVERY + 1 {
+        logits.push(self::logits(gpu.forward(&batch, &mut || ()).unwrap()));
+        let parts = gpu.parts().unwrap();
+        assert_eq!(parts.is_some(), step == TIMED_EVERY);
+        let how = match step {
+            1 => Launched::Noted,
+            TIMED_EVERY => Launched::Eager,
+            _ => Launched::Replayed,
+        };
+        assert_eq!(gpu.launched(), how, "step {step}");
+        if let Some(parts) = parts {
+            assert!(parts.iter().all(|&seconds| seconds > 0.0), "{parts:?}");
+            assert_eq!(gpu.parts().unwrap(), None, "told once");
+        }
+    }
+    assert!(logits.iter().all(|other| *other == logits[0]));
+}
+
 /// Says so where there is no GPU: a machine that has one runs the same steps on it.
 #[cfg(feature = "cuda")]
 #[test]
@@ -188,8 +372,9 @@ fn a_real_card_computes_the_same() {
         }
         Ok(_) => {
             for tiny in [&LLAMA, &QWEN] {
-                follow(open(0).unwrap(), tiny, Format::Bf16, Format::Bf16, 0.03);
-                follow(open(0).unwrap(), tiny, Format::Fp8, Format::Fp8, 0.25);
+                follow(open(0).unwrap(), tiny, Packing::Bf16, Format::Bf16, 0.03);
+                follow(open(0).unwrap(), tiny, Packing::Fp8, Format::Fp8, 0.25);
+                follow(open(0).unwrap(), tiny, Packing::Bf16, Format::Fp8, 0.25);
             }
         }
     }
@@ -197,7 +382,7 @@ fn a_real_card_computes_the_same() {
 
 #[test]
 fn blocks_are_copied_and_leave_and_come_back() {
-    let mut pair = Pair::new(emulated(), &LLAMA, Format::Bf16, Format::Bf16);
+    let mut pair = Pair::new(emulated(), &LLAMA, Packing::Bf16, Format::Bf16);
     let vocab = pair.gpu.spec().vocab;
     let mut first = Batch::default();
     first.push(&(0..20).collect::<Vec<u32>>(), 0, &[3, 5], [19]);
@@ -229,7 +414,7 @@ fn what_cannot_be_computed_is_refused_by_name() {
             .unwrap()
     };
     let odd = Tiny { ffn: 272, dtypes: &[Dtype::F16], ..LLAMA };
-    let options = |bytes| options(Format::Bf16, Format::Bf16, KvSize::Bytes(bytes));
+    let options = |bytes| options(Packing::Bf16, Format::Bf16, KvSize::Bytes(bytes));
     let error = refused(&odd, &options(1 << 20));
     assert!(error.kind() == Kind::Unsupported && error.message().contains("feed-forward of 272"), "{error}");
     let narrow = Tiny { dim: 32, heads: 6, kv_heads: 2, ..LLAMA };
@@ -238,7 +423,7 @@ fn what_cannot_be_computed_is_refused_by_name() {
     let uneven = GpuOptions { block_tokens: 12, ..options(1 << 20) };
     assert!(refused(&LLAMA, &uneven).message().contains("block_tokens is 12"));
 
-    let mut pair = Pair::new(emulated(), &LLAMA, Format::Bf16, Format::Bf16);
+    let mut pair = Pair::new(emulated(), &LLAMA, Packing::Bf16, Format::Bf16);
     let mut batch = Batch::default();
     batch.push(&[1], 0, &[BLOCKS as u32], [0]);
     assert!(pair.gpu.forward(&batch, &mut || ()).err().unwrap().message().contains("block 24 of 24"));

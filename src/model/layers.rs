@@ -1,6 +1,6 @@
 //! The layers of a decoder, packed for the kernels out of a model's tensors.
 //!
-//!     x ─┬─ norm ─ qkv ─ rope ─ attention ─ output ─(+)─┬─ norm ─ gate, up ─ silu·mul ─ down ─(+)─
+//!     x ─┬─ norm ─ qkv ─ (norm of heads) ─ rope ─ attention ─ output ─(+)─┬─ norm ─ gate, up ─ silu·mul ─ down ─(+)─
 //!        └──────────────────────────────────────────────┘└──────────────────────────────────────┘
 //!
 //! Whatever order a file has the numbers of a head in, packed heads are halves: number `i` turns with `i + dim / 2`.
@@ -16,6 +16,8 @@ pub(super) struct Layer {
     pub(super) attention_norm: Vec<f32>,
     /// Queries, keys and values of all heads, side by side.
     pub(super) qkv: Linear,
+    /// Of each head of queries, and of keys, if they are normed.
+    pub(super) head_norms: Option<[Vec<f32>; 2]>,
     pub(super) output: Linear,
     pub(super) ffn_norm: Vec<f32>,
     pub(super) gate: Panels,
@@ -60,9 +62,19 @@ impl Packer<'_> {
         let q = self.matrix(&name("attn_q.weight"), Matrix::Query, heads)?;
         let k = self.matrix(&name("attn_k.weight"), Matrix::KeyOrValue, heads)?;
         let v = self.matrix(&name("attn_v.weight"), Matrix::KeyOrValue, None)?;
+        let head_norms = if spec.qk_norm {
+            let norm = |name: &str| -> Result<Vec<f32>> {
+                let values = self.vector(name)?;
+                Ok((0..values.len()).map(|at| values[halves(heads, at)]).collect())
+            };
+            Some([norm(&name("attn_q_norm.weight"))?, norm(&name("attn_k_norm.weight"))?])
+        } else {
+            None
+        };
         Ok(Layer {
             attention_norm: self.vector(&name("attn_norm.weight"))?,
             qkv: Linear::new(vec![q, k, v], bias),
+            head_norms,
             output: Linear::new(vec![self.matrix(&name("attn_output.weight"), Matrix::Output, None)?], None),
             ffn_norm: self.vector(&name("ffn_norm.weight"))?,
             gate: self.matrix(&name("ffn_gate.weight"), Matrix::GateOrUp, None)?,

@@ -13,6 +13,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use memmap2::Mmap;
 use serde_json::Value;
 
 use crate::base::{Error, Result};
@@ -20,6 +21,7 @@ use crate::kernel::{Arena, Cpu, Dtype, Isa, LowRank, MAX_RANK, Panels, Pool, Sou
 use crate::model::files::read_text;
 use crate::model::gguf::map_file;
 use crate::model::spec::DecoderSpec;
+use crate::model::weights::Tensor;
 
 /// The two files of an adapter.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -35,7 +37,10 @@ pub struct Adapter {
     rank: usize,
     shape: Shape,
     bytes: usize,
+    scale: f32,
     pub(super) layers: Vec<AdaptedLayer>,
+    /// The file, for devices that pack it their own way.
+    file: Option<(Mmap, Tensors)>,
 }
 
 /// What an adapter adds to a layer, product by product.
@@ -78,7 +83,7 @@ impl Shape {
 
 /// A matrix of a layer that can be adapted.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Module {
+pub(super) enum Module {
     Q,
     K,
     V,
@@ -89,6 +94,8 @@ enum Module {
 }
 
 impl Module {
+    pub(super) const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
     /// By its name in a layer.
     fn of(name: &str) -> Option<Self> {
         Some(match name {
@@ -229,13 +236,14 @@ impl Adapter {
             .update(text.as_bytes())
             .update(&map)
             .finalize();
-        Ok(Self { digest: words(digest.as_bytes()), rank: config.rank, shape, bytes, layers })
+        let (digest, rank, scale) = (words(digest.as_bytes()), config.rank, config.scale);
+        Ok(Self { digest, rank, shape, bytes, scale, layers, file: Some((map, tensors)) })
     }
 
     /// An adapter without weights, for simulated devices: no decoder takes it.
     pub fn hollow(name: u64) -> Self {
         let digest = words(blake3::hash(&name.to_le_bytes()).as_bytes());
-        Self { digest, rank: 0, shape: Shape::default(), bytes: 0, layers: Vec::new() }
+        Self { digest, rank: 0, shape: Shape::default(), bytes: 0, scale: 0.0, layers: Vec::new(), file: None }
     }
 
     /// Checks a weights file as far as that is possible without a base.
@@ -259,6 +267,24 @@ impl Adapter {
     /// Bytes of packed weights.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// What `B A x` is multiplied by.
+    pub(super) fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// A `[rank, inputs]` and B `[outputs, rank]` of a matrix as the file has them, if it is adapted.
+    pub(super) fn halves(&self, layer: usize, module: Module) -> Option<[Tensor<'_>; 2]> {
+        let (map, tensors) = self.file.as_ref()?;
+        let [Some(a), Some(b)] = tensors.pairs.get(&(layer, module))? else { return None };
+        let tensor = |half: &Half| Tensor {
+            dtype: half.dtype,
+            rows: half.rows,
+            cols: half.cols,
+            data: &map[half.range.clone()],
+        };
+        Some([tensor(a), tensor(b)])
     }
 
     /// Whether it was opened for bases of this shape.

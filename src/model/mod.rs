@@ -29,7 +29,7 @@ pub(crate) mod tests_support;
 
 pub use batch::{Batch, Span};
 pub use decoder::{Decoder, DecoderOptions};
-pub use gpu::{GpuDecoder, GpuLogits, GpuOptions, KvSize, Launched, Source, synthetic};
+pub use gpu::{GpuDecoder, GpuLogits, GpuOptions, KvSize, Launched, Source, Synthetic, synthetic};
 pub use group::Group;
 pub use shard::Division;
 pub use vocab::{Detokenizer, Vocabulary};

@@ -1,8 +1,9 @@
 //! One description for every decoder of the Llama family: sizes, rope, biases. Read from GGUF metadata or from the
 //! `config.json` of a hub's folder, and checked, so that whoever computes with it need not.
 //!
-//! Families: GGUF `llama` and `qwen2`; `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`. A sliding window
-//! is not computed: such a model is offered up to the length of its window, where it makes no difference.
+//! Families: GGUF `llama`, `qwen2` and `qwen3`; `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`,
+//! `Qwen3ForCausalLM`. A sliding window is not computed: such a model is offered up to the length of its window, where it
+//! makes no difference.
 
 use std::fmt::Display;
 
@@ -37,6 +38,8 @@ pub struct DecoderSpec {
     pub context: u32,
     /// Query, key and value projections have a bias.
     pub qkv_bias: bool,
+    /// Each head of queries and keys is normed before it is turned, with weights that all heads share.
+    pub qk_norm: bool,
     /// The head is the embedding; there is no `output.weight`.
     pub tied_head: bool,
 }
@@ -151,7 +154,13 @@ impl DecoderSpec {
             ];
             let biases = [("attn_q.bias", 1, q), ("attn_k.bias", 1, kv), ("attn_v.bias", 1, kv)];
             let biases = biases.into_iter().filter(move |_| self.qkv_bias);
-            weights.into_iter().chain(biases).map(move |(name, rows, cols)| (format!("blk.{layer}.{name}"), rows, cols))
+            let norms = [("attn_q_norm.weight", 1, self.head_dim), ("attn_k_norm.weight", 1, self.head_dim)];
+            let norms = norms.into_iter().filter(move |_| self.qk_norm);
+            weights
+                .into_iter()
+                .chain(biases)
+                .chain(norms)
+                .map(move |(name, rows, cols)| (format!("blk.{layer}.{name}"), rows, cols))
         };
         let head = (!self.tied_head).then(|| ("output.weight".to_owned(), self.vocab, hidden));
         [("token_embd.weight".to_owned(), self.vocab, hidden), ("output_norm.weight".to_owned(), 1, hidden)]
@@ -225,8 +234,10 @@ fn from_gguf(gguf: &Gguf) -> Result<DecoderSpec> {
     let arch = gguf.str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
     let style = match arch {
         "llama" => RopeStyle::Interleaved,
-        "qwen2" => RopeStyle::Halves,
-        _ => return Err(unsupported(format!("architecture {arch:?} is not supported yet; llama and qwen2 are"))),
+        "qwen2" | "qwen3" => RopeStyle::Halves,
+        _ => {
+            return Err(unsupported(format!("architecture {arch:?} is not supported yet; llama, qwen2 and qwen3 are")));
+        }
     };
     let key = |name: &str| format!("{arch}.{name}");
     let optional = |name: &str| -> Result<Option<usize>> { Ok(gguf.u32(&key(name))?.map(|number| number as usize)) };
@@ -274,6 +285,7 @@ fn from_gguf(gguf: &Gguf) -> Result<DecoderSpec> {
         },
         context,
         qkv_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
+        qk_norm: arch == "qwen3",
         tied_head: gguf.tensor("output.weight").is_none(),
     })
 }
@@ -353,14 +365,18 @@ impl<'a> Config<'a> {
 fn from_config(config: &Config<'_>) -> Result<DecoderSpec> {
     let named = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
     let family = match (named, config.get("model_type").and_then(Value::as_str)) {
-        (Some("LlamaForCausalLM" | "MistralForCausalLM" | "Qwen2ForCausalLM"), _) => named.unwrap_or_default(),
+        (Some("LlamaForCausalLM" | "MistralForCausalLM" | "Qwen2ForCausalLM" | "Qwen3ForCausalLM"), _) => {
+            named.unwrap_or_default()
+        }
         (None, Some("llama")) => "LlamaForCausalLM",
         (None, Some("mistral")) => "MistralForCausalLM",
         (None, Some("qwen2")) => "Qwen2ForCausalLM",
+        (None, Some("qwen3")) => "Qwen3ForCausalLM",
         (named, kind) => {
             let name = named.or(kind).unwrap_or("none named");
             return Err(config.unsupported(format_args!(
-                "architecture {name} is not supported yet; LlamaForCausalLM, MistralForCausalLM and Qwen2ForCausalLM are"
+                "architecture {name} is not supported yet; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and \
+                 Qwen3ForCausalLM are"
             )));
         }
     };
@@ -392,6 +408,7 @@ fn from_config(config: &Config<'_>) -> Result<DecoderSpec> {
         rope: config_rope(config)?,
         context,
         qkv_bias: family == "Qwen2ForCausalLM" || config.flag("attention_bias"),
+        qk_norm: family == "Qwen3ForCausalLM",
         tied_head: config.flag("tie_word_embeddings"),
     })
 }

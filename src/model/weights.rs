@@ -153,8 +153,12 @@ impl Weights {
         // Files with a tied head leave it out, and some say nothing about it elsewhere.
         spec.tied_head |= self.find("output.weight").is_none();
         self.agree(spec.tensors())?;
-        for name in ["blk.0.attn_output.bias", "blk.0.ffn_down.bias", "blk.0.attn_q_norm.weight"] {
-            if self.find(name).is_some() {
+        for (name, known) in [
+            ("blk.0.attn_output.bias", false),
+            ("blk.0.ffn_down.bias", false),
+            ("blk.0.attn_q_norm.weight", spec.qk_norm),
+        ] {
+            if self.find(name).is_some() && !known {
                 let path = self.files.path().display();
                 return Err(Error::unsupported(format!("{path}: tensors like {name} are not supported yet")));
             }

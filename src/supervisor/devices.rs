@@ -16,13 +16,12 @@ use parking_lot::Mutex;
 use tracing::{debug, info, warn};
 
 use crate::base::{DeviceId, Kind, ModelId, Result};
-use crate::config::{Config, Gpu, Model, Precision, simulated};
+use crate::config::{Config, Gpu, Model};
 use crate::kernel::gpu;
 use crate::metrics::Metrics;
 use crate::supervisor::actor::{DeviceStatus, Outcome, Report, Supervisor};
 use crate::supervisor::fleet::FleetView;
 use crate::supervisor::loader::Place;
-use crate::task::Task;
 
 /// The CPU and the GPUs that serve.
 pub struct Devices {
@@ -93,7 +92,7 @@ impl Devices {
     }
 
     fn is_for(&self, ordinal: u16, model: &Model) -> bool {
-        is_for_gpus(model)
+        model.is_for_gpus()
             && model.on_gpu.gpus.as_ref().is_none_or(|gpus| gpus.contains(&ordinal))
             && !self.refused.lock().contains(model)
     }
@@ -116,15 +115,6 @@ impl Devices {
     pub async fn drain(&self, deadline: Instant) {
         join_all(self.all().map(|device| device.drain(deadline))).await;
     }
-}
-
-/// Whether a model is one that GPUs serve, unless its shapes are none of theirs.
-fn is_for_gpus(model: &Model) -> bool {
-    model.task == Task::TextGeneration
-        && model.precision == Precision::Fast
-        && model.tensor_parallel == 1
-        && simulated(&model.path).is_none()
-        && model.on_gpu.gpus.as_ref().is_none_or(|gpus| !gpus.is_empty())
 }
 
 /// The GPUs that serve, in order. Whoever names some and has none is told.

@@ -20,7 +20,7 @@ use crate::model::spec::DecoderSpec;
 use crate::model::text::TextModel;
 use crate::model::weights::Weights;
 use crate::model::{
-    self, Decoder, DecoderOptions, Division, GpuDecoder, GpuOptions, Group, KvSize, Source, Vocabulary,
+    self, Decoder, DecoderOptions, Division, GpuDecoder, GpuOptions, Group, KvSize, Source, Synthetic, Vocabulary,
 };
 
 /// Drafts in a step over all sequences. When more would pay, the step is so large that hardly any does.
@@ -127,11 +127,13 @@ fn open(model: &ModelConfig, engine: &EngineConfig, place: Place, pool: &Arc<Poo
     }
     let rows = (engine.max_running + SCORED_ROWS + draft_rows(engine)).min(engine.step_tokens);
     if let Some(name) = synthetic(&model.path) {
-        let spec = model::synthetic(name)?;
+        let Synthetic { spec, accept } = model::synthetic(name)?;
         let text = made_up(&spec)?;
         let runner = match place {
             Place::Gpu { ordinal, memory_share } => {
-                on_gpu(None, spec.clone(), model, engine, ordinal, kv_size(model, memory_share), pool, rows)?
+                let made = Made::Up { accept };
+                let size = kv_size(model, engine, pool, memory_share)?;
+                on_gpu(made, spec.clone(), model, engine, ordinal, size, pool, rows)?
             }
             Place::Cpu => {
                 let message = format!("synthetic:{name}: weights are made up on a GPU, and none serves this model");
@@ -149,9 +151,7 @@ fn open(model: &ModelConfig, engine: &EngineConfig, place: Place, pool: &Arc<Poo
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
         let Target { runner, pool, spec } = target?;
         let draft = draft(model, engine, place, &pool, &text, runner.as_ref(), spec.vocab)?;
-        // Adapters are computed by the CPU only.
-        let shape = (place == Place::Cpu).then(|| Shape::of(&spec));
-        Ok(Opened { text, runner, draft, shape })
+        Ok(Opened { text, runner, draft, shape: Some(Shape::of(&spec)) })
     })
 }
 
@@ -174,8 +174,8 @@ fn target(
 ) -> Result<Target> {
     if let Place::Gpu { ordinal, memory_share } = place {
         let weights = Weights::of(files.clone())?;
-        let (spec, size) = (weights.spec()?, kv_size(model, memory_share));
-        let decoder = on_gpu(Some(&weights), spec.clone(), model, engine, ordinal, size, pool, rows)?;
+        let (spec, size) = (weights.spec()?, kv_size(model, engine, pool, memory_share)?);
+        let decoder = on_gpu(Made::File(&weights), spec.clone(), model, engine, ordinal, size, pool, rows)?;
         return Ok(Target { runner: Box::new(decoder), pool: pool.clone(), spec });
     }
     if model.tensor_parallel == 1 {
@@ -211,10 +211,11 @@ fn draft(
             return Ok(Box::new(SimRunner::new(SimSpec { blocks, block_tokens, ..spec.parse()? })));
         }
         if let (Some(name), Place::Gpu { ordinal, .. }) = (synthetic(path), place) {
-            let spec = model::synthetic(name)?;
+            let Synthetic { spec, accept } = model::synthetic(name)?;
             text.vocabulary().check_same(made_up(&spec)?.vocabulary())?;
             let size = KvSize::Blocks(target.blocks());
-            return Ok(Box::new(on_gpu(None, spec, model, engine, ordinal, size, pool, engine.max_running)?));
+            let made = Made::Up { accept };
+            return Ok(Box::new(on_gpu(made, spec, model, engine, ordinal, size, pool, engine.max_running)?));
         }
         let files = Arc::new(ModelFiles::open(path)?);
         let small = TextModel::of(&files)?;
@@ -232,7 +233,7 @@ fn draft(
                 let spec = weights.spec()?;
                 let has = spec.vocab;
                 let rows = engine.max_running;
-                (Box::new(on_gpu(Some(&weights), spec, model, engine, ordinal, size, pool, rows)?), has)
+                (Box::new(on_gpu(Made::File(&weights), spec, model, engine, ordinal, size, pool, rows)?), has)
             }
         };
         if has != vocab || runner.blocks() != target.blocks() {
@@ -261,9 +262,43 @@ fn decoder(
     Decoder::open(&weights, spec, &options, &|done| progress.tell(done))
 }
 
-/// How large a model's KV pool on a GPU is.
-fn kv_size(model: &ModelConfig, memory_share: f64) -> KvSize {
-    model.on_gpu.kv_bytes.map_or(KvSize::Share(memory_share), KvSize::Bytes)
+/// How large a model's KV pool on a GPU is: as it is written, or what is left, a draft model's part of it left out.
+fn kv_size(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>, share: f64) -> Result<KvSize> {
+    if let Some(bytes) = model.on_gpu.kv_bytes {
+        return Ok(KvSize::Bytes(bytes));
+    }
+    let (mut beside, mut each) = (0, 0);
+    if let Some(Draft { path, .. }) = model.draft.as_ref().filter(|_| engine.draft_tokens > 0) {
+        let spec = match synthetic(path) {
+            Some(name) => model::synthetic(name)?.spec,
+            None => Weights::of(Arc::new(ModelFiles::open(path)?))?.spec()?,
+        };
+        let options = gpu_options(model, engine, &spec, pool, KvSize::Blocks(1), engine.max_running);
+        (beside, each) = (options.weight_bytes(&spec), options.kv_block_bytes(&spec));
+    }
+    Ok(KvSize::Share { share, beside, each })
+}
+
+fn gpu_options(
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    spec: &DecoderSpec,
+    pool: &Arc<Pool>,
+    kv_size: KvSize,
+    rows: usize,
+) -> GpuOptions {
+    GpuOptions {
+        pool: pool.clone(),
+        weights: model.on_gpu.weights,
+        kv: model.on_gpu.kv,
+        kv_size,
+        block_tokens: engine.block_tokens,
+        max_rows: engine.step_tokens,
+        max_sample_rows: rows,
+        max_sequences: engine.max_running,
+        context: model.context.min(spec.context) as usize,
+        accept: None,
+    }
 }
 
 /// Texts for weights that are made up: what is read is bytes, and every token has a word.
@@ -274,11 +309,19 @@ fn made_up(spec: &DecoderSpec) -> Result<TextModel> {
     TextModel::bytes(Arc::new(vocabulary), spec.context)
 }
 
-/// The decoder on a GPU, with memory and an order of work of its own there; `rows` rows of a step have logits. Without `weights` they
-/// are made up.
+/// Where a GPU's weights come from.
+enum Made<'a> {
+    File(&'a Weights),
+    /// Nowhere; a share of the drafts may come true all the same.
+    Up {
+        accept: Option<f32>,
+    },
+}
+
+/// The decoder on a GPU, with memory and an order of work of its own there; `rows` rows of a step have logits.
 #[allow(clippy::too_many_arguments)]
 fn on_gpu(
-    weights: Option<&Weights>,
+    made: Made<'_>,
     spec: DecoderSpec,
     model: &ModelConfig,
     engine: &EngineConfig,
@@ -288,19 +331,13 @@ fn on_gpu(
     rows: usize,
 ) -> Result<GpuDecoder> {
     let card = gpu::open(ordinal)?;
-    let options = GpuOptions {
-        pool: pool.clone(),
-        weights: model.on_gpu.weights,
-        kv: model.on_gpu.kv,
-        kv_size,
-        block_tokens: engine.block_tokens,
-        max_rows: engine.step_tokens,
-        max_sample_rows: rows,
-        max_sequences: engine.max_running,
-        context: model.context.min(spec.context) as usize,
+    let (source, bytes, accept) = match made {
+        Made::File(weights) => (Source::File(weights), weights.bytes(), None),
+        Made::Up { accept } => (Source::Random, 0, accept),
     };
-    let progress = Progress::of(model, weights.map_or(0, Weights::bytes));
-    GpuDecoder::open(card, weights.map_or(Source::Random, Source::File), spec, &options, &|done| progress.tell(done))
+    let options = GpuOptions { accept, ..gpu_options(model, engine, &spec, pool, kv_size, rows) };
+    let progress = Progress::of(model, bytes);
+    GpuDecoder::open(card, source, spec, &options, &|done| progress.tell(done))
 }
 
 /// All but the size of the KV pool.

@@ -31,7 +31,7 @@ impl Wishes {
         self.others.clear();
         for (row, draw) in draws.enumerate() {
             let first = self.edits.len();
-            let mut wish = Wish { given: UNWANTED, ..plain() };
+            let mut wish = Wish { given: UNWANTED, ..Wish::default() };
             if let Some(draw) = draw {
                 if suits(&draw) {
                     wish = self.wish(&draw, first);
@@ -53,7 +53,7 @@ impl Wishes {
     fn wish(&mut self, draw: &Draw<'_>, first: usize) -> Wish {
         let sampling = draw.sampling;
         if let Some(given) = draw.given {
-            return Wish { given: i32::try_from(given).unwrap_or(i32::MAX), logprob: 1, ..plain() };
+            return Wish { given: i32::try_from(given).unwrap_or(i32::MAX), logprob: 1, ..Wish::default() };
         }
         for &(token, bias) in &sampling.logit_bias {
             self.add(first, token, |edit| edit.bias += bias);
@@ -110,26 +110,6 @@ fn suits(draw: &Draw<'_>) -> bool {
     let rivals = draw.logprobs.is_some_and(|rivals| rivals > 0);
     let looks_up = draw.given.is_some();
     !rivals && (looks_up || draw.sampling.typical_p >= 1.0 && draw.sampling.dry.is_none())
-}
-
-/// Nothing but the best token.
-fn plain() -> Wish {
-    Wish {
-        seed: 0,
-        position: 0,
-        temperature: 0.0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        frequency_penalty: 0.0,
-        presence_penalty: 0.0,
-        top_k: 0,
-        first_edit: 0,
-        edits: 0,
-        masked: 0,
-        logprob: 0,
-        given: -1,
-    }
 }
 
 fn none(token: u32) -> Edit {

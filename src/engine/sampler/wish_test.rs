@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::*;
-use crate::config::Format;
+use crate::config::{Format, Packing};
 use crate::engine::Logits;
 use crate::engine::sampler::{Drawn, Sampler};
 use crate::engine::seen::Seen;
@@ -34,7 +34,7 @@ fn decoder() -> GpuDecoder {
     let weights = Weights::open(&TINY.file(3).write(folder.path())).unwrap();
     let options = GpuOptions {
         pool: Arc::new(Pool::new(1)),
-        weights: Format::Bf16,
+        weights: Packing::Bf16,
         kv: Format::Bf16,
         kv_size: KvSize::Blocks(4),
         block_tokens: 16,
@@ -42,6 +42,7 @@ fn decoder() -> GpuDecoder {
         max_sample_rows: 8,
         max_sequences: 2,
         context: 64,
+        accept: None,
     };
     let spec = weights.spec().unwrap();
     GpuDecoder::open(Box::new(EmulatedCard::new(3)), Source::File(&weights), spec, &options, &|_| ()).unwrap()

@@ -5,12 +5,27 @@ use half::{bf16, f16};
 use super::attention::{Item, Merge};
 use super::gemm::{Sink, Weight};
 use super::launch::{Fp8, Launcher, Ptr};
+use super::lora::Adapted;
 use super::sample::{Drawn, Edit, Wish};
 use crate::base::Result;
 
 /// Rows of a [`Card::product`] come in multiples of it: those beyond what is wanted are computed for nothing, as they would be
 /// inside a tile.
 pub const LARGE_UNIT: usize = 64;
+
+/// What the time of a step goes into.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// Products with weights.
+    Product,
+    /// Attention over pages.
+    Attention,
+    /// Norms, turning, gates, gathering.
+    Other,
+}
+
+/// Seconds of each [`Part`], in their order.
+pub type Parts = [f64; 3];
 
 /// A device of one engine. Everything it is asked for happens in order.
 pub trait Card: Launcher + Send {
@@ -26,11 +41,17 @@ pub trait Card: Launcher + Send {
     /// The driver's.
     fn free_bytes(&self) -> Result<usize>;
 
-    /// `bytes` zero bytes at a multiple of 64, which are there until the card is dropped.
+    /// `bytes` zero bytes at a multiple of 64, which are there until they are freed or the card is dropped.
     ///
     /// # Errors
     /// `ModelUnavailable` when there are not so many.
     fn alloc_bytes(&self, bytes: usize) -> Result<u64>;
+
+    /// Frees what was allocated at this address; does nothing if nothing was. Whatever was launched before may still use it.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn free(&self, address: u64) -> Result<()>;
 
     /// Copies in. `from` may change afterwards.
     ///
@@ -62,6 +83,18 @@ pub trait Card: Launcher + Send {
     /// # Errors
     /// `Internal` when there is no such note, and the driver's.
     fn replay(&self, note: usize) -> Result<()>;
+
+    /// What is launched from here on belongs to this part, until the next mark; `None`: to none. Not while something is noted.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn mark(&self, part: Option<Part>) -> Result<()>;
+
+    /// Time of the parts that were marked since the last call, when all that was launched is done.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn marked(&self) -> Result<Parts>;
 
     /// `x * w^T` into `out` of `m` rows, a multiple of [`LARGE_UNIT`], by a library of the card's maker: rows of `out_stride` numbers,
     /// their first `n` columns. False: there is none, or it does not do that.
@@ -131,4 +164,4 @@ macro_rules! bits {
         )*
     };
 }
-bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge, Wish, Edit, Drawn);
+bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge, Adapted, Wish, Edit, Drawn);

@@ -17,7 +17,7 @@ use cudarc::driver::sys;
 use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
-use super::card::Card;
+use super::card::{Card, Part, Parts};
 use super::gemm::{Sink, Weight};
 use super::launch::{Launch, Launcher};
 use crate::base::{Error, Kind, Result};
@@ -40,12 +40,20 @@ pub struct Device {
     memory: Mutex<Vec<u64>>,
     /// What was noted, ready to be launched at once.
     graphs: Mutex<Vec<sys::CUgraphExec>>,
+    marks: Mutex<Marks>,
     blas: Mutex<Option<Blas>>,
 }
 
-// SAFETY: contexts, streams and functions of the driver may be used by any thread that makes the context its own, which every
+// SAFETY: contexts, streams, events, graphs and functions of the driver may be used by any thread that makes the context its own, which every
 // method does.
 unsafe impl Send for Device {}
+
+/// Events that were recorded, and those that can be again.
+#[derive(Default)]
+struct Marks {
+    made: Vec<(Option<Part>, sys::CUevent)>,
+    spare: Vec<sys::CUevent>,
+}
 
 /// How many cards there are.
 ///
@@ -129,6 +137,7 @@ impl Device {
             functions: Mutex::default(),
             memory: Mutex::default(),
             graphs: Mutex::default(),
+            marks: Mutex::default(),
             blas: Mutex::default(),
         };
         this.enter()?;
@@ -228,6 +237,15 @@ impl Card for Device {
         Ok(address)
     }
 
+    fn free(&self, address: u64) -> Result<()> {
+        self.enter()?;
+        let mut memory = self.memory.lock();
+        let Some(at) = memory.iter().position(|&other| other == address) else { return Ok(()) };
+        memory.swap_remove(at);
+        // SAFETY: allocated above and in the list until now; the driver waits for what was launched.
+        unsafe { result::free_sync(address) }.map_err(|error| failed("freeing memory", error))
+    }
+
     unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()> {
         self.enter()?;
         // SAFETY: by the caller's promise. From memory that is not pinned, the driver returns when it has its own copy.
@@ -271,6 +289,34 @@ impl Card for Device {
         unsafe { result::graph::launch(graph, self.stream) }.map_err(|error| failed("launching a graph", error))
     }
 
+    fn mark(&self, part: Option<Part>) -> Result<()> {
+        self.enter()?;
+        let mut marks = self.marks.lock();
+        let event = match marks.spare.pop() {
+            Some(event) => event,
+            None => result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
+                .map_err(|error| failed("making an event", error))?,
+        };
+        marks.made.push((part, event));
+        // SAFETY: an event of this context, and its stream.
+        unsafe { result::event::record(event, self.stream) }.map_err(|error| failed("recording an event", error))
+    }
+
+    fn marked(&self) -> Result<Parts> {
+        self.finish()?;
+        let mut marks = self.marks.lock();
+        let made = std::mem::take(&mut marks.made);
+        let mut parts = Parts::default();
+        for pair in made.windows(2) {
+            let (Some(part), begun) = pair[0] else { continue };
+            // SAFETY: both were recorded, and what was launched before them is done.
+            let ms = unsafe { result::event::elapsed(begun, pair[1].1) };
+            parts[part as usize] += f64::from(ms.map_err(|error| failed("reading an event", error))?) / 1e3;
+        }
+        marks.spare.extend(made.into_iter().map(|(_, event)| event));
+        Ok(parts)
+    }
+
     fn product(&self, shape: (usize, usize, usize), weight: Weight, out: Sink, out_stride: usize) -> Result<bool> {
         let mut blas = self.blas.lock();
         let Some(blas) = blas.as_mut() else { return Ok(false) };
@@ -288,6 +334,10 @@ impl Drop for Device {
         // SAFETY: nobody has the device any more. Failures cost what the driver then keeps.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            let marks = std::mem::take(&mut *self.marks.lock());
+            for event in marks.made.into_iter().map(|(_, event)| event).chain(marks.spare) {
+                let _ = result::event::destroy(event);
+            }
             for &graph in self.graphs.lock().iter() {
                 let _ = result::graph::exec_destroy(graph);
             }

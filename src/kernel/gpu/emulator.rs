@@ -1,10 +1,11 @@
 //! Runs kernels on the host: `kernels/emulate.cpp`, for tests where there is no GPU.
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::card::Card;
+use super::card::{Card, Part, Parts};
 use super::launch::{Launch, Launcher, Ptr};
 use crate::base::{Error, Kind, Result};
 use crate::kernel::Buffer;
@@ -77,6 +78,8 @@ pub struct EmulatedCard {
     emulator: Emulator,
     memory: Mutex<Vec<Buffer<u8>>>,
     notes: Mutex<Notes>,
+    /// When each mark was made.
+    marks: Mutex<Vec<(Option<Part>, Instant)>>,
 }
 
 /// What was launched to be launched again.
@@ -135,6 +138,11 @@ impl Card for EmulatedCard {
         Ok(address)
     }
 
+    fn free(&self, address: u64) -> Result<()> {
+        self.memory.lock().retain(|memory| memory.as_ptr() as u64 != address);
+        Ok(())
+    }
+
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
         self.notes.lock().open = Some(Vec::new());
         let worked = work();
@@ -150,6 +158,23 @@ impl Card for EmulatedCard {
         let Some(noted) = notes.all.get(note) else { return Err(Error::internal(format!("there is no note {note}"))) };
         broken()?;
         noted.iter().try_for_each(|launch| self.emulator.launch(launch.clone()))
+    }
+
+    fn mark(&self, part: Option<Part>) -> Result<()> {
+        // A launch is over when it returns.
+        self.marks.lock().push((part, Instant::now()));
+        Ok(())
+    }
+
+    fn marked(&self) -> Result<Parts> {
+        let mut parts = Parts::default();
+        let marks = std::mem::take(&mut *self.marks.lock());
+        for pair in marks.windows(2) {
+            if let (Some(part), begun) = pair[0] {
+                parts[part as usize] += pair[1].1.duration_since(begun).as_secs_f64();
+            }
+        }
+        Ok(parts)
     }
 
     unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()> {

@@ -26,7 +26,7 @@ mod sample;
 mod watch;
 
 pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
-pub use card::{Bits, Card, LARGE_UNIT};
+pub use card::{Bits, Card, LARGE_UNIT, Part, Parts};
 #[cfg(feature = "emulate")]
 pub use emulator::{EmulatedCard, Emulator};
 pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4};

@@ -3,7 +3,7 @@
 use super::launch::{Launch, Launcher, Ptr};
 use crate::base::Result;
 
-/// How one row is drawn. As the kernel reads it.
+/// How one row is drawn. As the kernel reads it. Default: the best token.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Wish {
@@ -35,6 +35,27 @@ pub struct Wish {
     pub logprob: i32,
     /// Nothing is drawn, and this token of the prompt looked up; -1: one is drawn; [`UNWANTED`].
     pub given: i32,
+}
+
+impl Default for Wish {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            position: 0,
+            temperature: 0.0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            top_k: 0,
+            first_edit: 0,
+            edits: 0,
+            masked: 0,
+            logprob: 0,
+            given: -1,
+        }
+    }
 }
 
 /// [`Wish::given`] of a row that nobody wants anything of.

@@ -3,7 +3,7 @@
 use crate::base::{Error, Result};
 use crate::kernel::Pool;
 use crate::kernel::gpu::{Bits, Card, Drawn, Edit, Ptr, Wish, sample};
-use crate::model::GpuDecoder;
+use crate::model::{Batch, GpuDecoder};
 
 /// Edits of a step for each row with logits, on average, that there is room for.
 const EDITS: usize = 1024;
@@ -25,6 +25,10 @@ pub(super) struct Drawing {
     landed: Vec<Drawn>,
     /// Rows that the host draws.
     logits: Vec<f32>,
+    /// By row, where drafts are to come true: the one behind it.
+    follows: Vec<Option<u32>>,
+    /// Steps in which that was looked at.
+    foreseen: u64,
 }
 
 impl Drawing {
@@ -38,7 +42,36 @@ impl Drawing {
             landed: vec![Drawn::default(); rows],
             // Costs memory only where it is used.
             logits: vec![0.0; rows * vocab],
+            follows: Vec::new(),
+            foreseen: 0,
         })
+    }
+
+    /// Notes which draft stands behind each row with logits.
+    pub(super) fn foresee(&mut self, batch: &Batch) {
+        self.foreseen += 1;
+        self.follows.clear();
+        let mut spans = batch.spans.iter();
+        let mut end = 0;
+        for &row in &batch.sample_rows {
+            while row >= end {
+                let Some(span) = spans.next() else { return };
+                end = span.row + span.rows;
+            }
+            self.follows.push((row + 1 < end).then(|| batch.tokens[row as usize + 1]));
+        }
+    }
+
+    /// Has as many drafts come true as `accept` says.
+    fn accept(&mut self, accept: f32, rows: usize) {
+        for (row, (drawn, follows)) in self.landed[..rows].iter_mut().zip(&self.follows).enumerate() {
+            let chance =
+                (self.foreseen.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ row as u64).wrapping_mul(0xd6e8_feb8_6659_fd93);
+            if let Some(draft) = follows {
+                let right = ((chance >> 40) as f32) < accept * (1u64 << 24) as f32;
+                drawn.token = if right { *draft as i32 } else { i32::from(*draft == 0) };
+            }
+        }
     }
 }
 
@@ -78,7 +111,7 @@ impl<'a> GpuLogits<'a> {
             return Err(Error::internal(format!("{} wishes for {} rows", wishes.len(), self.rows)));
         }
         let (vocab, stride) = (self.vocab(), self.decoder.head.n);
-        let GpuDecoder { card, work, drawing, .. } = &mut *self.decoder;
+        let GpuDecoder { card, work, drawing, options, .. } = &mut *self.decoder;
         let card = &**card;
         upload(card, wishes, drawing.wishes)?;
         upload(card, edits, drawing.edits)?;
@@ -92,9 +125,11 @@ impl<'a> GpuLogits<'a> {
         }
         let Drawing { wishes, edits, masks, scratch, drawn, .. } = *drawing;
         sample(card, self.rows, (vocab, stride), work.logits, wishes, masks, edits, scratch, drawn)?;
-        let landed = &mut drawing.landed[..self.rows];
-        card.download(drawing.drawn, landed)?;
-        Ok(landed)
+        card.download(drawing.drawn, &mut drawing.landed[..self.rows])?;
+        if let Some(accept) = options.accept {
+            drawing.accept(accept, self.rows);
+        }
+        Ok(&drawing.landed[..self.rows])
     }
 
     /// Brings some rows over, `[rows, vocab]`, with the threads to work on them. After [`GpuLogits::draw`] they are what their wishes

@@ -2,19 +2,21 @@
 //!
 //! ```text
 //! bf16 in rows as they are ──────────────────────────────────────┐
-//! anything else ── converted in chunks, rows in parallel ────────┴──> bf16 on the device ──> fp8 there, if wanted
-//! nothing ── numbers that follow from their places, on the device ─┘
+//! anything else ── converted in chunks, rows in parallel ────────┼──> bf16 on the device ──> fp8 there, if wanted
+//! nothing ── numbers that follow from their places, on the device ┘
+//! Q4_0 as it is, anything else rounded to it ── packed ───────────────> 4 bits on the device
 //! ```
 
 use std::collections::HashMap;
 
-use half::bf16;
+use half::{bf16, f16};
+use parking_lot::Mutex;
 
 use super::{Data, Layer, Matrix};
 use crate::base::{Error, Result};
-use crate::config::Format;
-use crate::kernel::gpu::{Card, Norm, Ptr, Scaled, quantize_fp8, random_bf16};
-use crate::kernel::quant::dequantize_row;
+use crate::config::Packing;
+use crate::kernel::gpu::{Card, Norm, Ptr, Scaled, pack_q4, quantize_fp8, random_bf16};
+use crate::kernel::quant::{dequantize_row, quantize_q4_0};
 use crate::kernel::{Dtype, Pool, Shared};
 use crate::model::layers::halves;
 use crate::model::spec::{DecoderSpec, RopeStyle};
@@ -63,7 +65,7 @@ impl<'a> Loader<'a> {
         Self { card, source, spec, shapes, pool, progress, whole, done: 0, sent: Vec::new(), scratch: None }
     }
 
-    pub(super) fn layer(&mut self, layer: usize, format: Format) -> Result<Layer> {
+    pub(super) fn layer(&mut self, layer: usize, packing: Packing) -> Result<Layer> {
         let spec = self.spec;
         let name = |part: &str| format!("blk.{layer}.{part}");
         let [q, k, v] = ["attn_q.weight", "attn_k.weight", "attn_v.weight"].map(name);
@@ -80,14 +82,23 @@ impl<'a> Loader<'a> {
         } else {
             Ptr::null()
         };
+        let none = Norm { weight: Ptr::null(), eps: 0.0, offset: 0.0 };
+        let head_norms = match spec.qk_norm {
+            true => [
+                self.norm_of(&name("attn_q_norm.weight"), spec.norm_eps, heads)?,
+                self.norm_of(&name("attn_k_norm.weight"), spec.norm_eps, heads)?,
+            ],
+            false => [none; 2],
+        };
         Ok(Layer {
             attention_norm: self.norm(&name("attn_norm.weight"), spec.norm_eps)?,
-            qkv: self.matrix(&[&q, &k, &v], heads, format)?,
+            qkv: self.matrix(&[&q, &k, &v], heads, packing)?,
             bias,
-            output: self.matrix(&[&name("attn_output.weight")], None, format)?,
+            head_norms,
+            output: self.matrix(&[&name("attn_output.weight")], None, packing)?,
             ffn_norm: self.norm(&name("ffn_norm.weight"), spec.norm_eps)?,
-            gate_up: self.matrix(&[&name("ffn_gate.weight"), &name("ffn_up.weight")], None, format)?,
-            down: self.matrix(&[&name("ffn_down.weight")], None, format)?,
+            gate_up: self.matrix(&[&name("ffn_gate.weight"), &name("ffn_up.weight")], None, packing)?,
+            down: self.matrix(&[&name("ffn_down.weight")], None, packing)?,
         })
     }
 
@@ -108,7 +119,13 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn norm(&mut self, name: &str, eps: f32) -> Result<Norm> {
-        let values: Vec<bf16> = self.vector(name, 1.0)?.into_iter().map(bf16::from_f32).collect();
+        self.norm_of(name, eps, None)
+    }
+
+    /// A norm's weights, put into halves where they are interleaved heads of `heads` numbers.
+    fn norm_of(&mut self, name: &str, eps: f32, heads: Option<usize>) -> Result<Norm> {
+        let file = self.vector(name, 1.0)?;
+        let values: Vec<bf16> = (0..file.len()).map(|at| bf16::from_f32(file[halves(heads, at)])).collect();
         let weight = self.card.alloc(values.len())?;
         self.card.upload(&values, weight)?;
         Ok(Norm { weight, eps, offset: 0.0 })
@@ -116,16 +133,17 @@ impl<'a> Loader<'a> {
 
     /// Matrices of the same inputs, one below the other, rows of zeros behind them up to a multiple of 8. The rows of all but a
     /// third are put into halves when they are interleaved heads of `heads` numbers.
-    pub(super) fn matrix(&mut self, names: &[&str], heads: Option<usize>, format: Format) -> Result<Matrix> {
+    pub(super) fn matrix(&mut self, names: &[&str], heads: Option<usize>, packing: Packing) -> Result<Matrix> {
         let shapes = names.iter().map(|name| self.shape(name)).collect::<Result<Vec<_>>>()?;
         let k = shapes[0].1;
         let n = shapes.iter().map(|(rows, _)| rows).sum::<usize>().next_multiple_of(8);
         if let Some(other) = shapes.iter().position(|(_, cols)| *cols != k) {
             return Err(Error::internal(format!("{} and {} have other inputs", names[0], names[other])));
         }
-        let data = match format {
-            Format::Bf16 => Data::Bf16(self.card.alloc(n * k)?),
-            Format::Fp8 => Data::Fp8(Scaled { data: self.card.alloc(n * k)?, scales: self.card.alloc(n)? }),
+        let data = match packing {
+            Packing::Bf16 => Data::Bf16(self.card.alloc(n * k)?),
+            Packing::Fp8 => Data::Fp8(Scaled { data: self.card.alloc(n * k)?, scales: self.card.alloc(n)? }),
+            Packing::Q4 => Data::Q4(self.card.alloc(n * k / 8)?, self.card.alloc(n * k / 32)?),
         };
         let (mut below, most) = (0, (CHUNK / k).max(1));
         for (index, (name, &(all, _))) in names.iter().zip(&shapes).enumerate() {
@@ -140,6 +158,11 @@ impl<'a> Loader<'a> {
                 let to = match data {
                     Data::Bf16(data) => data.part(at * k, rows * k),
                     Data::Fp8(_) => self.scratch(rows * k)?.part(0, rows * k),
+                    Data::Q4(codes, scales) => {
+                        let to = (codes.part(at * k / 8, rows * k / 8), scales.part(at * k / 32, rows * k / 32));
+                        self.send_q4(tensor.as_ref(), first..first + rows, heads, to)?;
+                        continue;
+                    }
                 };
                 match &tensor {
                     Some(tensor) => self.send(tensor, first..first + rows, heads, to)?,
@@ -197,5 +220,53 @@ impl<'a> Loader<'a> {
             out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(value));
         });
         self.card.upload(&self.sent, to)
+    }
+
+    /// Some rows of a tensor, in 4 bits; made up they are all codes alike, which takes as long to read.
+    fn send_q4(
+        &mut self,
+        tensor: Option<&Tensor<'_>>,
+        rows: std::ops::Range<usize>,
+        heads: Option<usize>,
+        (codes, scales): (Ptr<u32>, Ptr<f16>),
+    ) -> Result<()> {
+        let Some(tensor) = tensor else {
+            // Codes from -8 to 7 have a mean square of 21.5.
+            let k = scales.len() * 32 / rows.len();
+            let scale = f16::from_f32(1.0 / (21.5 * k as f32).sqrt());
+            self.card.upload(&vec![scale; scales.len()], scales)?;
+            let mixed: Vec<u32> = (0..codes.len() as u32).map(|at| at.wrapping_mul(0x9e37_79b9) ^ at >> 7).collect();
+            return self.card.upload(&mixed, codes);
+        };
+        let (k, count) = (tensor.cols, rows.len());
+        let row = |at: usize| -> Result<Vec<u8>> {
+            let bytes = tensor.row(halves(heads, rows.start + at));
+            if tensor.dtype == Dtype::Q4_0 {
+                return Ok(bytes.to_vec());
+            }
+            let (mut values, mut out) = (vec![0f32; k], Vec::with_capacity(k / 32 * 18));
+            dequantize_row(tensor.dtype, bytes, &mut values)?;
+            quantize_q4_0(&values, &mut out);
+            Ok(out)
+        };
+        let (mut all_codes, mut all_scales) = (vec![0u32; codes.len()], vec![0u16; scales.len()]);
+        let (out_codes, out_scales) = (Shared::new(&mut all_codes[..]), Shared::new(&mut all_scales[..]));
+        let broken = Mutex::new(None);
+        self.pool.each(count, 1, |at| match row(at).and_then(|bytes| pack_q4(&bytes, 1, k)) {
+            Ok((codes, scales)) => {
+                // SAFETY: each row is handed out once.
+                let (to_codes, to_scales) =
+                    unsafe { (out_codes.part(at * k / 8, k / 8), out_scales.part(at * k / 32, k / 32)) };
+                to_codes.copy_from_slice(&codes);
+                to_scales.iter_mut().zip(scales).for_each(|(to, scale)| *to = scale.to_bits());
+            }
+            Err(error) => *broken.lock() = Some(error),
+        });
+        if let Some(error) = broken.into_inner() {
+            return Err(error);
+        }
+        let all_scales: Vec<f16> = all_scales.into_iter().map(f16::from_bits).collect();
+        self.card.upload(&all_codes, codes)?;
+        self.card.upload(&all_scales, scales)
     }
 }

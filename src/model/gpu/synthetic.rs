@@ -14,18 +14,35 @@ const SHAPES: [Shape; 5] = [
     ("tiny", 2, 128, 2, 1, 64, 256, 512, false, 8.0),
 ];
 
-/// The shape of this name. The figures are those of the models' published configurations.
+/// A model whose weights are made up.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Synthetic {
+    /// Its shape: the figures are those of the model's published configuration.
+    pub spec: DecoderSpec,
+    /// Share of the drafts that come true, whatever the weights say: what speculation costs and gains can be measured so.
+    pub accept: Option<f32>,
+}
+
+/// The model of this name, or `NAME,accept=SHARE`.
 ///
 /// # Errors
-/// `BadInput` for a name that is none, with those that are.
-pub fn synthetic(name: &str) -> Result<DecoderSpec> {
+/// `BadInput` for a name that is none, with those that are, and for a share that is none.
+pub fn synthetic(text: &str) -> Result<Synthetic> {
+    let (name, accept) = match text.split_once(",accept=") {
+        Some((name, share)) => {
+            let share = share.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+            let wrong = || Error::bad_input(format!("synthetic:{text}: accept is a share from 0 to 1"));
+            (name, Some(share.ok_or_else(wrong)?))
+        }
+        None => (text, None),
+    };
     let Some(&(_, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, tied_head, factor)) =
         SHAPES.iter().find(|shape| shape.0 == name)
     else {
         let names = SHAPES.map(|shape| shape.0).join(", ");
         return Err(Error::bad_input(format!("synthetic:{name}: there are {names}")));
     };
-    Ok(DecoderSpec {
+    let spec = DecoderSpec {
         vocab,
         hidden,
         layers,
@@ -46,6 +63,8 @@ pub fn synthetic(name: &str) -> Result<DecoderSpec> {
         },
         context: 131_072,
         qkv_bias: false,
+        qk_norm: false,
         tied_head,
-    })
+    };
+    Ok(Synthetic { spec, accept })
 }
