@@ -127,11 +127,11 @@ mod real {
         static CARD: OnceLock<Option<Waiting>> = OnceLock::new();
         let begin = || {
             std::env::var_os("NEUROND_TEST_GPU")?;
-            neurond::kernel::gpu::count(&[""]).expect("a GPU");
-            let card = open(0).expect("GPU 0");
+            neurond::kernel::gpu::count(&[""]).unwrap();
+            let card = open(0).unwrap();
             // SAFETY: the card's context is this thread's; the memory is never freed.
             let arena = unsafe { result::malloc_managed(ARENA, CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL) };
-            let arena = arena.expect("managed memory") as usize;
+            let arena = arena.unwrap() as usize;
             NEXT.store(arena, Ordering::Release);
             BEGIN.store(arena, Ordering::Release);
             Some(Waiting(Mutex::new(card)))
