@@ -43,7 +43,7 @@ mod cuda {
     const OTHERS: &str = "80";
     /// Kernels that may put registers into memory, and how many bytes: heads of 256 numbers fill all that there are, and the other two
     /// do it once, outside their loops.
-    const SPILLS: [(&str, u32); 3] = [("attend_wide_256", 96), ("attend_wide_64", 16), ("sample", 32)];
+    const SPILLS: [(&str, u32); 3] = [("attend_wide_256", 96), ("attend_wide_64", 16), ("sample", 64)];
 
     pub fn compile() {
         println!("cargo:rerun-if-env-changed=NEUROND_CUDA_CHIPS");

@@ -132,14 +132,16 @@ impl Words {
         assert!(self.plain || x.len() <= words.codes.len());
         let blocks = self.inputs / BLOCK;
         let stride = stride(self.inputs, self.plain);
-        for first in (0..self.channels).step_by(LANES) {
-            let panel = self.data[first / LANES * stride..][..stride].as_ptr();
-            let bias = self.bias[first..first + LANES].as_ptr();
-            let valid = LANES.min(self.channels - first);
+        // Two panels read the inputs once where there are registers for their sums.
+        let twins = isa.is_wide() && !self.plain;
+        let mut first = 0;
+        while first < self.channels {
+            let panels = if twins && first + LANES < self.channels { 2 } else { 1 };
+            let panel = self.data[first / LANES * stride..][..panels * stride].as_ptr();
             isa.each_tile(0, rows, |row, count| {
-                let mut tile = [0f32; TILE * LANES];
+                let mut tile = [0f32; 2 * TILE * LANES];
                 let sums = tile.as_mut_ptr();
-                // SAFETY: a whole panel; `count` rows of inputs, and of results in the tile.
+                // SAFETY: whole panels; `count` rows of inputs, and of results in the tile.
                 unsafe {
                     if self.plain {
                         let x = x.as_ptr().add(row * self.inputs);
@@ -152,16 +154,23 @@ impl Words {
                     } else {
                         let codes = words.codes.as_ptr().add(row * self.inputs);
                         let scales = words.scales.as_ptr().add(row * blocks);
-                        match count {
-                            1 => word_tile::<1>(isa, panel, blocks, codes, scales, sums),
-                            2 => word_tile::<2>(isa, panel, blocks, codes, scales, sums),
-                            4 => word_tile::<4>(isa, panel, blocks, codes, scales, sums),
-                            _ => word_tile::<TILE>(isa, panel, blocks, codes, scales, sums),
+                        match (panels, count) {
+                            (1, 1) => word_tile::<1>(isa, panel, blocks, codes, scales, sums),
+                            (1, 2) => word_tile::<2>(isa, panel, blocks, codes, scales, sums),
+                            (1, 4) => word_tile::<4>(isa, panel, blocks, codes, scales, sums),
+                            (1, _) => word_tile::<TILE>(isa, panel, blocks, codes, scales, sums),
+                            (_, 1) => word_twins::<1>(isa, panel, blocks, codes, scales, sums),
+                            (_, 2) => word_twins::<2>(isa, panel, blocks, codes, scales, sums),
+                            (_, 4) => word_twins::<4>(isa, panel, blocks, codes, scales, sums),
+                            (_, _) => word_twins::<TILE>(isa, panel, blocks, codes, scales, sums),
                         }
                     }
                 }
-                for (i, sums) in tile[..count * LANES].chunks_exact_mut(LANES).enumerate() {
-                    let out = &mut out[(row + i) * self.channels + first..][..valid];
+                for (at, sums) in tile[..panels * count * LANES].chunks_exact(LANES).enumerate() {
+                    let (first, row) = (first + at / count * LANES, row + at % count);
+                    let bias = self.bias[first..first + LANES].as_ptr();
+                    let valid = LANES.min(self.channels - first);
+                    let out = &mut out[row * self.channels + first..][..valid];
                     if valid == LANES {
                         // SAFETY: 16 numbers each.
                         unsafe { finish(isa, then as u8, sums.as_ptr(), bias, out.as_mut_ptr()) };
@@ -174,6 +183,7 @@ impl Words {
                     out.copy_from_slice(&padded[..valid]);
                 }
             });
+            first += panels * LANES;
         }
     }
 }
@@ -257,11 +267,24 @@ mod x86 {
     use super::Pairs;
     use crate::kernel::simd::x86::{Avx2, Avx512};
 
+    /// `vpdpwssd`. LLVM takes the intrinsic apart into a product and a sum, for their latency, which nothing here waits for.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    #[inline]
+    unsafe fn add_products(acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        let mut sum = acc;
+        // SAFETY: registers only.
+        unsafe {
+            std::arch::asm!("vpdpwssd {0}, {1}, {2}", inout(zmm_reg) sum, in(zmm_reg) w, in(zmm_reg) x,
+                options(pure, nomem, nostack, preserves_flags));
+        }
+        sum
+    }
+
     #[allow(unsafe_op_in_unsafe_fn)]
     impl Pairs for Avx512 {
         #[inline(always)]
         unsafe fn dot_pair(acc: __m512i, w: __m512i, x: i32) -> __m512i {
-            _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x))
+            add_products(acc, w, _mm512_set1_epi32(x))
         }
         #[inline(always)]
         unsafe fn store_i16(p: *mut i16, x: __m512) {
@@ -319,6 +342,12 @@ by_isa! {
         = word_body
 }
 
+by_isa! {
+    /// [`word_tile`] of two panels that follow each other: `[2, R, 16]` results.
+    fn word_twins<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, out: *mut f32)
+        = word_twins_body
+}
+
 #[inline(always)]
 unsafe fn word_body<S: Pairs, const R: usize>(
     panel: *const u8,
@@ -327,27 +356,58 @@ unsafe fn word_body<S: Pairs, const R: usize>(
     scales: *const f32,
     out: *mut f32,
 ) {
-    // SAFETY: a panel of `blocks` blocks, R rows of as many, R x 16 results.
+    // SAFETY: the caller's promises.
+    unsafe { word_panels::<S, R, 1>(panel, blocks, codes, scales, out) }
+}
+
+#[inline(always)]
+unsafe fn word_twins_body<S: Pairs, const R: usize>(
+    panel: *const u8,
+    blocks: usize,
+    codes: *const i16,
+    scales: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: the caller's promises.
+    unsafe { word_panels::<S, R, 2>(panel, blocks, codes, scales, out) }
+}
+
+#[inline(always)]
+unsafe fn word_panels<S: Pairs, const R: usize, const P: usize>(
+    panel: *const u8,
+    blocks: usize,
+    codes: *const i16,
+    scales: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: P panels of `blocks` blocks, R rows of as many, P x R x 16 results.
     unsafe {
-        let mut results = [S::splat(0.0); R];
+        let mut results = [[S::splat(0.0); R]; P];
         for block in 0..blocks {
-            let panel = panel.add(block * BLOCK_BYTES);
-            let mut acc = [S::zero_i(); R];
+            let at = |p: usize| panel.add((p * blocks + block) * BLOCK_BYTES);
+            let mut acc = [[S::zero_i(); R]; P];
             for pair in 0..S::turns::<R>(BLOCK / 2) {
-                let w = S::codes(panel.add(pair * LANES * 4));
-                for (r, acc) in acc.iter_mut().enumerate() {
+                let mut w = [S::codes(at(0).add(pair * LANES * 4)); P];
+                for (p, w) in w.iter_mut().enumerate().skip(1) {
+                    *w = S::codes(at(p).add(pair * LANES * 4));
+                }
+                for r in 0..R {
                     let x = codes.add((r * blocks + block) * BLOCK + pair * 2).cast::<i32>().read_unaligned();
-                    *acc = S::dot_pair(*acc, w, x);
+                    for p in 0..P {
+                        acc[p][r] = S::dot_pair(acc[p][r], w[p], x);
+                    }
                 }
             }
-            let scale = S::load(panel.add(BLOCK * LANES * 2).cast());
-            for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
-                let x = S::splat(*scales.add(r * blocks + block));
-                *result = S::fma(S::mul(S::to_f(acc), scale), x, *result);
+            for (p, (acc, results)) in acc.into_iter().zip(&mut results).enumerate() {
+                let scale = S::load(at(p).add(BLOCK * LANES * 2).cast());
+                for (r, (acc, result)) in acc.into_iter().zip(results).enumerate() {
+                    let x = S::splat(*scales.add(r * blocks + block));
+                    *result = S::fma(S::mul(S::to_f(acc), scale), x, *result);
+                }
             }
         }
-        for (r, result) in results.into_iter().enumerate() {
-            S::store(out.add(r * LANES), result);
+        for (at, result) in results.into_iter().flatten().enumerate() {
+            S::store(out.add(at * LANES), result);
         }
     }
 }
