@@ -751,22 +751,7 @@ fn weights_become_fp8_and_are_made_up() {
 }
 
 fn wish() -> Wish {
-    Wish {
-        seed: 0,
-        position: 0,
-        temperature: 1.0,
-        top_p: 1.0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        frequency_penalty: 0.0,
-        presence_penalty: 0.0,
-        top_k: 0,
-        first_edit: 0,
-        edits: 0,
-        masked: 0,
-        logprob: 0,
-        given: -1,
-    }
+    Wish { temperature: 1.0, ..Wish::default() }
 }
 
 fn draw(logits: &[f32], wishes: &[Wish], masks: &[u32], edits: &[Edit]) -> Vec<Drawn> {

@@ -382,32 +382,34 @@ unsafe fn word_panels<S: Pairs, const R: usize, const P: usize>(
 ) {
     // SAFETY: P panels of `blocks` blocks, R rows of as many, P x R x 16 results.
     unsafe {
-        let mut results = [[S::splat(0.0); R]; P];
+        let mut results = [[S::splat(0.0); P]; R];
         for block in 0..blocks {
             let at = |p: usize| panel.add((p * blocks + block) * BLOCK_BYTES);
-            let mut acc = [[S::zero_i(); R]; P];
+            let mut acc = [[S::zero_i(); P]; R];
             for pair in 0..S::turns::<R>(BLOCK / 2) {
                 let mut w = [S::codes(at(0).add(pair * LANES * 4)); P];
                 for (p, w) in w.iter_mut().enumerate().skip(1) {
                     *w = S::codes(at(p).add(pair * LANES * 4));
                 }
-                for r in 0..R {
+                for (r, acc) in acc.iter_mut().enumerate() {
                     let x = codes.add((r * blocks + block) * BLOCK + pair * 2).cast::<i32>().read_unaligned();
-                    for p in 0..P {
-                        acc[p][r] = S::dot_pair(acc[p][r], w[p], x);
+                    for (acc, w) in acc.iter_mut().zip(w) {
+                        *acc = S::dot_pair(*acc, w, x);
                     }
                 }
             }
-            for (p, (acc, results)) in acc.into_iter().zip(&mut results).enumerate() {
-                let scale = S::load(at(p).add(BLOCK * LANES * 2).cast());
-                for (r, (acc, result)) in acc.into_iter().zip(results).enumerate() {
-                    let x = S::splat(*scales.add(r * blocks + block));
+            for (r, (acc, results)) in acc.into_iter().zip(&mut results).enumerate() {
+                let x = S::splat(*scales.add(r * blocks + block));
+                for (p, (acc, result)) in acc.into_iter().zip(results).enumerate() {
+                    let scale = S::load(at(p).add(BLOCK * LANES * 2).cast());
                     *result = S::fma(S::mul(S::to_f(acc), scale), x, *result);
                 }
             }
         }
-        for (at, result) in results.into_iter().flatten().enumerate() {
-            S::store(out.add(at * LANES), result);
+        for (r, results) in results.into_iter().enumerate() {
+            for (p, result) in results.into_iter().enumerate() {
+                S::store(out.add((p * R + r) * LANES), result);
+            }
         }
     }
 }
