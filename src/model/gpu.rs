@@ -539,8 +539,9 @@ impl GpuDecoder {
             self.adapters.tell(&*self.card, batch)?;
         }
         self.steps += 1;
-        extent.timed = self.steps.is_multiple_of(TIMED_EVERY) && batch.rows() > 0;
-        self.timed = extent.timed;
+        // Where nobody asks, as of a draft model, marks would pile up.
+        extent.timed = self.steps.is_multiple_of(TIMED_EVERY) && batch.rows() > 0 && !self.timed;
+        self.timed |= extent.timed;
         let whole = whole.filter(|_| !extent.timed);
         self.launched = match whole.map(|(_, at)| (at, self.notes[at])) {
             Some((_, Some(note))) => {
@@ -564,7 +565,7 @@ impl GpuDecoder {
         Ok(GpuLogits::new(self, batch.sample_rows.len()))
     }
 
-    /// What the time of the last step went into, if that was looked at.
+    /// What the time of a step went into that was looked at since the last call. The next one is looked at after that.
     ///
     /// # Errors
     /// The device's.

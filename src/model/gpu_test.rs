@@ -358,6 +358,13 @@ fn a_step_now_and_then_says_what_its_time_goes_into() {
         }
     }
     assert!(logits.iter().all(|other| *other == logits[0]));
+    // Where nobody asks, no other is timed.
+    let mut eager = 0;
+    for _ in TIMED_EVERY + 1..=3 * TIMED_EVERY {
+        gpu.forward(&batch, &mut || ()).unwrap();
+        eager += usize::from(gpu.launched() == Launched::Eager);
+    }
+    assert_eq!(eager, 1);
 }
 
 /// Says so where there is no GPU: a machine that has one runs the same steps on it.

@@ -74,8 +74,11 @@ impl Devices {
                 let model = config.models.iter().find(|model| model.id == id && model.on_gpu.gpus.is_none());
                 match (model, &outcome) {
                     (Some(model), Outcome::Failed(error)) if error.kind() == Kind::Unsupported => {
-                        warn!(model = %id, %error, "GPU kernels do not take this model: the CPU serves it");
-                        refused.push(model.clone());
+                        // Every GPU says so.
+                        if !refused.contains(model) {
+                            warn!(model = %id, %error, "GPU kernels do not take this model: the CPU serves it");
+                            refused.push(model.clone());
+                        }
                     }
                     _ => report.push((id, outcome)),
                 }

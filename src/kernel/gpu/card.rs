@@ -129,6 +129,9 @@ impl dyn Card + '_ {
     /// `Internal` when they are more than there is room for, and the driver's.
     pub fn upload<T: Bits>(&self, from: &[T], to: Ptr<T>) -> Result<()> {
         to.needs("upload", from.len(), 1)?;
+        if from.is_empty() {
+            return Ok(());
+        }
         // SAFETY: nothing but bits, without gaps; the target is as long.
         unsafe {
             let bytes = std::slice::from_raw_parts(from.as_ptr().cast::<u8>(), size_of_val(from));

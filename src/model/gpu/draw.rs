@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result};
 use crate::kernel::Pool;
-use crate::kernel::gpu::{Bits, Card, Drawn, Edit, Ptr, Wish, sample};
+use crate::kernel::gpu::{Card, Drawn, Edit, Ptr, Wish, sample};
 use crate::model::{Batch, GpuDecoder};
 
 /// Edits of a step for each row with logits, on average, that there is room for.
@@ -113,8 +113,8 @@ impl<'a> GpuLogits<'a> {
         let (vocab, stride) = (self.vocab(), self.decoder.head.n);
         let GpuDecoder { card, work, drawing, options, .. } = &mut *self.decoder;
         let card = &**card;
-        upload(card, wishes, drawing.wishes)?;
-        upload(card, edits, drawing.edits)?;
+        card.upload(wishes, drawing.wishes)?;
+        card.upload(edits, drawing.edits)?;
         let words = vocab.div_ceil(32);
         for (row, mask) in masks {
             let to = drawing.masks.part(row * words, words);
@@ -149,8 +149,4 @@ impl<'a> GpuLogits<'a> {
         }
         Ok((logits, &options.pool))
     }
-}
-
-fn upload<T: Bits>(card: &dyn Card, from: &[T], to: Ptr<T>) -> Result<()> {
-    if from.is_empty() { Ok(()) } else { card.upload(from, to) }
 }
