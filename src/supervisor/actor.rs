@@ -26,8 +26,8 @@ use crate::task::Task;
 const QUEUE: usize = 4;
 /// How often the device is looked at.
 const TICK: Duration = Duration::from_millis(250);
-/// Ticks between two looks at a GPU.
-const WATCH_EVERY: u32 = 8;
+/// Between two looks at a GPU.
+const WATCH_EVERY: Duration = Duration::from_secs(2);
 /// How long an installation may wait for the engine to come round its loop.
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// First wait before a dead engine thread is started again; doubles up to the longest.
@@ -117,12 +117,7 @@ impl Supervisor {
                 retiring: Vec::new(),
                 fleet,
                 metrics,
-                watch: match place {
-                    Place::Cpu => None,
-                    Place::Gpu { ordinal, .. } => Watch::begin(ordinal),
-                },
                 health: Health::default(),
-                unwatched: WATCH_EVERY,
             }
         });
         Ok(Self { addr, pulse })
@@ -184,12 +179,8 @@ struct SupervisorActor {
     retiring: Vec<Retiring>,
     fleet: FleetView,
     metrics: Arc<Metrics>,
-    /// Of a GPU that can be watched.
-    watch: Option<Watch>,
     /// As it was when it was looked at last.
     health: Health,
-    /// Ticks since then.
-    unwatched: u32,
 }
 
 /// A reconciliation whose loader thread is at work.
@@ -225,6 +216,11 @@ struct Loaded {
     result: Result<Installed>,
 }
 
+/// From the thread that watches a GPU.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Looked(Health);
+
 #[derive(Message)]
 #[rtype(result = "DeviceStatus")]
 struct Status;
@@ -240,6 +236,15 @@ impl Actor for SupervisorActor {
 
     fn started(&mut self, ctx: &mut Context<Self>) {
         ctx.run_interval(TICK, Self::tick);
+        self.watch(ctx);
+    }
+}
+
+impl Handler<Looked> for SupervisorActor {
+    type Result = ();
+
+    fn handle(&mut self, Looked(health): Looked, _: &mut Context<Self>) {
+        self.note_health(health);
     }
 }
 
@@ -462,7 +467,6 @@ impl SupervisorActor {
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
         self.look_after_retiring();
-        self.look_at_gpu();
         if self.stopping {
             return;
         }
@@ -474,15 +478,26 @@ impl SupervisorActor {
         }
     }
 
-    /// Tells the metrics how the GPU is, and the log when something in it broke.
-    fn look_at_gpu(&mut self) {
-        let Some(watch) = &mut self.watch else { return };
-        self.unwatched += 1;
-        if self.unwatched < WATCH_EVERY {
-            return;
+    /// Looks at a GPU now and then, on a thread of its own: a driver in trouble may take its time.
+    fn watch(&self, ctx: &Context<Self>) {
+        let Place::Gpu { ordinal, .. } = self.place else { return };
+        let addr = ctx.address().downgrade();
+        let work = move || {
+            let Some(mut watch) = Watch::begin(ordinal) else { return };
+            while let Some(addr) = addr.upgrade() {
+                addr.do_send(Looked(watch.look()));
+                drop(addr);
+                std::thread::sleep(WATCH_EVERY);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name(format!("watch-{}", self.device)).spawn(work) {
+            warn!(%error, device = %self.device, "no thread to watch a GPU on");
         }
-        self.unwatched = 0;
-        let (now, device) = (watch.look(), self.device.to_string());
+    }
+
+    /// Tells the metrics how the GPU is, and the log when something in it broke.
+    fn note_health(&mut self, now: Health) {
+        let device = self.device.to_string();
         let (device, metrics) = (device.as_str(), &self.metrics);
         metrics.gpu_memory.with_label_values(&[device, "total"]).set(now.memory_total as i64);
         metrics.gpu_memory.with_label_values(&[device, "used"]).set(now.memory_used as i64);

@@ -161,6 +161,7 @@ async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
     for device in 0..2 {
         assert!(tokens(device, LARGE).await > 0.0, "GPU {device} did nothing");
     }
+    assert!(daemon.metric(r#"neurond_gpu_memory_bytes{device="1",kind="total"}"#).await > 0.0, "nobody watches");
     let small = ask(&base, body(SMALL, "The pilot", json!({"temperature": 0}))).await.unwrap();
     assert!(!text(&small).is_empty());
     assert_eq!(tokens(2, SMALL).await, 6.0);
