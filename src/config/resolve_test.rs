@@ -68,6 +68,17 @@ fn warned(text: &str, wanted: &str) {
 const MODEL: &str = "[[model]]\nid = \"smollm2-135m-instruct\"\npath = \"a.gguf\"\n";
 
 #[test]
+fn how_a_gpu_keeps_a_model_follows_from_its_name_unless_it_is_written() {
+    let packing = |id: &str, more: &str| {
+        good(&format!("[[model]]\nid = {id:?}\npath = \"a.gguf\"\n{more}")).models[0].on_gpu.weights
+    };
+    assert_eq!(packing("@cf/meta/llama-3.1-8b-instruct", ""), Packing::Bf16);
+    assert_eq!(packing("@cf/meta/llama-3.1-8b-instruct-fp8-fast", ""), Packing::Fp8);
+    assert_eq!(packing("@cf/meta/llama-3.1-8b-instruct-awq", ""), Packing::Q4);
+    assert_eq!(packing("@cf/meta/llama-3.1-8b-instruct-awq", "gpu_weights = \"bf16\""), Packing::Bf16);
+}
+
+#[test]
 fn an_empty_file_is_a_whole_configuration() {
     let config = good("");
     assert_eq!(config.server.listen.to_string(), "127.0.0.1:8080");
@@ -233,6 +244,13 @@ fn each_mistake_names_file_key_value_and_remedy() {
             "[engine]\nprefill_stretch = 0.5",
             "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.5 is the default",
         ),
+        ("[gpu]\ndevices = [1, 0, 1]", "gpu.devices = [1, 0, 1]: names GPU 1 twice"),
+        ("[gpu]\nmemory_share = 0.0", "gpu.memory_share = 0: is not above 0 and at most 1; 0.9"),
+        ("[gpu]\nprefill_chunk = 5000", "gpu.prefill_chunk = 5000: is more than gpu.step_tokens = 4096; lower it"),
+        ("[gpu]\nmax_running = 5000", "gpu.max_running = 5000: is more than gpu.step_tokens = 4096; raise that, or"),
+        (&format!("{MODEL}gpus = [0, 0]"), "gpus = [0, 0]: names GPU 0 twice"),
+        (&format!("{MODEL}gpus = [0]\ntensor_parallel = 2"), "gpus = [0]: ranks are computed by the CPU; write"),
+        (&format!("{MODEL}gpus = [0]\nprecision = \"plain\""), "gpus = [0]: precision = \"plain\" is the CPU's"),
         (&format!("{MODEL}tensor_parallel = 0"), "tensor_parallel = 0: is not from 1 to 256; 1, the default"),
         (&format!("{MODEL}tensor_parallel = 257"), "tensor_parallel = 257: is not from 1 to 256"),
         (
