@@ -2,6 +2,7 @@
 //!
 //! SAFETY, for the whole module: the intrinsics need the features of their set, which the trait's contract
 //! promises; pointers are valid for what is read and written by the same contract.
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use std::ops::Range;
@@ -133,6 +134,61 @@ impl Simd for Avx512 {
         let acc = _mm512_dpbusd_epi32(acc, w0, _mm512_set1_epi32(x0));
         _mm512_dpbusd_epi32(acc, w1, _mm512_set1_epi32(x1))
     }
+    /// One product for each row in turn, and in this order: the compiler would take row after row, where each product waits for
+    /// the one before, and a processor does not look far enough ahead to begin the next rows meanwhile.
+    #[inline(always)]
+    unsafe fn dots<const CODES: u8, const R: usize>(
+        codes: *const u8,
+        pairs: Range<usize>,
+        x: *const i8,
+        width: usize,
+        start: impl Fn(usize) -> i32,
+    ) -> [__m512i; R] {
+        let mut sums = [Self::zero_i(); R];
+        for (r, sum) in sums.iter_mut().enumerate() {
+            *sum = Self::splat_i(start(r));
+        }
+        macro_rules! pair {
+            ($pair:literal) => {
+                // Known when this is compiled.
+                if pairs.contains(&$pair) {
+                    let (w0, w1) = match CODES {
+                        NIBBLE => Self::nibbles(codes.add($pair * 64)),
+                        _ => (Self::codes(codes.add($pair * 128)), Self::codes(codes.add($pair * 128 + 64))),
+                    };
+                    for (r, sum) in sums.iter_mut().enumerate() {
+                        *sum = dot::<{ $pair * 8 }>(*sum, w0, x.add(r * width));
+                    }
+                    for (r, sum) in sums.iter_mut().enumerate() {
+                        *sum = dot::<{ $pair * 8 + 4 }>(*sum, w1, x.add(r * width));
+                    }
+                }
+            };
+        }
+        pair!(0);
+        pair!(1);
+        pair!(2);
+        pair!(3);
+        sums
+    }
+}
+
+/// `sum` + in each lane four of `codes` times the four bytes at `x + AT`; not moved over another one.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+unsafe fn dot<const AT: usize>(mut sum: __m512i, codes: __m512i, x: *const i8) -> __m512i {
+    // SAFETY: reads four bytes, of a row by contract.
+    unsafe {
+        asm!(
+            "vpdpbusd {sum}, {codes}, dword ptr [{x} + {at}]{{1to16}}",
+            sum = inout(zmm_reg) sum,
+            codes = in(zmm_reg) codes,
+            x = in(reg) x,
+            at = const AT,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    sum
 }
 
 #[derive(Clone, Copy)]
