@@ -191,7 +191,7 @@ pub struct EngineSection {
     pub prefix_cache: bool,
     /// How many times longer a step may take because of a prompt while other answers are being written: 2 allows twice the
     /// time of a step without prompts. Smaller keeps the time between two tokens even, larger reads prompts sooner. When
-    /// many prompts come at once beside few answers, up to thirteen times as much is added until they are read. 0: no bound
+    /// many prompts come at once beside few answers, up to twenty-one times as much is added until they are read. 0: no bound
     /// but `step_tokens`.
     pub prefill_stretch: f64,
     /// Most tokens of one answer that are guessed ahead and verified in the same step (speculative decoding); 0 switches it
@@ -213,7 +213,7 @@ impl Default for EngineSection {
             max_queue: 256,
             block_tokens: 16,
             prefix_cache: true,
-            prefill_stretch: 1.5,
+            prefill_stretch: 1.3,
             draft_tokens: 15,
             prompt_lookup: true,
         }

@@ -187,7 +187,7 @@ fn engine(check: &mut Check, section: &EngineSection, machine: &Surroundings) ->
     }
     let stretch = section.prefill_stretch;
     if stretch != 0.0 && !(1.0..=1000.0).contains(&stretch) {
-        let remedy = "is neither 0 nor from 1 to 1000; 1.5 is the default, 0 sets no bound";
+        let remedy = "is neither 0 nor from 1 to 1000; 1.3 is the default, 0 sets no bound";
         check.wrong("engine.prefill_stretch", stretch, remedy);
     }
     Engine {

@@ -242,7 +242,7 @@ fn each_mistake_names_file_key_value_and_remedy() {
         ),
         (
             "[engine]\nprefill_stretch = 0.5",
-            "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.5 is the default",
+            "engine.prefill_stretch = 0.5: is neither 0 nor from 1 to 1000; 1.3 is the default",
         ),
         ("[gpu]\ndevices = [1, 0, 1]", "gpu.devices = [1, 0, 1]: names GPU 1 twice"),
         ("[gpu]\nmemory_share = 0.0", "gpu.memory_share = 0: is not above 0 and at most 1; 0.9"),

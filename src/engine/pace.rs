@@ -32,7 +32,7 @@ const GUESSED_ROW: f64 = 0.2;
 const LEAST_ROW: f64 = 0.01;
 /// How much more prompts may add when as many prompts are read or wait as answers are written, and until those are read: a
 /// crowd that arrives at once would otherwise be let in one by one, each waiting for all before.
-const CROWD: f64 = 12.0;
+const CROWD: f64 = 20.0;
 
 /// What a step computes.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -228,11 +228,11 @@ mod tests {
     #[test]
     fn a_crowd_of_prompts_is_allowed_more_than_a_single_one() {
         let pace = CPU.known();
-        let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(decode(8, 100), prompts, false, 0, 1.5)).into();
+        let rows: Vec<_> = [1, 4, 8].map(|prompts| pace.prompt_rows(decode(8, 100), prompts, false, 0, 1.3)).into();
         assert!(rows[0] < rows[1] && rows[1] < rows[2], "{rows:?}");
         assert!(pace.seconds(with(decode(8, 100), rows[2], 0)) < 8.0 * pace.seconds(decode(16, 100)));
         // Its last prompts as much as its first.
-        assert!(pace.prompt_rows(decode(15, 100), 1, true, 0, 1.5) > rows[1]);
+        assert!(pace.prompt_rows(decode(15, 100), 1, true, 0, 1.3) > rows[1]);
     }
 
     #[test]

@@ -156,7 +156,7 @@ impl Setup {
                 max_queue: 256,
                 block_tokens: 16,
                 prefix_cache: true,
-                prefill_stretch: 1.5,
+                prefill_stretch: 1.3,
             },
             shape: Shape { rate: preset.rate / profile.weight * devices as f64, ..profile.shape.clone() },
             trace: None,
