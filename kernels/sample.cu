@@ -303,6 +303,15 @@ KERNEL __launch_bounds__(THREADS)
 }
 EXPORT(sample)
 
+// The tokens that the next step begins with, where each row's was drawn. ids [rows] i32: that of a row without one is 0.
+//
+// Grid: (rows / 128); block: 128 threads, a row each.
+KERNEL follow(const Drawn* __restrict__ drawn, int* __restrict__ ids, int rows) {
+    const int row = blockIdx.x * blockDim.x + threadIdx.x;
+    if (row < rows) ids[row] = max(drawn[row].token, 0);
+}
+EXPORT(follow)
+
 // Which drafts came true, and what is said after them: greedy and sampled alike, since each row was drawn with the random number of
 // its own position, so a draft came true if it is what was drawn there.
 //

@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use neurond::kernel::gpu::{
     Adapted, Attention, Drawn, Edit, Emulator, Fp8, Gate, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW,
     Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, UNWANTED, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed,
-    gather_rows, gemm_small, lora, pack_q4, quantize_fp8, random_bf16, rope_kv_write, sample, silu_mul, verify,
+    follow, gather_rows, gemm_small, lora, pack_q4, quantize_fp8, random_bf16, rope_kv_write, sample, silu_mul, verify,
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
 
@@ -885,6 +885,17 @@ fn greedy_masks_edits_and_log_probabilities() {
     near(given.logprob, 1.9 - total, 1e-5, 0.0, &"log-probability");
     let both = draw(&[small, small].concat(), &[Wish { given: UNWANTED, ..wish() }, greedy], &[], &[]);
     assert_eq!((both[0].token, both[1].token), (-1, 0), "who wants nothing gets nothing");
+}
+
+#[test]
+fn the_next_step_begins_with_what_was_drawn() {
+    for rows in [1, 127, 128, 300] {
+        let mut drawn: Vec<Drawn> = (0..rows).map(|row| Drawn { token: row % 7 - 1, ..Drawn::default() }).collect();
+        let mut ids = vec![99; rows as usize + 1];
+        follow(on(0), rows as usize, at(&mut drawn), at(&mut ids)).unwrap();
+        assert!((0..rows).all(|row| ids[row as usize] == (row % 7 - 1).max(0)), "{ids:?}");
+        assert_eq!(ids[rows as usize], 99, "not beyond");
+    }
 }
 
 #[test]

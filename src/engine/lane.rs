@@ -68,6 +68,7 @@ impl Lane {
             prefix_cache: slot.prefix_cache,
             prefill_stretch: slot.prefill_stretch,
             spill_slots: slot.spill.as_ref().map_or(0, Store::slots),
+            foresight: usize::from(slot.runner.goes_ahead()),
             drafts: DraftLimits {
                 most: slot.speculation.most,
                 rows: slot.speculation.rows,
@@ -327,6 +328,7 @@ impl Lane {
         metrics.steps.inc();
         match self.slot.runner.launched() {
             Some(Launched::Replayed) => metrics.graph_replayed.inc(),
+            Some(Launched::Ahead) => metrics.graph_ahead.inc(),
             Some(Launched::Noted) => metrics.graph_noted.inc(),
             Some(Launched::Eager) => metrics.graph_eager.inc(),
             None => {}

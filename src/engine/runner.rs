@@ -43,6 +43,11 @@ pub trait Runner: Send {
         None
     }
 
+    /// Whether it may begin the next step by itself, where tables have a place for it.
+    fn goes_ahead(&self) -> bool {
+        false
+    }
+
     /// Seconds of a GPU's last step in products, attention and everything else, if they were measured.
     ///
     /// # Errors
@@ -186,6 +191,10 @@ impl Runner for GpuDecoder {
 
     fn launched(&self) -> Option<Launched> {
         Some(Self::launched(self))
+    }
+
+    fn goes_ahead(&self) -> bool {
+        true
     }
 
     fn parts(&mut self) -> Result<Option<Parts>> {

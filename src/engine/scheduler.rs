@@ -67,6 +67,8 @@ pub struct Limits {
     pub prefill_stretch: f64,
     /// Blocks that can be kept outside the pool; 0: none.
     pub spill_slots: usize,
+    /// Places behind the next one that have their block early, if one is free: for a runner that begins the step after the next.
+    pub foresight: usize,
     /// How far answers are guessed ahead.
     pub drafts: DraftLimits,
 }

@@ -216,6 +216,8 @@ pub struct EngineMetrics {
     pub step_gap: Histogram,
     /// Steps that a GPU was told of as a whole.
     pub graph_replayed: IntCounter,
+    /// The same, before the tokens they begin with were known here.
+    pub graph_ahead: IntCounter,
     /// Steps that it was told of launch by launch, to be told as a whole from then on.
     pub graph_noted: IntCounter,
     /// Steps that it was told of launch by launch, since no other is like them.
@@ -469,7 +471,7 @@ impl Metrics {
                 ),
                 graph_steps: r.counters(
                     "neurond_gpu_graph_steps_total",
-                    "Steps on a GPU: launched as a whole (`replayed`), noted for that (`noted`), or launched piece by piece because of prompts or drafts (`eager`).",
+                    "Steps on a GPU: launched as a whole (`replayed`), the same before the tokens they begin with were known to the host (`ahead`), noted for that (`noted`), or launched piece by piece because of prompts or deep drafts (`eager`).",
                     &["model", "device", "launch"],
                 ),
                 gpu_part: r.histograms(
@@ -538,6 +540,7 @@ impl Metrics {
             draft_time: v.draft_time.with_label_values(l),
             step_gap: v.step_gap.with_label_values(l),
             graph_replayed: v.graph_steps.with_label_values(&[l[0], l[1], "replayed"]),
+            graph_ahead: v.graph_steps.with_label_values(&[l[0], l[1], "ahead"]),
             graph_noted: v.graph_steps.with_label_values(&[l[0], l[1], "noted"]),
             graph_eager: v.graph_steps.with_label_values(&[l[0], l[1], "eager"]),
             gpu_product: v.gpu_part.with_label_values(&[l[0], l[1], "product"]),

@@ -9,11 +9,13 @@
 //! All memory is taken when the model is loaded. Activations are bf16, sums and logits f32; matrices are bf16, or 4 bits in blocks, or fp8
 //! with a scale a channel, whose rows are quantised in the step before them. Tokens are drawn where the logits are ([`GpuLogits`]).
 //!
-//! A step in which every sequence has one row is launched as a whole: what it launches is noted once for each of a few numbers of
-//! rows, and whatever differs from step to step lies in the device's memory. Rows that fill such a number up write nothing.
+//! A step in which every sequence has one row, or a few whose drafts are verified, is launched as a whole: what it launches is noted
+//! once for each of a few numbers of rows, and whatever differs from step to step lies in the device's memory. Rows that fill such a
+//! number up write nothing.
 //!
 //! A [`GpuDecoder`] belongs to one thread; any error is the device's, and nothing of it can be trusted afterwards.
 
+mod ahead;
 mod draw;
 mod load;
 mod lora;
@@ -23,6 +25,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use self::ahead::Ahead;
 use self::draw::Drawing;
 pub use self::draw::GpuLogits;
 use self::load::Loader;
@@ -47,6 +50,8 @@ use crate::model::spec::DecoderSpec;
 const TIMED_EVERY: u64 = 128;
 /// Rows of a step that is launched as a whole are filled up to a multiple of this, above it.
 const FEW: usize = 8;
+/// And to a multiple of this above [`LARGE_UNIT`], where products are filled up anyway.
+const MANY: usize = 32;
 
 /// How large a KV pool is.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -110,11 +115,12 @@ pub struct GpuDecoder {
     attention: Attention,
     drawing: Drawing,
     adapters: Adapters,
-    /// The note of a whole step, by [`bucket`] of its rows.
-    notes: Vec<Option<usize>>,
+    /// The note of a whole step, by [`bucket`] of its rows: in which every sequence has one, and in which some have more.
+    notes: [Vec<Option<usize>>; 2],
     steps: u64,
     /// The last step was timed, and nobody has asked yet.
     timed: bool,
+    ahead: Ahead,
     /// How the last step was launched.
     launched: Launched,
     /// What a copy of blocks ran into: the next step says so.
@@ -306,6 +312,8 @@ struct Work {
 pub enum Launched {
     /// As a whole, as it was noted before.
     Replayed,
+    /// The same, before its tokens were known here.
+    Ahead,
     /// Piece by piece, and noted.
     Noted,
     /// Piece by piece.
@@ -326,11 +334,13 @@ struct Extent {
 }
 
 /// Which of a few numbers of rows a step that is launched as a whole has: the smallest that is large enough, and its place among
-/// all. 1, 2, 4, then eights.
+/// all. 1, 2, 4, then eights, then thirty-twos.
 fn bucket(rows: usize) -> (usize, usize) {
+    let before_few = FEW.trailing_zeros() as usize;
     match rows.max(1).next_power_of_two() {
         rows if rows < FEW => (rows, rows.trailing_zeros() as usize),
-        _ => (rows.next_multiple_of(FEW), FEW.trailing_zeros() as usize - 1 + rows.div_ceil(FEW)),
+        _ if rows <= LARGE_UNIT => (rows.next_multiple_of(FEW), before_few + rows.div_ceil(FEW) - 1),
+        _ => (rows.next_multiple_of(MANY), before_few + LARGE_UNIT / FEW + (rows - LARGE_UNIT).div_ceil(MANY) - 1),
     }
 }
 
@@ -425,9 +435,10 @@ impl GpuDecoder {
             attention: Attention::default(),
             drawing,
             adapters,
-            notes: vec![None; bucket(options.max_sequences).1 + 1],
+            notes: [options.max_sequences, options.max_sample_rows].map(|rows| vec![None; bucket(rows).1 + 1]),
             steps: 0,
             timed: false,
+            ahead: Ahead::default(),
             launched: Launched::Eager,
             failed: None,
             card,
@@ -476,6 +487,7 @@ impl GpuDecoder {
 
     /// Makes a block hold what another holds.
     pub fn copy(&mut self, from: u32, to: u32) {
+        self.ahead.spoil();
         let (kv, card) = (&self.kv, &*self.card);
         let copied = card
             .upload(&[from as i32, to as i32], kv.pair)
@@ -502,6 +514,7 @@ impl GpuDecoder {
     /// As [`GpuDecoder::export`].
     pub fn import(&mut self, block: u32, from: &[u8]) {
         assert_eq!(from.len(), self.block_bytes());
+        self.ahead.spoil();
         let (kv, card) = (&self.kv, &*self.card);
         let copied = from.chunks_exact(kv.block_bytes).enumerate().try_for_each(|(index, from)| {
             card.upload(from, kv.data.part(index * kv.stride() + block as usize * kv.block_bytes, from.len()))
@@ -532,8 +545,16 @@ impl GpuDecoder {
             blocks: self.kv.blocks,
             block_tokens: self.options.block_tokens,
         })?;
+        if self.ahead.has(batch, self.options.block_tokens) {
+            errand();
+            self.launched = Launched::Ahead;
+            self.ahead.expect(batch, self.options.block_tokens);
+            return Ok(GpuLogits::new(self, batch.sample_rows.len()));
+        }
         let rows = batch.rows();
-        let whole = (is_decode(batch) && rows <= self.options.max_sequences).then(|| bucket(rows));
+        let deep = batch.spans.len() != rows;
+        let whole =
+            self.is_whole(batch).then(|| bucket(rows)).filter(|&(_, at)| at < self.notes[usize::from(deep)].len());
         let mut extent = self.tell(batch, whole.map(|(rows, _)| rows))?;
         if extent.adapted {
             self.adapters.tell(&*self.card, batch)?;
@@ -543,14 +564,14 @@ impl GpuDecoder {
         extent.timed = self.steps.is_multiple_of(TIMED_EVERY) && batch.rows() > 0 && !self.timed;
         self.timed |= extent.timed;
         let whole = whole.filter(|_| !extent.timed);
-        self.launched = match whole.map(|(_, at)| (at, self.notes[at])) {
+        self.launched = match whole.map(|(_, at)| (at, self.notes[usize::from(deep)][at])) {
             Some((_, Some(note))) => {
                 self.card.replay(note)?;
                 Launched::Replayed
             }
             Some((at, None)) => {
                 self.launch(extent)?;
-                self.notes[at] = Some(self.card.record(&mut || self.launch(extent))?);
+                self.notes[usize::from(deep)][at] = Some(self.card.record(&mut || self.launch(extent))?);
                 Launched::Noted
             }
             None => {
@@ -559,10 +580,19 @@ impl GpuDecoder {
             }
         };
         errand();
-        if self.options.accept.is_some() {
-            self.drawing.foresee(batch);
+        match self.options.accept {
+            Some(_) => self.drawing.foresee(batch),
+            None => self.ahead.expect(batch, self.options.block_tokens),
         }
         Ok(GpuLogits::new(self, batch.sample_rows.len()))
+    }
+
+    /// Whether all that a step launches follows from its number of rows, and from whether some sequence has several: each row is
+    /// looked at, and attention takes each sequence's in one.
+    fn is_whole(&self, batch: &Batch) -> bool {
+        let most = NARROW * self.heads.kv_heads / self.heads.heads;
+        let is_narrow = batch.spans.iter().all(|span| span.rows as usize <= most);
+        is_narrow && batch.sample_rows.len() == batch.rows() && batch.adapters.is_empty()
     }
 
     /// What the time of a step went into that was looked at since the last call. The next one is looked at after that.
@@ -641,7 +671,11 @@ impl GpuDecoder {
         step.wide.tell(card, plan.wide.iter().copied())?;
         step.narrow_merges.tell(card, plan.narrow_merges.iter().copied())?;
         step.wide_merges.tell(card, plan.wide_merges.iter().copied())?;
-        let most = |merges: &[Merge]| merges.iter().map(|merge| merge.rows as usize).max().unwrap_or(0).max(1);
+        let most = |merges: &[Merge]| match fill {
+            Some(_) if batch.spans.len() == batch.rows() => 1,
+            Some(_) => NARROW * kv_heads / heads,
+            None => merges.iter().map(|merge| merge.rows as usize).max().unwrap_or(0).max(1),
+        };
         let items = [(&plan.narrow, &plan.narrow_merges), (&plan.wide, &plan.wide_merges)];
         let items = items.map(|(items, merges)| (items.len(), merges.len(), most(merges)));
         let (adapted, timed) = (!batch.adapters.is_empty(), false);
@@ -766,12 +800,6 @@ impl GpuDecoder {
         }
         Ok(())
     }
-}
-
-/// Whether every sequence has one row, and each is looked at.
-fn is_decode(batch: &Batch) -> bool {
-    let rows = batch.rows();
-    batch.spans.len() == rows && batch.sample_rows.len() == rows && batch.adapters.is_empty()
 }
 
 #[cfg(test)]

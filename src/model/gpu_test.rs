@@ -245,6 +245,133 @@ fn a_note_is_of_no_length() {
     step(331, 1);
 }
 
+/// A number of rows for each place, none too small and each its own.
+#[test]
+fn buckets_follow_each_other() {
+    let mut last = (0, 0);
+    for rows in 1..400 {
+        let (filled, at) = bucket(rows);
+        assert!(filled >= rows && filled < rows.next_power_of_two().max(2) + MANY, "{rows}: {filled}");
+        assert!(
+            (filled, at) == last || (filled > last.0 && (at == last.1 + 1 || rows == 1)),
+            "{rows}: {filled} at {at}"
+        );
+        last = (filled, at);
+    }
+}
+
+/// Sequences with drafts behind their last words: whatever their depths, a step of as many rows is launched as a whole. Prompts and
+/// what is too deep for a narrow item are not.
+#[test]
+fn drafts_are_verified_in_steps_that_were_noted() {
+    for (tiny, packing, kv, most) in
+        [(&LLAMA, Packing::Bf16, Format::Bf16, 0.03), (&QWEN, Packing::Fp8, Format::Fp8, 0.25)]
+    {
+        let mut pair = Pair::new(emulated(), tiny, packing, kv);
+        let vocab = pair.gpu.spec().vocab;
+        let mut step = |parts: &[(usize, usize, usize)], all: bool| {
+            let mut batch = Batch::default();
+            for &(slot, start, count) in parts {
+                let words: Vec<u32> =
+                    (start..start + count).map(|at| ((at * 31 + slot * 77 + 5) % vocab) as u32).collect();
+                let blocks = 0..(start + count).div_ceil(BLOCK);
+                let table: Vec<u32> = blocks.map(|block| ((slot * 8 + block) * 7 % BLOCKS) as u32).collect();
+                let sampled = if all { 0..count as u32 } else { count as u32 - 1..count as u32 };
+                batch.push(&words, start as u32, &table, sampled);
+            }
+            let off = pair.step(&batch);
+            assert!(off < most, "{parts:?} in {packing:?} is off by {off}");
+            pair.gpu.launched()
+        };
+        assert_eq!(step(&[(0, 0, 50), (1, 0, 9), (2, 0, 31)], false), Launched::Eager);
+        assert_eq!(step(&[(0, 50, 1), (1, 9, 4), (2, 31, 2)], true), Launched::Noted);
+        // Other depths, fewer rows and sequences, a first draft that was wrong.
+        assert_eq!(step(&[(0, 51, 3), (1, 13, 1), (2, 33, 3)], true), Launched::Replayed);
+        assert_eq!(step(&[(2, 34, 5)], true), Launched::Replayed);
+        // As many rows, but one each.
+        assert_eq!(step(&[(0, 54, 1), (1, 14, 1), (2, 39, 1)], true), Launched::Noted);
+        assert_eq!(step(&[(0, 55, 2), (1, 15, 2)], true), Launched::Noted);
+        assert_eq!(step(&[(0, 55, 3), (1, 17, 1)], true), Launched::Replayed);
+        let group = tiny.heads / tiny.kv_heads;
+        let deep = NARROW / group + 1;
+        if deep <= 8 {
+            assert_eq!(step(&[(0, 58, deep)], true), Launched::Eager);
+        }
+    }
+}
+
+/// Sequences that end, wait a step or come in the middle, computed by a decoder that begins steps ahead and by one that does not.
+#[test]
+fn a_step_that_was_begun_ahead_is_the_step_that_was_asked_for() {
+    for (kv, packing) in [(Format::Bf16, Packing::Bf16), (Format::Fp8, Packing::Fp8)] {
+        let open = || {
+            let options = options(packing, kv, KvSize::Blocks(BLOCKS));
+            GpuDecoder::open(emulated(), Source::Random, synthetic("tiny").unwrap().spec, &options, &|_| ()).unwrap()
+        };
+        let mut decoders = [open(), open()];
+        let mut texts: [Vec<u32>; 3] = [vec![3, 1, 4], vec![15, 9], vec![26, 5, 35, 8]];
+        // Which sequences a step has, and how it is launched by the one that begins ahead, when that is told.
+        let both = [0, 1].as_slice();
+        let steps: [(&[usize], Option<Launched>); 16] = [
+            (&[0], None),
+            (&[1], None),
+            (both, Some(Launched::Noted)),
+            (both, Some(Launched::Ahead)),
+            (both, Some(Launched::Ahead)),
+            // A prompt: what was begun was for nothing.
+            (&[0, 1, 2], Some(Launched::Eager)),
+            (&[0, 1, 2], Some(Launched::Noted)),
+            (&[0, 1, 2], Some(Launched::Ahead)),
+            // One is missing: its row is there, and the next step is not begun from such rows.
+            (&[0, 2], Some(Launched::Ahead)),
+            (&[0, 2], Some(Launched::Replayed)),
+            (&[0, 2], Some(Launched::Ahead)),
+            (&[2], Some(Launched::Ahead)),
+            // It comes back, and begins where it had stopped.
+            (both, Some(Launched::Replayed)),
+            (both, Some(Launched::Ahead)),
+            // In another order it is another step.
+            (&[1, 0], Some(Launched::Replayed)),
+            (&[1, 0], Some(Launched::Ahead)),
+        ];
+        let mut known = [0; 3];
+        for (at, (sequences, launched)) in steps.into_iter().enumerate() {
+            let mut batch = Batch::default();
+            for &slot in sequences {
+                let table: Vec<u32> = (0..4).map(|block| ((slot * 8 + block) * 7 % BLOCKS) as u32).collect();
+                let new = &texts[slot][known[slot]..];
+                batch.push(new, known[slot] as u32, &table, [new.len() as u32 - 1]);
+            }
+            let wishes: Vec<Wish> = sequences
+                .iter()
+                .map(|&slot| Wish { seed: slot as u64, position: at as u64, temperature: 1.0, ..Wish::default() })
+                .collect();
+            let drawn = [0, 1].map(|which| {
+                let decoder = &mut decoders[which];
+                decoder.ahead.trust = if which == 0 { 1.0 } else { 0.0 };
+                let mut logits = decoder.forward(&batch, &mut || ()).unwrap();
+                let drawn = logits.draw(&wishes, &[], std::iter::empty()).unwrap();
+                drawn.iter().map(|drawn| drawn.token as u32).collect::<Vec<_>>()
+            });
+            assert_eq!(drawn[0], drawn[1], "step {at} in {packing:?}");
+            assert!(decoders[1].launched() != Launched::Ahead);
+            assert!(
+                launched.is_none_or(|how| how == decoders[0].launched()),
+                "step {at}: {:?}",
+                decoders[0].launched()
+            );
+            for (&slot, &token) in sequences.iter().zip(&drawn[0]) {
+                known[slot] = texts[slot].len();
+                texts[slot].push(token);
+            }
+        }
+        assert!(
+            texts.iter().flatten().collect::<std::collections::HashSet<_>>().len() > 12,
+            "texts that say something"
+        );
+    }
+}
+
 /// An adapter for a tiny model, of this rank, over the modules that are named; its weights follow from `seed`.
 fn adapter(tiny: &Tiny, spec: &DecoderSpec, rank: usize, modules: &[&str], seed: u64) -> Arc<Adapter> {
     let mut dice = Dice::new(seed);

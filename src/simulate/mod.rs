@@ -97,6 +97,7 @@ impl Engine {
             prefix_cache: self.prefix_cache,
             prefill_stretch: self.prefill_stretch,
             spill_slots: 0,
+            foresight: 0,
             // What a call says is not known to the token, so there is nothing to guess from.
             drafts: Default::default(),
         }

@@ -166,6 +166,17 @@ async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
     assert!(!text(&small).is_empty());
     assert_eq!(tokens(2, SMALL).await, 6.0);
 
+    // A long answer that nobody joins: its steps are begun before the host has seen the tokens, and say the same.
+    let long = json!({"temperature": 0, "max_tokens": 150, "speculative.n_max": 0});
+    let long = ask(&base, body(LARGE, prompts[0], long)).await.unwrap();
+    assert!(text(&long).starts_with(said[0]), "{} {}", text(&long), said[0]);
+    let mut ahead = 0.0;
+    for device in 0..2 {
+        let series = format!(r#"neurond_gpu_graph_steps_total{{device="{device}",launch="ahead",model="{LARGE}"}}"#);
+        ahead += daemon.metric(&series).await;
+    }
+    assert!((40.0..150.0).contains(&ahead), "{ahead} steps of 150 were begun ahead");
+
     // One breaks down: the other goes on meanwhile, and the broken one comes back.
     std::fs::write(&fault, "").unwrap();
     let outcomes = all().await;

@@ -252,11 +252,12 @@ impl Scheduler {
         self.running.iter().copied().map(growth).sum::<usize>() + growth(newcomer)
     }
 
-    /// Gives running sequences a block for the token that is being drawn, as far as there are free ones.
+    /// Gives running sequences a block for the token that is being drawn, and for those in foresight, as far as there are free ones.
     pub(super) fn grow_freely(&mut self) {
         for &key in &self.running {
             let sequence = &mut self.sequences[key];
-            let known = (sequence.tokens.len() + usize::from(sequence.left() == 0)).min(sequence.most);
+            let more = if sequence.left() == 0 { 1 + self.limits.foresight } else { 0 };
+            let known = (sequence.tokens.len() + more).min(sequence.most);
             if self.blocks.needed(known) > sequence.table.len() && !self.blocks.take(1, &mut sequence.table) {
                 break;
             }

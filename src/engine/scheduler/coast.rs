@@ -26,7 +26,8 @@ impl Scheduler {
         // Blocks that are to be kept outside have to be copied step by step.
         // So have guesses, which see every token.
         let guesses = self.limits.drafts.most > 0;
-        if self.waiting() > 0 || self.running.is_empty() || self.spilled.is_some() || guesses {
+        let foresees = self.limits.foresight > 0;
+        if self.waiting() > 0 || self.running.is_empty() || self.spilled.is_some() || guesses || foresees {
             return 0;
         }
         let mut steps = most;
@@ -134,6 +135,7 @@ mod tests {
             prefix_cache: draw(4) > 0,
             prefill_stretch: [0.0, 1.5][draw(2)],
             spill_slots: 0,
+            foresight: 0,
             drafts: Default::default(),
         };
         let (blocks, block_tokens) = (20 + draw(60), [1, 2, 4, 16][draw(4)]);

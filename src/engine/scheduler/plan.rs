@@ -190,7 +190,9 @@ impl Scheduler {
             let samples = end == sequence.tokens.len();
             let drafts = share.drafts;
             sequence.computed = end + drafts;
-            let table = &sequence.table[..self.blocks.needed(end + drafts)];
+            let blocks = self.blocks.needed(end + drafts);
+            let foreseen = self.blocks.needed(end + drafts + self.limits.foresight).min(sequence.table.len());
+            let table = &sequence.table[..blocks.max(foreseen)];
             let mut tokens = &sequence.tokens[start..end];
             if drafts > 0 {
                 plan.tokens.clear();

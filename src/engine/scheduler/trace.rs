@@ -49,6 +49,7 @@ pub(super) fn limits() -> Limits {
         prefix_cache: true,
         prefill_stretch: 0.0,
         spill_slots: 0,
+        foresight: 0,
         drafts: DraftLimits::default(),
     }
 }

@@ -13,6 +13,9 @@ use crate::base::Result;
 /// inside a tile.
 pub const LARGE_UNIT: usize = 64;
 
+/// Bytes that can be on their way out while others are launched.
+pub const LANDING: usize = 64 << 10;
+
 /// What the time of a step goes into.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
@@ -62,6 +65,16 @@ pub trait Card: Launcher + Send {
     /// The driver's.
     unsafe fn upload_bytes(&self, from: &[u8], to: u64) -> Result<()>;
 
+    /// Copies in `len` bytes that `fill` writes, into memory that the card reads by itself. Returns when they are written: they
+    /// travel while the next ones are.
+    ///
+    /// # Safety
+    /// There are as many bytes at `to`, of this card.
+    ///
+    /// # Errors
+    /// The driver's.
+    unsafe fn send_bytes(&self, len: usize, to: u64, fill: &mut dyn FnMut(&mut [u8])) -> Result<()>;
+
     /// Copies out, after all that was launched, and waits for it.
     ///
     /// # Safety
@@ -70,6 +83,22 @@ pub trait Card: Launcher + Send {
     /// # Errors
     /// The driver's, and those of whatever was launched before.
     unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()>;
+
+    /// Begins to copy out up to [`LANDING`] bytes, after all that was launched; [`Card::land_bytes`] must follow, and no other copy out
+    /// before it.
+    ///
+    /// # Safety
+    /// There are as many bytes at `from`, of this card.
+    ///
+    /// # Errors
+    /// `Internal` when they are more, and the driver's.
+    unsafe fn depart_bytes(&self, from: u64, len: usize) -> Result<()>;
+
+    /// Waits for what has departed, not for what was launched since.
+    ///
+    /// # Errors
+    /// As [`Card::download_bytes`], and `Internal` when another number has departed.
+    fn land_bytes(&self, to: &mut [u8]) -> Result<()>;
 
     /// Notes what `work` launches without running it, to be [replayed](Card::replay). What it launches has been launched once before,
     /// and it copies nothing. Returns the number of the note.
@@ -137,6 +166,42 @@ impl dyn Card + '_ {
             let bytes = std::slice::from_raw_parts(from.as_ptr().cast::<u8>(), size_of_val(from));
             self.upload_bytes(bytes, to.address())
         }
+    }
+
+    /// Begins to copy `len` numbers out, as [`Card::depart_bytes`] does.
+    ///
+    /// # Errors
+    /// As there, and `Internal` when there are fewer.
+    pub fn depart<T: Bits>(&self, from: Ptr<T>, len: usize) -> Result<()> {
+        from.needs("depart", len, 1)?;
+        // SAFETY: the source is as long.
+        unsafe { self.depart_bytes(from.address(), len * size_of::<T>()) }
+    }
+
+    /// Waits for numbers that have departed.
+    ///
+    /// # Errors
+    /// As [`Card::land_bytes`].
+    pub fn land<T: Bits>(&self, to: &mut [T]) -> Result<()> {
+        // SAFETY: any bits are a value.
+        self.land_bytes(unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast::<u8>(), size_of_val(to)) })
+    }
+
+    /// Copies `len` numbers that `fill` writes to where `to` begins, as [`Card::send_bytes`] does. They are whatever they were
+    /// before.
+    ///
+    /// # Errors
+    /// `Internal` when they are more than there is room for, and the driver's.
+    pub fn send<T: Bits>(&self, len: usize, to: Ptr<T>, mut fill: impl FnMut(&mut [T])) -> Result<()> {
+        to.needs("send", len, 1)?;
+        let mut write = |bytes: &mut [u8]| {
+            // SAFETY: any bits are a value, and whoever hands out the room has it at a multiple of 64.
+            let (before, numbers, _) = unsafe { bytes.align_to_mut::<T>() };
+            debug_assert!(before.is_empty() && numbers.len() == len);
+            fill(numbers);
+        };
+        // SAFETY: the target is as long.
+        unsafe { self.send_bytes(len * size_of::<T>(), to.address(), &mut write) }
     }
 
     /// Copies numbers from where `from` begins.

@@ -17,9 +17,10 @@ use cudarc::driver::sys;
 use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
-use super::card::{Card, Part, Parts};
+use super::card::{Card, LANDING, Part, Parts};
 use super::gemm::{Sink, Weight};
 use super::launch::{Launch, Launcher};
+use super::pinned::{Pinned, Ring};
 use crate::base::{Error, Kind, Result};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -41,6 +42,12 @@ pub struct Device {
     /// What was noted, ready to be launched at once.
     graphs: Mutex<Vec<sys::CUgraphExec>>,
     marks: Mutex<Marks>,
+    /// Where the host writes what is sent.
+    ring: Mutex<Ring>,
+    /// Where small answers land.
+    landing: Mutex<Option<Pinned>>,
+    /// Recorded behind a copy to there, whose length is beside it.
+    departed: Mutex<(sys::CUevent, usize)>,
     blas: Mutex<Option<Blas>>,
 }
 
@@ -107,7 +114,7 @@ pub(super) fn preload(folders: &[impl AsRef<Path>]) -> Vec<std::path::PathBuf> {
     opened
 }
 
-fn failed(what: &str, error: DriverError) -> Error {
+pub(super) fn failed(what: &str, error: DriverError) -> Error {
     Error::internal(format!("{what}: {error}"))
 }
 
@@ -138,9 +145,15 @@ impl Device {
             memory: Mutex::default(),
             graphs: Mutex::default(),
             marks: Mutex::default(),
+            ring: Mutex::default(),
+            landing: Mutex::default(),
+            departed: Mutex::new((std::ptr::null_mut(), 0)),
             blas: Mutex::default(),
         };
         this.enter()?;
+        *this.landing.lock() = Some(Pinned::alloc(LANDING)?);
+        this.departed.lock().0 = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+            .map_err(|error| failed("making an event", error))?;
         this.stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|error| failed("making a stream", error))?;
         for (file, binary) in KERNELS {
@@ -252,11 +265,57 @@ impl Card for Device {
         unsafe { result::memcpy_htod_async(to, from, self.stream) }.map_err(|error| failed("copying in", error))
     }
 
+    unsafe fn send_bytes(&self, len: usize, to: u64, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        self.enter()?;
+        // SAFETY: by the caller's promise; the ring keeps what is sent until it is there.
+        let copy = |bytes: &[u8]| {
+            unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(|error| failed("copying in", error))
+        };
+        self.ring.lock().send(len, self.stream, fill, copy)
+    }
+
     unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.enter()?;
+        let mut landing = self.landing.lock();
+        if let Some(landed) = landing.as_mut().and_then(|landing| landing.room(to.len())) {
+            // SAFETY: by the caller's promise.
+            unsafe { result::memcpy_dtoh_async(&mut *landed, from, self.stream) }
+                .map_err(|error| failed("copying out", error))?;
+            self.finish()?;
+            to.copy_from_slice(landed);
+            return Ok(());
+        }
         // SAFETY: by the caller's promise.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.map_err(|error| failed("copying out", error))?;
         self.finish()
+    }
+
+    unsafe fn depart_bytes(&self, from: u64, len: usize) -> Result<()> {
+        self.enter()?;
+        let (mut landing, mut departed) = (self.landing.lock(), self.departed.lock());
+        let Some(room) = landing.as_mut().and_then(|landing| landing.room(len)) else {
+            return Err(Error::internal(format!("{len} bytes depart, {LANDING} at most")));
+        };
+        departed.1 = len;
+        // SAFETY: by the caller's promise; an event and a stream of this context.
+        unsafe {
+            result::memcpy_dtoh_async(room, from, self.stream).map_err(|error| failed("copying out", error))?;
+            result::event::record(departed.0, self.stream).map_err(|error| failed("recording an event", error))
+        }
+    }
+
+    fn land_bytes(&self, to: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        let (mut landing, departed) = (self.landing.lock(), self.departed.lock());
+        let Some(room) =
+            landing.as_mut().and_then(|landing| landing.room(to.len())).filter(|room| room.len() == departed.1)
+        else {
+            return Err(Error::internal(format!("{} bytes land, {} have departed", to.len(), departed.1)));
+        };
+        // SAFETY: an event of this context.
+        unsafe { result::event::synchronize(departed.0) }.map_err(|error| failed("waiting for the card", error))?;
+        to.copy_from_slice(room);
+        Ok(())
     }
 
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
@@ -334,6 +393,14 @@ impl Drop for Device {
         // SAFETY: nobody has the device any more. Failures cost what the driver then keeps.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            self.ring.lock().free();
+            if let Some(landing) = self.landing.lock().take() {
+                landing.free();
+            }
+            let departed = self.departed.lock().0;
+            if !departed.is_null() {
+                let _ = result::event::destroy(departed);
+            }
             let marks = std::mem::take(&mut *self.marks.lock());
             for event in marks.made.into_iter().map(|(_, event)| event).chain(marks.spare) {
                 let _ = result::event::destroy(event);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::card::{Card, Part, Parts};
+use super::card::{Card, LANDING, Part, Parts};
 use super::launch::{Launch, Launcher, Ptr};
 use crate::base::{Error, Kind, Result};
 use crate::kernel::Buffer;
@@ -78,6 +78,8 @@ pub struct EmulatedCard {
     emulator: Emulator,
     memory: Mutex<Vec<Buffer<u8>>>,
     notes: Mutex<Notes>,
+    /// On its way out.
+    departed: Mutex<Vec<u8>>,
     /// When each mark was made.
     marks: Mutex<Vec<(Option<Part>, Instant)>>,
 }
@@ -143,6 +145,26 @@ impl Card for EmulatedCard {
         Ok(())
     }
 
+    unsafe fn depart_bytes(&self, from: u64, len: usize) -> Result<()> {
+        if len > LANDING {
+            return Err(Error::internal(format!("{len} bytes depart, {LANDING} at most")));
+        }
+        let mut departed = vec![0; len];
+        // SAFETY: by the caller's promise.
+        unsafe { self.download_bytes(from, &mut departed)? };
+        *self.departed.lock() = departed;
+        Ok(())
+    }
+
+    fn land_bytes(&self, to: &mut [u8]) -> Result<()> {
+        let departed = std::mem::take(&mut *self.departed.lock());
+        if departed.len() != to.len() {
+            return Err(Error::internal(format!("{} bytes land, {} have departed", to.len(), departed.len())));
+        }
+        to.copy_from_slice(&departed);
+        Ok(())
+    }
+
     fn record(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<usize> {
         self.notes.lock().open = Some(Vec::new());
         let worked = work();
@@ -181,6 +203,15 @@ impl Card for EmulatedCard {
         // SAFETY: by the caller's promise; launches are over when they return.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
+    }
+
+    unsafe fn send_bytes(&self, len: usize, to: u64, fill: &mut dyn FnMut(&mut [u8])) -> Result<()> {
+        // What is left from another time must not be taken for what was written now.
+        let mut room = Buffer::<u8>::zeroed(len);
+        room.fill(0xff);
+        fill(&mut room);
+        // SAFETY: by the caller's promise.
+        unsafe { self.upload_bytes(&room, to) }
     }
 
     unsafe fn download_bytes(&self, from: u64, to: &mut [u8]) -> Result<()> {

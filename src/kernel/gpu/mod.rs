@@ -21,12 +21,14 @@ mod gemm;
 mod launch;
 mod lora;
 mod open;
+#[cfg(feature = "cuda")]
+mod pinned;
 mod rows;
 mod sample;
 mod watch;
 
 pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
-pub use card::{Bits, Card, LARGE_UNIT, Part, Parts};
+pub use card::{Bits, Card, LANDING, LARGE_UNIT, Part, Parts};
 #[cfg(feature = "emulate")]
 pub use emulator::{EmulatedCard, Emulator};
 pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4};
@@ -37,5 +39,5 @@ pub use rows::{
     Gate, Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, quantize_fp8, random_bf16,
     rope_kv_write, silu_mul,
 };
-pub use sample::{Drawn, Edit, UNWANTED, Wish, sample, verify};
+pub use sample::{Drawn, Edit, UNWANTED, Wish, follow, sample, verify};
 pub use watch::{Health, Watch};

@@ -120,6 +120,19 @@ pub fn sample(
     on.launch(launch.ptr(scratch).ptr(drawn).int(vocab).int(stride))
 }
 
+/// Makes the tokens drawn of `rows` rows the ids that a step begins with; 0 where there is none.
+///
+/// # Errors
+/// As [`sample`].
+pub fn follow(on: &dyn Launcher, rows: usize, drawn: Ptr<Drawn>, ids: Ptr<i32>) -> Result<()> {
+    drawn.needs("drawn", rows, 4)?;
+    ids.needs("ids", rows, 4)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    on.launch(Launch::new("follow", [rows.div_ceil(128), 1, 1], 128).ptr(drawn).ptr(ids).int(rows))
+}
+
 /// How many rows' tokens count of each sequence: those up to the first that is not the draft behind it. drafts `[rows]`; spans
 /// `[count, 2]` of first row and rows.
 ///

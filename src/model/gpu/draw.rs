@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result};
 use crate::kernel::Pool;
-use crate::kernel::gpu::{Card, Drawn, Edit, Ptr, Wish, sample};
+use crate::kernel::gpu::{Card, Drawn, Edit, Ptr, UNWANTED, Wish, sample};
 use crate::model::{Batch, GpuDecoder};
 
 /// Edits of a step for each row with logits, on average, that there is room for.
@@ -21,8 +21,10 @@ pub(super) struct Drawing {
     /// A bit a token, a row of words each.
     masks: Ptr<u32>,
     scratch: Ptr<u64>,
-    drawn: Ptr<Drawn>,
+    pub(super) drawn: Ptr<Drawn>,
     landed: Vec<Drawn>,
+    /// Wishes of rows that others lie between.
+    spread: Vec<Wish>,
     /// Rows that the host draws.
     logits: Vec<f32>,
     /// By row, where drafts are to come true: the one behind it.
@@ -40,6 +42,7 @@ impl Drawing {
             scratch: card.alloc(rows * vocab)?,
             drawn: card.alloc(rows)?,
             landed: vec![Drawn::default(); rows],
+            spread: Vec::new(),
             // Costs memory only where it is used.
             logits: vec![0.0; rows * vocab],
             follows: Vec::new(),
@@ -111,21 +114,45 @@ impl<'a> GpuLogits<'a> {
             return Err(Error::internal(format!("{} wishes for {} rows", wishes.len(), self.rows)));
         }
         let (vocab, stride) = (self.vocab(), self.decoder.head.n);
-        let GpuDecoder { card, work, drawing, options, .. } = &mut *self.decoder;
+        let goes_ahead = self.decoder.goes_ahead(wishes);
+        let GpuDecoder { card, work, drawing, ahead, .. } = &mut *self.decoder;
         let card = &**card;
+        let places = &ahead.rows;
+        let wishes = match places.last() {
+            None => wishes,
+            Some(&last) => {
+                drawing.spread.clear();
+                drawing.spread.resize(last as usize + 1, Wish { given: UNWANTED, ..Wish::default() });
+                places.iter().zip(wishes).for_each(|(&at, &wish)| drawing.spread[at as usize] = wish);
+                &drawing.spread
+            }
+        };
+        let rows = wishes.len();
         card.upload(wishes, drawing.wishes)?;
         card.upload(edits, drawing.edits)?;
         let words = vocab.div_ceil(32);
         for (row, mask) in masks {
-            let to = drawing.masks.part(row * words, words);
+            let to = drawing.masks.part(place(places, row) * words, words);
             match mask.len().checked_sub(words) {
                 Some(_) => card.upload(&mask[..words], to)?,
                 None => card.upload(&[mask, &vec![0; words - mask.len()]].concat(), to)?,
             }
         }
         let Drawing { wishes, edits, masks, scratch, drawn, .. } = *drawing;
-        sample(card, self.rows, (vocab, stride), work.logits, wishes, masks, edits, scratch, drawn)?;
-        card.download(drawing.drawn, &mut drawing.landed[..self.rows])?;
+        sample(card, rows, (vocab, stride), work.logits, wishes, masks, edits, scratch, drawn)?;
+        if goes_ahead {
+            card.depart(drawn, rows)?;
+            self.decoder.go_ahead()?;
+        }
+        let GpuDecoder { card, drawing, options, ahead, .. } = &mut *self.decoder;
+        let landed = &mut drawing.landed[..rows];
+        if goes_ahead {
+            card.land(landed)?
+        } else {
+            card.download(drawn, landed)?
+        }
+        ahead.rows.iter().enumerate().for_each(|(row, &at)| landed[row] = landed[at as usize]);
+        ahead.begins_with(landed.iter().map(|drawn| drawn.token as u32));
         if let Some(accept) = options.accept {
             drawing.accept(accept, self.rows);
         }
@@ -142,11 +169,16 @@ impl<'a> GpuLogits<'a> {
     /// When there is no such row.
     pub fn land(&mut self, rows: &[usize]) -> Result<(&mut [f32], &Pool)> {
         let (vocab, stride) = (self.vocab(), self.decoder.head.n);
-        let GpuDecoder { card, work, drawing, options, .. } = &mut *self.decoder;
+        let GpuDecoder { card, work, drawing, options, ahead, .. } = &mut *self.decoder;
         let logits = &mut drawing.logits[..rows.len() * vocab];
         for (out, &row) in logits.chunks_exact_mut(vocab).zip(rows) {
-            card.download(work.logits.part(row * stride, vocab), out)?;
+            card.download(work.logits.part(place(&ahead.rows, row) * stride, vocab), out)?;
         }
         Ok((logits, &options.pool))
     }
+}
+
+/// Where a row lies on the device.
+fn place(places: &[u32], row: usize) -> usize {
+    places.get(row).map_or(row, |&at| at as usize)
 }

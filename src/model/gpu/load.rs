@@ -1,8 +1,7 @@
 //! Weights on their way to a GPU: out of a file, or made up there.
 //!
 //! ```text
-//! bf16 in rows as they are ──────────────────────────────────────┐
-//! anything else ── converted in chunks, rows in parallel ────────┼──> bf16 on the device ──> fp8 there, if wanted
+//! file ── bf16, rows in parallel, while the chunk before travels ─┬──> bf16 on the device ──> fp8 there, if wanted
 //! nothing ── numbers that follow from their places, on the device ┘
 //! Q4_0 as it is, anything else rounded to it ── packed ───────────────> 4 bits on the device
 //! ```
@@ -46,8 +45,6 @@ pub(super) struct Loader<'a> {
     /// Numbers of all tensors, and of those that are there.
     whole: usize,
     done: usize,
-    /// A chunk on the host.
-    sent: Vec<bf16>,
     /// A chunk on the device, on its way to fp8.
     scratch: Option<Ptr<bf16>>,
 }
@@ -62,7 +59,7 @@ impl<'a> Loader<'a> {
     ) -> Self {
         let shapes: HashMap<_, _> = spec.tensors().map(|(name, rows, cols)| (name, (rows, cols))).collect();
         let whole = shapes.values().map(|(rows, cols)| rows * cols).sum();
-        Self { card, source, spec, shapes, pool, progress, whole, done: 0, sent: Vec::new(), scratch: None }
+        Self { card, source, spec, shapes, pool, progress, whole, done: 0, scratch: None }
     }
 
     pub(super) fn layer(&mut self, layer: usize, packing: Packing) -> Result<Layer> {
@@ -197,34 +194,36 @@ impl<'a> Loader<'a> {
 
     /// Some rows of a tensor, as bf16.
     fn send(
-        &mut self,
+        &self,
         tensor: &Tensor<'_>,
         rows: std::ops::Range<usize>,
         heads: Option<usize>,
         to: Ptr<bf16>,
     ) -> Result<()> {
         let k = tensor.cols;
-        if tensor.dtype == Dtype::BF16 && heads.is_none() {
-            // SAFETY: a card copies bytes and looks at no number; there are as many at `to` as these rows have.
-            return unsafe { self.card.upload_bytes(&tensor.data[rows.start * 2 * k..rows.end * 2 * k], to.address()) };
-        }
-        self.sent.resize(rows.len() * k, bf16::ZERO);
-        let sent = Shared::new(&mut self.sent[..]);
-        self.pool.each(rows.len(), 1, |row| {
-            let mut values = vec![0f32; k];
-            // Cannot fail: the tensor's length was checked when its file was opened.
-            let read = dequantize_row(tensor.dtype, tensor.row(halves(heads, rows.start + row)), &mut values);
-            debug_assert!(read.is_ok());
-            // SAFETY: each row is handed out once.
-            let out = unsafe { sent.part(row * k, k) };
-            out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(value));
-        });
-        self.card.upload(&self.sent, to)
+        self.card.send(rows.len() * k, to, |sent| {
+            let sent = Shared::new(sent);
+            self.pool.each(rows.len(), 1, |row| {
+                // SAFETY: each row is handed out once.
+                let out = unsafe { sent.part(row * k, k) };
+                let row = tensor.row(halves(heads, rows.start + row));
+                if tensor.dtype == Dtype::BF16 {
+                    let numbers = row.as_chunks::<2>().0;
+                    out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = bf16::from_le_bytes(number));
+                    return;
+                }
+                let mut values = vec![0f32; k];
+                // Cannot fail: the tensor's length was checked when its file was opened.
+                let read = dequantize_row(tensor.dtype, row, &mut values);
+                debug_assert!(read.is_ok());
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(value));
+            });
+        })
     }
 
     /// Some rows of a tensor, in 4 bits; made up they are all codes alike, which takes as long to read.
     fn send_q4(
-        &mut self,
+        &self,
         tensor: Option<&Tensor<'_>>,
         rows: std::ops::Range<usize>,
         heads: Option<usize>,
@@ -249,24 +248,24 @@ impl<'a> Loader<'a> {
             quantize_q4_0(&values, &mut out);
             Ok(out)
         };
-        let (mut all_codes, mut all_scales) = (vec![0u32; codes.len()], vec![0u16; scales.len()]);
-        let (out_codes, out_scales) = (Shared::new(&mut all_codes[..]), Shared::new(&mut all_scales[..]));
-        let broken = Mutex::new(None);
-        self.pool.each(count, 1, |at| match row(at).and_then(|bytes| pack_q4(&bytes, 1, k)) {
-            Ok((codes, scales)) => {
-                // SAFETY: each row is handed out once.
-                let (to_codes, to_scales) =
-                    unsafe { (out_codes.part(at * k / 8, k / 8), out_scales.part(at * k / 32, k / 32)) };
-                to_codes.copy_from_slice(&codes);
-                to_scales.iter_mut().zip(scales).for_each(|(to, scale)| *to = scale.to_bits());
-            }
-            Err(error) => *broken.lock() = Some(error),
-        });
+        let (mut all_scales, broken) = (vec![0u16; scales.len()], Mutex::new(None));
+        self.card.send(codes.len(), codes, |all_codes| {
+            let (out_codes, out_scales) = (Shared::new(all_codes), Shared::new(&mut all_scales[..]));
+            self.pool.each(count, 1, |at| match row(at).and_then(|bytes| pack_q4(&bytes, 1, k)) {
+                Ok((codes, scales)) => {
+                    // SAFETY: each row is handed out once.
+                    let (to_codes, to_scales) =
+                        unsafe { (out_codes.part(at * k / 8, k / 8), out_scales.part(at * k / 32, k / 32)) };
+                    to_codes.copy_from_slice(&codes);
+                    to_scales.iter_mut().zip(scales).for_each(|(to, scale)| *to = scale.to_bits());
+                }
+                Err(error) => *broken.lock() = Some(error),
+            });
+        })?;
         if let Some(error) = broken.into_inner() {
             return Err(error);
         }
         let all_scales: Vec<f16> = all_scales.into_iter().map(f16::from_bits).collect();
-        self.card.upload(&all_codes, codes)?;
         self.card.upload(&all_scales, scales)
     }
 }
