@@ -10,6 +10,7 @@
 #   decoder   decoders of random weights against the CPU's plain arithmetic
 #   serve     a small synthetic model through HTTP: answers, repeats, metrics
 #   speed     8B in bf16, fp8 and 4 bits and 70B in fp8, if it fits: time to ready, decode and prompts by concurrency and length, CPU use, memory
+#   ranks     on a machine of several GPUs, and only if it is named: sums of ranks, decoders divided over them, 70B in fp8 on two
 #
 # Everything is written to $OUT, or target/gpu; REPORT.md there is the whole of it. A part that fails does not stop the others.
 # cuBLASLt is looked for where CUDA's installer and Python packages put it; set LD_LIBRARY_PATH if it is elsewhere.
@@ -34,20 +35,21 @@ for line in sys.stdin:
 
 all=(card kernels decoder serve speed)
 case ${1:-} in
--h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit ;;
+-h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit ;;
 pack) pack; exit ;;
 esac
 parts=("${@:-${all[@]}}")
 [[ $# -gt 0 ]] || parts=("${all[@]}")
 for part in "${parts[@]}"; do
-    [[ " ${all[*]} " == *" $part "* ]] || { echo "gpu_check: there is no part $part: ${all[*]}" >&2; exit 2; }
+    [[ " ${all[*]} ranks " == *" $part "* ]] || { echo "gpu_check: there is no part $part: ${all[*]} ranks" >&2; exit 2; }
 done
 [[ -x .gpu/neurond ]] || { echo "gpu_check: there is no .gpu/neurond: run scripts/gpu_check.sh pack where Rust is" >&2; exit 1; }
 
 out=${OUT:-target/gpu}
 mkdir -p "$out"
 library=$(find / -name 'libcublasLt.so.13' -not -path '/proc/*' -print -quit 2>/dev/null)
-export LD_LIBRARY_PATH=${library:+$(dirname "$library"):}${LD_LIBRARY_PATH:-}
+nccl=$(find / -name 'libnccl.so.2' -not -path '/proc/*' -print -quit 2>/dev/null)
+export LD_LIBRARY_PATH=${library:+$(dirname "$library"):}${nccl:+$(dirname "$nccl"):}${LD_LIBRARY_PATH:-}
 report=$out/REPORT.md
 echo "# GPU check of $(date -u +%F), $(.gpu/neurond --version)" >"$report"
 status=0
@@ -105,6 +107,13 @@ part_kernels() { NEUROND_TEST_GPU=1 .gpu/kernels --test-threads 1; }
 
 part_decoder() { .gpu/tests a_real_card --nocapture --test-threads 1; }
 
+part_ranks() {
+    [[ $(nvidia-smi --list-gpus | wc -l) -gt 1 ]] || { echo "there is one GPU"; return 1; }
+    .gpu/neurond gpus || return 1
+    .gpu/tests ranks_sum_and_gather --nocapture --test-threads 1 &&
+        .gpu/tests real_cards_compute_the_same_together --nocapture --test-threads 1
+}
+
 part_serve() {
     start serve 'path = "synthetic:llama-3.2-1b"\ngpus = [0]' || return 1
     local ask='{"model": "@cf/meta/llama-3.1-8b-instruct", "prompt": "Once", "max_tokens": 24, "temperature": 0, "ignore_eos": true}'
@@ -120,8 +129,8 @@ part_serve() {
 }
 
 # One model: how fast it is ready, decodes at each number of streams, and reads prompts of each length.
-speed() { # NAME SHAPE WEIGHTS
-    start "$1" "path = \"synthetic:$2\"\ngpu_weights = \"$3\"\ngpus = [0]" || return 1
+speed() { # NAME SHAPE WEIGHTS [where, if not on the first GPU]
+    start "$1" "path = \"synthetic:$2\"\ngpu_weights = \"$3\"\n${4:-gpus = [0]}" || return 1
     local before
     before=$(ticks)
     local begun=$SECONDS
@@ -142,6 +151,7 @@ speed() { # NAME SHAPE WEIGHTS
 for part in "${parts[@]}"; do
     if [[ $part != speed ]]; then
         note "$part" "part_$part"
+        [[ $part != ranks ]] || note ranks-70b-fp8 speed ranks-70b-fp8 llama-3.3-70b fp8 'tensor_parallel = 2\ngpus = [0, 1]'
         continue
     fi
     note speed-8b-bf16 speed 8b-bf16 llama-3.1-8b bf16

@@ -11,7 +11,8 @@ use half::{bf16, f16};
 use neurond::kernel::gpu::{
     Adapted, Attention, Drawn, Edit, Emulator, Fp8, Gate, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW,
     Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, UNWANTED, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed,
-    follow, gather_rows, gemm_small, lora, pack_q4, quantize_fp8, random_bf16, rope_kv_write, sample, silu_mul, verify,
+    follow, gather_rows, gemm_small, lora, pack_q4, put_columns, quantize_fp8, random_bf16, rope_kv_write, sample,
+    silu_mul, verify,
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
 
@@ -214,6 +215,29 @@ fn rows_of_the_embedding() {
         assert!(
             ids.is_empty() && embed(on(0), 1, at(&mut ids), at(&mut table), hidden, 0..1, 1.0, Ptr::null()).is_err()
         );
+    }
+}
+
+#[test]
+fn columns_are_put_where_they_belong() {
+    let mut dice = Dice(31);
+    for (rows, width, first, more) in
+        [(0, 8, 0, 0), (1, 0, 4, 8), (1, 8, 16, 0), (3, 4096, 4, 12), (2, 4100, 0, 4), (5, 9000, 64, 36), (2, 24, 8, 0)]
+    {
+        let stride = first + width + more;
+        let x: Vec<f32> = (0..rows * width).map(|_| dice.value()).collect();
+        let out = in_any_order(&vec![7.0f32; rows * stride], |on, out| {
+            put_columns(on, rows, at(&mut x.clone()), first..first + width, at(out), stride).unwrap();
+        });
+        for (i, found) in out.iter().enumerate() {
+            let (row, column) = (i / stride, i % stride);
+            let expected = if (first..first + width).contains(&column) { x[row * width + column - first] } else { 7.0 };
+            assert_eq!(*found, expected, "row {row}, column {column}");
+        }
+    }
+    let (mut x, mut out) = (vec![0.0f32; 16], vec![0.0f32; 16]);
+    for (columns, stride) in [(1..5, 8), (0..6, 8), (0..4, 7), (8..16, 16)] {
+        assert!(put_columns(on(0), 3, at(&mut x), columns, at(&mut out), stride).is_err());
     }
 }
 

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use super::serve::Over;
 use super::table::{Side, render};
 use crate::base::{Millis, Result};
-use crate::config::{self, Config, Model};
+use crate::config::{self, Config, Model, synthetic};
+use crate::kernel::gpu;
 use crate::model::Division;
 
 const EXAMPLES: &str = "\
@@ -36,7 +37,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode> {
     let config = config::load(args.config.as_deref(), &args.over.into())?;
     for model in config.models.iter().filter(|model| model.tensor_parallel > 1) {
-        Division::check(&model.path, model.tensor_parallel).map_err(|error| error.context(&model.id))?;
+        check_ranks(&config, model).map_err(|error| error.context(&model.id))?;
     }
     super::print(&summary(&config))?;
     for warning in &config.warnings {
@@ -44,6 +45,18 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     let fails = args.strict && !config.warnings.is_empty();
     Ok(if fails { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Whether a model can be divided as it is to be, by whoever serves it here.
+fn check_ranks(config: &Config, model: &Model) -> Result<()> {
+    let check = |packing| Division::check(&model.path, model.tensor_parallel, packing);
+    let packing = model.is_for_gpus().then_some(model.on_gpu.weights);
+    if packing.is_none() || model.on_gpu.gpus.is_some() || synthetic(&model.path).is_some() {
+        return check(packing);
+    }
+    // Nobody has said who: GPUs if there are enough and they can, else the CPU.
+    let enough = gpu::count(&config.gpu.library_folders).is_ok_and(|count| count >= model.tensor_parallel);
+    if enough && check(packing).is_ok() { Ok(()) } else { check(None) }
 }
 
 fn summary(config: &Config) -> String {
@@ -119,6 +132,7 @@ fn gpus(model: &Model) -> String {
     let packing = format!("{:?}", model.on_gpu.weights).to_lowercase();
     match &model.on_gpu.gpus {
         _ if !model.is_for_gpus() => "-".into(),
+        None if model.tensor_parallel > 1 => format!("the first {}, {packing}", model.tensor_parallel),
         None => format!("all, {packing}"),
         Some(gpus) => format!("{}, {packing}", gpus.iter().map(u16::to_string).collect::<Vec<_>>().join(" ")),
     }

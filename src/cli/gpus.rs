@@ -107,7 +107,14 @@ pub fn run(args: &Args) -> Result<()> {
         ("bf16 TFLOP/s", Side::Right),
         ("fp8 TFLOP/s", Side::Right),
     ];
-    super::print(&render(&columns[..if args.measure { 7 } else { 4 }], &rows))
+    let mut text = render(&columns[..if args.measure { 7 } else { 4 }], &rows);
+    if count > 1 {
+        text += &match gpu::collectives() {
+            Ok(how) => format!("\nmodels can be divided over them (tensor_parallel): {how}\n"),
+            Err(error) => format!("\nno model can be divided over them: {}\n", error.message()),
+        };
+    }
+    super::print(&text)
 }
 
 fn measure(card: &dyn Card, scale: f64) -> Result<Rates> {

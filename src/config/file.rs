@@ -220,8 +220,8 @@ impl Default for EngineSection {
     }
 }
 
-/// `[gpu]`: NVIDIA GPUs. Each that serves holds a whole copy of every model for text generation that is not kept from it, and
-/// answers go to the one that has least to do. Where there is none, or no driver, the CPU serves and the log says so. The keys that
+/// `[gpu]`: NVIDIA GPUs. Each that serves holds a whole copy of every model for text generation that is not kept from it, or with
+/// others a part of it (`tensor_parallel`), and answers go to the one that has least to do. Where there is none, or no driver, the CPU serves and the log says so. The keys that
 /// `[engine]` has as well count here in their place; all others of `[engine]` count on GPUs too.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -231,8 +231,8 @@ pub struct GpuSection {
     /// Example: `[0, 1]`
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<u16>>,
-    /// Folders that hold CUDA's libraries (`libcublasLt.so.13`) where the system's loader does not find them. Without that
-    /// library prompts are read by slower kernels.
+    /// Folders that hold CUDA's libraries (`libcublasLt.so.13`, `libnccl.so.2`) where the system's loader does not find them.
+    /// Without the first prompts are read by slower kernels, without the second no model is divided over GPUs.
     pub library_folders: Vec<PathBuf>,
     /// Share of the memory that weights and work buffers leave free on a GPU that becomes the KV pool of a model without
     /// `kv_bytes`. The first to be loaded takes it: with several models on a GPU, or to swap a model while it serves, write
@@ -316,6 +316,7 @@ pub struct ModelSection {
     /// load and costs memory only where it has been used.
     /// Left out: an eighth of the memory this process may use (cgroup limit respected), at least 64 MiB and
     /// at most 2 GiB; with many models on one machine, write it. On a GPU: what `gpu.memory_share` says.
+    /// Of ranks on GPUs, each has so many.
     /// Example: `"512MiB"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_bytes: Option<ByteSize>,
@@ -336,18 +337,20 @@ pub struct ModelSection {
     /// Example: `"models/draft.gguf"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draft: Option<PathBuf>,
-    /// Ranks that the model is divided over (tensor parallelism): each holds a part of every matrix and of the KV pool, and
-    /// computes with its share of `engine.threads`. It pays where parts of the machine have memory of their own (several
-    /// sockets), and costs a little where they have not. It must divide the model's query heads, and divide its key-value
-    /// heads or be a multiple of them; `neurond check-config` says which numbers a model file allows. Another number rounds
-    /// differently, so a greedy answer may part from that of another where two tokens were nearly even. Only for text
-    /// generation.
+    /// Ranks that the model is divided over (tensor parallelism): each holds a part of every matrix and of the KV pool. Where
+    /// as many GPUs serve, each rank is on one of them: those that `gpus` names, or the first; they are one device then, the
+    /// first's. That is for models that one GPU cannot hold, or not fast enough; it needs NCCL (`libnccl.so.2`), and such a
+    /// model takes no adapters. Elsewhere ranks compute with their share of `engine.threads`, which pays where parts of the
+    /// machine have memory of their own (several sockets), and costs a little where they have not. It must divide the model's
+    /// query heads, and divide its key-value heads or be a multiple of them; `neurond check-config` says which numbers a model
+    /// file allows. Another number rounds differently, so a greedy answer may part from that of another where two tokens were
+    /// nearly even. Only for text generation.
     /// Left out: 1, which divides nothing.
     /// Example: `2`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor_parallel: Option<usize>,
-    /// Numbers of the GPUs that serve it, out of those of `[gpu]`, each with a copy of its own; `[]`: the CPU does. Only models
-    /// for text generation whose shapes the GPU's kernels take: 16-bit and quantised files alike become `gpu_weights`.
+    /// Numbers of the GPUs that serve it, out of those of `[gpu]`, each with a copy of its own, or with a rank if
+    /// `tensor_parallel` is as many; `[]`: the CPU does. Only models for text generation whose shapes the GPU's kernels take: 16-bit and quantised files alike become `gpu_weights`.
     /// Left out: all of them, or the CPU where there is none or its kernels do not take the model.
     /// Example: `[0]`
     #[serde(default, skip_serializing_if = "Option::is_none")]

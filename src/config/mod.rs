@@ -267,7 +267,6 @@ impl Model {
     pub fn is_for_gpus(&self) -> bool {
         self.task == Task::TextGeneration
             && self.precision == Precision::Fast
-            && self.tensor_parallel == 1
             && simulated(&self.path).is_none()
             && self.on_gpu.gpus.as_ref().is_none_or(|gpus| !gpus.is_empty())
     }
@@ -276,7 +275,7 @@ impl Model {
 /// How GPUs serve a model.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct OnGpu {
-    /// Which do, by ordinal; `None`: all that serve, `[]`: the CPU does.
+    /// Which do, by ordinal; `None`: all that serve, or the first of them, one a rank; `[]`: the CPU does.
     pub gpus: Option<Vec<u16>>,
     /// How matrices are kept.
     pub weights: Packing,

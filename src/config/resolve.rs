@@ -562,25 +562,28 @@ fn models(
         };
         if let Some(remedy) = &wrong {
             check.wrong(&key("tensor_parallel"), ranks, remedy);
-        } else if ranks > threads {
+        } else if ranks > threads && section.gpus.as_ref().is_none_or(Vec::is_empty) {
             check.warn(format!(
                 "{} = {ranks}: is more than engine.threads = {threads}; each rank takes a thread, and they slow each other down",
                 key("tensor_parallel")
             ));
         }
         check.unlike(&key("gpus"), section.gpus.as_deref());
-        if section.gpus.as_ref().is_some_and(|gpus| !gpus.is_empty()) {
+        if let Some(gpus) = section.gpus.as_ref().filter(|gpus| !gpus.is_empty()) {
+            let other = format!(
+                "tensor_parallel = {ranks} takes as many GPUs, one a rank; name {ranks} of them, or leave gpus out"
+            );
             let wrong = match () {
                 () if entry.task != Task::TextGeneration => "GPUs serve models for text generation only; take it out",
                 () if simulated(&path).is_some() => "a simulated device needs none; take it out",
-                () if ranks > 1 => "ranks are computed by the CPU; write tensor_parallel = 1, or take one of them out",
+                () if ranks > 1 && gpus.len() != ranks => other.as_str(),
                 () if section.precision == Precision::Plain => {
                     "precision = \"plain\" is the CPU's; take one of them out"
                 }
                 () => "",
             };
             if !wrong.is_empty() {
-                check.wrong(&key("gpus"), format_args!("{:?}", section.gpus.as_deref().unwrap_or_default()), wrong);
+                check.wrong(&key("gpus"), format_args!("{gpus:?}"), wrong);
             }
         }
         let says = |words: &[&str]| entry.id.as_str().split('-').any(|part| words.contains(&part));

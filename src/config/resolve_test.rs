@@ -249,7 +249,10 @@ fn each_mistake_names_file_key_value_and_remedy() {
         ("[gpu]\nprefill_chunk = 5000", "gpu.prefill_chunk = 5000: is more than gpu.step_tokens = 4096; lower it"),
         ("[gpu]\nmax_running = 5000", "gpu.max_running = 5000: is more than gpu.step_tokens = 4096; raise that, or"),
         (&format!("{MODEL}gpus = [0, 0]"), "gpus = [0, 0]: names GPU 0 twice"),
-        (&format!("{MODEL}gpus = [0]\ntensor_parallel = 2"), "gpus = [0]: ranks are computed by the CPU; write"),
+        (
+            &format!("{MODEL}gpus = [0]\ntensor_parallel = 2"),
+            "gpus = [0]: tensor_parallel = 2 takes as many GPUs, one a rank; name 2 of them",
+        ),
         (&format!("{MODEL}gpus = [0]\nprecision = \"plain\""), "gpus = [0]: precision = \"plain\" is the CPU's"),
         (&format!("{MODEL}tensor_parallel = 0"), "tensor_parallel = 0: is not from 1 to 256; 1, the default"),
         (&format!("{MODEL}tensor_parallel = 257"), "tensor_parallel = 257: is not from 1 to 256"),

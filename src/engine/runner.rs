@@ -1,5 +1,5 @@
-//! Who executes a planned step: a model on a CPU or a GPU, a model divided over ranks, and the simulated device of tests and
-//! `simulate`.
+//! Who executes a planned step: a model on a CPU or a GPU, a model divided over ranks of either, and the simulated device of tests
+//! and `simulate`.
 
 use std::sync::Arc;
 
@@ -215,6 +215,44 @@ impl Runner for GpuDecoder {
 
     fn import(&mut self, block: u32, from: &[u8]) {
         Self::import(self, block, from);
+    }
+}
+
+impl Runner for Group<GpuDecoder> {
+    fn blocks(&self) -> usize {
+        Group::blocks(self)
+    }
+
+    fn block_tokens(&self) -> usize {
+        Group::block_tokens(self)
+    }
+
+    fn forward(&mut self, batch: &Batch, meanwhile: &mut dyn FnMut()) -> Result<Logits<'_>> {
+        Ok(Logits::Gpu(Group::<GpuDecoder>::forward(self, batch, meanwhile)?))
+    }
+
+    fn launched(&self) -> Option<Launched> {
+        Some(Group::<GpuDecoder>::launched(self))
+    }
+
+    fn parts(&mut self) -> Result<Option<Parts>> {
+        Group::<GpuDecoder>::parts(self)
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        Group::copy(self, from, to);
+    }
+
+    fn block_bytes(&self) -> usize {
+        Group::block_bytes(self)
+    }
+
+    fn export(&mut self, block: u32, out: &mut [u8]) {
+        Group::export(self, block, out);
+    }
+
+    fn import(&mut self, block: u32, from: &[u8]) {
+        Group::import(self, block, from);
     }
 }
 

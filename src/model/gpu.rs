@@ -13,12 +13,15 @@
 //! once for each of a few numbers of rows, and whatever differs from step to step lies in the device's memory. Rows that fill such a
 //! number up write nothing.
 //!
+//! One rank of a group ([`crate::model::Group`]) is such a decoder as well, with its part of each matrix: see `ranks.rs`.
+//!
 //! A [`GpuDecoder`] belongs to one thread; any error is the device's, and nothing of it can be trusted afterwards.
 
 mod ahead;
 mod draw;
 mod load;
 mod lora;
+mod ranks;
 mod synthetic;
 
 use std::sync::Arc;
@@ -31,6 +34,8 @@ pub use self::draw::GpuLogits;
 use self::load::Loader;
 pub use self::load::Source;
 use self::lora::Adapters;
+use self::ranks::Ranks;
+pub(in crate::model) use self::ranks::Seat;
 pub use self::synthetic::{Synthetic, synthetic};
 
 use crate::base::{Error, Result};
@@ -44,6 +49,7 @@ use crate::kernel::gpu::{
 use crate::model::Batch;
 use crate::model::batch::Bounds;
 use crate::model::lora::{Adapter, Module};
+use crate::model::shard::Shard;
 use crate::model::spec::DecoderSpec;
 
 /// Of so many steps one is launched piece by piece to see what its time goes into.
@@ -100,7 +106,11 @@ pub struct GpuOptions {
 /// A model ready to compute: weights, KV pool and work buffers on a device.
 pub struct GpuDecoder {
     card: Box<dyn Card>,
+    /// Of the whole model.
     spec: DecoderSpec,
+    /// What of it is here: all, unless it is a rank of a group.
+    shard: Shard,
+    ranks: Option<Ranks>,
     options: GpuOptions,
     heads: Heads,
     /// `[vocab, hidden]`
@@ -210,9 +220,20 @@ impl GpuOptions {
 }
 
 impl KvPool {
-    fn alloc(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<Self> {
+    /// One without blocks.
+    fn new(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<Self> {
+        Ok(Self {
+            data: Ptr::null(),
+            blocks: 0,
+            block_bytes: options.kv_block_bytes(spec) / (2 * spec.layers),
+            block_shift: options.block_tokens.trailing_zeros(),
+            pair: card.alloc(2)?,
+        })
+    }
+
+    /// How many blocks it is to have.
+    fn fit(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<usize> {
         let whole = options.kv_block_bytes(spec);
-        let block_bytes = whole / (2 * spec.layers);
         let fit = |bytes: usize, block: usize| match bytes / block {
             0 => Err(Error::bad_input(format!(
                 "a block of {} tokens takes {block} bytes, and the KV pool on {} has {bytes}: give it more with kv_bytes, or free \
@@ -222,20 +243,13 @@ impl KvPool {
             ))),
             blocks => Ok(blocks),
         };
-        let blocks = match options.kv_size {
-            KvSize::Bytes(bytes) => fit(bytes, whole)?,
-            KvSize::Blocks(blocks) => blocks,
+        match options.kv_size {
+            KvSize::Bytes(bytes) => fit(bytes, whole),
+            KvSize::Blocks(blocks) => Ok(blocks),
             KvSize::Share { share, beside, each } => {
-                fit(((card.free_bytes()? as f64 * share) as usize).saturating_sub(beside), whole + each)?
+                fit(((card.free_bytes()? as f64 * share) as usize).saturating_sub(beside), whole + each)
             }
-        };
-        Ok(Self {
-            data: card.alloc(blocks * whole)?,
-            blocks,
-            block_bytes,
-            block_shift: options.block_tokens.trailing_zeros(),
-            pair: card.alloc(2)?,
-        })
+        }
     }
 
     /// From the keys of a layer to its values, and on to the next layer's keys.
@@ -303,7 +317,7 @@ struct Work {
     partial: Ptr<f32>,
     /// `[sampled rows, hidden]`
     sampled: Ptr<bf16>,
-    /// `[sampled rows, vocab]`, the vocabulary rounded up to eights.
+    /// `[sampled rows, vocab]`, the vocabulary rounded up to eights; of a rank but the first, its own words.
     logits: Ptr<f32>,
 }
 
@@ -357,15 +371,31 @@ impl GpuDecoder {
         options: &GpuOptions,
         progress: &(dyn Fn(f32) + Sync),
     ) -> Result<Self> {
+        let mut this = Self::open_seat(card, source, spec, None, options, progress)?;
+        this.take_pool(this.fit()?)?;
+        Ok(this)
+    }
+
+    /// [`GpuDecoder::open`] of a rank's part, or of all, with a KV pool that has no blocks yet.
+    pub(super) fn open_seat(
+        card: Box<dyn Card>,
+        source: Source<'_>,
+        spec: DecoderSpec,
+        seat: Option<Seat>,
+        options: &GpuOptions,
+        progress: &(dyn Fn(f32) + Sync),
+    ) -> Result<Self> {
         let options = options.clone();
-        let heads = Heads { heads: spec.heads, kv_heads: spec.kv_heads, dim: spec.head_dim };
-        Attention::takes(heads)?;
-        let widths = [("hidden size", spec.hidden), ("query width", spec.q_width()), ("feed-forward", spec.ffn)];
-        let unit = match options.weights {
-            Packing::Bf16 => 32,
-            Packing::Fp8 => 64,
-            Packing::Q4 => 128,
+        let rank = seat.as_ref().map_or(0, |seat| seat.rank);
+        let (shard, seat) = match seat {
+            Some(seat) => (seat.shard, Some((seat.rank, seat.words))),
+            None => (Shard::whole(&spec), None),
         };
+        let own = &shard.spec;
+        let heads = Heads { heads: own.heads, kv_heads: own.kv_heads, dim: own.head_dim };
+        Attention::takes(heads)?;
+        let widths = [("hidden size", own.hidden), ("query width", own.q_width()), ("feed-forward", own.ffn)];
+        let unit = unit(options.weights);
         if let Some((what, width)) = widths.iter().find(|(_, width)| !width.is_multiple_of(unit)) {
             return Err(Error::unsupported(format!("a {what} of {width}: GPU kernels take multiples of {unit}")));
         }
@@ -377,7 +407,7 @@ impl GpuDecoder {
         let [rows, sample_rows] =
             [options.max_rows, options.max_sample_rows].map(|rows| rows.max(1).next_multiple_of(LARGE_UNIT));
 
-        let mut loader = Loader::new(&*card, source, &spec, &options.pool, progress);
+        let mut loader = Loader::new(&*card, source, &spec, (rank, &shard), &options.pool, progress);
         let embedding = loader.matrix(&["token_embd.weight"], None, Packing::Bf16)?;
         let layers: Vec<Layer> =
             (0..spec.layers).map(|layer| loader.layer(layer, options.weights)).collect::<Result<_>>()?;
@@ -409,18 +439,19 @@ impl GpuDecoder {
         };
         let work = Work {
             x: card.alloc(rows * spec.hidden)?,
-            inputs: Rows::alloc(&*card, rows.max(sample_rows), spec.hidden.max(spec.q_width()))?,
-            qkv: card.alloc(rows * (spec.q_width() + 2 * spec.kv_width()))?,
-            gate_up: card.alloc(rows * 2 * spec.ffn)?,
-            middle: Rows::alloc(&*card, rows, spec.ffn)?,
+            inputs: Rows::alloc(&*card, rows.max(sample_rows), spec.hidden.max(own.q_width()))?,
+            qkv: card.alloc(rows * (own.q_width() + 2 * own.kv_width()))?,
+            gate_up: card.alloc(rows * 2 * own.ffn)?,
+            middle: Rows::alloc(&*card, rows, own.ffn)?,
             partial: card.alloc(wanted * WIDE * (spec.head_dim + 2))?,
             sampled: card.alloc(sample_rows * spec.hidden)?,
-            logits: card.alloc(sample_rows * head.n)?,
+            logits: card.alloc(sample_rows * if rank == 0 { spec.vocab.next_multiple_of(8) } else { head.n })?,
         };
-        let drawing = Drawing::alloc(&*card, sample_rows, spec.vocab)?;
+        let ranks = seat.map(|seat| Ranks::alloc(&*card, seat, (rows, sample_rows), spec.hidden)).transpose()?;
+        // Rank 0 draws.
+        let drawing = Drawing::alloc(&*card, if rank == 0 { sample_rows } else { 0 }, spec.vocab)?;
         let adapters = Adapters::alloc(&*card, &spec, rows, options.max_sequences.max(1))?;
-        // Last, so that it can have what is left.
-        let kv = KvPool::alloc(&*card, &spec, &options)?;
+        let kv = KvPool::new(&*card, own, &options)?;
         progress(1.0);
         Ok(Self {
             heads,
@@ -443,8 +474,28 @@ impl GpuDecoder {
             failed: None,
             card,
             spec,
+            shard,
+            ranks,
             options,
         })
+    }
+
+    /// How many blocks its KV pool is to have, now that everything else has its memory.
+    ///
+    /// # Errors
+    /// `BadInput` when it is none, and the device's.
+    pub(super) fn fit(&self) -> Result<usize> {
+        KvPool::fit(&*self.card, &self.shard.spec, &self.options)
+    }
+
+    /// Takes the memory of the KV pool.
+    ///
+    /// # Errors
+    /// `ModelUnavailable` when there is not so much.
+    pub(super) fn take_pool(&mut self, blocks: usize) -> Result<()> {
+        self.kv.data = self.card.alloc(blocks * self.block_bytes())?;
+        self.kv.blocks = blocks;
+        Ok(())
     }
 
     /// What it computes.
@@ -535,21 +586,37 @@ impl GpuDecoder {
     /// `Internal` when the batch is larger than this decoder was opened for or names what does not exist, and whatever the
     /// device says: then nothing of it can be trusted.
     pub fn forward(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<GpuLogits<'_>> {
-        if let Some(failed) = self.failed.take() {
-            return Err(failed);
-        }
+        self.check(batch)?;
+        self.compute(batch, errand)?;
+        Ok(self.logits(batch))
+    }
+
+    /// Whether a batch can be computed.
+    pub(super) fn check(&self, batch: &Batch) -> Result<()> {
         batch.check(&Bounds {
             rows: self.options.max_rows,
             sample_rows: self.options.max_sample_rows,
             vocab: self.spec.vocab,
             blocks: self.kv.blocks,
             block_tokens: self.options.block_tokens,
-        })?;
+        })
+    }
+
+    /// Logits of the step that was computed last.
+    pub(super) fn logits(&mut self, batch: &Batch) -> GpuLogits<'_> {
+        GpuLogits::new(self, batch.sample_rows.len())
+    }
+
+    /// [`GpuDecoder::forward`] of a batch that was checked; in a group, together with all other ranks, and until the device is done.
+    pub(super) fn compute(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<()> {
+        if let Some(failed) = self.failed.take() {
+            return Err(failed);
+        }
         if self.ahead.has(batch, self.options.block_tokens) {
             errand();
             self.launched = Launched::Ahead;
             self.ahead.expect(batch, self.options.block_tokens);
-            return Ok(GpuLogits::new(self, batch.sample_rows.len()));
+            return Ok(());
         }
         let rows = batch.rows();
         let deep = batch.spans.len() != rows;
@@ -582,9 +649,12 @@ impl GpuDecoder {
         errand();
         match self.options.accept {
             Some(_) => self.drawing.foresee(batch),
+            // The tokens lie on rank 0 alone.
+            None if self.ranks.is_some() => {}
             None => self.ahead.expect(batch, self.options.block_tokens),
         }
-        Ok(GpuLogits::new(self, batch.sample_rows.len()))
+        // What goes wrong on the device of one rank has to be heard of by all.
+        if self.ranks.is_some() { self.card.finish() } else { Ok(()) }
     }
 
     /// Whether all that a step launches follows from its number of rows, and from whether some sequence has several: each row is
@@ -616,7 +686,9 @@ impl GpuDecoder {
         let Extent { rows, sampled, .. } = extent;
         let (card, spec, work) = (&*self.card, &self.spec, &self.work);
         self.mark(extent, Part::Other)?;
-        embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, 0..spec.vocab, 1.0, work.x)?;
+        let words = self.shard.vocab.clone();
+        embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, words, 1.0, work.x)?;
+        self.sum(work.x, rows)?;
         for (index, layer) in self.layers.iter().enumerate() {
             self.attend(index, layer, extent)?;
             self.feed_forward(index, layer, extent)?;
@@ -632,10 +704,16 @@ impl GpuDecoder {
         let (card, spec, work, sampled) = (&*self.card, &self.spec, &self.work, extent.sampled);
         self.mark(extent, Part::Other)?;
         gather_rows(card, sampled, work.x, self.step.sampled.device, spec.hidden, work.sampled)?;
+        let delta = self.ranks.as_ref().map_or(Ptr::null(), |ranks| ranks.sampled);
+        if !delta.is_null() {
+            gather_rows(card, sampled, self.delta(), self.step.sampled.device, spec.hidden, delta)?;
+        }
         let normed = Normed::Bf16(work.inputs.bf16);
-        add_rms_norm(card, sampled, spec.hidden, work.sampled, Ptr::null(), self.norm, normed)?;
+        add_rms_norm(card, sampled, spec.hidden, work.sampled, delta, self.norm, normed)?;
         self.mark(extent, Part::Product)?;
-        self.product(&self.head, work.inputs, sampled, Sink::Wide(work.logits))
+        self.product_apart(&self.head, work.inputs, sampled, Sink::Wide(work.logits), self.stride())?;
+        self.mark(extent, Part::Other)?;
+        self.gather(sampled)
     }
 
     /// Sends what the kernels are told of a step, filled up to so many rows.
@@ -684,11 +762,12 @@ impl GpuDecoder {
 
     /// x += output(attention(rope(qkv(norm(x)))))
     fn attend(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
-        let (card, spec, work, step, heads) = (&*self.card, &self.spec, &self.work, &self.step, self.heads);
+        let (card, spec, work, step, heads) = (&*self.card, &self.shard.spec, &self.work, &self.step, self.heads);
         let rows = extent.rows;
         self.mark(extent, Part::Other)?;
         let into = work.inputs.for_matrix(&layer.qkv);
-        add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.attention_norm, into)?;
+        let delta = if index > 0 { self.delta() } else { Ptr::null() };
+        add_rms_norm(card, rows, spec.hidden, work.x, delta, layer.attention_norm, into)?;
         self.mark(extent, Part::Product)?;
         self.product(&layer.qkv, work.inputs, rows, Sink::Set(work.qkv))?;
         self.mark(extent, Part::Other)?;
@@ -736,8 +815,9 @@ impl GpuDecoder {
             quantize_fp8(card, (rows, spec.q_width()), attended, out, scales)?;
         }
         self.mark(extent, Part::Product)?;
-        self.product(&layer.output, work.inputs, rows, Sink::Add(work.x))?;
+        self.product(&layer.output, work.inputs, rows, self.added())?;
         self.mark(extent, Part::Other)?;
+        self.sum(self.delta(), rows)?;
         if extent.adapted {
             let shape = (spec.hidden, spec.q_width());
             self.adapters.add(card, (index, Module::O), shape, attended, work.x, spec.hidden)?;
@@ -747,9 +827,9 @@ impl GpuDecoder {
 
     /// x += down(silu(gate(norm(x))) * up(norm(x)))
     fn feed_forward(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
-        let (card, spec, work, rows) = (&*self.card, &self.spec, &self.work, extent.rows);
+        let (card, spec, work, rows) = (&*self.card, &self.shard.spec, &self.work, extent.rows);
         let into = work.inputs.for_matrix(&layer.gate_up);
-        add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.ffn_norm, into)?;
+        add_rms_norm(card, rows, spec.hidden, work.x, self.delta(), layer.ffn_norm, into)?;
         self.mark(extent, Part::Product)?;
         self.product(&layer.gate_up, work.inputs, rows, Sink::Set(work.gate_up))?;
         self.mark(extent, Part::Other)?;
@@ -767,8 +847,9 @@ impl GpuDecoder {
         let into = work.middle.for_matrix(&layer.down);
         silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, into)?;
         self.mark(extent, Part::Product)?;
-        self.product(&layer.down, work.middle, rows, Sink::Add(work.x))?;
+        self.product(&layer.down, work.middle, rows, self.added())?;
         self.mark(extent, Part::Other)?;
+        self.sum(self.delta(), rows)?;
         if extent.adapted {
             if let Normed::Fp8(..) = into {
                 silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, Normed::Bf16(work.middle.bf16))?;
@@ -781,6 +862,11 @@ impl GpuDecoder {
 
     /// `x * matrix^T` into `out`.
     fn product(&self, matrix: &Matrix, x: Rows, rows: usize, out: Sink) -> Result<()> {
+        self.product_apart(matrix, x, rows, out, matrix.n)
+    }
+
+    /// The same, into rows that are `stride` numbers apart.
+    fn product_apart(&self, matrix: &Matrix, x: Rows, rows: usize, out: Sink, stride: usize) -> Result<()> {
         let (card, Matrix { n, k, data }) = (&*self.card, *matrix);
         let part = |first: usize, count: usize| match data {
             Data::Bf16(data) => Weight::Bf16(data, x.bf16.part(first * k, count * k)),
@@ -791,14 +877,23 @@ impl GpuDecoder {
             }
         };
         let whole = rows.next_multiple_of(LARGE_UNIT);
-        if rows > SMALL_ROWS && card.product((whole, n, k), part(0, whole), out.part(0, whole * n), n)? {
+        if rows > SMALL_ROWS && card.product((whole, n, k), part(0, whole), out.part(0, whole * stride), stride)? {
             return Ok(());
         }
         for first in (0..rows).step_by(SMALL_ROWS) {
             let count = SMALL_ROWS.min(rows - first);
-            gemm_small(card, (count, n, k), part(first, count), out.part(first * n, count * n), n)?;
+            gemm_small(card, (count, n, k), part(first, count), out.part(first * stride, count * stride), stride)?;
         }
         Ok(())
+    }
+}
+
+/// Inputs of matrices come in multiples of it.
+pub(in crate::model) fn unit(packing: Packing) -> usize {
+    match packing {
+        Packing::Bf16 => 32,
+        Packing::Fp8 => 64,
+        Packing::Q4 => 128,
     }
 }
 

@@ -13,8 +13,8 @@ use crate::model::tests_support::{SafeTensor, Tiny, safetensors};
 use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
 
-const BLOCK: usize = 16;
-const BLOCKS: usize = 24;
+pub(super) const BLOCK: usize = 16;
+pub(super) const BLOCKS: usize = 24;
 
 /// Interleaved heads in groups of 3, the head tied to an embedding whose words are no multiple of 8.
 const LLAMA: Tiny = Tiny {
@@ -46,7 +46,7 @@ struct Pair {
     cpu: Decoder,
 }
 
-fn options(weights: Packing, kv: Format, kv_size: KvSize) -> GpuOptions {
+pub(super) fn options(weights: Packing, kv: Format, kv_size: KvSize) -> GpuOptions {
     GpuOptions {
         pool: Arc::new(Pool::new(2)),
         weights,
@@ -61,7 +61,7 @@ fn options(weights: Packing, kv: Format, kv_size: KvSize) -> GpuOptions {
     }
 }
 
-fn weights(tiny: &Tiny) -> Weights {
+pub(super) fn weights(tiny: &Tiny) -> Weights {
     let folder = tempfile::tempdir().unwrap();
     Weights::open(&tiny.file(11).write(folder.path())).unwrap()
 }
@@ -111,13 +111,13 @@ impl Pair {
 }
 
 /// All rows of a step.
-fn logits(mut of: GpuLogits<'_>) -> Vec<f32> {
+pub(super) fn logits(mut of: GpuLogits<'_>) -> Vec<f32> {
     let rows: Vec<usize> = (0..of.rows()).collect();
     of.land(&rows).unwrap().0.to_vec()
 }
 
 /// `count` words of sequence `slot` from `start` on, with logits for the last.
-fn part(batch: &mut Batch, slot: usize, start: usize, count: usize, vocab: usize) {
+pub(super) fn part(batch: &mut Batch, slot: usize, start: usize, count: usize, vocab: usize) {
     let words: Vec<u32> = (start..start + count).map(|at| ((at * 31 + slot * 77 + 5) % vocab) as u32).collect();
     // In no order, so that a table that is not followed shows.
     let table: Vec<u32> =

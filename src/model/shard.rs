@@ -8,15 +8,18 @@
 //! ```
 //!
 //! So a rank goes from the residual stream to its part of `output` and of `down` without a word to the others. Inputs of a
-//! quantised matrix are cut between its blocks, which is what makes some numbers of ranks impossible.
+//! quantised matrix are cut between its blocks, and on GPUs where their kernels can begin, which is what makes some numbers of ranks
+//! impossible.
 
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::base::{Error, Result};
+use crate::config::{Packing, synthetic};
 use crate::kernel::{Cut, LANES, Part, share};
 use crate::model::files::ModelFiles;
+use crate::model::gpu::{self, unit};
 use crate::model::spec::DecoderSpec;
 use crate::model::weights::Weights;
 
@@ -45,19 +48,40 @@ pub(super) struct Shard {
     pub(super) vocab: Range<usize>,
 }
 
+/// Where the inputs of a matrix can be cut.
+#[derive(Clone, Copy)]
+enum Cuts<'a> {
+    /// Between the blocks of a file.
+    Blocks(&'a Weights),
+    /// At multiples of so many.
+    Multiples(usize),
+}
+
 impl Division {
-    /// Divides a decoder over `ranks` ranks.
+    /// Divides a decoder over `ranks` ranks of a CPU.
     ///
     /// # Errors
     /// `BadInput` when it cannot be divided by this number; the message says why, and by which it can.
     pub fn new(weights: &Weights, spec: &DecoderSpec, ranks: usize) -> Result<Self> {
-        let wrong = match Self::attempt(weights, spec, ranks)? {
+        Self::by(Cuts::Blocks(weights), spec, ranks)
+    }
+
+    /// Divides a decoder over `ranks` GPUs, which keep its matrices as `packing` says, whatever they are in a file.
+    ///
+    /// # Errors
+    /// `Unsupported` when it cannot be divided by this number; the message says why, and by which it can.
+    pub fn on_gpus(spec: &DecoderSpec, ranks: usize, packing: Packing) -> Result<Self> {
+        Self::by(Cuts::Multiples(unit(packing)), spec, ranks)
+    }
+
+    fn by(cuts: Cuts<'_>, spec: &DecoderSpec, ranks: usize) -> Result<Self> {
+        let wrong = match Self::attempt(cuts, spec, ranks)? {
             Ok(division) => return Ok(division),
             Err(wrong) => wrong,
         };
         let mut possible = Vec::new();
         for ranks in 1..=spec.heads {
-            if Self::attempt(weights, spec, ranks)?.is_ok() {
+            if Self::attempt(cuts, spec, ranks)?.is_ok() {
                 possible.push(ranks.to_string());
             }
         }
@@ -66,20 +90,35 @@ impl Division {
             Some((last, others)) => format!("{} and {last} are", others.join(", ")),
             None => "no number is".to_owned(),
         };
-        Err(Error::bad_input(format!("tensor_parallel = {ranks} is not possible for this model: {wrong}; {possible}")))
+        let message = format!("tensor_parallel = {ranks} is not possible for this model: {wrong}; {possible}");
+        Err(match cuts {
+            Cuts::Blocks(_) => Error::bad_input(message),
+            // A CPU may be able to.
+            Cuts::Multiples(_) => Error::unsupported(message),
+        })
     }
 
-    /// Whether the decoder of a GGUF file or safetensors folder can be divided over `ranks` ranks; reads no weights.
+    /// Whether the decoder of a GGUF file or safetensors folder can be divided over `ranks` ranks: of a CPU, or GPUs that keep it
+    /// so. Reads no weights.
     ///
     /// # Errors
     /// As [`Division::new`], and as [`Weights::spec`] for what is no decoder.
-    pub fn check(path: &Path, ranks: usize) -> Result<()> {
+    pub fn check(path: &Path, ranks: usize, on_gpus: Option<Packing>) -> Result<()> {
+        if let Some(name) = synthetic(path) {
+            let spec = gpu::synthetic(name)?.spec;
+            return on_gpus.map_or(Ok(()), |packing| Self::on_gpus(&spec, ranks, packing).map(|_| ()));
+        }
         let weights = Weights::peek(Arc::new(ModelFiles::open(path)?))?;
-        Self::new(&weights, &weights.spec()?, ranks).map(|_| ())
+        let spec = weights.spec()?;
+        match on_gpus {
+            Some(packing) => Self::on_gpus(&spec, ranks, packing),
+            None => Self::new(&weights, &spec, ranks),
+        }
+        .map(|_| ())
     }
 
     /// What stands in the way, if anything does.
-    fn attempt(weights: &Weights, spec: &DecoderSpec, ranks: usize) -> Result<std::result::Result<Self, String>> {
+    fn attempt(cuts: Cuts<'_>, spec: &DecoderSpec, ranks: usize) -> Result<std::result::Result<Self, String>> {
         let (heads, kv_heads) = (spec.heads, spec.kv_heads);
         if ranks == 0 || !heads.is_multiple_of(ranks) {
             return Ok(Err(format!("its {heads} query heads cannot be divided evenly")));
@@ -93,17 +132,29 @@ impl Division {
         let own = heads / ranks * spec.head_dim;
         // Whole panels, so that only the last rank's may have empty lanes.
         let mut ffn_unit = LANES;
-        for layer in 0..spec.layers {
-            for (part, is_output) in [("attn_output", true), ("ffn_down", false)] {
-                let name = format!("blk.{layer}.{part}.weight");
-                let dtype = weights.tensor(&name)?.dtype;
-                if !is_output {
-                    ffn_unit = ffn_unit.max(dtype.block_len());
-                } else if !own.is_multiple_of(dtype.block_len()) {
-                    let (dtype, block) = (dtype.name(), dtype.block_len());
+        match cuts {
+            Cuts::Multiples(unit) => {
+                ffn_unit = ffn_unit.max(unit);
+                if !own.is_multiple_of(unit) {
                     return Ok(Err(format!(
-                        "{name} is {dtype}, whose inputs come in blocks of {block}, and the heads of a rank are {own} wide"
+                        "the heads of a rank are {own} wide, and GPU kernels take multiples of {unit}"
                     )));
+                }
+            }
+            Cuts::Blocks(weights) => {
+                for layer in 0..spec.layers {
+                    for (part, is_output) in [("attn_output", true), ("ffn_down", false)] {
+                        let name = format!("blk.{layer}.{part}.weight");
+                        let dtype = weights.tensor(&name)?.dtype;
+                        if !is_output {
+                            ffn_unit = ffn_unit.max(dtype.block_len());
+                        } else if !own.is_multiple_of(dtype.block_len()) {
+                            let (dtype, block) = (dtype.name(), dtype.block_len());
+                            return Ok(Err(format!(
+                                "{name} is {dtype}, whose inputs come in blocks of {block}, and the heads of a rank are {own} wide"
+                            )));
+                        }
+                    }
                 }
             }
         }
@@ -176,6 +227,20 @@ impl Shard {
             Matrix::Words => (&self.vocab, &self.hidden),
         };
         Part { channels: channels.clone(), inputs: inputs.clone() }
+    }
+
+    /// The same by the name of the matrix, or of its bias. `None`: what has no parts.
+    pub(super) fn part_of(&self, name: &str) -> Option<Part> {
+        let matrix = match name.rsplit('.').nth(1)? {
+            "attn_q" => Matrix::Query,
+            "attn_k" | "attn_v" => Matrix::KeyOrValue,
+            "attn_output" => Matrix::Output,
+            "ffn_gate" | "ffn_up" => Matrix::GateOrUp,
+            "ffn_down" => Matrix::Down,
+            "token_embd" | "output" => Matrix::Words,
+            _ => return None,
+        };
+        Some(self.part(matrix))
     }
 
     /// Where this rank's part of queries, keys and values lies in an adapter's.

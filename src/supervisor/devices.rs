@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! models ──┬─ text generation, not kept from GPUs ──> every GPU that it names, a copy each      ids 0, 1, …: the GPUs' numbers
+//!          │       │                          └──────> or as many as it has ranks: the first's
 //!          │       └─ GPU kernels do not take it ──┐
 //!          └─ all others, or no GPU there ─────────┴> the CPU                                   the id behind them
 //! ```
@@ -63,10 +64,28 @@ impl Devices {
         let on_gpu = config.engine.on_gpu(&config.gpu);
         self.refused.lock().retain(|refused| config.models.contains(refused));
         let (mut report, mut refused) = (Report::new(), Vec::new());
-        let gpus = join_all(self.gpus.iter().map(|(ordinal, gpu)| {
-            let models = config.models.iter().filter(|model| self.is_for(*ordinal, model)).cloned().collect();
-            gpu.reconcile(models, on_gpu.clone())
-        }));
+        for model in config.models.iter().filter(|model| model.is_for_gpus() && model.tensor_parallel > 1) {
+            if !self.gpus.is_empty() && self.gpus_of(model).is_empty() {
+                warn!(model = %model.id, ranks = model.tensor_parallel, "fewer GPUs serve than it has ranks: the CPU serves it");
+            }
+        }
+        let on_one = |(ordinal, gpu): &(u16, Supervisor)| {
+            let models = config.models.iter().filter_map(|model| self.on(*ordinal, model)).collect();
+            let (gpu, on_gpu) = (gpu.clone(), on_gpu.clone());
+            async move { gpu.reconcile(models, on_gpu).await }
+        };
+        // Where a model lies on several, one after the other: what it leaves free is another's.
+        let spread = config.models.iter().any(|model| model.tensor_parallel > 1 && !self.gpus_of(model).is_empty());
+        let gpus = async {
+            if !spread {
+                return join_all(self.gpus.iter().map(on_one)).await;
+            }
+            let mut outcomes = Vec::new();
+            for gpu in &self.gpus {
+                outcomes.push(on_one(gpu).await);
+            }
+            outcomes
+        };
         let cpu = || config.models.iter().filter(|model| self.is_for_cpu(model)).cloned().collect();
         let (gpus, on_cpu) = futures_util::future::join(gpus, self.cpu.reconcile(cpu(), config.engine.clone())).await;
         for outcomes in gpus {
@@ -94,14 +113,38 @@ impl Devices {
         Ok(report)
     }
 
-    fn is_for(&self, ordinal: u16, model: &Model) -> bool {
-        model.is_for_gpus()
-            && model.on_gpu.gpus.as_ref().is_none_or(|gpus| gpus.contains(&ordinal))
-            && !self.refused.lock().contains(model)
+    /// The GPUs that serve a model, each with a copy or each with a rank. None: the CPU does.
+    fn gpus_of(&self, model: &Model) -> Vec<u16> {
+        if !model.is_for_gpus() || self.refused.lock().contains(model) {
+            return Vec::new();
+        }
+        let serving: Vec<u16> = self.gpus.iter().map(|(ordinal, _)| *ordinal).collect();
+        let mut gpus = match &model.on_gpu.gpus {
+            Some(named) => named.iter().filter(|gpu| serving.contains(gpu)).copied().collect(),
+            None => serving,
+        };
+        match model.tensor_parallel {
+            1 => {}
+            ranks if ranks <= gpus.len() => gpus.truncate(ranks),
+            _ => gpus.clear(),
+        }
+        gpus
+    }
+
+    /// A model as this GPU's supervisor serves it, if it does: what is divided is the first's, and says who has the other ranks.
+    fn on(&self, ordinal: u16, model: &Model) -> Option<Model> {
+        let gpus = self.gpus_of(model);
+        let mut model = model.clone();
+        if model.tensor_parallel == 1 {
+            return gpus.contains(&ordinal).then_some(model);
+        }
+        let leads = gpus.first() == Some(&ordinal);
+        model.on_gpu.gpus = Some(gpus);
+        leads.then_some(model)
     }
 
     fn is_for_cpu(&self, model: &Model) -> bool {
-        !self.gpus.iter().any(|(ordinal, _)| self.is_for(*ordinal, model))
+        self.gpus_of(model).is_empty()
     }
 
     /// What each device is doing, or why it does not say.

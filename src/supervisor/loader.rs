@@ -133,15 +133,15 @@ fn open(model: &ModelConfig, engine: &EngineConfig, place: Place, pool: &Arc<Poo
             Place::Gpu { ordinal, memory_share } => {
                 let made = Made::Up { accept };
                 let size = kv_size(model, engine, pool, memory_share)?;
-                on_gpu(made, spec.clone(), model, engine, ordinal, size, pool, rows)?
+                on_gpus(made, spec.clone(), model, engine, &gpus(model, ordinal), size, pool, rows)?
             }
             Place::Cpu => {
                 let message = format!("synthetic:{name}: weights are made up on a GPU, and none serves this model");
                 return Err(Error::bad_input(message));
             }
         };
-        let draft = draft(model, engine, place, pool, &text, &runner, spec.vocab)?;
-        return Ok(Opened { text, runner: Box::new(runner), draft, shape: None });
+        let draft = draft(model, engine, place, pool, &text, runner.as_ref(), spec.vocab)?;
+        return Ok(Opened { text, runner, draft, shape: None });
     }
     let files = Arc::new(ModelFiles::open(&model.path)?);
     std::thread::scope(|scope| {
@@ -151,7 +151,9 @@ fn open(model: &ModelConfig, engine: &EngineConfig, place: Place, pool: &Arc<Poo
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
         let Target { runner, pool, spec } = target?;
         let draft = draft(model, engine, place, &pool, &text, runner.as_ref(), spec.vocab)?;
-        Ok(Opened { text, runner, draft, shape: Some(Shape::of(&spec)) })
+        // Ranks on GPUs take no adapters.
+        let adaptable = place == Place::Cpu || model.tensor_parallel == 1;
+        Ok(Opened { text, runner, draft, shape: adaptable.then(|| Shape::of(&spec)) })
     })
 }
 
@@ -175,8 +177,9 @@ fn target(
     if let Place::Gpu { ordinal, memory_share } = place {
         let weights = Weights::of(files.clone())?;
         let (spec, size) = (weights.spec()?, kv_size(model, engine, pool, memory_share)?);
-        let decoder = on_gpu(Made::File(&weights), spec.clone(), model, engine, ordinal, size, pool, rows)?;
-        return Ok(Target { runner: Box::new(decoder), pool: pool.clone(), spec });
+        let gpus = gpus(model, ordinal);
+        let runner = on_gpus(Made::File(&weights), spec.clone(), model, engine, &gpus, size, pool, rows)?;
+        return Ok(Target { runner, pool: pool.clone(), spec });
     }
     if model.tensor_parallel == 1 {
         let decoder = decoder(files, model, engine, pool, |_, _| model.kv_bytes, rows)?;
@@ -215,7 +218,7 @@ fn draft(
             text.vocabulary().check_same(made_up(&spec)?.vocabulary())?;
             let size = KvSize::Blocks(target.blocks());
             let made = Made::Up { accept };
-            return Ok(Box::new(on_gpu(made, spec, model, engine, ordinal, size, pool, engine.max_running)?));
+            return on_gpus(made, spec, model, engine, &[ordinal], size, pool, engine.max_running);
         }
         let files = Arc::new(ModelFiles::open(path)?);
         let small = TextModel::of(&files)?;
@@ -233,7 +236,7 @@ fn draft(
                 let spec = weights.spec()?;
                 let has = spec.vocab;
                 let rows = engine.max_running;
-                (Box::new(on_gpu(Made::File(&weights), spec, model, engine, ordinal, size, pool, rows)?), has)
+                (on_gpus(Made::File(&weights), spec, model, engine, &[ordinal], size, pool, rows)?, has)
             }
         };
         if has != vocab || runner.blocks() != target.blocks() {
@@ -318,26 +321,39 @@ enum Made<'a> {
     },
 }
 
-/// The decoder on a GPU, with memory and an order of work of its own there; `rows` rows of a step have logits.
+/// The GPUs that compute a model of the device whose own is `ordinal`: that one, or one a rank.
+fn gpus(model: &ModelConfig, ordinal: u16) -> Vec<u16> {
+    match &model.on_gpu.gpus {
+        Some(ranks) if model.tensor_parallel > 1 => ranks.clone(),
+        _ => vec![ordinal],
+    }
+}
+
+/// The decoder on a GPU, or divided over several, with memory and an order of work of its own there; `rows` rows of a step have
+/// logits.
 #[allow(clippy::too_many_arguments)]
-fn on_gpu(
+fn on_gpus(
     made: Made<'_>,
     spec: DecoderSpec,
     model: &ModelConfig,
     engine: &EngineConfig,
-    ordinal: u16,
+    gpus: &[u16],
     kv_size: KvSize,
     pool: &Arc<Pool>,
     rows: usize,
-) -> Result<GpuDecoder> {
-    let card = gpu::open(ordinal)?;
+) -> Result<Box<dyn Runner>> {
     let (source, bytes, accept) = match made {
         Made::File(weights) => (Source::File(weights), weights.bytes(), None),
         Made::Up { accept } => (Source::Random, 0, accept),
     };
     let options = GpuOptions { accept, ..gpu_options(model, engine, &spec, pool, kv_size, rows) };
     let progress = Progress::of(model, bytes);
-    GpuDecoder::open(card, source, spec, &options, &|done| progress.tell(done))
+    let tell = |done| progress.tell(done);
+    if let [ordinal] = *gpus {
+        return Ok(Box::new(GpuDecoder::open(gpu::open(ordinal)?, source, spec, &options, &tell)?));
+    }
+    let division = Division::on_gpus(&spec, gpus.len(), options.weights)?;
+    Ok(Box::new(Group::open_on_gpus(gpu::open_ranks(gpus)?, source, &division, &options, &tell)?))
 }
 
 /// All but the size of the KV pool.

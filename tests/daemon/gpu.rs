@@ -7,7 +7,7 @@ use half::bf16;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
-use crate::harness::{Daemon, Setup, field};
+use crate::harness::{Daemon, PATIENCE, Setup, field};
 
 const LARGE: &str = "@cf/meta/llama-3.2-1b-instruct";
 const SMALL: &str = "@cf/huggingfacetb/smollm2-135m-instruct";
@@ -87,6 +87,7 @@ fn gpus_are_listed_and_measured() {
     assert!(found[0]["bf16_flops_per_s"].is_null(), "no library multiplies on an emulated card");
     let table = gpus(&[], "1");
     assert!(table.lines().count() == 2 && table.contains("emulated"), "{table}");
+    assert!(gpus(&[], "2").contains("models can be divided over them (tensor_parallel): threads"));
 }
 
 async fn ask(base: &str, body: Value) -> Result<Value, u16> {
@@ -205,4 +206,64 @@ async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
             daemon.metric(&format!(r#"neurond_generation_tokens_total{{device="{device}",model="{LARGE}"}}"#)).await;
         assert_eq!(after - before, 72.0, "{gpus}");
     }
+}
+
+/// On two GPUs as on one: what is said, drafts, a rank that breaks, another order of ranks.
+#[actix::test]
+async fn a_model_divided_over_two_gpus_is_one_device() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, fault) = (folder.path().join("model"), folder.path().join("fault"));
+    write_model(&model);
+    let config = |more: &str| {
+        format!(
+            "[engine]\nprompt_lookup = false\n[gpu]\nstep_tokens = 64\nprefill_chunk = 32\nmax_running = 4\nthreads = 1\n\
+             [[model]]\nid = {LARGE:?}\npath = {model:?}\nkv_bytes = \"1MiB\"\ncontext = 256\n{more}\n"
+        )
+    };
+    let env = [("NEUROND_EMULATED_GPUS", "2"), ("NEUROND_EMULATED_FAULT", fault.to_str().unwrap())];
+    let mut daemon = Daemon::start(Setup { config: &config("gpus = [0]"), env: &env });
+    let base = daemon.base.clone();
+    let all = async || {
+        let body = |prompt: &str| json!({"model": LARGE, "prompt": prompt, "max_tokens": 6, "ignore_eos": true, "temperature": 0});
+        let calls = ["The pilot", "A river that", "Seven", "Once more,"].map(|prompt| ask(&base, body(prompt)));
+        futures_util::future::join_all(calls).await
+    };
+    let said =
+        async || -> Vec<String> { all().await.into_iter().map(|answer| text(&answer.unwrap()).to_owned()).collect() };
+    let expected = said().await;
+    let draft = format!("draft = {model:?}");
+    let mut loaded = 1;
+    for (done, (more, leader)) in
+        [("".to_owned(), 0), (draft, 0), ("gpus = [1, 0]".to_owned(), 1)].into_iter().enumerate()
+    {
+        daemon.rewrite_config(&config(&format!("tensor_parallel = 2\n{more}")));
+        daemon.signal(libc::SIGHUP);
+        daemon.wait_logs("reload done", done + 1);
+        loaded += 1;
+        let line = daemon.wait_logs("model loaded", loaded).pop().unwrap();
+        assert_eq!((field(&line, "ranks"), field(&line, "device")), (json!(2), json!(leader.to_string())), "{line}");
+        assert_eq!(said().await, expected, "{more}");
+        let series = |name: &str| format!(r#"neurond_{name}_total{{device="{leader}",model="{LARGE}"}}"#);
+        assert!(daemon.metric(&series("generation_tokens")).await >= 24.0);
+        assert_eq!(daemon.metric(&series("spec_drafted_tokens")).await > 0.0, leader == 0 && done > 0, "{more}");
+    }
+
+    // Whichever rank breaks down, the group does, and comes back.
+    std::fs::write(&fault, "").unwrap();
+    let outcomes = all().await;
+    assert!(!fault.exists() && outcomes.iter().any(Result::is_err), "nothing broke: {outcomes:?}");
+    daemon.wait_logs("model loaded", loaded + 1);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while all().await.iter().any(Result::is_err) {
+        assert!(std::time::Instant::now() < deadline, "it does not come back");
+    }
+    assert_eq!(said().await, expected);
+    assert_eq!(daemon.metric(r#"neurond_engine_restarts_total{device="1"}"#).await, 1.0);
+
+    // A GPU too few.
+    daemon.rewrite_config(&config("tensor_parallel = 2\ngpus = [1]"));
+    daemon.signal(libc::SIGHUP);
+    let refused = daemon.wait_log("reload refused; the configuration in force stays");
+    assert!(refused.to_string().contains("takes as many GPUs, one a rank; name 2 of them"), "{refused}");
+    assert_eq!(said().await, expected);
 }

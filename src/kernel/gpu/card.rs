@@ -1,5 +1,7 @@
 //! What a decoder needs of a device beside launches: memory that lasts as long as the device, and ways in and out of it.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use super::attention::{Item, Merge};
@@ -7,6 +9,8 @@ use super::gemm::{Sink, Weight};
 use super::launch::{Fp8, Launcher, Ptr};
 use super::lora::Adapted;
 use super::sample::{Drawn, Edit, Wish};
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+use crate::base::Error;
 use crate::base::Result;
 
 /// Rows of a [`Card::product`] come in multiples of it: those beyond what is wanted are computed for nothing, as they would be
@@ -125,6 +129,30 @@ pub trait Card: Launcher + Send {
     /// The driver's.
     fn marked(&self) -> Result<Parts>;
 
+    /// Waits until all that was launched is done; of a rank, unless another one fails meanwhile.
+    ///
+    /// # Errors
+    /// The driver's, those of whatever was launched before, and `Internal` when another rank failed.
+    fn finish(&self) -> Result<()>;
+
+    /// `x = x of rank 0 + x of rank 1 + ...` on every rank of the group, in place: all have the same bits then. Behind what was launched
+    /// before, as launches are, and noted as they are. All ranks ask for the same, in the same order.
+    ///
+    /// # Errors
+    /// `Internal` when the card is no rank of a group, or another rank has failed; and the library's.
+    fn all_reduce(&self, x: Ptr<bf16>) -> Result<()>;
+
+    /// Brings `own` of every rank but the first into rank 0's `into`: that of rank `r` to `parts[r]` of it. As [`Card::all_reduce`]
+    /// otherwise.
+    ///
+    /// # Errors
+    /// As [`Card::all_reduce`], and `Internal` for parts that do not fit.
+    fn gather(&self, own: Ptr<f32>, into: Ptr<f32>, parts: &[Range<usize>]) -> Result<()>;
+
+    /// This rank cannot go on: no other waits for it any more, and whatever they do together fails from now on. So it is when a card
+    /// is dropped.
+    fn abandon(&self);
+
     /// `x * w^T` into `out` of `m` rows, a multiple of [`LARGE_UNIT`], by a library of the card's maker: rows of `out_stride` numbers,
     /// their first `n` columns. False: there is none, or it does not do that.
     ///
@@ -139,6 +167,22 @@ pub trait Card: Launcher + Send {
     ) -> Result<bool> {
         Ok(false)
     }
+}
+
+/// What a card says that is asked for what ranks do together, and is none.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(super) fn alone() -> Error {
+    Error::internal("a card that is no rank of a group was asked for a sum over ranks")
+}
+
+/// Whether `parts` are of `into` on rank 0, and `own` is as long as its part on another.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(super) fn check_parts(rank: usize, own: Ptr<f32>, into: Ptr<f32>, parts: &[Range<usize>]) -> Result<()> {
+    let fits = match rank {
+        0 => parts.iter().all(|part| part.start <= part.end && part.end <= into.len()),
+        _ => parts.get(rank).is_some_and(|part| part.len() == own.len()),
+    };
+    if fits { Ok(()) } else { Err(Error::internal(format!("rank {rank} gathers {parts:?} of other lengths"))) }
 }
 
 impl dyn Card + '_ {

@@ -5,21 +5,28 @@
 //!         └─ open(ordinal) ──> context, one stream, every kernel of the embedded binaries by name
 //! ```
 //!
+//! Several are opened together as ranks of a group, which NCCL connects (`nccl.rs`): then whoever waits for a card looks whether another
+//! rank has failed.
+//!
 //! A [`Device`] belongs to one thread at a time, whose current context is the device's. Whatever the driver refuses is an error of
 //! this device; since it may come from any earlier launch, nothing that the device holds can be trusted afterwards.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
+use std::ops::Range;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
+use half::bf16;
 use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
-use super::card::{Card, LANDING, Part, Parts};
+use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
 use super::gemm::{Sink, Weight};
-use super::launch::{Launch, Launcher};
+use super::launch::{Launch, Launcher, Ptr};
+use super::nccl::Link;
 use super::pinned::{Pinned, Ring};
 use crate::base::{Error, Kind, Result};
 
@@ -27,6 +34,9 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// Dynamic shared memory that a kernel may have without asking.
 const FREE_SHARED: usize = 48 << 10;
+
+/// Between looks whether ranks have failed, of one that waits.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// One card and one stream of it.
 pub struct Device {
@@ -49,6 +59,8 @@ pub struct Device {
     /// Recorded behind a copy to there, whose length is beside it.
     departed: Mutex<(sys::CUevent, usize)>,
     blas: Mutex<Option<Blas>>,
+    /// To the other ranks, if it is one.
+    link: Option<Link>,
 }
 
 // SAFETY: contexts, streams, events, graphs and functions of the driver may be used by any thread that makes the context its own, which every
@@ -98,7 +110,7 @@ pub(super) fn bus(ordinal: u16) -> Option<String> {
 pub(super) fn preload(folders: &[impl AsRef<Path>]) -> Vec<std::path::PathBuf> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     let mut opened = Vec::new();
-    for name in ["libcublasLt.so.13", "libcublas.so.13"] {
+    for name in ["libcublasLt.so.13", "libcublas.so.13", super::nccl::LIBRARY] {
         for path in folders.iter().map(|folder| folder.as_ref().join(name)).filter(|path| path.exists()) {
             // SAFETY: what the operator named; its initialisers run, as they would at the first use.
             match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
@@ -149,6 +161,7 @@ impl Device {
             landing: Mutex::default(),
             departed: Mutex::new((std::ptr::null_mut(), 0)),
             blas: Mutex::default(),
+            link: None,
         };
         this.enter()?;
         *this.landing.lock() = Some(Pinned::alloc(LANDING)?);
@@ -171,17 +184,23 @@ impl Device {
         Ok(this)
     }
 
+    /// Opens cards as the ranks of a group, in this order.
+    ///
+    /// # Errors
+    /// As [`Device::open`], and `ModelUnavailable` when NCCL is not installed or cannot connect them.
+    pub fn open_ranks(ordinals: &[u16]) -> Result<Vec<Self>> {
+        let open = |&ordinal: &u16| Self::open(ordinal.into()).map_err(|error| error.context(format!("GPU {ordinal}")));
+        let mut cards: Vec<Self> = ordinals.iter().map(open).collect::<Result<_>>()?;
+        for (card, link) in cards.iter_mut().zip(super::nccl::connect(ordinals)?) {
+            card.link = Some(link);
+        }
+        Ok(cards)
+    }
+
     /// Makes the context this thread's own.
     fn enter(&self) -> Result<()> {
         // SAFETY: retained until `self` is dropped.
         unsafe { result::ctx::set_current(self.context) }.map_err(|error| failed("entering the card's context", error))
-    }
-
-    /// Waits until all that was launched is done.
-    fn finish(&self) -> Result<()> {
-        self.enter()?;
-        // SAFETY: this device's stream.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(|error| failed("waiting for the card", error))
     }
 
     /// A kernel by its name, looked for once.
@@ -348,6 +367,51 @@ impl Card for Device {
         unsafe { result::graph::launch(graph, self.stream) }.map_err(|error| failed("launching a graph", error))
     }
 
+    fn finish(&self) -> Result<()> {
+        self.enter()?;
+        let waiting = |error| failed("waiting for the card", error);
+        let Some(link) = &self.link else {
+            // SAFETY: this device's stream.
+            return unsafe { result::stream::synchronize(self.stream) }.map_err(waiting);
+        };
+        // The stream may wait for ranks that will never come.
+        let mut looked = Instant::now();
+        loop {
+            // SAFETY: as above.
+            match unsafe { sys::cuStreamQuery(self.stream) } {
+                sys::CUresult::CUDA_ERROR_NOT_READY => {}
+                status => {
+                    status.result().map_err(waiting)?;
+                    // What is done may have been given up.
+                    return link.check();
+                }
+            }
+            if looked.elapsed() >= LOOK_EVERY {
+                link.check()?;
+                looked = Instant::now();
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn all_reduce(&self, x: Ptr<bf16>) -> Result<()> {
+        self.enter()?;
+        self.link.as_ref().ok_or_else(alone)?.all_reduce(x, self.stream.cast())
+    }
+
+    fn gather(&self, own: Ptr<f32>, into: Ptr<f32>, parts: &[Range<usize>]) -> Result<()> {
+        self.enter()?;
+        let link = self.link.as_ref().ok_or_else(alone)?;
+        check_parts(link.rank(), own, into, parts)?;
+        link.gather(own, into, parts, self.stream.cast())
+    }
+
+    fn abandon(&self) {
+        if let Some(link) = &self.link {
+            link.abandon();
+        }
+    }
+
     fn mark(&self, part: Option<Part>) -> Result<()> {
         self.enter()?;
         let mut marks = self.marks.lock();
@@ -386,6 +450,8 @@ impl Card for Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        // Before anything is waited for.
+        self.abandon();
         if self.enter().is_err() {
             return;
         }
@@ -408,6 +474,9 @@ impl Drop for Device {
             for &graph in self.graphs.lock().iter() {
                 let _ = result::graph::exec_destroy(graph);
             }
+            // The last rank's closes the communicators, which waits for the graphs of all.
+            self.link = None;
+            let _ = result::ctx::set_current(self.context);
             for &address in self.memory.lock().iter() {
                 let _ = result::free_sync(address);
             }

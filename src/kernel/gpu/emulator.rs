@@ -1,14 +1,17 @@
 //! Runs kernels on the host: `kernels/emulate.cpp`, for tests where there is no GPU.
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
+use half::bf16;
 use parking_lot::Mutex;
 
-use super::card::{Card, LANDING, Part, Parts};
+use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
 use super::launch::{Launch, Launcher, Ptr};
 use crate::base::{Error, Kind, Result};
-use crate::kernel::Buffer;
+use crate::kernel::{Buffer, Collective, Cpu, Isa, Pool};
 
 /// Memory of an emulated card, in bytes; nobody counts it.
 pub(super) const MEMORY: usize = 64 << 20;
@@ -82,14 +85,33 @@ pub struct EmulatedCard {
     departed: Mutex<Vec<u8>>,
     /// When each mark was made.
     marks: Mutex<Vec<(Option<Part>, Instant)>>,
+    member: Option<Member>,
 }
 
-/// What was launched to be launched again.
+/// What was asked for to be repeated.
 #[derive(Default)]
 struct Notes {
     /// While something is noted.
-    open: Option<Vec<Launch>>,
-    all: Vec<Vec<Launch>>,
+    open: Option<Vec<Noted>>,
+    all: Vec<Vec<Noted>>,
+}
+
+enum Noted {
+    Launch(Launch),
+    Reduce(Ptr<bf16>),
+    Gather(Ptr<f32>, Ptr<f32>, Vec<Range<usize>>),
+}
+
+/// A card's place in a group.
+struct Member {
+    collective: Mutex<Collective>,
+    cpu: Cpu,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.collective.lock().fail();
+    }
 }
 
 impl EmulatedCard {
@@ -97,16 +119,68 @@ impl EmulatedCard {
     pub fn new(seed: u32) -> Self {
         Self { emulator: Emulator { seed }, ..Self::default() }
     }
+
+    /// A group of so many, whose sums are taken in f32 in the order of ranks and rounded once.
+    pub fn ranks(count: usize) -> Vec<Self> {
+        let cpu = Cpu { pool: Arc::new(Pool::new(1)), isa: Isa::detect() };
+        let member = |collective| Member { collective: Mutex::new(collective), cpu: cpu.clone() };
+        let cards = Collective::of(count).into_iter().enumerate();
+        cards.map(|(rank, collective)| Self { member: Some(member(collective)), ..Self::new(rank as u32) }).collect()
+    }
+
+    /// Does it now, or notes it.
+    fn ask(&self, noted: Noted) -> Result<()> {
+        if let Some(open) = &mut self.notes.lock().open {
+            open.push(noted);
+            return Ok(());
+        }
+        broken()?;
+        self.run(&noted)
+    }
+
+    fn run(&self, noted: &Noted) -> Result<()> {
+        let member = || self.member.as_ref().ok_or_else(alone);
+        match noted {
+            Noted::Launch(launch) => self.emulator.launch(launch.clone()),
+            Noted::Reduce(x) => {
+                let Member { collective, cpu } = member()?;
+                // SAFETY: numbers of this card's memory, which nothing else touches until the call returns.
+                let x = unsafe { std::slice::from_raw_parts_mut(x.address() as *mut bf16, x.len()) };
+                let own: Vec<f32> = x.iter().map(|number| number.to_f32()).collect();
+                let mut sums = vec![0.0; own.len()];
+                collective.lock().all_reduce(cpu, &own, &mut sums)?;
+                x.iter_mut().zip(sums).for_each(|(x, sum)| *x = bf16::from_f32(sum));
+                Ok(())
+            }
+            Noted::Gather(own, into, parts) => {
+                let mut collective = member()?.collective.lock();
+                let rank = collective.rank();
+                check_parts(rank, *own, *into, parts)?;
+                let own = match rank {
+                    0 => &[][..],
+                    // SAFETY: as above.
+                    _ => unsafe { std::slice::from_raw_parts(own.address() as *const f32, own.len()) },
+                };
+                let into = match rank {
+                    // SAFETY: as above.
+                    0 => unsafe { std::slice::from_raw_parts_mut(into.address() as *mut f32, into.len()) },
+                    _ => &mut [],
+                };
+                collective.gather(into, |into| {
+                    // SAFETY: parts of different ranks do not overlap; rank 0 has checked that they are of what it lent.
+                    let part = |part: &Range<usize>| unsafe { into.part(part.start, part.len()) };
+                    if rank > 0 {
+                        part(&parts[rank]).copy_from_slice(own);
+                    }
+                })
+            }
+        }
+    }
 }
 
 impl Launcher for EmulatedCard {
     fn launch(&self, launch: Launch) -> Result<()> {
-        if let Some(noted) = &mut self.notes.lock().open {
-            noted.push(launch);
-            return Ok(());
-        }
-        broken()?;
-        self.emulator.launch(launch)
+        self.ask(Noted::Launch(launch))
     }
 }
 
@@ -179,7 +253,26 @@ impl Card for EmulatedCard {
         let notes = self.notes.lock();
         let Some(noted) = notes.all.get(note) else { return Err(Error::internal(format!("there is no note {note}"))) };
         broken()?;
-        noted.iter().try_for_each(|launch| self.emulator.launch(launch.clone()))
+        noted.iter().try_for_each(|noted| self.run(noted))
+    }
+
+    fn finish(&self) -> Result<()> {
+        // Whatever was launched was over when the launch returned.
+        Ok(())
+    }
+
+    fn all_reduce(&self, x: Ptr<bf16>) -> Result<()> {
+        self.ask(Noted::Reduce(x))
+    }
+
+    fn gather(&self, own: Ptr<f32>, into: Ptr<f32>, parts: &[Range<usize>]) -> Result<()> {
+        self.ask(Noted::Gather(own, into, parts.to_vec()))
+    }
+
+    fn abandon(&self) {
+        if let Some(member) = &self.member {
+            member.collective.lock().fail();
+        }
     }
 
     fn mark(&self, part: Option<Part>) -> Result<()> {
@@ -253,5 +346,104 @@ mod tests {
         assert!(error.message().contains("another number of arguments"), "{error}");
         let error = Emulator::default().launch(Launch::new("no_such", [1, 1, 1], 32)).unwrap_err();
         assert!(error.message().contains("there is no kernel no_such"), "{error}");
+    }
+    /// Runs `work(rank, its card)` on a thread a rank, on emulated cards and on a machine's own if it has so many.
+    fn on_ranks<T: Send>(ranks: usize, work: impl Fn(usize, &dyn Card) -> T + Sync) -> Vec<T> {
+        let together = |cards: Vec<Box<dyn Card>>| -> Vec<T> {
+            let work = &work;
+            let done: Vec<(T, Box<dyn Card>)> = std::thread::scope(|scope| {
+                let begin = |(rank, card): (usize, Box<dyn Card>)| scope.spawn(move || (work(rank, &*card), card));
+                let threads: Vec<_> = cards.into_iter().enumerate().map(begin).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            // A card that leaves ends the group: not before all are done.
+            done.into_iter().map(|(outcome, _)| outcome).collect()
+        };
+        #[cfg(feature = "cuda")]
+        if super::super::count(&[""]).is_ok_and(|count| count >= ranks) {
+            together(super::super::open_ranks(&(0..ranks as u16).collect::<Vec<_>>()).unwrap());
+        }
+        let cards = EmulatedCard::ranks(ranks).into_iter().map(|card| Box::new(card) as Box<dyn Card>);
+        together(cards.collect())
+    }
+
+    /// Number `at` of rank `rank`: no other has it, and sums of a few fit into bf16.
+    fn number(rank: usize, at: usize) -> f32 {
+        ((at * 7 + rank * 3) % 32) as f32 - 8.0
+    }
+
+    #[test]
+    fn ranks_sum_and_gather_at_once_and_when_repeated() {
+        for ranks in 2..=4 {
+            let len = 1000;
+            // Different lengths, as words of a vocabulary are; rank 0's own are in their place already.
+            let parts: Vec<Range<usize>> =
+                (0..ranks).map(|rank| [0..0, 0..100, 104..150, 152..160][rank].clone()).collect();
+            on_ranks(ranks, |rank, card| {
+                let x = card.alloc::<bf16>(len).unwrap();
+                let (own, into) = (card.alloc::<f32>(parts[rank].len()).unwrap(), card.alloc::<f32>(160).unwrap());
+                let numbers: Vec<bf16> = (0..len).map(|at| bf16::from_f32(number(rank, at))).collect();
+                let logits: Vec<f32> = (0..parts[rank].len()).map(|at| number(rank, at)).collect();
+                card.upload(&logits, own).unwrap();
+                let mut work = || card.all_reduce(x).and_then(|()| card.gather(own, into, &parts));
+                let check = || {
+                    card.finish().unwrap();
+                    let (mut sums, mut gathered) = (vec![bf16::NAN; len], vec![f32::NAN; 160]);
+                    card.download(x, &mut sums).unwrap();
+                    card.download(into, &mut gathered).unwrap();
+                    for (at, sum) in sums.iter().enumerate() {
+                        assert_eq!(sum.to_f32(), (0..ranks).map(|rank| number(rank, at)).sum::<f32>());
+                    }
+                    for (at, &found) in gathered.iter().enumerate() {
+                        let of = (0..ranks).find(|&of| rank == 0 && parts[of].contains(&at));
+                        assert_eq!(found, of.map_or(0.0, |of| number(of, at - parts[of].start)));
+                    }
+                    card.upload(&[0.0f32; 160], into).unwrap();
+                };
+                card.upload(&numbers, x).unwrap();
+                work().unwrap();
+                check();
+                let note = card.record(&mut work).unwrap();
+                for _ in 0..3 {
+                    card.upload(&numbers, x).unwrap();
+                    card.replay(note).unwrap();
+                    check();
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn nobody_waits_for_a_rank_that_is_gone() {
+        for leaver in 0..3 {
+            for drops in [false, true] {
+                let (errors, well) = (std::sync::Mutex::new(Vec::new()), std::sync::Barrier::new(3));
+                let cards = EmulatedCard::ranks(3).into_iter().enumerate();
+                std::thread::scope(|scope| {
+                    for (rank, card) in cards {
+                        let (errors, well) = (&errors, &well);
+                        scope.spawn(move || {
+                            let cards: &dyn Card = &card;
+                            let x = cards.alloc::<bf16>(100).unwrap();
+                            card.all_reduce(x).unwrap();
+                            well.wait();
+                            match (rank == leaver, drops) {
+                                (true, true) => drop(card),
+                                (true, false) => {
+                                    card.abandon();
+                                    assert!(card.all_reduce(x).is_err());
+                                }
+                                (false, _) => errors.lock().unwrap().push(card.all_reduce(x).unwrap_err()),
+                            }
+                        });
+                    }
+                });
+                let errors = errors.into_inner().unwrap();
+                assert!(errors.len() == 2 && errors.iter().all(|error| error.message().contains("another rank")));
+            }
+        }
+        let alone: Box<dyn Card> = Box::new(EmulatedCard::new(0));
+        let x = alone.alloc::<bf16>(8).unwrap();
+        assert!(alone.all_reduce(x).unwrap_err().message().contains("no rank of a group"));
     }
 }

@@ -8,6 +8,9 @@
 //!
 //! A [`Launch`] is a kernel's name, its grid and its arguments as the driver takes them, so tests without a GPU run what a GPU
 //! would be told to. Memory is a [`Ptr`]: an address of the device, typed and of known length. Nothing here allocates.
+//!
+//! Cards that are opened together are ranks of a group: they sum and gather over NCCL, emulated ones over
+//! [`crate::kernel::Collective`].
 
 mod attention;
 #[cfg(feature = "cuda")]
@@ -20,6 +23,8 @@ mod emulator;
 mod gemm;
 mod launch;
 mod lora;
+#[cfg(feature = "cuda")]
+mod nccl;
 mod open;
 #[cfg(feature = "cuda")]
 mod pinned;
@@ -34,10 +39,10 @@ pub use emulator::{EmulatedCard, Emulator};
 pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4};
 pub use launch::{Fp8, Launch, Launcher, Ptr};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
-pub use open::{count, open};
+pub use open::{collectives, count, open, open_ranks};
 pub use rows::{
-    Gate, Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, quantize_fp8, random_bf16,
-    rope_kv_write, silu_mul,
+    Gate, Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, put_columns, quantize_fp8,
+    random_bf16, rope_kv_write, silu_mul,
 };
 pub use sample::{Drawn, Edit, UNWANTED, Wish, follow, sample, verify};
 pub use watch::{Health, Watch};

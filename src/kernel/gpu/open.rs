@@ -51,6 +51,46 @@ pub fn open(ordinal: u16) -> Result<Box<dyn Card>> {
     }
 }
 
+/// Opens GPUs by their numbers as the ranks of a group, in this order: what one of them alone is asked for is as with [`open`].
+///
+/// # Errors
+/// As [`open`], and `ModelUnavailable` when the library is missing that moves numbers between GPUs.
+pub fn open_ranks(ordinals: &[u16]) -> Result<Vec<Box<dyn Card>>> {
+    #[cfg(feature = "emulate")]
+    if emulated().is_some_and(|count| ordinals.iter().all(|&ordinal| usize::from(ordinal) < count)) {
+        let cards = super::emulator::EmulatedCard::ranks(ordinals.len());
+        return Ok(cards.into_iter().map(|card| Box::new(card) as Box<dyn Card>).collect());
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let cards = super::device::Device::open_ranks(ordinals)?;
+        Ok(cards.into_iter().map(|card| Box::new(card) as Box<dyn Card>).collect())
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        Err(none().context(format!("GPUs {ordinals:?}")))
+    }
+}
+
+/// What GPUs that are opened as ranks sum and gather with, after [`count`].
+///
+/// # Errors
+/// `ModelUnavailable` when it is missing; the message says what to install.
+pub fn collectives() -> Result<String> {
+    #[cfg(feature = "emulate")]
+    if emulated().is_some() {
+        return Ok("threads".to_owned());
+    }
+    #[cfg(feature = "cuda")]
+    {
+        super::nccl::version()
+    }
+    #[cfg(not(feature = "cuda"))]
+    {
+        Err(none())
+    }
+}
+
 #[cfg(feature = "emulate")]
 pub(super) fn emulated() -> Option<usize> {
     std::env::var(EMULATED).ok()?.parse().ok().filter(|&count| count > 0)

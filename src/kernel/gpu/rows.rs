@@ -1,4 +1,4 @@
-//! What is done to rows one by one: `embed.cu`, `add_rms_norm.cu`, `silu_mul.cu`, `rope_kv_write.cu`.
+//! What is done to rows one by one: `embed.cu`, `add_rms_norm.cu`, `silu_mul.cu`, `rope_kv_write.cu`, `put_columns.cu`.
 
 use half::bf16;
 
@@ -104,6 +104,31 @@ pub fn gather_rows(
         return Ok(());
     }
     on.launch(Launch::new("gather_rows_bf16", [count, 1, 1], threads).ptr(x).ptr(rows).ptr(out).int(hidden))
+}
+
+/// `out[row, columns] = x[row]`: x `[rows, columns.len()]`, out `[rows, stride]`.
+///
+/// # Errors
+/// `Unsupported` for columns or a stride that are no multiples of 4; `Internal` when memory is too short.
+pub fn put_columns(
+    on: &dyn Launcher,
+    rows: usize,
+    x: Ptr<f32>,
+    columns: std::ops::Range<usize>,
+    out: Ptr<f32>,
+    stride: usize,
+) -> Result<()> {
+    let width = columns.len();
+    if [width, columns.start, stride].iter().any(|number| !number.is_multiple_of(4)) {
+        return Err(Error::unsupported(format!("columns {columns:?} of {stride}: GPU kernels put them in fours")));
+    }
+    if rows == 0 || width == 0 {
+        return Ok(());
+    }
+    x.needs("x", rows * width, 16)?;
+    out.needs("out", (rows - 1) * stride + columns.end, 16)?;
+    let launch = Launch::new("put_columns_f32", [rows, width.div_ceil(4096), 1], 256).ptr(x).ptr(out);
+    on.launch(launch.int(width).int(columns.start).int(stride))
 }
 
 /// `x += delta`, if there is one, and `out = x / rms(x) * weight`: x and delta `[rows, width]`.

@@ -113,7 +113,7 @@ impl<'a> GpuLogits<'a> {
         if wishes.len() != self.rows {
             return Err(Error::internal(format!("{} wishes for {} rows", wishes.len(), self.rows)));
         }
-        let (vocab, stride) = (self.vocab(), self.decoder.head.n);
+        let (vocab, stride) = (self.vocab(), self.decoder.stride());
         let goes_ahead = self.decoder.goes_ahead(wishes);
         let GpuDecoder { card, work, drawing, ahead, .. } = &mut *self.decoder;
         let card = &**card;
@@ -168,7 +168,7 @@ impl<'a> GpuLogits<'a> {
     /// # Panics
     /// When there is no such row.
     pub fn land(&mut self, rows: &[usize]) -> Result<(&mut [f32], &Pool)> {
-        let (vocab, stride) = (self.vocab(), self.decoder.head.n);
+        let (vocab, stride) = (self.vocab(), self.decoder.stride());
         let GpuDecoder { card, work, drawing, options, ahead, .. } = &mut *self.decoder;
         let logits = &mut drawing.logits[..rows.len() * vocab];
         for (out, &row) in logits.chunks_exact_mut(vocab).zip(rows) {

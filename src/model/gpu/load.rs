@@ -5,8 +5,11 @@
 //! nothing ── numbers that follow from their places, on the device ┘
 //! Q4_0 as it is, anything else rounded to it ── packed ───────────────> 4 bits on the device
 //! ```
+//!
+//! A rank of several brings its own part of each matrix ([`Shard`]): some channels of it, or some inputs.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use half::{bf16, f16};
 use parking_lot::Mutex;
@@ -16,8 +19,9 @@ use crate::base::{Error, Result};
 use crate::config::Packing;
 use crate::kernel::gpu::{Card, Norm, Ptr, Scaled, pack_q4, quantize_fp8, random_bf16};
 use crate::kernel::quant::{dequantize_row, quantize_q4_0};
-use crate::kernel::{Dtype, Pool, Shared};
+use crate::kernel::{Dtype, Part, Pool, Shared};
 use crate::model::layers::halves;
+use crate::model::shard::Shard;
 use crate::model::spec::{DecoderSpec, RopeStyle};
 use crate::model::weights::{Tensor, Weights};
 
@@ -38,7 +42,11 @@ pub(super) struct Loader<'a> {
     card: &'a dyn Card,
     source: Source<'a>,
     spec: &'a DecoderSpec,
-    /// Rows and columns by name.
+    /// What is brought of each matrix.
+    shard: &'a Shard,
+    /// Of the first number that is made up.
+    seed: usize,
+    /// Rows and columns by name, of all ranks.
     shapes: HashMap<String, (usize, usize)>,
     pool: &'a Pool,
     progress: &'a (dyn Fn(f32) + Sync),
@@ -54,12 +62,14 @@ impl<'a> Loader<'a> {
         card: &'a dyn Card,
         source: Source<'a>,
         spec: &'a DecoderSpec,
+        (rank, shard): (usize, &'a Shard),
         pool: &'a Pool,
         progress: &'a (dyn Fn(f32) + Sync),
     ) -> Self {
         let shapes: HashMap<_, _> = spec.tensors().map(|(name, rows, cols)| (name, (rows, cols))).collect();
         let whole = shapes.values().map(|(rows, cols)| rows * cols).sum();
-        Self { card, source, spec, shapes, pool, progress, whole, done: 0, scratch: None }
+        let seed = rank * whole;
+        Self { card, source, spec, shard, seed, shapes, pool, progress, whole, done: 0, scratch: None }
     }
 
     pub(super) fn layer(&mut self, layer: usize, packing: Packing) -> Result<Layer> {
@@ -71,7 +81,8 @@ impl<'a> Loader<'a> {
             let mut bias = Vec::new();
             for (part, heads) in [("attn_q.bias", heads), ("attn_k.bias", heads), ("attn_v.bias", None)] {
                 let values = self.vector(&name(part), 0.0)?;
-                bias.extend((0..values.len()).map(|channel| bf16::from_f32(values[halves(heads, channel)])));
+                let channels = self.part(&name(part))?.channels;
+                bias.extend(channels.map(|channel| bf16::from_f32(values[halves(heads, channel)])));
             }
             let at = self.card.alloc(bias.len())?;
             self.card.upload(&bias, at)?;
@@ -104,6 +115,11 @@ impl<'a> Loader<'a> {
         shape.ok_or_else(|| Error::internal(format!("a decoder of this kind has no {name}")))
     }
 
+    /// What is here of a matrix, or of the bias of one.
+    fn part(&self, name: &str) -> Result<Part> {
+        self.shard.part_of(name).ok_or_else(|| Error::internal(format!("{name} is no matrix that ranks divide")))
+    }
+
     /// A few numbers; `made_up` each where there is no file.
     fn vector(&self, name: &str, made_up: f32) -> Result<Vec<f32>> {
         match self.source {
@@ -128,13 +144,13 @@ impl<'a> Loader<'a> {
         Ok(Norm { weight, eps, offset: 0.0 })
     }
 
-    /// Matrices of the same inputs, one below the other, rows of zeros behind them up to a multiple of 8. The rows of all but a
-    /// third are put into halves when they are interleaved heads of `heads` numbers.
+    /// What is here of matrices of the same inputs, one below the other, rows of zeros behind them up to a multiple of 8. The rows
+    /// of all but a third are put into halves when they are interleaved heads of `heads` numbers.
     pub(super) fn matrix(&mut self, names: &[&str], heads: Option<usize>, packing: Packing) -> Result<Matrix> {
-        let shapes = names.iter().map(|name| self.shape(name)).collect::<Result<Vec<_>>>()?;
-        let k = shapes[0].1;
-        let n = shapes.iter().map(|(rows, _)| rows).sum::<usize>().next_multiple_of(8);
-        if let Some(other) = shapes.iter().position(|(_, cols)| *cols != k) {
+        let parts = names.iter().map(|name| self.part(name)).collect::<Result<Vec<_>>>()?;
+        let k = parts[0].inputs.len();
+        let n = parts.iter().map(|part| part.channels.len()).sum::<usize>().next_multiple_of(8);
+        if let Some(other) = parts.iter().position(|part| part.inputs != parts[0].inputs) {
             return Err(Error::internal(format!("{} and {} have other inputs", names[0], names[other])));
         }
         let data = match packing {
@@ -143,7 +159,8 @@ impl<'a> Loader<'a> {
             Packing::Q4 => Data::Q4(self.card.alloc(n * k / 8)?, self.card.alloc(n * k / 32)?),
         };
         let (mut below, most) = (0, (CHUNK / k).max(1));
-        for (index, (name, &(all, _))) in names.iter().zip(&shapes).enumerate() {
+        for (index, (name, Part { channels, inputs })) in names.iter().zip(parts).enumerate() {
+            let (all, (_, whole_k)) = (channels.len(), self.shape(name)?);
             let heads = heads.filter(|_| index < 2);
             let tensor = match self.source {
                 Source::File(weights) => Some(weights.tensor(name)?),
@@ -152,21 +169,22 @@ impl<'a> Loader<'a> {
             for first in (0..all).step_by(most) {
                 let rows = most.min(all - first);
                 let at = below + first;
+                let of_file = channels.start + first..channels.start + first + rows;
                 let to = match data {
                     Data::Bf16(data) => data.part(at * k, rows * k),
                     Data::Fp8(_) => self.scratch(rows * k)?.part(0, rows * k),
                     Data::Q4(codes, scales) => {
                         let to = (codes.part(at * k / 8, rows * k / 8), scales.part(at * k / 32, rows * k / 32));
-                        self.send_q4(tensor.as_ref(), first..first + rows, heads, to)?;
+                        self.send_q4(tensor.as_ref(), of_file, (&inputs, whole_k), heads, to)?;
                         continue;
                     }
                 };
                 match &tensor {
-                    Some(tensor) => self.send(tensor, first..first + rows, heads, to)?,
+                    Some(tensor) => self.send(tensor, of_file, &inputs, heads, to)?,
                     None => {
                         // Uniform: three times the square is the mean of its square.
-                        let size = (3.0 / k as f32).sqrt();
-                        random_bf16(self.card, to, (self.done + first * k) as u64, size)?;
+                        let size = (3.0 / whole_k as f32).sqrt();
+                        random_bf16(self.card, to, (self.seed + self.done + first * k) as u64, size)?;
                     }
                 }
                 if let Data::Fp8(Scaled { data, scales }) = data {
@@ -179,7 +197,8 @@ impl<'a> Loader<'a> {
             if let Source::File(weights) = self.source {
                 weights.release(name);
             }
-            (self.progress)((self.done as f64 / self.whole.max(1) as f64).min(1.0) as f32);
+            let here = self.whole / self.spec.heads * self.shard.spec.heads;
+            (self.progress)((self.done as f64 / here.max(1) as f64).min(1.0) as f32);
         }
         Ok(Matrix { n, k, data })
     }
@@ -192,66 +211,63 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// Some rows of a tensor, as bf16.
+    /// Some inputs of some rows of a tensor, as bf16.
     fn send(
         &self,
         tensor: &Tensor<'_>,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
+        inputs: &Range<usize>,
         heads: Option<usize>,
         to: Ptr<bf16>,
     ) -> Result<()> {
-        let k = tensor.cols;
+        let k = inputs.len();
         self.card.send(rows.len() * k, to, |sent| {
             let sent = Shared::new(sent);
             self.pool.each(rows.len(), 1, |row| {
                 // SAFETY: each row is handed out once.
                 let out = unsafe { sent.part(row * k, k) };
-                let row = tensor.row(halves(heads, rows.start + row));
+                let row = halves(heads, rows.start + row);
                 if tensor.dtype == Dtype::BF16 {
-                    let numbers = row.as_chunks::<2>().0;
-                    out.iter_mut().zip(numbers).for_each(|(out, &number)| *out = bf16::from_le_bytes(number));
-                    return;
+                    let row = &tensor.row(row).as_chunks::<2>().0[inputs.clone()];
+                    out.iter_mut().zip(row).for_each(|(out, &number)| *out = bf16::from_le_bytes(number));
+                } else {
+                    let values = numbers(tensor, row, inputs);
+                    out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(value));
                 }
-                let mut values = vec![0f32; k];
-                // Cannot fail: the tensor's length was checked when its file was opened.
-                let read = dequantize_row(tensor.dtype, row, &mut values);
-                debug_assert!(read.is_ok());
-                out.iter_mut().zip(values).for_each(|(out, value)| *out = bf16::from_f32(value));
             });
         })
     }
 
-    /// Some rows of a tensor, in 4 bits; made up they are all codes alike, which takes as long to read.
+    /// Some inputs of some rows of a tensor of `cols` inputs, in 4 bits; made up they are all codes alike, which takes as long to read.
     fn send_q4(
         &self,
         tensor: Option<&Tensor<'_>>,
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
+        (inputs, cols): (&Range<usize>, usize),
         heads: Option<usize>,
         (codes, scales): (Ptr<u32>, Ptr<f16>),
     ) -> Result<()> {
         let Some(tensor) = tensor else {
             // Codes from -8 to 7 have a mean square of 21.5.
-            let k = scales.len() * 32 / rows.len();
-            let scale = f16::from_f32(1.0 / (21.5 * k as f32).sqrt());
+            let scale = f16::from_f32(1.0 / (21.5 * cols as f32).sqrt());
             self.card.upload(&vec![scale; scales.len()], scales)?;
             let mixed: Vec<u32> = (0..codes.len() as u32).map(|at| at.wrapping_mul(0x9e37_79b9) ^ at >> 7).collect();
             return self.card.upload(&mixed, codes);
         };
-        let (k, count) = (tensor.cols, rows.len());
-        let row = |at: usize| -> Result<Vec<u8>> {
-            let bytes = tensor.row(halves(heads, rows.start + at));
+        let (k, count) = (inputs.len(), rows.len());
+        let row = |at: usize| -> Vec<u8> {
+            let row = halves(heads, rows.start + at);
             if tensor.dtype == Dtype::Q4_0 {
-                return Ok(bytes.to_vec());
+                return tensor.row(row)[inputs.start / 32 * 18..inputs.end / 32 * 18].to_vec();
             }
-            let (mut values, mut out) = (vec![0f32; k], Vec::with_capacity(k / 32 * 18));
-            dequantize_row(tensor.dtype, bytes, &mut values)?;
-            quantize_q4_0(&values, &mut out);
-            Ok(out)
+            let mut out = Vec::with_capacity(k / 32 * 18);
+            quantize_q4_0(&numbers(tensor, row, inputs), &mut out);
+            out
         };
         let (mut all_scales, broken) = (vec![0u16; scales.len()], Mutex::new(None));
         self.card.send(codes.len(), codes, |all_codes| {
             let (out_codes, out_scales) = (Shared::new(all_codes), Shared::new(&mut all_scales[..]));
-            self.pool.each(count, 1, |at| match row(at).and_then(|bytes| pack_q4(&bytes, 1, k)) {
+            self.pool.each(count, 1, |at| match pack_q4(&row(at), 1, k) {
                 Ok((codes, scales)) => {
                     // SAFETY: each row is handed out once.
                     let (to_codes, to_scales) =
@@ -268,4 +284,16 @@ impl<'a> Loader<'a> {
         let all_scales: Vec<f16> = all_scales.into_iter().map(f16::from_bits).collect();
         self.card.upload(&all_scales, scales)
     }
+}
+
+/// Some inputs of a row. Only the blocks that hold them are looked at.
+fn numbers(tensor: &Tensor<'_>, row: usize, inputs: &Range<usize>) -> Vec<f32> {
+    let (block, bytes) = (tensor.dtype.block_len(), tensor.dtype.block_bytes());
+    let (first, end) = (inputs.start / block, inputs.end.div_ceil(block));
+    let mut values = vec![0f32; (end - first) * block];
+    // Cannot fail: the tensor's length was checked when its file was opened.
+    let read = dequantize_row(tensor.dtype, &tensor.row(row)[first * bytes..end * bytes], &mut values);
+    debug_assert!(read.is_ok());
+    values.truncate(inputs.end - first * block);
+    values.split_off(inputs.start - first * block)
 }
