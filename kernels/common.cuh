@@ -1,4 +1,4 @@
-// What every kernel file includes, and the only header it includes: CUDA under nvcc, `emulate.h` under a host compiler.
+// What every kernel file includes, the only header but for `attention.cuh`: CUDA under nvcc, `emulate.h` under a host compiler.
 //
 // The wrappers here have the same meaning in both: 16-byte copies into shared memory that complete later, matrix fragments of
 // a warp, and the few conversions between number formats. Kernels are `extern "C"`, so that they are found by name, and take

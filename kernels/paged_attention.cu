@@ -23,18 +23,10 @@
 //
 // Grid: (items, kv_heads); block: 128 threads; shared memory: 4 * TOKENS * dim * 2 bytes. attend_narrow is bound by memory: 2 * dim
 // numbers a token and kv head. attend_wide is bound by the tensor cores from some 64 queries on.
-#include "common.cuh"
+#include "attention.cuh"
 
 constexpr int WARPS = 4;
 constexpr int ITEM = 8;
-constexpr float LOG2E = 1.4426950408889634f;
-
-/// Where row `row` of a tile has its 16-byte piece `piece`: pieces change places so that eight rows' pieces lie in eight different
-/// groups of banks.
-template <int DIM>
-__device__ __forceinline__ int swizzled(int row, int piece) {
-    return row * DIM + ((piece ^ (row & 7)) & (DIM / 8 - 1)) * 8;
-}
 
 /// Begins to bring keys or values of `TOKENS` tokens from `first` on; zeros beyond `end`.
 template <int DIM, int TOKENS>
@@ -65,91 +57,6 @@ __device__ __forceinline__ void fetch(bf16* tile, const fp8* cache, const int* t
 #pragma unroll
         for (int k = 0; k < 8; k++) wide[k] = to_float(fp8{(uint8_t)((k < 4 ? bits.x : bits.y) >> (k % 4 * 8))});
         store_eight(tile + swizzled<DIM>(token, piece), wide);
-    }
-}
-
-/// Sums of one warp for its 16 queries: lane holds rows lane / 4 and that + 8.
-template <int DIM>
-struct Sums {
-    float out[DIM / 8][4];
-    float most[2], total[2];
-};
-
-/// What `COUNT` groups of 16 tokens from `token` of a tile on add to the sums. limits: the last key that each of the lane's two rows
-/// sees, and the first.
-template <int DIM, int COUNT>
-__device__ __forceinline__ void accumulate(Sums<DIM>& sums, const uint32_t (&q)[DIM / 16][4], const bf16* keys, const bf16* values,
-                                           int token, int first_key, const int (&last)[2], const int (&from)[2], float scale) {
-    const int lane = threadIdx.x % 32;
-    float scores[COUNT * 2][4];
-#pragma unroll
-    for (int pair = 0; pair < COUNT; pair++) {
-        float(&left)[4] = scores[2 * pair];
-        float(&right)[4] = scores[2 * pair + 1];
-#pragma unroll
-        for (int i = 0; i < 4; i++) left[i] = right[i] = 0.0f;
-        // Matrices 0 and 1: tokens 0..8, numbers 0..8 and 8..16; 2 and 3: tokens 8..16.
-        const int row = token + pair * 16 + lane / 16 * 8 + lane % 8;
-#pragma unroll
-        for (int k = 0; k < DIM / 16; k++) {
-            uint32_t key[4];
-            load_matrices(key, keys + swizzled<DIM>(row, k * 2 + lane / 8 % 2));
-            multiply_add(left, q[k], key[0], key[1]);
-            multiply_add(right, q[k], key[2], key[3]);
-        }
-    }
-    float most[2] = {sums.most[0], sums.most[1]};
-#pragma unroll
-    for (int eight = 0; eight < COUNT * 2; eight++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int key = first_key + token + eight * 8 + lane % 4 * 2 + i % 2;
-            const bool seen = key <= last[i / 2] && key >= from[i / 2];
-            scores[eight][i] = seen ? scores[eight][i] * scale : -INFINITY;
-            most[i / 2] = fmaxf(most[i / 2], scores[eight][i]);
-        }
-    }
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        most[row] = fmaxf(most[row], __shfl_xor_sync(ALL, most[row], 1));
-        most[row] = fmaxf(most[row], __shfl_xor_sync(ALL, most[row], 2));
-    }
-    // Nothing seen so far: any finite number keeps exp2 of -infinity at 0.
-    const float base[2] = {most[0] == -INFINITY ? 0.0f : most[0], most[1] == -INFINITY ? 0.0f : most[1]};
-#pragma unroll
-    for (int row = 0; row < 2; row++) {
-        const float shrink = exp2f(sums.most[row] - base[row]);
-        sums.most[row] = most[row];
-        sums.total[row] *= shrink;
-#pragma unroll
-        for (int eight = 0; eight < DIM / 8; eight++) {
-            sums.out[eight][2 * row] *= shrink;
-            sums.out[eight][2 * row + 1] *= shrink;
-        }
-    }
-#pragma unroll
-    for (int eight = 0; eight < COUNT * 2; eight++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            scores[eight][i] = exp2f(scores[eight][i] - base[i / 2]);
-            sums.total[i / 2] += scores[eight][i];
-        }
-    }
-#pragma unroll
-    for (int pair = 0; pair < COUNT; pair++) {
-        const float(&left)[4] = scores[2 * pair];
-        const float(&right)[4] = scores[2 * pair + 1];
-        const uint32_t weights[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
-                                     pack_bf16(right[2], right[3])};
-        // Matrices 0 and 1: tokens 0..8 and 8..16 of eight numbers; 2 and 3: of the next eight.
-        const int row = token + pair * 16 + lane / 8 % 2 * 8 + lane % 8;
-#pragma unroll
-        for (int sixteen = 0; sixteen < DIM / 16; sixteen++) {
-            uint32_t value[4];
-            load_matrices_transposed(value, values + swizzled<DIM>(row, sixteen * 2 + lane / 16));
-            multiply_add(sums.out[2 * sixteen], weights, value[0], value[1]);
-            multiply_add(sums.out[2 * sixteen + 1], weights, value[2], value[3]);
-        }
     }
 }
 

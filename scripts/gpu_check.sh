@@ -8,6 +8,7 @@
 #   card      the card, its memory bandwidth and the rate of its products in bf16 and fp8: the ceilings
 #   kernels   every kernel against its reference, on the card
 #   decoder   decoders of random weights against the CPU's plain arithmetic
+#   embed     what encoders compute with, against the CPU's; with the folder $EMBED_MODEL (models/all-MiniLM-L6-v2) its speed as well
 #   serve     a small synthetic model through HTTP: answers, repeats, metrics
 #   speed     8B in bf16, fp8 and 4 bits and 70B in fp8, if it fits: time to ready, decode and prompts by concurrency and length, CPU use, memory
 #   ranks     on a machine of several GPUs, and only if it is named: sums of ranks, decoders divided over them, 70B in fp8 on two
@@ -33,7 +34,7 @@ for line in sys.stdin:
     du -h .gpu/*
 }
 
-all=(card kernels decoder serve speed)
+all=(card kernels decoder embed serve speed)
 case ${1:-} in
 -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit ;;
 pack) pack; exit ;;
@@ -74,10 +75,10 @@ daemon=
 stop() { [[ -z $daemon ]] || { kill "$daemon" 2>/dev/null; wait "$daemon" 2>/dev/null; daemon=; }; }
 
 # Starts the daemon with a model block and waits until it is ready; says how long that took.
-start() { # NAME, further lines of the [[model]] block
+start() { # NAME, further lines of the [[model]] block, its id
     local name=$1 begun=${EPOCHREALTIME/./}
-    printf '[server]\nlisten = "127.0.0.1:18080"\n[auth]\nanonymous = "local"\n[[model]]\nid = "@cf/meta/llama-3.1-8b-instruct"\nentry = { context = 32768 }\n%b\n' "$2" \
-        >"$out/$name.toml"
+    printf '[server]\nlisten = "127.0.0.1:18080"\n[auth]\nanonymous = "local"\n[[model]]\nid = "%s"\nentry = { context = 32768 }\n%b\n' \
+        "${3:-@cf/meta/llama-3.1-8b-instruct}" "$2" >"$out/$name.toml"
     .gpu/neurond serve --config "$out/$name.toml" >"$out/$name.log" 2>&1 &
     daemon=$!
     for _ in $(seq 1200); do
@@ -105,7 +106,21 @@ part_card() {
 
 part_kernels() { NEUROND_TEST_GPU=1 .gpu/kernels --test-threads 1; }
 
-part_decoder() { .gpu/tests a_real_card --nocapture --test-threads 1; }
+part_decoder() { .gpu/tests a_real_card --skip a_real_card_encodes --nocapture --test-threads 1; }
+
+part_embed() {
+    NEUROND_TEST_GPU=1 .gpu/kernels encoder:: --test-threads 1 || return 1
+    .gpu/tests a_real_card_encodes --nocapture --test-threads 1 || return 1
+    local model=${EMBED_MODEL:-models/all-MiniLM-L6-v2}
+    [[ -f $model/model.safetensors ]] || { echo "speed: left out, there is no $model/model.safetensors"; return; }
+    start embed "path = \"$(realpath "$model")\"\ngpus = [0]" @cf/sentence-transformers/all-minilm-l6-v2 || return 1
+    for length in 24 128 250; do
+        echo "== texts of $length tokens"
+        bench --endpoint embeddings --batch 64 --concurrency 1,8,32 --input-tokens "$length" -n 256 || return 1
+    done
+    curl -sf http://127.0.0.1:18080/metrics | grep -E '^neurond_step_(seconds|rows)_(sum|count)'
+    stop
+}
 
 part_ranks() {
     [[ $(nvidia-smi --list-gpus | wc -l) -gt 1 ]] || { echo "there is one GPU"; return 1; }

@@ -107,7 +107,7 @@ fn check(folder: &Path, golden: &Golden, sets: &[Isa]) {
             let mut worst: f64 = 1.0;
             for pooling in [Pooling::Mean, Pooling::Cls] {
                 let got = encode(&mut encoder, &texts, pooling);
-                for (case, got) in golden.cases.iter().zip(got.chunks_exact(encoder.width())) {
+                for (case, got) in golden.cases.iter().zip(got.chunks_exact(encoder.spec().width())) {
                     let (what, plain) = (format!("{isa} {precision:?} {:?}", case.text), precision == Precision::Plain);
                     if let Some(logits) = &case.logits {
                         for (got, expected) in got.iter().zip(logits) {
@@ -180,7 +180,7 @@ fn a_text_has_the_same_bits_alone_in_company_and_on_any_number_of_threads() {
         for threads in [1, 2, 5] {
             let mut encoder = open(&folder, Precision::Fast, isa, threads, 4096);
             let all = encode(&mut encoder, &many, Pooling::Mean);
-            for (at, got) in all.chunks_exact(encoder.width()).enumerate() {
+            for (at, got) in all.chunks_exact(encoder.spec().width()).enumerate() {
                 assert_eq!(got, alone[at % texts.len()], "{isa} {threads} threads, text {at}");
             }
         }

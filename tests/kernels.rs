@@ -16,6 +16,9 @@ use neurond::kernel::gpu::{
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
 
+#[path = "kernels/encoder.rs"]
+mod encoder;
+
 /// Reproducible random numbers (splitmix64).
 struct Dice(u64);
 

@@ -220,8 +220,8 @@ impl Default for EngineSection {
     }
 }
 
-/// `[gpu]`: NVIDIA GPUs. Each that serves holds a whole copy of every model for text generation that is not kept from it, or with
-/// others a part of it (`tensor_parallel`), and answers go to the one that has least to do. Where there is none, or no driver, the CPU serves and the log says so. The keys that
+/// `[gpu]`: NVIDIA GPUs. Each that serves holds a whole copy of every model that writes, embeds or classifies text and is not kept from
+/// it, or with others a part of it (`tensor_parallel`), and answers go to the one that has least to do. Where there is none, or no driver, the CPU serves and the log says so. The keys that
 /// `[engine]` has as well count here in their place; all others of `[engine]` count on GPUs too.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -235,8 +235,8 @@ pub struct GpuSection {
     /// Without the first prompts are read by slower kernels, without the second no model is divided over GPUs.
     pub library_folders: Vec<PathBuf>,
     /// Share of the memory that weights and work buffers leave free on a GPU that becomes the KV pool of a model without
-    /// `kv_bytes`. The first to be loaded takes it: with several models on a GPU, or to swap a model while it serves, write
-    /// `kv_bytes` so that all fit.
+    /// `kv_bytes`. Models that say what they need, and those that embed or classify, are loaded before. The first of the others takes
+    /// it: with several of them on a GPU, or to swap a model while it serves, write `kv_bytes` so that all fit.
     pub memory_share: f64,
     /// Threads of each GPU, which convert weights when a model is loaded and draw tokens whose wishes the GPU cannot meet.
     /// Left out: a quarter of the physical cores, at least 1, at most 8.
@@ -350,13 +350,14 @@ pub struct ModelSection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor_parallel: Option<usize>,
     /// Numbers of the GPUs that serve it, out of those of `[gpu]`, each with a copy of its own, or with a rank if
-    /// `tensor_parallel` is as many; `[]`: the CPU does. Only models for text generation whose shapes the GPU's kernels take: 16-bit and quantised files alike become `gpu_weights`.
+    /// `tensor_parallel` is as many; `[]`: the CPU does. Only models that write, embed or classify text and whose shapes the GPU's kernels take: 16-bit and quantised files alike become `gpu_weights`.
     /// Left out: all of them, or the CPU where there is none or its kernels do not take the model.
     /// Example: `[0]`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpus: Option<Vec<u16>>,
     /// How a GPU keeps the matrices of the layers: `"bf16"`; `"fp8"`, which is half as much to read for each token and rounds more;
     /// `"q4"`, a quarter as much: 4 bits and a scale for each 32 weights, as in a file of Q4_0, which is taken as it is.
+    /// Models that embed or classify are always kept in bf16.
     /// Left out: `"fp8"` for ids that say so (`…-fp8`, `…-fp8-fast`), `"q4"` for `…-awq` and `…-int4`, else `"bf16"`.
     /// Example: `"fp8"`
     #[serde(default, skip_serializing_if = "Option::is_none")]

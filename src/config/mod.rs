@@ -265,7 +265,7 @@ pub struct Model {
 impl Model {
     /// Whether GPUs serve it where there are any, unless their kernels do not take its shapes.
     pub fn is_for_gpus(&self) -> bool {
-        self.task == Task::TextGeneration
+        (self.task == Task::TextGeneration || self.task.encodes())
             && self.precision == Precision::Fast
             && simulated(&self.path).is_none()
             && self.on_gpu.gpus.as_ref().is_none_or(|gpus| !gpus.is_empty())

@@ -564,7 +564,7 @@ fn models(
             check.wrong(&key("tensor_parallel"), ranks, remedy);
         } else if ranks > threads && section.gpus.as_ref().is_none_or(Vec::is_empty) {
             check.warn(format!(
-                "{} = {ranks}: is more than engine.threads = {threads}; each rank takes a thread, and they slow each other down",
+                "{} = {ranks}: is more than engine.threads = {threads}: on the CPU each rank takes a thread, and they slow each other down",
                 key("tensor_parallel")
             ));
         }
@@ -574,7 +574,9 @@ fn models(
                 "tensor_parallel = {ranks} takes as many GPUs, one a rank; name {ranks} of them, or leave gpus out"
             );
             let wrong = match () {
-                () if entry.task != Task::TextGeneration => "GPUs serve models for text generation only; take it out",
+                () if entry.task != Task::TextGeneration && !entry.task.encodes() => {
+                    "GPUs serve models that write, embed or classify text; take it out"
+                }
                 () if simulated(&path).is_some() => "a simulated device needs none; take it out",
                 () if ranks > 1 && gpus.len() != ranks => other.as_str(),
                 () if section.precision == Precision::Plain => {
@@ -586,8 +588,13 @@ fn models(
                 check.wrong(&key("gpus"), format_args!("{gpus:?}"), wrong);
             }
         }
+        if let Some(packing) = section.gpu_weights.filter(|&packing| packing != Packing::Bf16 && entry.task.encodes()) {
+            let remedy = "models that embed or classify are kept in bf16; take it out";
+            check.wrong(&key("gpu_weights"), format_args!("{packing:?}").to_string().to_lowercase(), remedy);
+        }
         let says = |words: &[&str]| entry.id.as_str().split('-').any(|part| words.contains(&part));
         let packing = match () {
+            () if entry.task.encodes() => Packing::Bf16,
             () if says(&["fp8"]) => Packing::Fp8,
             () if says(&["awq", "int4"]) => Packing::Q4,
             () => Packing::Bf16,

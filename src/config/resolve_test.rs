@@ -79,6 +79,21 @@ fn how_a_gpu_keeps_a_model_follows_from_its_name_unless_it_is_written() {
 }
 
 #[test]
+fn gpus_serve_what_has_kernels_for_them_and_is_not_kept_from_them() {
+    let check = |id: &str, more: &str, expected: bool| {
+        let config = good(&format!("[[model]]\nid = {id:?}\npath = \"a.gguf\"\n{more}"));
+        assert_eq!(config.models[0].is_for_gpus(), expected, "{id} {more}");
+    };
+    for id in ["smollm2-135m-instruct", "@cf/baai/bge-m3", "@cf/baai/bge-reranker-base"] {
+        check(id, "", true);
+        check(id, "gpus = [1]", true);
+        check(id, "gpus = []", false);
+        check(id, "precision = \"plain\"", false);
+    }
+    check("@cf/black-forest-labs/flux-1-schnell", "", false);
+}
+
+#[test]
 fn an_empty_file_is_a_whole_configuration() {
     let config = good("");
     assert_eq!(config.server.listen.to_string(), "127.0.0.1:8080");
@@ -254,6 +269,14 @@ fn each_mistake_names_file_key_value_and_remedy() {
             "gpus = [0]: tensor_parallel = 2 takes as many GPUs, one a rank; name 2 of them",
         ),
         (&format!("{MODEL}gpus = [0]\nprecision = \"plain\""), "gpus = [0]: precision = \"plain\" is the CPU's"),
+        (
+            "[[model]]\nid = \"@cf/black-forest-labs/flux-1-schnell\"\npath = \"a.gguf\"\ngpus = [0]",
+            "gpus = [0]: GPUs serve models that write, embed or classify text; take it out",
+        ),
+        (
+            "[[model]]\nid = \"@cf/baai/bge-m3\"\npath = \"a.gguf\"\ngpu_weights = \"fp8\"",
+            "gpu_weights = fp8: models that embed or classify are kept in bf16; take it out",
+        ),
         (&format!("{MODEL}tensor_parallel = 0"), "tensor_parallel = 0: is not from 1 to 256; 1, the default"),
         (&format!("{MODEL}tensor_parallel = 257"), "tensor_parallel = 257: is not from 1 to 256"),
         (

@@ -19,13 +19,13 @@ use crate::base::{AccountId, Error, Kind, ModelId, RequestId, Result, SlotId};
 use crate::engine::SlotStatus;
 use crate::engine::lane::unavailable;
 use crate::metrics::EngineMetrics;
-use crate::model::encoder::{EncodeBatch, Encoder, Tokens};
+use crate::model::encoder::{EncodeBatch, Encoder, EncoderSpec, GpuEncoder, Tokens};
 use crate::task::Pooling;
 
 /// How much the newest step counts in the moving average of seconds a token.
 const PACE_WEIGHT: f64 = 0.1;
 
-/// Computes texts in one pass. Two kinds: an encoder on a device, and the simulated device of tests.
+/// Computes texts in one pass: an encoder on the CPU or on a GPU, or the simulated device of tests.
 pub trait OneShot: Send {
     /// What a step and a text may have.
     fn limits(&self) -> OneShotLimits;
@@ -52,14 +52,30 @@ pub struct OneShotLimits {
     pub width: usize,
 }
 
+impl OneShotLimits {
+    /// Of an encoder whose steps have so many rows and texts.
+    fn of(spec: &EncoderSpec, (rows, texts): (usize, usize)) -> Self {
+        Self { rows, texts, text_rows: spec.context(), vocab: spec.vocab, width: spec.width() }
+    }
+}
+
 impl OneShot for Encoder {
     fn limits(&self) -> OneShotLimits {
-        let (rows, texts) = Encoder::limits(self);
-        OneShotLimits { rows, texts, text_rows: self.spec().context(), vocab: self.spec().vocab, width: self.width() }
+        OneShotLimits::of(self.spec(), Self::limits(self))
     }
 
     fn forward(&mut self, batch: &EncodeBatch) -> Result<&[f32]> {
-        Encoder::forward(self, batch)
+        Self::forward(self, batch)
+    }
+}
+
+impl OneShot for GpuEncoder {
+    fn limits(&self) -> OneShotLimits {
+        OneShotLimits::of(self.spec(), Self::limits(self))
+    }
+
+    fn forward(&mut self, batch: &EncodeBatch) -> Result<&[f32]> {
+        Self::forward(self, batch)
     }
 }
 

@@ -385,11 +385,14 @@ impl SupervisorActor {
     /// Starts the loader thread over `load`, one model after the other so that at most one is held twice.
     fn begin(
         &mut self,
-        load: Vec<Identity>,
+        mut load: Vec<Identity>,
         report: Report,
         reply: Option<oneshot::Sender<Report>>,
         ctx: &mut Context<Self>,
     ) {
+        if let Place::Gpu { .. } = self.place {
+            load.sort_by_key(Identity::takes_the_rest);
+        }
         self.running = Some(Reconciliation { todo: load.len(), report, reply });
         if load.is_empty() {
             return self.next_reconciliation(ctx);
@@ -402,7 +405,7 @@ impl SupervisorActor {
                     Task::TextGeneration => loader::load(&identity, device, place, &pool, &metrics)
                         .and_then(|ready| install(&engine, ready))
                         .map(Installed::Text),
-                    _ => encoders::load(&identity, device, &pool, &metrics)
+                    _ => encoders::load(&identity, device, place, &pool, &metrics)
                         .and_then(|ready| install_encoder(&engine, ready))
                         .map(Installed::Encoder),
                 };

@@ -1,7 +1,7 @@
 //! All devices of this machine: who serves which model.
 //!
 //! ```text
-//! models ──┬─ text generation, not kept from GPUs ──> every GPU that it names, a copy each      ids 0, 1, …: the GPUs' numbers
+//! models ──┬─ text in, not kept from GPUs ─────────> every GPU that it names, a copy each      ids 0, 1, …: the GPUs' numbers
 //!          │       │                          └──────> or as many as it has ranks: the first's
 //!          │       └─ GPU kernels do not take it ──┐
 //!          └─ all others, or no GPU there ─────────┴> the CPU                                   the id behind them

@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use tracing::{debug, info};
 
-use super::loader::Identity;
+use super::loader::{Identity, Place};
 use crate::base::{DeviceId, Error, Result, SlotId};
 use crate::config::{Engine as EngineConfig, Model as ModelConfig, simulated};
 use crate::engine::oneshot::{OneShot, OneShotSlot};
 use crate::engine::sim::SimSpec;
 use crate::engine::sim_encoder::SimEncoder;
-use crate::kernel::{Isa, Pool};
+use crate::kernel::{Isa, Pool, gpu};
 use crate::metrics::{EngineMetrics, Metrics};
-use crate::model::encoder::{Encoder, EncoderOptions, EncoderText};
+use crate::model::encoder::{Encoder, EncoderOptions, EncoderText, GpuEncoder};
 use crate::model::files::ModelFiles;
 use crate::model::weights::Weights;
 use crate::task::Task;
@@ -32,15 +32,21 @@ pub(super) struct ReadyEncoder {
     pub(super) context: u32,
 }
 
-/// Reads, checks and packs one encoder. `pool` computes it later.
-pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metrics: &Metrics) -> Result<ReadyEncoder> {
+/// Reads, checks and packs one encoder, or sends it to a GPU. On the CPU `pool` computes it later.
+pub(super) fn load(
+    identity: &Identity,
+    device: DeviceId,
+    place: Place,
+    pool: &Arc<Pool>,
+    metrics: &Metrics,
+) -> Result<ReadyEncoder> {
     let started = Instant::now();
     let (model, engine) = (&identity.model, &identity.engine);
-    if !matches!(model.task, Task::TextEmbeddings | Task::TextClassification) {
+    if !model.task.encodes() {
         let what = model.task.name();
         return Err(Error::unsupported(format!("{}: {what} is not available in this build", model.id)));
     }
-    let (text, runner) = open(model, engine, pool).map_err(|error| error.context(&model.id))?;
+    let (text, runner) = open(model, engine, place, pool).map_err(|error| error.context(&model.id))?;
     let classifies = text.labels().is_some();
     if classifies != (model.task == Task::TextClassification) {
         let (is, wanted) = if classifies { ("classifies", "embeds") } else { ("embeds", "classifies") };
@@ -55,6 +61,7 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
     let metrics = metrics.engine(&model.id, device);
     info!(
         model = %model.id,
+        %device,
         path = %model.path.display(),
         width = text.width(),
         context,
@@ -73,7 +80,12 @@ pub(super) fn load(identity: &Identity, device: DeviceId, pool: &Arc<Pool>, metr
 }
 
 /// Both halves of an encoder at the same time.
-fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<(EncoderText, Box<dyn OneShot>)> {
+fn open(
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    place: Place,
+    pool: &Arc<Pool>,
+) -> Result<(EncoderText, Box<dyn OneShot>)> {
     if let Some(spec) = simulated(&model.path) {
         let labels = (model.task == Task::TextClassification).then(|| SIM_LABELS.map(str::to_owned).into());
         let width = if labels.is_some() { SIM_LABELS.len() as u32 } else { SIM_WIDTH };
@@ -83,23 +95,30 @@ fn open(model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<
     let files = Arc::new(ModelFiles::open(&model.path)?);
     std::thread::scope(|scope| {
         let text = scope.spawn(|| EncoderText::of(&files));
-        let encoder = encoder(&files, model, engine, pool);
+        let runner = runner(&files, model, engine, place, pool);
         let text =
             text.join().map_err(|_| Error::internal("the tokenizer could not be read: its reader panicked"))??;
-        Ok((text, Box::new(encoder?) as Box<dyn OneShot>))
+        Ok((text, runner?))
     })
 }
 
-fn encoder(files: &Arc<ModelFiles>, model: &ModelConfig, engine: &EngineConfig, pool: &Arc<Pool>) -> Result<Encoder> {
+fn runner(
+    files: &Arc<ModelFiles>,
+    model: &ModelConfig,
+    engine: &EngineConfig,
+    place: Place,
+    pool: &Arc<Pool>,
+) -> Result<Box<dyn OneShot>> {
     let weights = Weights::of(files.clone())?;
-    let spec = weights.encoder()?;
-    let options = EncoderOptions {
-        pool: pool.clone(),
-        isa: Isa::detect(),
-        precision: model.precision,
-        max_rows: engine.step_tokens,
-    };
-    let encoder = Encoder::open(&weights, spec, &options, &|_| ())?;
-    debug!(model = %model.id, bytes = encoder.weight_bytes(), "weights packed");
-    Ok(encoder)
+    let (spec, max_rows) = (weights.encoder()?, engine.step_tokens);
+    match place {
+        Place::Cpu => {
+            let (isa, precision) = (Isa::detect(), model.precision);
+            let options = EncoderOptions { pool: pool.clone(), isa, precision, max_rows };
+            let encoder = Encoder::open(&weights, spec, &options, &|_| ())?;
+            debug!(model = %model.id, bytes = encoder.weight_bytes(), "weights packed");
+            Ok(Box::new(encoder))
+        }
+        Place::Gpu { ordinal, .. } => Ok(Box::new(GpuEncoder::open(gpu::open(ordinal)?, &weights, spec, max_rows)?)),
+    }
 }

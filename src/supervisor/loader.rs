@@ -49,6 +49,13 @@ pub(super) struct Identity {
     pub(super) engine: EngineConfig,
 }
 
+impl Identity {
+    /// Whether its KV pool on a GPU is a share of what is left there: such models are loaded behind those that know what they need.
+    pub(super) fn takes_the_rest(&self) -> bool {
+        !self.model.task.encodes() && self.model.on_gpu.kv_bytes.is_none()
+    }
+}
+
 /// A model off the disk, and what the fleet says about it.
 pub(super) struct Ready {
     pub(super) slot: ModelSlot,

@@ -75,6 +75,11 @@ impl Task {
         }
     }
 
+    /// Whether an encoder answers it: texts in, vectors or scores out.
+    pub const fn encodes(self) -> bool {
+        matches!(self, Self::TextEmbeddings | Self::TextClassification)
+    }
+
     /// The fixed id behind the name.
     pub const fn id(self) -> &'static str {
         match self {

@@ -27,6 +27,12 @@ fn a_good_configuration_is_summed_up() {
     }
     let out = check(GOOD, &["--listen", "127.0.0.1:9200"]).succeeds().out;
     assert!(out.contains("http://127.0.0.1:9200"), "flags win over the file: {out}");
+    let embeds = |gpus: &str| GOOD.replace("@cf/meta/llama-3.2-1b-instruct", "@cf/baai/bge-m3") + gpus;
+    for (gpus, expected) in [("", "all, bf16"), ("gpus = [0, 2]", "0 2, bf16"), ("gpus = []", " -  ")] {
+        let out = check(&embeds(gpus), &[]).succeeds().out;
+        let row = out.lines().find(|line| line.starts_with("@cf/baai/bge-m3")).expect("a row");
+        assert!(row.contains(expected), "{gpus}: {out}");
+    }
 }
 
 #[test]

@@ -267,3 +267,133 @@ async fn a_model_divided_over_two_gpus_is_one_device() {
     assert!(refused.to_string().contains("takes as many GPUs, one a rank; name 2 of them"), "{refused}");
     assert_eq!(said().await, expected);
 }
+
+const BERT: &str = "@cf/baai/bge-small-en-v1.5";
+const M3: &str = "@cf/baai/bge-m3";
+const RERANKER: &str = "@cf/baai/bge-reranker-base";
+const SENTIMENT: &str = "@cf/huggingface/distilbert-sst-2-int8";
+
+/// A copy of a tiny encoder with two heads of 32, which GPU kernels take, in the place of four.
+fn write_encoder(name: &str, folder: &Path) -> PathBuf {
+    let (from, to) = (goldens().with_file_name(name), folder.join(name));
+    std::fs::create_dir_all(&to).unwrap();
+    for file in ["tokenizer.json", "model.safetensors"] {
+        std::fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    let key = if config.get("n_heads").is_some() { "n_heads" } else { "num_attention_heads" };
+    config[key] = json!(2);
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    to
+}
+
+async fn post(base: &str, path: &str, body: Value) -> Result<Value, u16> {
+    let answer = reqwest::Client::new().post(format!("{base}{path}")).json(&body).send().await.unwrap();
+    match answer.status().as_u16() {
+        200 => Ok(answer.json().await.unwrap()),
+        status => Err(status),
+    }
+}
+
+/// The part of an answer that is computed.
+async fn part(base: &str, (path, body, part): &(String, Value, &str)) -> Result<Value, u16> {
+    let mut part = post(base, path, body.clone()).await?.pointer(part).unwrap().clone();
+    // The best first: those that are nearly even may change places.
+    part.as_array_mut().unwrap().sort_by_key(|entry| entry["id"].as_u64());
+    Ok(part)
+}
+
+fn series(name: &str, device: usize, model: &str) -> String {
+    format!(r#"{name}{{device="{device}",model="{model}"}}"#)
+}
+
+/// Numbers of a JSON value, in order of their places.
+fn numbers(value: &Value) -> Vec<f64> {
+    match value {
+        Value::Number(number) => vec![number.as_f64().unwrap()],
+        Value::Array(values) => values.iter().flat_map(numbers).collect(),
+        Value::Object(fields) => fields.values().flat_map(numbers).collect(),
+        _ => Vec::new(),
+    }
+}
+
+#[actix::test]
+async fn gpus_embed_and_classify_as_the_cpu_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let (large, fault) = (folder.path().join("model"), folder.path().join("fault"));
+    write_model(&large);
+    let small = goldens().with_file_name("tiny-bert");
+    let paths = ["tiny-bert", "tiny-reranker", "tiny-sentiment"].map(|name| write_encoder(name, folder.path()));
+    let config = |gpus: &str| {
+        let ids = [BERT, RERANKER, SENTIMENT];
+        let models =
+            ids.iter().zip(&paths).map(|(id, path)| format!("[[model]]\nid = {id:?}\npath = {path:?}\n{gpus}\n"));
+        format!(
+            "[gpu]\nstep_tokens = 64\nprefill_chunk = 32\nmax_running = 4\nthreads = 1\n\
+             [[model]]\nid = {LARGE:?}\npath = {large:?}\ncontext = 256\n{}\
+             [[model]]\nid = {M3:?}\npath = {small:?}\n",
+            models.collect::<String>()
+        )
+    };
+    let fault_path = fault.to_str().unwrap();
+    let env = [("NEUROND_EMULATED_GPUS", "2"), ("NEUROND_EMULATED_FAULT", fault_path)];
+    let mut daemon = Daemon::start(Setup { config: &config(""), env: &env });
+    let lines = daemon.logged("model loaded");
+    let on = |device: &str| -> Vec<Value> {
+        lines.iter().filter(|line| field(line, "device") == device).map(|line| field(line, "model")).collect()
+    };
+    // What takes the rest of the memory comes last.
+    assert_eq!((on("0"), on("1")), ([BERT, RERANKER, SENTIMENT, LARGE].map(Value::from).to_vec(), on("0")));
+    assert_eq!(on("2"), [M3]);
+    let refused = daemon.wait_log("GPU kernels do not take this model: the CPU serves it");
+    assert!(field(&refused, "error").as_str().unwrap().contains("4 heads of 16"), "{refused}");
+
+    let base = daemon.base.clone();
+    let texts = ["the ship from riga", "day two", "A pilot asked for the Second tug, and came in!", "x"];
+    let contexts = texts.map(|text| json!({ "text": text }));
+    let run = |model: &str| format!("/client/v4/accounts/test/ai/run/{model}");
+    let asked = [
+        ("/v1/embeddings".to_owned(), json!({"model": BERT, "input": texts, "encoding_format": "float"}), "/data"),
+        (run(BERT), json!({"text": texts, "pooling": "cls"}), "/result/data"),
+        (run(RERANKER), json!({"query": "which ship", "contexts": contexts}), "/result/response"),
+        (run(SENTIMENT), json!({"text": texts[2]}), "/result"),
+    ];
+    let all =
+        async || futures_util::future::join_all(asked.iter().cycle().take(16).map(|asked| part(&base, asked))).await;
+    let first: Vec<Value> = all().await.into_iter().map(Result::unwrap).collect();
+    let mut steps = [0.0; 3];
+    for (device, steps) in steps.iter_mut().enumerate() {
+        for model in [BERT, RERANKER, SENTIMENT] {
+            *steps += daemon.metric(&series("neurond_steps_total", device, model)).await;
+        }
+    }
+    assert!(steps[0] > 0.0 && steps[1] > 0.0 && steps[2] == 0.0, "{steps:?}");
+    let vectors = post(&base, "/v1/embeddings", json!({"model": M3, "input": texts})).await.unwrap();
+    assert_eq!(numbers(&vectors["data"]).len(), 4 * 65, "64 numbers and an index each");
+    assert!(daemon.metric(&series("neurond_step_seconds_count", 2, M3)).await > 0.0);
+
+    // One breaks down: the other goes on meanwhile, and the broken one comes back with all that it had.
+    std::fs::write(&fault, "").unwrap();
+    let outcomes = all().await;
+    assert!(!fault.exists(), "nothing broke");
+    assert!(outcomes.iter().any(Result::is_ok), "a device that breaks takes others with it: {outcomes:?}");
+    let lines = daemon.wait_logs("model loaded", 9 + 4);
+    assert_eq!(field(&lines[12], "model"), LARGE, "last again");
+    let again: Vec<Value> = all().await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(again, first);
+
+    // Kept from the GPUs, they are the CPU's, which says the same but for rounding.
+    daemon.rewrite_config(&config("gpus = []"));
+    daemon.signal(libc::SIGHUP);
+    daemon.wait_log("reload done");
+    let on_cpu: Vec<Value> = all().await.into_iter().map(Result::unwrap).collect();
+    assert!(daemon.metric(&series("neurond_steps_total", 2, BERT)).await > 0.0);
+    for (found, expected) in first.iter().zip(&on_cpu) {
+        let (found, expected) = (numbers(found), numbers(expected));
+        assert!(found.len() == expected.len() && found.len() > 1);
+        let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        // Numbers of vectors, or scores: the tiny models' large weights make these steep.
+        let most = if found.len() > 20 { 0.02 } else { 0.05 };
+        assert!(off < most, "off by {off}: {found:?}, on the CPU {expected:?}");
+    }
+}

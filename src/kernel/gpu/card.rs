@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::attention::{Item, Merge};
+use super::encoder::{Pooled, TextItem, Token};
 use super::gemm::{Sink, Weight};
 use super::launch::{Fp8, Launcher, Ptr};
 use super::lora::Adapted;
@@ -276,4 +277,4 @@ macro_rules! bits {
         )*
     };
 }
-bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge, Adapted, Wish, Edit, Drawn);
+bits!(u8, i32, u32, u64, f32, bf16, f16, Fp8, Item, Merge, Adapted, Wish, Edit, Drawn, Token, TextItem, Pooled);

@@ -1,7 +1,7 @@
 //! Kernels for GPUs: what it takes to launch each of `kernels/*.cu`.
 //!
 //! ```text
-//! rows, attention, gemm, sample    shapes checked, grid and arguments chosen ──> Launch ──┬─> a GPU's stream
+//! rows, attention, gemm, encoder, …  shapes checked, grid and arguments chosen ──> Launch ──┬─> a GPU's stream
 //!                                                                                         └─> Emulator: the same source,
 //!                                                                                             compiled for the host
 //! ```
@@ -20,6 +20,7 @@ mod card;
 mod device;
 #[cfg(feature = "emulate")]
 mod emulator;
+mod encoder;
 mod gemm;
 mod launch;
 mod lora;
@@ -36,6 +37,10 @@ pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
 pub use card::{Bits, Card, LANDING, LARGE_UNIT, Part, Parts};
 #[cfg(feature = "emulate")]
 pub use emulator::{EmulatedCard, Emulator};
+pub use encoder::{
+    Activation, LayerNorm, Pooled, TEXT_ROWS, Tables, TextItem, Token, add_layer_norm, attend_texts, bias_activate,
+    embed_layer_norm, pool_rows, takes_texts,
+};
 pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4};
 pub use launch::{Fp8, Launch, Launcher, Ptr};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};

@@ -46,7 +46,7 @@ fn eights(what: &str, width: usize) -> Result<()> {
 }
 
 /// Threads for `width` numbers, eight each and at most `pieces` times, whole warps.
-fn threads(what: &str, width: usize, pieces: usize) -> Result<u32> {
+pub(super) fn threads(what: &str, width: usize, pieces: usize) -> Result<u32> {
     eights(what, width)?;
     let least = (width / 8).div_ceil(pieces);
     let wanted = least.max((width / 8).min(256)).next_multiple_of(32);

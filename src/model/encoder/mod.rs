@@ -1,4 +1,4 @@
-//! The encoder on a CPU: packed rows of many texts in, a vector or scores for each text out. No padding, nothing kept
+//! The encoder on a CPU (`gpu.rs`: on a GPU): packed rows of many texts in, a vector or scores for each text out. No padding, nothing kept
 //! between steps.
 //!
 //!     rows of all texts, back to back        a0 a1 a2 b0 b1 c0 c1 c2 c3
@@ -13,9 +13,11 @@
 //! Threads meet twice a layer, and a block of rows stays in its thread's cache between. Matrices are computed in 16-bit
 //! integers (`kernel/words.rs`): two to three times as fast as f32, and the vectors agree with it to the fifth digit.
 
+mod gpu;
 mod spec;
 mod text;
 
+pub use gpu::GpuEncoder;
 pub use spec::{EncoderSpec, Head};
 pub use text::{EncoderText, Tokens};
 
@@ -95,6 +97,22 @@ impl EncodeBatch {
     /// The tokens of each text.
     pub fn each_text(&self) -> impl Iterator<Item = &[u32]> {
         self.texts.iter().map(|text| &self.tokens[text.row..][..text.rows])
+    }
+
+    /// Whether an encoder of steps of up to `most` rows can compute it.
+    fn check(&self, spec: &EncoderSpec, most: usize) -> Result<()> {
+        let wrong = |what: String| Err(Error::internal(format!("a batch that cannot be encoded: {what}")));
+        let (rows, texts) = (self.rows(), self.texts.len());
+        if rows > most || texts > MAX_TEXTS || texts == 0 {
+            return wrong(format!("{rows} rows of {most}, {texts} texts of {MAX_TEXTS}"));
+        }
+        if let Some(token) = self.tokens.iter().find(|&&token| token as usize >= spec.vocab) {
+            return wrong(format!("token {token} of {}", spec.vocab));
+        }
+        match self.texts.iter().find(|text| text.rows == 0 || text.rows > spec.context()) {
+            Some(text) => wrong(format!("a text of {} tokens, of {}", text.rows, spec.context())),
+            None => Ok(()),
+        }
     }
 }
 
@@ -247,18 +265,13 @@ impl Encoder {
         self.embedding.bytes.len() + self.positions.bytes.len() + self.layers.iter().map(layer).sum::<usize>()
     }
 
-    /// Numbers that come out for a text: as many as a vector is long, or one for each label.
-    pub fn width(&self) -> usize {
-        self.spec.head.as_ref().map_or(self.spec.hidden, |head| head.labels.len())
-    }
-
     /// Computes the texts of a batch: `[texts, width]`. Vectors have length 1; a head's numbers are logits. A text's
     /// numbers have the same bits in any batch.
     ///
     /// # Errors
     /// `Internal` when the batch is larger than this encoder was opened for, or names what does not exist.
     pub fn forward(&mut self, batch: &EncodeBatch) -> Result<&[f32]> {
-        self.check(batch)?;
+        batch.check(&self.spec, self.max_rows)?;
         self.lay_out(batch);
         let rows = batch.rows();
         // Blocks of rows as equal as can be, in whole tiles: an odd one out would be waited for.
@@ -283,21 +296,6 @@ impl Encoder {
         }
         self.pool(batch);
         Ok(&self.work.out)
-    }
-
-    fn check(&self, batch: &EncodeBatch) -> Result<()> {
-        let wrong = |what: String| Err(Error::internal(format!("a batch that cannot be encoded: {what}")));
-        let (rows, texts) = (batch.rows(), batch.texts.len());
-        if rows > self.max_rows || texts > MAX_TEXTS || texts == 0 {
-            return wrong(format!("{rows} rows of {}, {texts} texts of {MAX_TEXTS}", self.max_rows));
-        }
-        if let Some(token) = batch.tokens.iter().find(|&&token| token as usize >= self.spec.vocab) {
-            return wrong(format!("token {token} of {}", self.spec.vocab));
-        }
-        match batch.texts.iter().find(|text| text.rows == 0 || text.rows > self.spec.context()) {
-            Some(text) => wrong(format!("a text of {} tokens, of {}", text.rows, self.spec.context())),
-            None => Ok(()),
-        }
     }
 
     /// Says where each text's keys and values go and who looks at them.
@@ -332,7 +330,7 @@ impl Encoder {
 
     /// One vector a text, or what the head makes of its first row.
     fn pool(&mut self, batch: &EncodeBatch) {
-        let (hidden, texts, width, isa) = (self.spec.hidden, batch.texts.len(), self.width(), self.cpu.isa);
+        let (hidden, texts, width, isa) = (self.spec.hidden, batch.texts.len(), self.spec.width(), self.cpu.isa);
         let relu = self.spec.head.as_ref().is_some_and(|head| head.relu);
         let Work { x, out, .. } = &mut self.work;
         out.resize(texts * width, 0.0);

@@ -133,6 +133,11 @@ impl EncoderSpec {
         self.hidden / self.heads
     }
 
+    /// Numbers that come out for a text: as many as a vector is long, or one for each label.
+    pub fn width(&self) -> usize {
+        self.head.as_ref().map_or(self.hidden, |head| head.labels.len())
+    }
+
     /// Longest sequence that has positions.
     pub fn context(&self) -> usize {
         self.positions - self.first_position
