@@ -62,7 +62,7 @@ fn attention(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::new(cpu.isa.to_string(), rows), |bencher| {
                 bencher.iter(|| {
                     let out = black_box(&mut out[..]);
-                    let query = Query { q: &q, stride: heads * layout.dim, heads, scale: 0.125, out };
+                    let query = Query { q: &q, stride: heads * layout.dim, heads, scale: 0.125, window: None, out };
                     plan.run(&cpu, &layout, &blocks, &table, query);
                 });
             });

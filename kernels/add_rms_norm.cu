@@ -84,3 +84,36 @@ KERNEL add_rms_norm_fp8(bf16* __restrict__ x, const bf16* __restrict__ delta, co
     add_rms_norm<fp8>(x, delta, weight, y, scales, width, eps, offset, scratch);
 }
 EXPORT(add_rms_norm_fp8)
+
+// What a layer gives, normed before it is added to the residual stream, in models that norm on both sides:
+//
+//     x += delta / sqrt(mean(delta^2) + eps) * (weight + offset)
+//
+// x, delta [rows, width] bf16, x in place; weight [width] bf16. Grid and block as above; bound by memory: 6 bytes a number.
+KERNEL norm_add_bf16(bf16* __restrict__ x, const bf16* __restrict__ delta, const bf16* __restrict__ weight, int width, float eps,
+                     float offset) {
+    __shared__ float scratch[32];
+    const size_t start = (size_t)blockIdx.x * width;
+    Eight deltas[PIECES];
+    float squares = 0.0f;
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        const int i = (piece * blockDim.x + threadIdx.x) * 8;
+        if (i >= width) break;
+        deltas[piece] = load_eight(delta + start + i);
+#pragma unroll
+        for (int k = 0; k < 8; k++) squares += deltas[piece].at(k) * deltas[piece].at(k);
+    }
+    const float factor = rsqrtf(block_sum(squares, scratch) / width + eps);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        const int i = (piece * blockDim.x + threadIdx.x) * 8;
+        if (i >= width) break;
+        const Eight old = load_eight(x + start + i), by = load_eight(weight + i);
+        float sum[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum[k] = old.at(k) + deltas[piece].at(k) * factor * (by.at(k) + offset);
+        store_eight(x + start + i, sum);
+    }
+}
+EXPORT(norm_add_bf16)

@@ -7,7 +7,7 @@
 #
 #   card      the card, its memory bandwidth and the rate of its products in bf16 and fp8: the ceilings
 #   kernels   every kernel against its reference, on the card
-#   decoder   decoders of random weights against the CPU's plain arithmetic
+#   decoder   decoders of random weights against the CPU's plain arithmetic, and the answers of tiny models against those of transformers
 #   embed     what encoders compute with, against the CPU's; with the folder $EMBED_MODEL (models/all-MiniLM-L6-v2) its speed as well
 #   serve     a small synthetic model through HTTP: answers, repeats, metrics
 #   speed     8B in bf16, fp8 and 4 bits and 70B in fp8, if it fits: time to ready, decode and prompts by concurrency and length, CPU use, memory

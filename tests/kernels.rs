@@ -8,10 +8,11 @@
 #![allow(clippy::unwrap_used)]
 
 use half::{bf16, f16};
+use neurond::kernel::Gate;
 use neurond::kernel::gpu::{
-    Adapted, Attention, Drawn, Edit, Emulator, Fp8, Gate, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW,
-    Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, UNWANTED, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed,
-    follow, gather_rows, gemm_small, lora, pack_q4, put_columns, quantize_fp8, random_bf16, rope_kv_write, sample,
+    Adapted, Attention, Drawn, Edit, Emulator, Fp8, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW, Norm,
+    Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, UNWANTED, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed, follow,
+    gather_rows, gemm_small, lora, norm_add, pack_q4, put_columns, quantize_fp8, random_bf16, rope_kv_write, sample,
     silu_mul, verify,
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
@@ -292,6 +293,37 @@ fn the_residual_stream_and_its_norm() {
 }
 
 #[test]
+fn what_is_normed_before_it_is_added() {
+    let mut dice = Dice(12);
+    for (rows, width, offset) in [(1, 8, 1.0), (3, 640, 1.0), (2, 3840, 0.0), (1, 16384, 1.0), (2, 2056, 0.0)] {
+        let (x, delta, weight) = (dice.bf16(rows * width, 3.0), dice.bf16(rows * width, 9.0), dice.bf16(width, 1.0));
+        let eps = 1e-6;
+        let found = in_any_order(&x, |on, x| {
+            let (mut delta, mut weight) = (delta.clone(), weight.clone());
+            norm_add(on, rows, width, at(x), at(&mut delta), Norm { weight: at(&mut weight), eps, offset }).unwrap();
+        });
+        for (row, delta) in delta.chunks_exact(width).enumerate() {
+            let squares: f64 = delta.iter().map(|x| f64::from(x.to_f32()).powi(2)).sum();
+            let factor = 1.0 / (squares / width as f64 + f64::from(eps)).sqrt();
+            for (i, delta) in delta.iter().enumerate() {
+                let normed = f64::from(delta.to_f32()) * factor * (f64::from(weight[i].to_f32()) + f64::from(offset));
+                let expected = f64::from(x[row * width + i].to_f32()) + normed;
+                near(found[row * width + i].to_f32(), expected, BF16, 1e-5, &i);
+            }
+        }
+    }
+    norm_add(
+        on(0),
+        0,
+        8,
+        Ptr::null(),
+        Ptr::null(),
+        Norm { weight: at(&mut dice.bf16(8, 1.0)), eps: 1e-6, offset: 0.0 },
+    )
+    .unwrap();
+}
+
+#[test]
 fn the_gate_of_a_feed_forward_layer() {
     let mut dice = Dice(3);
     for (rows, width) in [(1, 8), (3, 1536), (2, 14336), (1, 28672)] {
@@ -460,6 +492,21 @@ type Span = (usize, usize);
 
 /// Attention of some spans, each over keys of its own, in bf16 or fp8, against f64.
 fn attends(dice: &mut Dice, heads: Heads, shift: u32, spans: &[Span], window: usize, wanted: usize, in_fp8: bool) {
+    for planned in if window > 0 { vec![window, 0] } else { vec![0] } {
+        attends_as_planned(dice, heads, shift, spans, (window, planned), wanted, in_fp8);
+    }
+}
+
+/// The same with a plan for a window, or for all keys of which a row sees those in its window.
+fn attends_as_planned(
+    dice: &mut Dice,
+    heads: Heads,
+    shift: u32,
+    spans: &[Span],
+    (window, planned): (usize, usize),
+    wanted: usize,
+    in_fp8: bool,
+) {
     let Heads { heads: all, kv_heads, dim } = heads;
     let rows: usize = spans.iter().map(|span| span.0).sum();
     let needed = |&(rows, start): &Span| (rows + start).div_ceil(1 << shift);
@@ -497,7 +544,7 @@ fn attends(dice: &mut Dice, heads: Heads, shift: u32, spans: &[Span], window: us
         values[at * dim..][..dim].fill(bf16::NAN);
     }
     let mut attention = Attention::default();
-    attention.plan(placed.iter().copied(), all / kv_heads, kv_heads, window, wanted);
+    attention.plan(placed.iter().copied(), all / kv_heads, kv_heads, planned, wanted);
     let out = in_any_order(&vec![bf16::NAN; rows * all * dim], |on, out| {
         let (mut q, mut tables) = (q.clone(), tables.clone());
         let (mut keys, mut values, mut keys8, mut values8) =
@@ -597,6 +644,8 @@ fn attention_over_pages() {
     }
     attends(&mut dice, llama, 4, &[(1, 500), (40, 530)], 100, 0, false);
     attends(&mut dice, llama, 4, &[(1, 900), (33, 600)], 0, 1000, false);
+    attends(&mut dice, llama, 4, &[(1, 900), (33, 600), (1, 40)], 128, 1000, false);
+    attends(&mut dice, gemma, 4, &[(1, 700), (2, 300), (20, 600)], 100, 1000, false);
     attends(&mut dice, Heads { heads: 16, kv_heads: 1, dim: 64 }, 4, &[(1, 65), (5, 3)], 0, 0, false);
 }
 

@@ -9,15 +9,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use half::f16;
+use half::{bf16, f16};
 use neurond::config::{KvType, Precision};
 use neurond::kernel::{Isa, Pool};
 use neurond::model::lora::{Adapter, Shape};
 use neurond::model::spec::DecoderSpec;
 use neurond::model::weights::Weights;
 use neurond::model::{Batch, Decoder, DecoderOptions};
-use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 /// How far a logit may be from that of the merged weights.
@@ -189,6 +189,62 @@ fn an_adapter_of_another_shape_is_refused() {
     batch.push(&[1], 0, &[0], [0]);
     batch.adapt(&adapter("all", &fits));
     assert!(other.forward(&batch).err().unwrap().message().contains("is for another model"));
+}
+
+/// The weights of a folder with an adapter's merged into them, in f32: `W + B A`.
+fn merge(base: &Path, adapter: &Path, to: &Path) {
+    let read = |path: &Path| std::fs::read(path).unwrap();
+    let numbers = |tensor: &TensorView<'_>| -> Vec<f32> {
+        let halves = tensor.data().as_chunks::<2>().0.iter();
+        match tensor.dtype() {
+            Dtype::F16 => halves.map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect(),
+            _ => halves.map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect(),
+        }
+    };
+    let (weights, deltas) = (read(&base.join("model.safetensors")), read(&adapter.join("adapter_model.safetensors")));
+    let (weights, deltas) = (SafeTensors::deserialize(&weights).unwrap(), SafeTensors::deserialize(&deltas).unwrap());
+    let merged = weights.tensors().into_iter().map(|(name, tensor)| {
+        let mut values = numbers(&tensor);
+        let half = |half: &str| {
+            let module = name.strip_suffix(".weight").unwrap();
+            deltas.tensor(&format!("base_model.model.{module}.lora_{half}.weight")).ok()
+        };
+        if let (Some(a), Some(b)) = (half("A"), half("B")) {
+            let (rank, width) = (a.shape()[0], a.shape()[1]);
+            let (a, b) = (numbers(&a), numbers(&b));
+            for (row, values) in values.chunks_exact_mut(width).enumerate() {
+                for (at, value) in values.iter_mut().enumerate() {
+                    *value += (0..rank).map(|i| b[row * rank + i] * a[i * width + at]).sum::<f32>();
+                }
+            }
+        }
+        let bytes: Vec<u8> = values.into_iter().flat_map(f32::to_le_bytes).collect();
+        (name, tensor.shape().to_vec(), bytes)
+    });
+    let merged: Vec<_> = merged.collect();
+    let views =
+        merged.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &to.join("model.safetensors")).unwrap();
+    std::fs::copy(base.join("config.json"), to.join("config.json")).unwrap();
+}
+
+/// Where a family norms what a layer gives, what an adapter adds is normed with it.
+#[test]
+fn adapters_of_other_families_compute_what_merged_weights_do() {
+    let tokens: Vec<u32> = (0..60).map(|i| (i * 37 + 11) % 96).collect();
+    for model in ["tiny-qwen3", "tiny-gemma", "tiny-gemma3"] {
+        let [adapter_at, merged_at] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let mut base = decoder(&golden(model), Precision::Plain, KvType::F32);
+        write_adapter(adapter_at.path(), base.spec(), 1.0);
+        merge(&golden(model), adapter_at.path(), merged_at.path());
+        let adapter = Arc::new(Adapter::open(adapter_at.path(), Shape::of(base.spec())).unwrap());
+        let mut merged = decoder(merged_at.path(), Precision::Plain, KvType::F32);
+        let expected = read(&mut merged, &tokens, 60, None);
+        let off = |found: Vec<f32>| found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let (with, without) =
+            (off(read(&mut base, &tokens, 25, Some(&adapter))), off(read(&mut base, &tokens, 25, None)));
+        assert!(with < 1e-3 && without > 0.1, "{model}: off by {with}, without the adapter by {without}");
+    }
 }
 
 /// Writes an adapter of rank 32 over all matrices of a model; the numbers of B are multiplied by `size`.

@@ -6,11 +6,13 @@
 //!     tile of 64 tokens  scores 12 x 64 -> running max and sum -> p V added to 12 accumulators of dim
 //!
 //! K lies across tokens, so that a vector is 16 tokens and a score needs no addition across lanes. K and V are read once
-//! for all query heads of a group and all rows of a task. Tiles begin at multiples of 64 tokens from position 0,
-//! whatever the chunking of the prompt or the company of the row: a row's bits depend on neither.
+//! for all query heads of a group and all rows of a task. Tiles begin at the same positions, mostly multiples of 64 tokens,
+//! whatever the chunking of the prompt or the company of the row: a row's bits depend on neither. With a window, tiles that no
+//! row of a task sees are not read; what a row does not see of the others adds nothing, to the bit.
 //! Decode is bound by reading KV, prefill by f32 multiplication.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use crate::kernel::simd::{Simd, by_isa, exp};
 use crate::kernel::{Cpu, Isa, Shared};
@@ -166,6 +168,8 @@ pub struct Query<'a> {
     pub heads: usize,
     /// Factor of the scores, mostly `1 / sqrt(dim)`.
     pub scale: f32,
+    /// Tokens that a row sees, the last of those that the plan lets it look at; `None`: all of them.
+    pub window: Option<usize>,
     /// `[rows, heads, dim]`, dense.
     pub out: &'a mut [f32],
 }
@@ -211,7 +215,10 @@ impl Attention {
     pub fn run(&self, cpu: &Cpu, layout: &KvLayout, blocks: &[u8], tables: &[u32], query: Query<'_>) {
         let group = query.heads / layout.heads;
         assert!(group * layout.heads == query.heads && group <= MAX_GROUP && layout.dim <= MAX_DIM);
-        let Query { q, stride, heads, scale, out } = query;
+        let Query { q, stride, heads, scale, window, out } = query;
+        let window = window.unwrap_or(usize::MAX);
+        // Blocks from the beginning of a tile to the next place where both begin, whatever came before.
+        let period = TILE / gcd(layout.block_tokens, TILE);
         let out = Shared::new(out);
         let (dim, padded) = (layout.dim, layout.padded());
         cpu.pool.each(self.parts.len() * layout.heads, 1, |task| {
@@ -234,10 +241,16 @@ impl Attention {
                     (&raw mut (*scratch).acc).cast::<f32>().add(i * padded).write_bytes(0, padded);
                 }
             }
+            let seen = |i: usize| {
+                let end = part.seen + i / group * part.step;
+                end.saturating_sub(window)..end
+            };
             let end = part.end();
             let table = &tables[part.table..][..end.div_ceil(layout.block_tokens)];
-            let mut tile = Tile::default();
-            for (index, &block) in table.iter().enumerate() {
+            // The first row sees farthest back.
+            let skipped = seen(0).start / layout.block_tokens / period * period;
+            let mut tile = Tile { position: skipped * layout.block_tokens, ..Tile::default() };
+            for (index, &block) in table.iter().enumerate().skip(skipped) {
                 let base = block as usize * layout.block_bytes() + head * layout.head_bytes();
                 let head = &blocks[base..base + layout.head_bytes()];
                 for first in (0..layout.block_tokens).step_by(GROUP) {
@@ -247,9 +260,10 @@ impl Attention {
                     }
                     let width = GROUP.min(layout.block_tokens - first);
                     let tokens = width.min(end - position);
-                    if tile.len == GROUPS || tile.tokens + tokens > TILE {
+                    let begins = first == 0 && index.is_multiple_of(period);
+                    if tile.len == GROUPS || tile.tokens + width > TILE || begins && tile.len > 0 {
                         // SAFETY: K and V of each group lie in the block as `layout` says, queries in the scratch.
-                        unsafe { tile.run(cpu.isa, layout, scratch, queries, |i| part.seen + i / group * part.step) };
+                        unsafe { tile.run(cpu.isa, layout, scratch, queries, seen) };
                         tile = Tile { position, ..Tile::default() };
                     }
                     let values = layout.key_bytes() + first * padded * layout.element();
@@ -257,7 +271,7 @@ impl Attention {
                 }
             }
             // SAFETY: as above.
-            unsafe { tile.run(cpu.isa, layout, scratch, queries, |i| part.seen + i / group * part.step) };
+            unsafe { tile.run(cpu.isa, layout, scratch, queries, seen) };
             for i in 0..queries {
                 let (row, at) = place(i);
                 // SAFETY: each row and head belongs to one task; the scratch was filled for `queries`.
@@ -272,6 +286,10 @@ impl Attention {
             }
         });
     }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// A task's working memory, on its thread's stack: some 70 KiB, of which it touches what its sizes need.
@@ -321,11 +339,18 @@ impl Tile {
         self.tokens += tokens;
     }
 
-    /// Adds this tile to the running softmax of `queries` queries, of which query `i` looks at `seen(i)` tokens.
+    /// Adds this tile to the running softmax of `queries` queries, of which query `i` looks at the tokens at `seen(i)`.
     ///
     /// # Safety
     /// The pointers of the first `len` groups are whole groups of `layout`; `s` holds `queries` queries.
-    unsafe fn run(&self, isa: Isa, layout: &KvLayout, s: *mut Scratch, queries: usize, seen: impl Fn(usize) -> usize) {
+    unsafe fn run(
+        &self,
+        isa: Isa,
+        layout: &KvLayout,
+        s: *mut Scratch,
+        queries: usize,
+        seen: impl Fn(usize) -> Range<usize>,
+    ) {
         let (dim, padded) = (layout.dim, layout.padded());
         // SAFETY: by contract; each macro call covers `count` queries from `i` on.
         unsafe {
@@ -346,7 +371,8 @@ impl Tile {
             });
             for i in 0..queries {
                 let (p, acc) = (p.add(i * SCORES), acc.add(i * padded));
-                softmax(isa, self, seen(i), p, &raw mut (*s).max[i], &raw mut (*s).sum[i], acc, padded);
+                let Range { start, end } = seen(i);
+                softmax(isa, self, start, end, p, &raw mut (*s).max[i], &raw mut (*s).sum[i], acc, padded);
             }
             each_chunk(isa, queries, |i, count| {
                 let (p, acc) = (p.add(i * SCORES).cast_const(), acc.add(i * padded));
@@ -448,14 +474,18 @@ unsafe fn scores_strip<S: Simd, const C: usize, const V: usize, const HALF: bool
 }
 
 by_isa! {
-    fn softmax(tile: &Tile, end: usize, p: *mut f32, max: *mut f32, sum: *mut f32, acc: *mut f32, padded: usize) = softmax_body
+    fn softmax(
+        tile: &Tile, start: usize, end: usize, p: *mut f32, max: *mut f32, sum: *mut f32, acc: *mut f32, padded: usize,
+    ) = softmax_body
 }
 
 /// Turns scores into weights relative to the running maximum, which moves on, and sum and accumulator with it. Tokens
-/// from position `end` on weigh nothing.
+/// before position `start` and from `end` on weigh nothing.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn softmax_body<S: Simd>(
     tile: &Tile,
+    start: usize,
     end: usize,
     p: *mut f32,
     max: *mut f32,
@@ -467,18 +497,20 @@ unsafe fn softmax_body<S: Simd>(
     unsafe {
         let none = S::splat(f32::NEG_INFINITY);
         let seen = |vector: usize| tile.tokens.min(end.saturating_sub(tile.position)).saturating_sub(vector * GROUP);
+        let unseen = |vector: usize| start.saturating_sub(tile.position).saturating_sub(vector * GROUP);
         let vectors = tile.tokens.div_ceil(GROUP);
         let mut scores = [none; TILE / GROUP];
         let mut largest = none;
         for (v, scores) in scores[..vectors].iter_mut().enumerate() {
-            *scores = S::first(seen(v), S::load(p.add(v * GROUP)), none);
+            *scores = lanes::<S>(unseen(v), seen(v), S::load(p.add(v * GROUP)), none);
             largest = S::max(largest, *scores);
         }
         let before = *max;
         let after = S::max_lane(S::max(largest, S::splat(before)));
         let mut weights = S::splat(0.0);
         for (v, scores) in scores[..vectors].iter().enumerate() {
-            let weight = S::first(seen(v), exp::<S>(S::sub(*scores, S::splat(after))), S::splat(0.0));
+            let weight = exp::<S>(S::sub(*scores, S::splat(after)));
+            let weight = lanes::<S>(unseen(v), seen(v), weight, S::splat(0.0));
             S::store(p.add(v * GROUP), weight);
             weights = S::add(weights, weight);
         }
@@ -494,6 +526,16 @@ unsafe fn softmax_body<S: Simd>(
         }
         *max = after;
         *sum = total + S::sum(weights);
+    }
+}
+
+/// `x` in the lanes from `start` on and before `end`, `other` in the others.
+#[inline(always)]
+unsafe fn lanes<S: Simd>(start: usize, end: usize, x: S::F, other: S::F) -> S::F {
+    // SAFETY: arithmetic only; the caller's promise is that S is available.
+    unsafe {
+        let x = S::first(end, x, other);
+        if start > 0 { S::first(start, other, x) } else { x }
     }
 }
 
@@ -583,13 +625,14 @@ mod tests {
         sequences: Vec<Sequence>,
         /// Rows look in both directions.
         whole: bool,
+        window: Option<usize>,
     }
 
     /// Runs attention and compares it with the formula in f64; returns the output.
     fn check(cpu: &Cpu, case: &Case, seed: u64) -> Vec<f32> {
-        let Case { heads, layout, sequences, whole } = case;
+        let Case { heads, layout, sequences, whole, window } = case;
         let (kv, dim, group) = (layout.heads, layout.dim, heads / layout.heads);
-        let what = format!("{} {heads} heads {layout:?} whole {whole}", cpu.isa);
+        let what = format!("{} {heads} heads {layout:?} whole {whole}, window {window:?}", cpu.isa);
         let rows: usize = sequences.iter().map(|sequence| sequence.rows).sum();
         let mut dice = Dice::new(seed);
         let q = dice.values(rows * heads * dim).into_iter().map(|x| x * 3.0).collect::<Vec<_>>();
@@ -634,9 +677,10 @@ mod tests {
                     let score = |token: usize| -> f64 {
                         q.iter().zip(&keys[at(token)..]).map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>() * 0.25
                     };
-                    let weights: Vec<f64> = (0..if *whole { tokens } else { sequence.start + i + 1 })
-                        .map(|token| score(token).exp())
-                        .collect();
+                    let end = if *whole { tokens } else { sequence.start + i + 1 };
+                    let unseen = window.map_or(0, |window| end.saturating_sub(window));
+                    let weights: Vec<f64> =
+                        (0..end).map(|token| if token < unseen { 0.0 } else { score(token).exp() }).collect();
                     let sum: f64 = weights.iter().sum();
                     for d in 0..dim {
                         let value = |(token, weight): (usize, &f64)| weight * f64::from(values[at(token) + d]);
@@ -654,7 +698,7 @@ mod tests {
             plan.plan(spans.into_iter(), group);
         }
         let mut out = vec![f32::NAN; rows * heads * dim];
-        let query = Query { q: &q, stride: heads * dim, heads: *heads, scale: 0.25, out: &mut out };
+        let query = Query { q: &q, stride: heads * dim, heads: *heads, scale: 0.25, window: *window, out: &mut out };
         plan.run(cpu, layout, &blocks, &tables, query);
         for (got, expected) in out.iter().zip(&expected) {
             assert!((f64::from(*got) - expected).abs() < 2e-5, "{what}: {got} {expected}");
@@ -676,7 +720,24 @@ mod tests {
                     let layout = KvLayout { heads: kv, dim, block_tokens, half };
                     for whole in [false, true] {
                         let sequences = sequences(&[(0, 1), (70, 1), (0, 35), (13, 5), (129, 9)]);
-                        let case = Case { heads, layout, sequences, whole };
+                        let case = Case { heads, layout, sequences, whole, window: None };
+                        check(&cpu, &case, (heads * block_tokens) as u64);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn with_a_window_a_row_sees_its_last_tokens_and_no_others() {
+        for cpu in cpus() {
+            for (heads, kv, dim) in [(3, 1, 64), (4, 1, 256), (4, 2, 20)] {
+                for (block_tokens, half) in [(16, true), (8, false), (64, true), (128, false), (40, true), (24, false)]
+                {
+                    let layout = KvLayout { heads: kv, dim, block_tokens, half };
+                    for window in [1, 7, 64, 100, 1000] {
+                        let sequences = sequences(&[(0, 1), (70, 1), (0, 95), (190, 5), (329, 9), (127, 1), (128, 1)]);
+                        let case = Case { heads, layout, sequences, whole: false, window: Some(window) };
                         check(&cpu, &case, (heads * block_tokens) as u64);
                     }
                 }
@@ -686,18 +747,21 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_however_its_prompt_was_cut() {
-        for cpu in cpus() {
-            let layout = KvLayout { heads: 1, dim: 64, block_tokens: 16, half: true };
-            let (tokens, heads, dim) = (100, 3, 64);
+        for (cpu, (block_tokens, window)) in cpus()
+            .iter()
+            .flat_map(|cpu| [(16, None), (16, Some(37)), (40, None), (40, Some(90))].map(|case| (cpu, case)))
+        {
+            let layout = KvLayout { heads: 1, dim: 64, block_tokens, half: true };
+            let (tokens, heads, dim) = (400, 3, 64);
             let mut dice = Dice::new(1);
             let (q, kv) = (dice.values(tokens * heads * dim), dice.values(tokens * 2 * dim));
-            let table: Vec<u32> = (0..7).collect();
-            let mut blocks = Buffer::<u8>::zeroed(7 * layout.block_bytes());
+            let table: Vec<u32> = (0..tokens.div_ceil(block_tokens) as u32).collect();
+            let mut blocks = Buffer::<u8>::zeroed(table.len() * layout.block_bytes());
             for token in 0..tokens {
-                let block = &mut blocks[token / 16 * layout.block_bytes()..][..layout.block_bytes()];
+                let block = &mut blocks[token / block_tokens * layout.block_bytes()..][..layout.block_bytes()];
                 let (key, value) = kv[token * 2 * dim..][..2 * dim].split_at(dim);
                 // SAFETY: a whole block, and one thread.
-                unsafe { layout.write(cpu.isa, block.as_mut_ptr(), token % 16, 0, key, value) };
+                unsafe { layout.write(cpu.isa, block.as_mut_ptr(), token % block_tokens, 0, key, value) };
             }
             let run = |cut: usize| {
                 let mut out = vec![0.0; tokens * heads * dim];
@@ -706,15 +770,20 @@ mod tests {
                     let mut plan = Attention::new(rows);
                     plan.plan(std::iter::once(KvSpan { row: 0, rows, start, table: 0 }), 3);
                     let part = start * heads * dim..(start + rows) * heads * dim;
-                    let query =
-                        Query { q: &q[part.clone()], stride: heads * dim, heads, scale: 0.125, out: &mut out[part] };
-                    plan.run(&cpu, &layout, &blocks, &table, query);
+                    let (q, out) = (&q[part.clone()], &mut out[part]);
+                    plan.run(
+                        cpu,
+                        &layout,
+                        &blocks,
+                        &table,
+                        Query { q, stride: heads * dim, heads, scale: 0.125, window, out },
+                    );
                 }
                 out
             };
             let whole = run(tokens);
             for cut in [1, 2, 3, 7, 64] {
-                assert!(run(cut) == whole, "{} by {cut}", cpu.isa);
+                assert!(run(cut) == whole, "{} by {cut}, blocks of {block_tokens}, window {window:?}", cpu.isa);
             }
         }
     }
@@ -729,7 +798,7 @@ mod tests {
             let mut plan = Attention::new(1);
             plan.plan(std::iter::once(KvSpan { row: 0, rows: 1, start: 0, table: 0 }), 1);
             let mut out = [0.0; 16];
-            let query = Query { q: &[1.0; 16], stride: 16, heads: 1, scale: 1.0, out: &mut out };
+            let query = Query { q: &[1.0; 16], stride: 16, heads: 1, scale: 1.0, window: None, out: &mut out };
             plan.run(&cpu, &layout, &block, &[0], query);
             assert_eq!(out, [-65504.0; 16]);
         }

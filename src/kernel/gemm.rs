@@ -156,10 +156,21 @@ impl Linear {
     }
 }
 
-/// `out = silu(gate(x)) * up(x)`, `[rows, channels]`: the first half of a feed-forward layer in one pass. Adapters know
+/// What the gate of a feed-forward layer goes through.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gate {
+    /// `x * sigmoid(x)`
+    Silu,
+    /// By its tanh formula.
+    Gelu,
+}
+
+/// `out = act(gate(x)) * up(x)`, `[rows, channels]`: the first half of a feed-forward layer in one pass. Adapters know
 /// the gate as part 0 and the other as part 1.
+#[allow(clippy::too_many_arguments)]
 pub fn gated(
     cpu: &Cpu,
+    act: Gate,
     gate: &Panels,
     up: &Panels,
     x: &Activations,
@@ -181,7 +192,12 @@ pub fn gated(
             delta.add(cpu.isa, 1, panel, first, b);
         }
         // SAFETY: as many rows of 16 each.
-        unsafe { silu_mul(cpu.isa, a.as_mut_ptr(), b.as_ptr(), last - first) };
+        unsafe {
+            match act {
+                Gate::Silu => gate_mul::<false>(cpu.isa, a.as_mut_ptr(), b.as_ptr(), last - first),
+                Gate::Gelu => gate_mul::<true>(cpu.isa, a.as_mut_ptr(), b.as_ptr(), last - first),
+            }
+        }
         for (i, values) in a.as_chunks::<LANES>().0.iter().enumerate() {
             // SAFETY: each pair of panel and rows is handed out once.
             copy_to(unsafe { out.part((first + i) * width + panel * LANES, valid) }, values);
@@ -454,20 +470,28 @@ unsafe fn int8_tile<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE:
     }
 }
 
-by_isa! { fn silu_mul(gate: *mut f32, up: *const f32, rows: usize) = silu_mul_body }
+by_isa! { fn gate_mul<const GELU: bool>(gate: *mut f32, up: *const f32, rows: usize) = gate_mul_body }
 
-/// `gate = gate / (1 + e^-gate) * up`, for rows of 16.
+/// `gate = gate / (1 + e^-z) * up`, for rows of 16. With z = gate that is silu; `(1 + tanh(z)) / 2` is `1 / (1 + e^-2z)`, so with
+/// twice what gelu takes the tanh of it is gelu.
 #[inline(always)]
-unsafe fn silu_mul_body<S: Simd>(gate: *mut f32, up: *const f32, rows: usize) {
+unsafe fn gate_mul_body<S: Simd, const GELU: bool>(gate: *mut f32, up: *const f32, rows: usize) {
     for row in 0..rows {
         // SAFETY: `rows` x 16 numbers each.
         unsafe {
             let g = S::load(gate.add(row * LANES));
-            let below = S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), g)));
+            let z = match GELU {
+                true => S::mul(g, S::fma(S::mul(g, g), S::splat(2.0 * ROOT * 0.044_715), S::splat(2.0 * ROOT))),
+                false => g,
+            };
+            let below = S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), z)));
             S::store(gate.add(row * LANES), S::mul(S::div(g, below), S::load(up.add(row * LANES))));
         }
     }
 }
+
+/// The root of 2 / pi.
+const ROOT: f32 = 0.797_884_6;
 
 #[cfg(test)]
 mod tests {
@@ -620,18 +644,25 @@ mod tests {
     }
 
     #[test]
-    fn gated_is_silu_of_one_product_times_the_other() {
+    fn gated_is_silu_or_gelu_of_one_product_times_the_other() {
         for cpu in cpus() {
-            for rows in [1, 6, 130] {
+            for (rows, act) in [1, 6, 130].into_iter().flat_map(|rows| [(rows, Gate::Silu), (rows, Gate::Gelu)]) {
                 let (channels, width) = (24, 64);
                 let (gate, up) =
                     (case(&cpu, Dtype::F32, channels, width, 1), case(&cpu, Dtype::F32, channels, width, 2));
-                let x = Dice::new(3).values(rows * width);
+                let mut x = Dice::new(3).values(rows * width);
+                // Both ends, where a formula can overflow.
+                x[..width].iter_mut().for_each(|x| *x *= 40.0);
                 let mut out = vec![0.0; rows * channels];
-                gated(&cpu, &gate.panels, &up.panels, &inputs(&cpu, &x, rows), rows, &mut out, None);
+                gated(&cpu, act, &gate.panels, &up.panels, &inputs(&cpu, &x, rows), rows, &mut out, None);
                 let (a, b) = (product(&x, &gate.weights, width), product(&x, &up.weights, width));
-                let expected: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a / (1.0 + (-a).exp()) * b).collect();
-                close(&out, &expected, 1e-5, "gated");
+                let act = |a: f64| match act {
+                    Gate::Silu => a / (1.0 + (-a).exp()),
+                    Gate::Gelu => 0.5 * a * (1.0 + (0.797_884_560_802_865_4 * (a + 0.044_715 * a.powi(3))).tanh()),
+                };
+                let expected: Vec<f64> = a.iter().zip(&b).map(|(&a, &b)| act(a) * b).collect();
+                close(&out[channels..], &expected[channels..], 1e-5, "gated");
+                close(&out[..channels], &expected[..channels], 1e-5, "gated, far out");
             }
         }
     }

@@ -303,7 +303,7 @@ unsafe fn tile_body<S: Simd, const KIND: u8, const ADD: bool, const R: usize>(
 mod tests {
     use super::*;
     use crate::kernel::testing::{Dice, cpus};
-    use crate::kernel::{Arena, Dtype, Linear, Out, Source, gated};
+    use crate::kernel::{Arena, Dtype, Gate, Linear, Out, Source, gated};
 
     /// A matrix and its numbers, `[channels, inputs]`.
     fn matrix(cpu: &Cpu, dtype: Dtype, channels: usize, inputs: usize, dice: &mut Dice) -> (Panels, Vec<f32>) {
@@ -417,8 +417,8 @@ mod tests {
             let find = |_: usize| Some(&adapter);
             let delta = plan.project(&cpu, &activations, 2, Cut::default(), &find);
             let (mut out, mut plain) = (vec![0.0; rows * ffn], vec![0.0; rows * ffn]);
-            gated(&cpu, &gate.0, &up.0, &activations, rows, &mut plain, None);
-            gated(&cpu, &gate.0, &up.0, &activations, rows, &mut out, delta);
+            gated(&cpu, Gate::Silu, &gate.0, &up.0, &activations, rows, &mut plain, None);
+            gated(&cpu, Gate::Silu, &gate.0, &up.0, &activations, rows, &mut out, delta);
             assert_eq!(out[..4 * ffn], plain[..4 * ffn]);
             let base = |w: &[f32], x: &[f32], c: usize| -> f64 {
                 w[c * width..][..width].iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum()

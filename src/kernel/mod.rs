@@ -28,7 +28,7 @@ mod words;
 pub use attention::{Attention, KvLayout, KvSpan, MAX_DIM, MAX_GROUP, Query};
 pub use buffer::{Arena, Buffer, Plain, Shared};
 pub use collective::{Collective, share};
-pub use gemm::{Linear, Out, gated};
+pub use gemm::{Gate, Linear, Out, gated};
 pub use lowrank::{Adapters, Cut, Delta, Find, LowRank, MAX_RANK};
 pub use panel::{LANES, Panels, Part, Source};
 pub use pool::Pool;

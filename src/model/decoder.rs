@@ -15,14 +15,14 @@ use crate::base::{Error, Result};
 use crate::config::{KvType, Precision};
 use crate::kernel::{
     Activations, Adapters, Arena, Attention, Buffer, Collective, Cpu, Delta, Isa, KvLayout, KvSpan, Linear, MAX_DIM,
-    MAX_GROUP, Out, Panels, Pool, Query, Rope, each_row, gated, norm_in_place, rotate,
+    MAX_GROUP, Out, Panels, Pool, Query, Rope, Shared, each_row, gated, norm_in_place, rotate,
 };
 use crate::model::Batch;
 use crate::model::batch::Bounds;
 use crate::model::kv::KvPool;
 use crate::model::layers::{Layer, Packer};
 use crate::model::shard::{Matrix, Shard};
-use crate::model::spec::DecoderSpec;
+use crate::model::spec::{self, DecoderSpec};
 use crate::model::weights::Weights;
 
 /// How a decoder is laid out on its device.
@@ -78,6 +78,8 @@ pub struct Decoder {
     head: Linear,
     kv: KvPool,
     rope: Rope,
+    /// Of layers with a window, if it is another there.
+    window_rope: Option<Rope>,
     attention: Attention,
     adapters: Adapters,
     work: Work,
@@ -99,6 +101,8 @@ struct Work {
     sampled: Activations,
     /// `[rows, hidden]`: what this rank adds to the residual stream. Empty without a group.
     partial: Buffer<f32>,
+    /// `[rows, hidden]`: what is normed before it is added. Empty for families that do not.
+    added: Buffer<f32>,
     /// `[sampled rows, vocab]`. Empty on all ranks but the first.
     logits: Buffer<f32>,
 }
@@ -153,7 +157,7 @@ impl Decoder {
         let mut packer = Packer { cpu: &cpu, arena, weights, shard: &shard, plain, progress, done: 0 };
         let embedding = packer.matrix("token_embd.weight", Matrix::Words, None)?;
         let layers: Vec<Layer> = (0..spec.layers).map(|layer| packer.layer(layer)).collect::<Result<_>>()?;
-        let norm = packer.vector("output_norm.weight")?;
+        let norm = packer.norm("output_norm.weight")?;
         let (embedding, head) = match spec.tied_head {
             true => (None, embedding),
             false => (Some(embedding), packer.matrix("output.weight", Matrix::Words, None)?),
@@ -172,10 +176,13 @@ impl Decoder {
             middle: Activations::new(rows, own.ffn, middle_int8),
             sampled: Activations::new(sample_rows, spec.hidden, head.takes_int8()),
             partial: Buffer::zeroed(if ranks.is_some() { rows * spec.hidden } else { 0 }),
+            added: Buffer::zeroed(if spec.post_norms { rows * spec.hidden } else { 0 }),
             logits: Buffer::zeroed(if leads { sample_rows * spec.vocab } else { 0 }),
         };
+        let rope = |rope: &spec::Rope| Rope::new(rope.frequencies(spec.head_dim), rows);
         Ok(Self {
-            rope: Rope::new(spec.rope.frequencies(spec.head_dim), rows),
+            rope: rope(&spec.rope),
+            window_rope: spec.window.as_ref().and_then(|window| window.rope.as_ref()).map(rope),
             attention: Attention::new(rows),
             adapters: Adapters::new(rows),
             max_rows: rows,
@@ -277,7 +284,9 @@ impl Decoder {
     /// `Internal` when another rank failed.
     pub(super) fn compute(&mut self, batch: &Batch, errand: &mut dyn FnMut()) -> Result<()> {
         self.embed(batch)?;
-        self.rope.set(&self.cpu, &batch.positions);
+        for rope in std::iter::once(&mut self.rope).chain(&mut self.window_rope) {
+            rope.set(&self.cpu, &batch.positions);
+        }
         let spans = batch.spans.iter().map(|span| KvSpan {
             row: span.row as usize,
             rows: span.rows as usize,
@@ -329,6 +338,7 @@ impl Decoder {
     /// x = the rows of the embedding. A rank knows those of its own words, and the others are nothing in its sum.
     fn embed(&mut self, batch: &Batch) -> Result<()> {
         let (hidden, rows, words) = (self.spec.hidden, batch.rows(), &self.shard.vocab);
+        let scale = self.spec.embedding_scale;
         let Work { x, partial, .. } = &mut self.work;
         let into = if self.ranks.is_some() { partial.share() } else { x.share() };
         each_row(&self.cpu, rows, hidden, |row| {
@@ -340,13 +350,16 @@ impl Decoder {
                 Some(embedding) => embedding.channel(token - words.start, out),
                 None => self.head.channel(token - words.start, out),
             }
+            if scale != 1.0 {
+                out.iter_mut().for_each(|value| *value *= scale);
+            }
         });
         let Some(ranks) = &mut self.ranks else { return Ok(()) };
         x[..rows * hidden].fill(0.0);
         ranks.all_reduce(&self.cpu, &partial[..rows * hidden], &mut x[..rows * hidden])
     }
 
-    /// x += output(attention(rope(qkv(norm(x))))), heads normed before they are turned where the family does
+    /// x += output(attention(rope(qkv(norm(x))))); heads are normed before they are turned, and the outcome, where the family does
     fn attend(&mut self, index: usize, batch: &Batch, errand: &mut dyn FnMut()) -> Result<()> {
         let (spec, cpu, work, layer) = (&self.shard.spec, &self.cpu, &mut self.work, &self.layers[index]);
         let (rows, dim) = (batch.rows(), spec.head_dim);
@@ -361,7 +374,9 @@ impl Decoder {
         let out = Out::Set(&mut work.qkv[..rows * stride]);
         layer.qkv.apply_beside(errand, cpu, &work.inputs, rows, out, delta);
 
-        let (qkv, blocks, rope) = (work.qkv.share(), self.kv.share(index), &self.rope);
+        let window = spec.window_of(index);
+        let rope = self.window_rope.as_ref().filter(|_| window.is_some()).unwrap_or(&self.rope);
+        let (qkv, blocks) = (work.qkv.share(), self.kv.share(index));
         let norms = layer.head_norms.as_ref();
         each_row(cpu, rows, stride, |row| {
             // SAFETY: each row is handed out once.
@@ -388,7 +403,8 @@ impl Decoder {
             q: &work.qkv[..rows * stride],
             stride,
             heads: spec.heads,
-            scale: 1.0 / (dim as f32).sqrt(),
+            scale: spec.score_scale,
+            window,
             out: &mut work.inputs.floats(q_width)[..rows * q_width],
         };
         self.attention.run(cpu, &layout, self.kv.layer(index), &batch.tables, query);
@@ -397,11 +413,12 @@ impl Decoder {
         }
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].output);
         let delta = self.adapters.project(cpu, &work.inputs, 1, self.shard.cut_output(), &find);
-        let Work { x, partial, inputs, .. } = work;
-        add(self.ranks.as_mut(), cpu, &layer.output, inputs, rows, x, partial, delta)
+        let post = layer.post_norms.as_ref().map(|[attention, _]| (&attention[..], spec.norm_eps));
+        let Work { x, partial, added, inputs, .. } = work;
+        add(self.ranks.as_mut(), cpu, &layer.output, inputs, rows, post, [x, partial, added], delta)
     }
 
-    /// x += down(silu(gate(norm(x))) * up(norm(x)))
+    /// x += down(act(gate(norm(x))) * up(norm(x))), the outcome normed where the family does
     fn feed_forward(&mut self, index: usize, batch: &Batch) -> Result<()> {
         let (spec, cpu, work, layer) = (&self.shard.spec, &self.cpu, &mut self.work, &self.layers[index]);
         let rows = batch.rows();
@@ -410,14 +427,15 @@ impl Decoder {
         let middle = &mut work.middle.floats(spec.ffn)[..rows * spec.ffn];
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].ffn);
         let delta = self.adapters.project(cpu, &work.inputs, 2, self.shard.cut_ffn(), &find);
-        gated(cpu, &layer.gate, &layer.up, &work.inputs, rows, middle, delta);
+        gated(cpu, spec.gate, &layer.gate, &layer.up, &work.inputs, rows, middle, delta);
         if layer.down.takes_int8() {
             work.middle.quantize(cpu, rows);
         }
         let find = |adapter: usize| Some(&batch.adapters[adapter].layers[index].down);
         let delta = self.adapters.project(cpu, &work.middle, 1, self.shard.cut_down(), &find);
-        let Work { x, partial, middle, .. } = work;
-        add(self.ranks.as_mut(), cpu, &layer.down, middle, rows, x, partial, delta)
+        let post = layer.post_norms.as_ref().map(|[_, ffn]| (&ffn[..], spec.norm_eps));
+        let Work { x, partial, added, middle, .. } = work;
+        add(self.ranks.as_mut(), cpu, &layer.down, middle, rows, post, [x, partial, added], delta)
     }
 
     /// Logits of the sampled rows: a rank's columns are those of its words.
@@ -441,7 +459,8 @@ impl Decoder {
     }
 }
 
-/// `x += linear(inputs)` and what adapters add: all ranks' parts of it, where there are ranks.
+/// `x += linear(inputs)` and what adapters add: all ranks' parts of it, where there are ranks, and normed before, where there are
+/// weights and an epsilon for that.
 #[allow(clippy::too_many_arguments)]
 fn add(
     ranks: Option<&mut Collective>,
@@ -449,17 +468,33 @@ fn add(
     linear: &Linear,
     inputs: &Activations,
     rows: usize,
-    x: &mut [f32],
-    partial: &mut [f32],
+    post: Option<(&[f32], f32)>,
+    [x, partial, added]: [&mut [f32]; 3],
     delta: Option<Delta<'_>>,
 ) -> Result<()> {
-    let count = rows * linear.channels();
-    let Some(ranks) = ranks else {
-        linear.apply_adapted(cpu, inputs, rows, Out::Add(&mut x[..count]), delta);
-        return Ok(());
-    };
-    linear.apply_adapted(cpu, inputs, rows, Out::Set(&mut partial[..count]), delta);
-    ranks.all_reduce(cpu, &partial[..count], &mut x[..count])
+    let width = linear.channels();
+    let count = rows * width;
+    let into = if post.is_some() { &mut added[..count] } else { &mut x[..count] };
+    match ranks {
+        None if post.is_some() => linear.apply_adapted(cpu, inputs, rows, Out::Set(into), delta),
+        None => linear.apply_adapted(cpu, inputs, rows, Out::Add(into), delta),
+        Some(ranks) => {
+            linear.apply_adapted(cpu, inputs, rows, Out::Set(&mut partial[..count]), delta);
+            if post.is_some() {
+                into.fill(0.0);
+            }
+            ranks.all_reduce(cpu, &partial[..count], into)?;
+        }
+    }
+    let Some((weight, eps)) = post else { return Ok(()) };
+    let (x, added) = (Shared::new(&mut x[..count]), Shared::new(&mut added[..count]));
+    each_row(cpu, rows, width, |row| {
+        // SAFETY: each row is handed out once.
+        let (x, added) = unsafe { (x.part(row * width, width), added.part(row * width, width)) };
+        norm_in_place(cpu.isa, added, weight, eps);
+        x.iter_mut().zip(added).for_each(|(x, added)| *x += *added);
+    });
+    Ok(())
 }
 
 /// Block and slot of a row's own token.

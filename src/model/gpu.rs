@@ -42,15 +42,15 @@ use crate::base::{Error, Result};
 use crate::config::{Format, Packing};
 use crate::kernel::Pool;
 use crate::kernel::gpu::{
-    Attention, Bits, Card, Fp8, Gate, Heads, Item, Keys, LARGE_UNIT, Merge, NARROW, Norm, Normed, PagedKv, Part, Parts,
-    Ptr, RopeKv, SMALL_ROWS, Scaled, Sink, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small,
-    quantize_fp8, rope_kv_write, silu_mul,
+    Attention, Bits, Card, Fp8, Heads, Item, Keys, LARGE_UNIT, Merge, NARROW, Norm, Normed, PagedKv, Part, Parts, Ptr,
+    RopeKv, SMALL_ROWS, Scaled, Sink, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small,
+    norm_add, quantize_fp8, rope_kv_write, silu_mul,
 };
 use crate::model::Batch;
 use crate::model::batch::Bounds;
 use crate::model::lora::{Adapter, Module};
 use crate::model::shard::Shard;
-use crate::model::spec::DecoderSpec;
+use crate::model::spec::{DecoderSpec, Rope};
 
 /// Of so many steps one is launched piece by piece to see what its time goes into.
 const TIMED_EVERY: u64 = 128;
@@ -118,7 +118,8 @@ pub struct GpuDecoder {
     layers: Vec<Layer>,
     norm: Norm,
     head: Matrix,
-    frequencies: Ptr<f32>,
+    /// How positions enter in layers that see everything, and in those with a window.
+    frequencies: [Ptr<f32>; 2],
     kv: KvPool,
     step: Step,
     work: Work,
@@ -148,6 +149,8 @@ struct Layer {
     ffn_norm: Norm,
     gate_up: Matrix,
     down: Matrix,
+    /// Of what attention gives, and of what the feed-forward gives; null weights if they are added as they are.
+    post_norms: [Norm; 2],
 }
 
 /// `n` channels of `k` inputs.
@@ -305,6 +308,8 @@ impl<T: Bits> Told<T> {
 struct Work {
     /// The residual stream, `[rows, hidden]`.
     x: Ptr<bf16>,
+    /// `[rows, hidden]`: what is normed before it is added to it. Nothing in families that do not.
+    added: Ptr<bf16>,
     /// `[rows, hidden]` or `[rows, q width]`, into a matrix.
     inputs: Rows,
     /// `[rows, q, k and v of all heads]`
@@ -419,9 +424,13 @@ impl GpuDecoder {
         let Data::Bf16(embedding) = embedding.data else {
             return Err(Error::internal("the embedding is not in bf16"));
         };
-        let frequencies = spec.rope.frequencies(spec.head_dim);
-        let frequencies_at = card.alloc(frequencies.len())?;
-        card.upload(&frequencies, frequencies_at)?;
+        let frequencies = |rope: &Rope| -> Result<Ptr<f32>> {
+            let values = rope.frequencies(spec.head_dim);
+            let at = card.alloc(values.len())?;
+            card.upload(&values, at)?;
+            Ok(at)
+        };
+        let frequencies = [frequencies(&spec.rope)?, frequencies(spec.window_rope())?];
 
         // Attention is cut until there are so many blocks of threads.
         let wanted = 2 * card.processors();
@@ -439,6 +448,7 @@ impl GpuDecoder {
         };
         let work = Work {
             x: card.alloc(rows * spec.hidden)?,
+            added: card.alloc(if spec.post_norms { rows * spec.hidden } else { 0 })?,
             inputs: Rows::alloc(&*card, rows.max(sample_rows), spec.hidden.max(own.q_width()))?,
             qkv: card.alloc(rows * (own.q_width() + 2 * own.kv_width()))?,
             gate_up: card.alloc(rows * 2 * own.ffn)?,
@@ -459,7 +469,7 @@ impl GpuDecoder {
             layers,
             norm,
             head,
-            frequencies: frequencies_at,
+            frequencies,
             kv,
             step,
             work,
@@ -686,8 +696,8 @@ impl GpuDecoder {
         let Extent { rows, sampled, .. } = extent;
         let (card, spec, work) = (&*self.card, &self.spec, &self.work);
         self.mark(extent, Part::Other)?;
-        let words = self.shard.vocab.clone();
-        embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, words, 1.0, work.x)?;
+        let (words, scale) = (self.shard.vocab.clone(), spec.embedding_scale);
+        embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, words, scale, work.x)?;
         self.sum(work.x, rows)?;
         for (index, layer) in self.layers.iter().enumerate() {
             self.attend(index, layer, extent)?;
@@ -704,7 +714,7 @@ impl GpuDecoder {
         let (card, spec, work, sampled) = (&*self.card, &self.spec, &self.work, extent.sampled);
         self.mark(extent, Part::Other)?;
         gather_rows(card, sampled, work.x, self.step.sampled.device, spec.hidden, work.sampled)?;
-        let delta = self.ranks.as_ref().map_or(Ptr::null(), |ranks| ranks.sampled);
+        let delta = self.sampled_delta();
         if !delta.is_null() {
             gather_rows(card, sampled, self.delta(), self.step.sampled.device, spec.hidden, delta)?;
         }
@@ -739,6 +749,7 @@ impl GpuDecoder {
             .map(|span| (span.row as usize, span.rows as usize, span.start as usize, span.table as usize));
         let Heads { heads, kv_heads, .. } = self.heads;
         let (plan, wanted) = (&mut self.attention, 2 * card.processors());
+        // For layers that see everything: those with a window pass over what they do not see.
         plan.plan(spans, heads / kv_heads, kv_heads, 0, wanted);
         if fill.is_some() {
             // As many as there can be of so many rows: see `Attention::plan`.
@@ -760,7 +771,7 @@ impl GpuDecoder {
         Ok(Extent { rows, sampled: batch.sample_rows.len() + more, timed, adapted, items })
     }
 
-    /// x += output(attention(rope(qkv(norm(x)))))
+    /// x += output(attention(rope(qkv(norm(x))))), the outcome normed where the family does
     fn attend(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
         let (card, spec, work, step, heads) = (&*self.card, &self.shard.spec, &self.work, &self.step, self.heads);
         let rows = extent.rows;
@@ -786,11 +797,12 @@ impl GpuDecoder {
             }
         }
         let [q_norm, k_norm] = layer.head_norms;
-        let rope = RopeKv { frequencies: self.frequencies, magnitude: 1.0, bias: layer.bias, q_norm, k_norm };
+        let window = spec.window_of(index);
+        let frequencies = self.frequencies[usize::from(window.is_some())];
+        let rope = RopeKv { frequencies, magnitude: 1.0, bias: layer.bias, q_norm, k_norm };
         let kv = self.kv.layer(self.options.kv, index);
         rope_kv_write(card, rows, heads, work.qkv, step.positions.device, step.slots.device, &rope, &kv)?;
         self.mark(extent, Part::Attention)?;
-        let scale = 1.0 / (spec.head_dim as f32).sqrt();
         let attended = work.inputs.bf16;
         let tiles = [(NARROW, &step.narrow, &step.narrow_merges), (WIDE, &step.wide, &step.wide_merges)];
         for ((tile, items, merges), (count, merge_count, most)) in tiles.into_iter().zip(extent.items) {
@@ -804,8 +816,8 @@ impl GpuDecoder {
                 layer.qkv.n,
                 &kv,
                 step.tables.device,
-                scale,
-                0,
+                spec.score_scale,
+                window.unwrap_or(0),
                 attended,
                 work.partial,
             )?;
@@ -815,17 +827,41 @@ impl GpuDecoder {
             quantize_fp8(card, (rows, spec.q_width()), attended, out, scales)?;
         }
         self.mark(extent, Part::Product)?;
-        self.product(&layer.output, work.inputs, rows, self.added())?;
+        self.product(&layer.output, work.inputs, rows, self.outcome())?;
         self.mark(extent, Part::Other)?;
-        self.sum(self.delta(), rows)?;
+        self.sum(self.outcome_at(), rows)?;
         if extent.adapted {
             let shape = (spec.hidden, spec.q_width());
-            self.adapters.add(card, (index, Module::O), shape, attended, work.x, spec.hidden)?;
+            self.adapters.add(card, (index, Module::O), shape, attended, self.outcome_at(), spec.hidden)?;
         }
-        Ok(())
+        self.add_outcome(layer.post_norms[0], rows)
     }
 
-    /// x += down(silu(gate(norm(x))) * up(norm(x)))
+    /// Where what attention or the feed-forward gives goes: the residual stream, or beside it, to be summed over ranks or normed first.
+    fn outcome(&self) -> Sink {
+        match self.ranks.is_some() || self.spec.post_norms {
+            true => Sink::Set(self.outcome_at()),
+            false => Sink::Add(self.work.x),
+        }
+    }
+
+    fn outcome_at(&self) -> Ptr<bf16> {
+        match &self.ranks {
+            _ if self.spec.post_norms => self.work.added,
+            Some(ranks) => ranks.delta,
+            None => self.work.x,
+        }
+    }
+
+    /// The outcome, normed, to the residual stream, unless it is there.
+    fn add_outcome(&self, norm: Norm, rows: usize) -> Result<()> {
+        match self.spec.post_norms {
+            true => norm_add(&*self.card, rows, self.spec.hidden, self.work.x, self.work.added, norm),
+            false => Ok(()),
+        }
+    }
+
+    /// x += down(act(gate(norm(x))) * up(norm(x))), the outcome normed where the family does
     fn feed_forward(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
         let (card, spec, work, rows) = (&*self.card, &self.shard.spec, &self.work, extent.rows);
         let into = work.inputs.for_matrix(&layer.gate_up);
@@ -845,19 +881,19 @@ impl GpuDecoder {
             }
         }
         let into = work.middle.for_matrix(&layer.down);
-        silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, into)?;
+        silu_mul(card, rows, spec.ffn, work.gate_up, spec.gate, into)?;
         self.mark(extent, Part::Product)?;
-        self.product(&layer.down, work.middle, rows, self.added())?;
+        self.product(&layer.down, work.middle, rows, self.outcome())?;
         self.mark(extent, Part::Other)?;
-        self.sum(self.delta(), rows)?;
+        self.sum(self.outcome_at(), rows)?;
         if extent.adapted {
             if let Normed::Fp8(..) = into {
-                silu_mul(card, rows, spec.ffn, work.gate_up, Gate::Silu, Normed::Bf16(work.middle.bf16))?;
+                silu_mul(card, rows, spec.ffn, work.gate_up, spec.gate, Normed::Bf16(work.middle.bf16))?;
             }
             let shape = (spec.hidden, spec.ffn);
-            self.adapters.add(card, (index, Module::Down), shape, work.middle.bf16, work.x, spec.hidden)?;
+            self.adapters.add(card, (index, Module::Down), shape, work.middle.bf16, self.outcome_at(), spec.hidden)?;
         }
-        Ok(())
+        self.add_outcome(layer.post_norms[1], rows)
     }
 
     /// `x * matrix^T` into `out`.

@@ -9,7 +9,7 @@ use crate::kernel::gpu::{EmulatedCard, Wish};
 use crate::kernel::testing::Dice;
 use crate::kernel::{Dtype, Isa};
 use crate::model::lora::{CONFIG_FILE, Shape, WEIGHTS_FILE};
-use crate::model::tests_support::{SafeTensor, Tiny, safetensors};
+use crate::model::tests_support::{SafeTensor, TINY_WINDOW, Tiny, safetensors};
 use crate::model::weights::Weights;
 use crate::model::{Decoder, DecoderOptions};
 
@@ -39,6 +39,19 @@ const QWEN: Tiny = Tiny {
     vocab: 128,
     tied: false,
     dtypes: &[Dtype::BF16, Dtype::F16],
+};
+
+/// Heads as wide as kernels have them, norms on both sides, a layer with a window and one without.
+const GEMMA: Tiny = Tiny {
+    arch: "gemma3",
+    hidden: 128,
+    heads: 2,
+    kv_heads: 1,
+    dim: 256,
+    ffn: 192,
+    vocab: 200,
+    tied: true,
+    dtypes: &[Dtype::F32, Dtype::BF16],
 };
 
 struct Pair {
@@ -158,19 +171,84 @@ fn follow_pair(mut pair: Pair, most: f32) {
 
 #[test]
 fn it_computes_what_the_cpu_does() {
-    for tiny in [&LLAMA, &QWEN] {
+    for tiny in [&LLAMA, &QWEN, &GEMMA] {
         follow(emulated(), tiny, Packing::Bf16, Format::Bf16, 0.03);
         follow(emulated(), tiny, Packing::Fp8, Format::Fp8, 0.25);
     }
 }
 
-/// Heads that are normed before they are turned.
+/// A folder of the goldens, also where tests run that were built elsewhere: in the root of a checkout.
+fn goldens(name: &str) -> std::path::PathBuf {
+    let built = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = if built.exists() { built } else { std::path::Path::new(".") };
+    root.join("tests/goldens").join(name)
+}
+
+fn golden(name: &str) -> Weights {
+    Weights::open(&goldens(name)).unwrap()
+}
+
+/// Heads that are normed before they are turned; windows; norms whose weights lack 1.
 #[test]
-fn a_qwen3_computes_what_it_does_on_the_cpu() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/tiny-qwen3");
-    let weights = Weights::open(&folder).unwrap();
-    assert!(weights.spec().unwrap().qk_norm);
-    follow_pair(Pair::of(emulated(), &weights, Packing::Bf16, Format::Bf16), 0.03);
+fn families_compute_what_they_do_on_the_cpu() {
+    for name in ["tiny-qwen3", "tiny-mistral-window", "tiny-gemma", "tiny-gemma3"] {
+        follow_pair(Pair::of(emulated(), &golden(name), Packing::Bf16, Format::Bf16), 0.03);
+    }
+}
+
+/// The answers that transformers give in f64, wherever a token is not close to another.
+fn answer_as_the_reference_does(open: impl Fn() -> Box<dyn Card>) {
+    for name in ["tiny-mistral-window", "tiny-gemma", "tiny-gemma3"] {
+        let file = goldens(name).join("golden.json");
+        let of: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        let numbers = |key: &str| -> Vec<u32> { serde_json::from_value(of[key].clone()).unwrap() };
+        let margins: Vec<f32> = serde_json::from_value(of["margins"].clone()).unwrap();
+        let (weights, options) = (golden(name), options(Packing::Bf16, Format::Bf16, KvSize::Blocks(BLOCKS)));
+        let spec = weights.spec().unwrap();
+        let mut gpu = GpuDecoder::open(open(), Source::File(&weights), spec, &options, &|_| ()).unwrap();
+        let (mut text, mut start, mut clear) = (numbers("tokens"), 0, 0);
+        for (at, (expected, margin)) in numbers("greedy").into_iter().zip(margins).enumerate() {
+            let mut batch = Batch::default();
+            let count = text.len() - start;
+            batch.push(&text[start..], start as u32, &[7, 2, 9, 4, 1, 8], [count as u32 - 1]);
+            start = text.len();
+            let mut logits = gpu.forward(&batch, &mut || ()).unwrap();
+            let drawn = logits.draw(&[Wish::default()], &[], std::iter::empty()).unwrap()[0].token as u32;
+            if margin > 0.3 {
+                assert_eq!(drawn, expected, "{name}: token {at}");
+                clear += 1;
+            }
+            text.push(expected);
+        }
+        assert!(clear >= 8, "{name}: only {clear} tokens are clear");
+    }
+}
+
+#[test]
+fn families_answer_what_the_reference_does() {
+    answer_as_the_reference_does(emulated);
+}
+
+/// Guesses that lie across the edge of a window are looked at as they would be one by one.
+#[test]
+fn a_window_moves_on_within_a_step() {
+    let mut pair = Pair::new(emulated(), &GEMMA, Packing::Bf16, Format::Bf16);
+    let edge = TINY_WINDOW - 3;
+    let word = |at: u32| at * 31 % 200;
+    let table: Vec<u32> = (0..8).map(|block| block * 5 % 24).collect();
+    let mut batch = Batch::default();
+    batch.push(&(0..edge).map(word).collect::<Vec<_>>(), 0, &table, [0]);
+    pair.step(&batch);
+    let mut step = |first: u32, count: u32| {
+        let mut batch = Batch::default();
+        batch.push(&(first..first + count).map(word).collect::<Vec<_>>(), first, &table, 0..count);
+        let off = pair.step(&batch);
+        assert!(off < 0.03, "{count} rows from {first} are off by {off}");
+    };
+    step(edge, 6);
+    step(edge, 1);
+    step(edge + 1, 5);
+    step(edge + 6, 8);
 }
 
 /// A file in 4 bits is computed as it is, one in 16 is rounded to them.
@@ -197,6 +275,11 @@ fn random_weights_compute_numbers() {
         let square = first.iter().map(|logit| logit * logit).sum::<f32>() / 512.0;
         assert!((0.1..10.0).contains(&square), "{packing:?}: mean square {square}");
     }
+    // The published model has 11.8 billion in its text part.
+    let gemma = synthetic("gemma-3-12b").unwrap().spec;
+    let numbers: usize = gemma.tensors().map(|(_, rows, cols)| rows * cols).sum();
+    assert!((11_760_000_000..11_780_000_000).contains(&numbers), "{numbers}");
+    assert_eq!((gemma.window_of(4), gemma.window_of(5)), (Some(1024), None));
     assert!(synthetic("llama-9").unwrap_err().message().contains("llama-3.1-8b"));
     assert!(synthetic("tiny,accept=2").unwrap_err().message().contains("a share from 0 to 1"));
 }
@@ -407,9 +490,11 @@ fn adapter(tiny: &Tiny, spec: &DecoderSpec, rank: usize, modules: &[&str], seed:
 /// Rows of several adapters and of none in a step, before and after a step of none.
 #[test]
 fn adapters_add_what_they_do_on_the_cpu() {
-    for (tiny, packing, kv, most) in
-        [(&LLAMA, Packing::Bf16, Format::Bf16, 0.03), (&QWEN, Packing::Fp8, Format::Fp8, 0.25)]
-    {
+    for (tiny, packing, kv, most) in [
+        (&LLAMA, Packing::Bf16, Format::Bf16, 0.03),
+        (&QWEN, Packing::Fp8, Format::Fp8, 0.25),
+        (&GEMMA, Packing::Bf16, Format::Bf16, 0.03),
+    ] {
         let mut pair = Pair::new(emulated(), tiny, packing, kv);
         let spec = pair.gpu.spec().clone();
         let all = [
@@ -510,6 +595,7 @@ fn a_real_card_computes_the_same() {
                 follow(open(0).unwrap(), tiny, Packing::Fp8, Format::Fp8, 0.25);
                 follow(open(0).unwrap(), tiny, Packing::Bf16, Format::Fp8, 0.25);
             }
+            answer_as_the_reference_does(|| open(0).unwrap());
         }
     }
 }

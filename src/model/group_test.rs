@@ -50,6 +50,19 @@ const FLOATS: Tiny = Tiny {
     dtypes: &[Dtype::F32, Dtype::F16, Dtype::BF16],
 };
 
+/// What layers give is normed before it is added, so it is summed over the ranks before that.
+const GEMMA: Tiny = Tiny {
+    arch: "gemma3",
+    hidden: 96,
+    heads: 4,
+    kv_heads: 2,
+    dim: 32,
+    ffn: 128,
+    vocab: 301,
+    tied: true,
+    dtypes: &[Dtype::F32, Dtype::Q8_0, Dtype::BF16],
+};
+
 fn weights(tiny: Tiny) -> Weights {
     let folder = tempfile::tempdir().unwrap();
     Weights::open(&tiny.file(7).write(folder.path())).unwrap()
@@ -193,6 +206,7 @@ fn with_quantised_weights_ranks_compute_what_one_does() {
     for ranks in [3, 6] {
         check_same(FLOATS, Precision::Fast, ranks, CODES);
     }
+    check_same(GEMMA, Precision::Fast, 2, CODES);
 }
 
 #[test]
@@ -202,6 +216,7 @@ fn a_row_has_the_same_bits_alone_and_in_company() {
         (LEGACY, Precision::Fast, 4),
         (K, Precision::Fast, 2),
         (FLOATS, Precision::Plain, 3),
+        (GEMMA, Precision::Fast, 2),
     ] {
         let weights = weights(tiny);
         let mut group = group(&weights, precision, ranks);

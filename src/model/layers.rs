@@ -1,7 +1,7 @@
 //! The layers of a decoder, packed for the kernels out of a model's tensors.
 //!
-//!     x ─┬─ norm ─ qkv ─ (norm of heads) ─ rope ─ attention ─ output ─(+)─┬─ norm ─ gate, up ─ silu·mul ─ down ─(+)─
-//!        └──────────────────────────────────────────────┘└──────────────────────────────────────┘
+//!     x ─┬─ norm ─ qkv ─ (norm of heads) ─ rope ─ attention ─ output ─ (norm) ─(+)─┬─ norm ─ gate, up ─ act·mul ─ down ─ (norm) ─(+)─
+//!        └──────────────────────────────────────────────────────────────────────┘  └──────────────────────────────────────────────┘
 //!
 //! Whatever order a file has the numbers of a head in, packed heads are halves: number `i` turns with `i + dim / 2`.
 
@@ -23,6 +23,8 @@ pub(super) struct Layer {
     pub(super) gate: Panels,
     pub(super) up: Panels,
     pub(super) down: Linear,
+    /// Of what attention gives, and of what the feed-forward gives, if they are normed before they are added.
+    pub(super) post_norms: Option<[Vec<f32>; 2]>,
 }
 
 /// Packs tensors and says how far it is.
@@ -64,22 +66,28 @@ impl Packer<'_> {
         let v = self.matrix(&name("attn_v.weight"), Matrix::KeyOrValue, None)?;
         let head_norms = if spec.qk_norm {
             let norm = |name: &str| -> Result<Vec<f32>> {
-                let values = self.vector(name)?;
+                let values = self.norm(name)?;
                 Ok((0..values.len()).map(|at| values[halves(heads, at)]).collect())
             };
             Some([norm(&name("attn_q_norm.weight"))?, norm(&name("attn_k_norm.weight"))?])
         } else {
             None
         };
+        let post_norms = if spec.post_norms {
+            Some([self.norm(&name("post_attention_norm.weight"))?, self.norm(&name("post_ffw_norm.weight"))?])
+        } else {
+            None
+        };
         Ok(Layer {
-            attention_norm: self.vector(&name("attn_norm.weight"))?,
+            attention_norm: self.norm(&name("attn_norm.weight"))?,
             qkv: Linear::new(vec![q, k, v], bias),
             head_norms,
             output: Linear::new(vec![self.matrix(&name("attn_output.weight"), Matrix::Output, None)?], None),
-            ffn_norm: self.vector(&name("ffn_norm.weight"))?,
+            ffn_norm: self.norm(&name("ffn_norm.weight"))?,
             gate: self.matrix(&name("ffn_gate.weight"), Matrix::GateOrUp, None)?,
             up: self.matrix(&name("ffn_up.weight"), Matrix::GateOrUp, None)?,
             down: Linear::new(vec![self.matrix(&name("ffn_down.weight"), Matrix::Down, None)?], None),
+            post_norms,
         })
     }
 
@@ -98,8 +106,13 @@ impl Packer<'_> {
         Ok(panels)
     }
 
-    /// A norm's weights or a bias.
-    pub(super) fn vector(&self, name: &str) -> Result<Vec<f32>> {
+    /// What a norm multiplies by.
+    pub(super) fn norm(&self, name: &str) -> Result<Vec<f32>> {
+        let offset = self.shard.spec.norm_offset;
+        Ok(self.vector(name)?.into_iter().map(|weight| weight + offset).collect())
+    }
+
+    fn vector(&self, name: &str) -> Result<Vec<f32>> {
         self.weights.tensor(name)?.to_f32()
     }
 }

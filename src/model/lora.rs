@@ -29,7 +29,7 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Families that an adapter may say it is for; whether it fits, its shapes say.
-const FAMILIES: [&str; 4] = ["llama", "mistral", "gemma", "qwen2"];
+const FAMILIES: [&str; 7] = ["llama", "mistral", "gemma", "gemma3", "gemma3_text", "qwen2", "qwen3"];
 
 /// An adapter ready to compute.
 pub struct Adapter {
@@ -379,10 +379,13 @@ impl Tensors {
 }
 
 /// Layer, matrix, and whether it is B: `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`, with the name of
-/// an adapter before `.weight` in files that were not written by PEFT's own saving.
+/// an adapter before `.weight` in files that were not written by PEFT's own saving, and `language_model` before or behind the
+/// inner `model` where the base sees as well.
 fn place(name: &str) -> Option<(usize, Module, bool)> {
     let name = name.strip_prefix("base_model.model.").unwrap_or(name);
+    let name = name.strip_prefix("language_model.").unwrap_or(name);
     let name = name.strip_prefix("model.").unwrap_or(name);
+    let name = name.strip_prefix("language_model.").unwrap_or(name);
     let (layer, rest) = name.strip_prefix("layers.")?.split_once('.')?;
     let (module, half) = rest.split_once(".lora_")?;
     let is_b = match half.strip_suffix(".weight")?.split('.').next()? {
@@ -435,6 +438,7 @@ mod tests {
         check(json!({"rank_pattern": {"q_proj": 2}}), Err("rank_pattern"));
         check(json!({"target_modules": ["q_proj", "lm_head"]}), Err("lm_head"));
         check(json!({"model_type": "bert"}), Err("bert"));
+        check(json!({"model_type": "gemma3_text"}), Ok((4, 2.0)));
         for text in ["", "[]", "{\"r\":"] {
             assert!(AdapterConfig::parse(text).is_err(), "{text}");
         }
@@ -448,6 +452,11 @@ mod tests {
         check(&format!("{layer}mlp.down_proj.lora_B.weight"), Some((12, Module::Down, true)));
         check(&format!("{layer}self_attn.o_proj.lora_B.default.weight"), Some((12, Module::O, true)));
         check("model.layers.0.mlp.up_proj.lora_A.weight", Some((0, Module::Up, false)));
+        for prefix in ["language_model.model.", "model.language_model."] {
+            let name = format!("base_model.model.{prefix}layers.3.mlp.gate_proj.lora_B.weight");
+            check(&name, Some((3, Module::Gate, true)));
+        }
+        check("base_model.model.vision_tower.layers.3.mlp.gate_proj.lora_B.weight", None);
         check(&format!("{layer}self_attn.q_proj.lora_magnitude_vector.weight"), None);
         check(&format!("{layer}self_attn.qkv_proj.lora_A.weight"), None);
         check("base_model.model.lm_head.lora_A.weight", None);

@@ -1,15 +1,17 @@
-//! One description for every decoder of the Llama family: sizes, rope, biases. Read from GGUF metadata or from the
+//! One description for every decoder of the Llama family: sizes, rope, biases, windows. Read from GGUF metadata or from the
 //! `config.json` of a hub's folder, and checked, so that whoever computes with it need not.
 //!
-//! Families: GGUF `llama`, `qwen2` and `qwen3`; `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`,
-//! `Qwen3ForCausalLM`. A sliding window is not computed: such a model is offered up to the length of its window, where it
-//! makes no difference.
+//! Families: GGUF `llama`, `qwen2`, `qwen3`, `gemma` and `gemma3`; `LlamaForCausalLM`, `MistralForCausalLM`,
+//! `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `GemmaForCausalLM`, `Gemma3ForCausalLM`, and of `Gemma3ForConditionalGeneration` what
+//! reads and writes text.
 
 use std::fmt::Display;
 
-use serde_json::Value;
+use half::bf16;
+use serde_json::{Value, json};
 
 use crate::base::{Error, Result};
+use crate::kernel::Gate;
 use crate::model::files::ModelFiles;
 use crate::model::gguf::{Gguf, broken};
 
@@ -34,6 +36,18 @@ pub struct DecoderSpec {
     pub norm_eps: f32,
     /// How positions enter.
     pub rope: Rope,
+    /// What rows of some layers see; without it all rows see everything before them.
+    pub window: Option<Window>,
+    /// What the scores of attention are multiplied by, mostly `1 / sqrt(head_dim)`.
+    pub score_scale: f32,
+    /// What the rows of the embedding are multiplied by; 1 for most.
+    pub embedding_scale: f32,
+    /// What the gate of the feed-forward goes through.
+    pub gate: Gate,
+    /// Added to the weights of all norms: 1 where files store them less 1.
+    pub norm_offset: f32,
+    /// What attention and feed-forward give is normed before it is added to the residual stream.
+    pub post_norms: bool,
     /// Longest sequence the model was made for.
     pub context: u32,
     /// Query, key and value projections have a bias.
@@ -42,6 +56,17 @@ pub struct DecoderSpec {
     pub qk_norm: bool,
     /// The head is the embedding; there is no `output.weight`.
     pub tied_head: bool,
+}
+
+/// Sliding-window attention: rows of some layers see only so far back.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Window {
+    /// Tokens that a row sees, its own included: at position `p` those from `p + 1 - tokens` on.
+    pub tokens: u32,
+    /// Of each layer, whether it has the window.
+    pub layers: Vec<bool>,
+    /// How positions enter in these layers, where it is not as in the others.
+    pub rope: Option<Rope>,
 }
 
 /// Rotary position embedding over the whole head.
@@ -107,6 +132,27 @@ impl Rope {
         });
         scaled.map(|frequency| frequency as f32).collect()
     }
+
+    fn check(&self, head_dim: usize) -> Result<()> {
+        positive("rope base", self.theta)?;
+        match &self.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => positive("rope scaling factor", *factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                positive("rope scaling factor", *factor)?;
+                positive("rope low_freq_factor", *low_freq_factor)?;
+                if !(high_freq_factor > low_freq_factor && high_freq_factor.is_finite()) || *original_context == 0 {
+                    return Err(impossible("rope scaling wants high_freq_factor > low_freq_factor and a context"));
+                }
+                Ok(())
+            }
+            RopeScaling::Factors(factors) if factors.len() != head_dim / 2 => Err(impossible(format_args!(
+                "rope_freqs.weight has {} factors for heads of {head_dim}",
+                factors.len(),
+            ))),
+            RopeScaling::Factors(factors) => factors.iter().try_for_each(|&factor| positive("rope factor", factor)),
+        }
+    }
 }
 
 impl DecoderSpec {
@@ -125,6 +171,17 @@ impl DecoderSpec {
         };
         spec.check().map_err(|error| error.context(files.path().display()))?;
         Ok(spec)
+    }
+
+    /// Tokens that a row of this layer sees, its own included; `None`: all before it.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        let window = self.window.as_ref().filter(|window| window.layers[layer])?;
+        Some(window.tokens as usize)
+    }
+
+    /// How positions enter in layers with a window.
+    pub fn window_rope(&self) -> &Rope {
+        self.window.as_ref().and_then(|window| window.rope.as_ref()).unwrap_or(&self.rope)
     }
 
     /// Width of all query heads together.
@@ -156,10 +213,13 @@ impl DecoderSpec {
             let biases = biases.into_iter().filter(move |_| self.qkv_bias);
             let norms = [("attn_q_norm.weight", 1, self.head_dim), ("attn_k_norm.weight", 1, self.head_dim)];
             let norms = norms.into_iter().filter(move |_| self.qk_norm);
+            let post_norms = [("post_attention_norm.weight", 1, hidden), ("post_ffw_norm.weight", 1, hidden)];
+            let post_norms = post_norms.into_iter().filter(move |_| self.post_norms);
             weights
                 .into_iter()
                 .chain(biases)
                 .chain(norms)
+                .chain(post_norms)
                 .map(move |(name, rows, cols)| (format!("blk.{layer}.{name}"), rows, cols))
         };
         let head = (!self.tied_head).then(|| ("output.weight".to_owned(), self.vocab, hidden));
@@ -198,29 +258,26 @@ impl DecoderSpec {
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return Err(impossible(format_args!("the norm epsilon is {}", self.norm_eps)));
         }
-        let positive = |name: &str, value: f32| match value.is_finite() && value > 0.0 {
-            true => Ok(()),
-            false => Err(impossible(format_args!("the {name} is {value}"))),
-        };
-        positive("rope base", self.rope.theta)?;
-        match &self.rope.scaling {
-            RopeScaling::None => Ok(()),
-            RopeScaling::Linear { factor } => positive("rope scaling factor", *factor),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                positive("rope scaling factor", *factor)?;
-                positive("rope low_freq_factor", *low_freq_factor)?;
-                if !(high_freq_factor > low_freq_factor && high_freq_factor.is_finite()) || *original_context == 0 {
-                    return Err(impossible("rope scaling wants high_freq_factor > low_freq_factor and a context"));
-                }
-                Ok(())
+        positive("scale of the scores", self.score_scale)?;
+        positive("scale of the embedding", self.embedding_scale)?;
+        if let Some(Window { tokens, layers, rope }) = &self.window {
+            if *tokens == 0 || layers.len() != self.layers {
+                return Err(impossible(format_args!(
+                    "a window of {tokens} tokens in {} of {} layers",
+                    layers.len(),
+                    self.layers
+                )));
             }
-            RopeScaling::Factors(factors) if factors.len() != self.head_dim / 2 => Err(impossible(format_args!(
-                "rope_freqs.weight has {} factors for heads of {}",
-                factors.len(),
-                self.head_dim
-            ))),
-            RopeScaling::Factors(factors) => factors.iter().try_for_each(|&factor| positive("rope factor", factor)),
+            rope.iter().try_for_each(|rope| rope.check(self.head_dim))?;
         }
+        self.rope.check(self.head_dim)
+    }
+}
+
+fn positive(name: &str, value: f32) -> Result<()> {
+    match value.is_finite() && value > 0.0 {
+        true => Ok(()),
+        false => Err(impossible(format_args!("the {name} is {value}"))),
     }
 }
 
@@ -228,21 +285,99 @@ fn impossible(what: impl Display) -> Error {
     Error::new(crate::base::Kind::ModelUnavailable, format!("the model's description cannot be: {what}"))
 }
 
+/// What tells a family from the others.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    Gemma,
+    Gemma3,
+}
+
+impl Family {
+    /// `architectures` and `model_type` of a `config.json`.
+    const NAMES: [(&'static str, &'static str, Self); 7] = [
+        ("LlamaForCausalLM", "llama", Self::Llama),
+        ("MistralForCausalLM", "mistral", Self::Mistral),
+        ("Qwen2ForCausalLM", "qwen2", Self::Qwen2),
+        ("Qwen3ForCausalLM", "qwen3", Self::Qwen3),
+        ("GemmaForCausalLM", "gemma", Self::Gemma),
+        ("Gemma3ForCausalLM", "gemma3_text", Self::Gemma3),
+        ("Gemma3ForConditionalGeneration", "gemma3", Self::Gemma3),
+    ];
+
+    fn is_gemma(self) -> bool {
+        matches!(self, Self::Gemma | Self::Gemma3)
+    }
+
+    fn gate(self) -> Gate {
+        if self.is_gemma() { Gate::Gelu } else { Gate::Silu }
+    }
+
+    /// The root of the width, as exact as the bf16 that these models were trained in.
+    fn embedding_scale(self, hidden: usize) -> f32 {
+        if self.is_gemma() { bf16::from_f32((hidden as f32).sqrt()).to_f32() } else { 1.0 }
+    }
+
+    fn has_qk_norm(self) -> bool {
+        matches!(self, Self::Qwen3 | Self::Gemma3)
+    }
+
+    /// What a `config.json` may leave out.
+    fn defaults(self) -> Value {
+        match self {
+            Self::Gemma => json!({"head_dim": 256, "tie_word_embeddings": true}),
+            Self::Gemma3 => json!({
+                "vocab_size": 262_208, "hidden_size": 2304, "num_hidden_layers": 26, "num_attention_heads": 8,
+                "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216, "rms_norm_eps": 1e-6,
+                "max_position_embeddings": 131_072, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                "rope_theta": 1e6, "rope_local_base_freq": 1e4, "tie_word_embeddings": true,
+            }),
+            Self::Llama | Self::Mistral | Self::Qwen2 | Self::Qwen3 => json!({}),
+        }
+    }
+}
+
+/// Which of so many layers have the window. Where a file says there are millions, it is refused later: it gets no memory first.
+fn layers_that(have: impl Fn(usize) -> bool, layers: usize) -> Vec<bool> {
+    (0..layers.min(1 << 16)).map(have).collect()
+}
+
+/// All but every `period`-th: Gemma 3.
+pub(super) fn all_but_every(period: usize, layers: usize) -> Vec<bool> {
+    layers_that(|layer| !(layer + 1).is_multiple_of(period.max(1)), layers)
+}
+
+/// A window that makes a difference.
+fn window(tokens: u32, layers: Vec<bool>, rope: Option<Rope>, context: u32) -> Option<Window> {
+    let counts = layers.contains(&true) && (tokens < context || rope.is_some());
+    counts.then_some(Window { tokens, layers, rope })
+}
+
 fn from_gguf(gguf: &Gguf) -> Result<DecoderSpec> {
     let missing = |key: &str| broken(gguf.path(), format_args!("the key {key} is missing; the file was made wrongly"));
     let unsupported = |what: String| Error::unsupported(format!("{}: {what}", gguf.path().display()));
     let arch = gguf.str("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
-    let style = match arch {
-        "llama" => RopeStyle::Interleaved,
-        "qwen2" | "qwen3" => RopeStyle::Halves,
+    let (family, style) = match arch {
+        "llama" => (Family::Llama, RopeStyle::Interleaved),
+        "qwen2" => (Family::Qwen2, RopeStyle::Halves),
+        "qwen3" => (Family::Qwen3, RopeStyle::Halves),
+        "gemma" => (Family::Gemma, RopeStyle::Halves),
+        "gemma3" => (Family::Gemma3, RopeStyle::Halves),
         _ => {
-            return Err(unsupported(format!("architecture {arch:?} is not supported yet; llama, qwen2 and qwen3 are")));
+            return Err(unsupported(format!(
+                "architecture {arch:?} is not supported yet; llama, qwen2, qwen3, gemma and gemma3 are"
+            )));
         }
     };
     let key = |name: &str| format!("{arch}.{name}");
     let optional = |name: &str| -> Result<Option<usize>> { Ok(gguf.u32(&key(name))?.map(|number| number as usize)) };
     let size = |name: &str| optional(name)?.ok_or_else(|| missing(&key(name)));
-    for name in ["attention.head_count", "attention.head_count_kv", "feed_forward_length"] {
+    for name in
+        ["attention.head_count", "attention.head_count_kv", "feed_forward_length", "attention.sliding_window_pattern"]
+    {
         if gguf.is_list(&key(name)) {
             return Err(unsupported(format!("{} differs from layer to layer, which is not supported", key(name))));
         }
@@ -258,21 +393,34 @@ fn from_gguf(gguf: &Gguf) -> Result<DecoderSpec> {
     if optional("rope.dimension_count")?.is_some_and(|width| width != head_dim) {
         return Err(unsupported("rope over a part of the head is not supported".to_owned()));
     }
+    if gguf.f32(&key("final_logit_softcapping"))?.is_some_and(|cap| cap > 0.0) {
+        return Err(unsupported("logits with a soft cap are not supported".to_owned()));
+    }
     let embedding = gguf.tensor("token_embd.weight").ok_or_else(|| {
         broken(
             gguf.path(),
             "has no token_embd.weight: it is a vocabulary or one part of several; merge the parts first",
         )
     })?;
-    let mut context = gguf.u32(&key("context_length"))?.ok_or_else(|| missing(&key("context_length")))?;
-    if let Some(window) = gguf.u32(&key("attention.sliding_window"))?.filter(|&window| window > 0) {
-        context = context.min(window);
-    }
+    let context = gguf.u32(&key("context_length"))?.ok_or_else(|| missing(&key("context_length")))?;
+    let layers = size("block_count")?;
+    let window = match (gguf.u32(&key("attention.sliding_window"))?.filter(|&tokens| tokens > 0), family) {
+        (None, _) => None,
+        (Some(tokens), Family::Gemma3) => {
+            let period = optional("attention.sliding_window_pattern")?.unwrap_or(6);
+            let theta = gguf.f32(&key("rope.freq_base_swa"))?.unwrap_or(10_000.0);
+            let rope = Rope { theta, style, scaling: RopeScaling::None };
+            window(tokens, all_but_every(period, layers), Some(rope), context)
+        }
+        (Some(tokens), _) => window(tokens, layers_that(|_| true, layers), None, context),
+    };
+    // Files do not say it, but the largest of its family goes by the width of heads that would share the hidden size.
+    let score_width = if family == Family::Gemma3 && layers == 62 { hidden / heads.max(1) } else { head_dim };
     let epsilon = "attention.layer_norm_rms_epsilon";
     Ok(DecoderSpec {
         vocab: embedding.rows,
         hidden,
-        layers: size("block_count")?,
+        layers,
         heads,
         kv_heads: optional("attention.head_count_kv")?.unwrap_or(heads),
         head_dim,
@@ -283,9 +431,16 @@ fn from_gguf(gguf: &Gguf) -> Result<DecoderSpec> {
             style,
             scaling: gguf_scaling(gguf, &key)?,
         },
+        window,
+        score_scale: 1.0 / (score_width as f32).sqrt(),
+        embedding_scale: family.embedding_scale(hidden),
+        gate: family.gate(),
+        // Whoever made the file has added it.
+        norm_offset: 0.0,
+        post_norms: family == Family::Gemma3,
         context,
         qkv_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
-        qk_norm: arch == "qwen3",
+        qk_norm: family.has_qk_norm(),
         tied_head: gguf.tensor("output.weight").is_none(),
     })
 }
@@ -364,64 +519,124 @@ impl<'a> Config<'a> {
 
 fn from_config(config: &Config<'_>) -> Result<DecoderSpec> {
     let named = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
-    let family = match (named, config.get("model_type").and_then(Value::as_str)) {
-        (Some("LlamaForCausalLM" | "MistralForCausalLM" | "Qwen2ForCausalLM" | "Qwen3ForCausalLM"), _) => {
-            named.unwrap_or_default()
-        }
-        (None, Some("llama")) => "LlamaForCausalLM",
-        (None, Some("mistral")) => "MistralForCausalLM",
-        (None, Some("qwen2")) => "Qwen2ForCausalLM",
-        (None, Some("qwen3")) => "Qwen3ForCausalLM",
-        (named, kind) => {
-            let name = named.or(kind).unwrap_or("none named");
-            return Err(config.unsupported(format_args!(
-                "architecture {name} is not supported yet; LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and \
-                 Qwen3ForCausalLM are"
-            )));
-        }
+    let kind = config.get("model_type").and_then(Value::as_str);
+    let known = Family::NAMES.iter().find(|(name, of, _)| match named {
+        Some(named) => named == *name,
+        None => kind == Some(*of),
+    });
+    let Some(&(_, _, family)) = known else {
+        let names = Family::NAMES.map(|(name, ..)| name).join(", ");
+        let name = named.or(kind).unwrap_or("none named");
+        return Err(config.unsupported(format_args!("architecture {name} is not supported yet; {names} are")));
     };
-    if let Some(activation) = config.get("hidden_act").and_then(Value::as_str).filter(|&name| name != "silu") {
-        return Err(config.unsupported(format_args!("hidden_act {activation:?} is not supported, only \"silu\"")));
-    }
     if config.get("quantization_config").is_some() {
         return Err(config.unsupported("quantised safetensors are not supported yet; use a GGUF file"));
     }
-    if config.flag("mlp_bias") {
-        return Err(config.unsupported("mlp_bias is not supported"));
+    // A model that sees as well says of its text part under a name of its own.
+    let mut value = family.defaults();
+    let own = config.child("text_config").filter(|_| family == Family::Gemma3);
+    let own = own.as_ref().unwrap_or(config).value.as_object();
+    for (key, given) in own.into_iter().flatten().filter(|(_, given)| !given.is_null()) {
+        value[key] = given.clone();
+    }
+    let config = &Config { file: config.file, value: &value };
+
+    let activation = config.get("hidden_activation").or_else(|| config.get("hidden_act")).and_then(Value::as_str);
+    // The first Gemma's files say "gelu", and mean the formula with tanh all the same.
+    let takes: &[&str] = if family.is_gemma() { &["gelu_pytorch_tanh", "gelu"] } else { &["silu"] };
+    if let Some(activation) = activation.filter(|name| !takes.contains(name)) {
+        return Err(config.unsupported(format_args!("hidden_act {activation:?} is not supported, only {:?}", takes[0])));
+    }
+    for name in ["mlp_bias", "use_bidirectional_attention"] {
+        if config.flag(name) {
+            return Err(config.unsupported(format_args!("{name} is not supported")));
+        }
+    }
+    if let Some(name) =
+        ["attn_logit_softcapping", "final_logit_softcapping"].iter().find(|name| config.get(name).is_some())
+    {
+        return Err(config.unsupported(format_args!("{name} is not supported")));
     }
     let (hidden, heads) = (config.u32("hidden_size")? as usize, config.u32("num_attention_heads")? as usize);
-    let mut context = config.u32("max_position_embeddings")?;
-    let windowed = family == "MistralForCausalLM" || config.flag("use_sliding_window");
-    if let Some(window) = config.optional_u32("sliding_window")?.filter(|&window| windowed && window > 0) {
-        context = context.min(window);
-    }
+    let (layers, context) = (config.u32("num_hidden_layers")? as usize, config.u32("max_position_embeddings")?);
     let head_dim = config.optional_u32("head_dim")?.map_or(hidden / heads.max(1), |width| width as usize);
+    let score_width = config.optional_f32("query_pre_attn_scalar")?.filter(|_| family == Family::Gemma3);
     Ok(DecoderSpec {
         vocab: config.u32("vocab_size")? as usize,
         hidden,
-        layers: config.u32("num_hidden_layers")? as usize,
+        layers,
         heads,
         kv_heads: config.optional_u32("num_key_value_heads")?.map_or(heads, |number| number as usize),
         head_dim,
         ffn: config.u32("intermediate_size")? as usize,
         norm_eps: config.f32("rms_norm_eps")?,
         rope: config_rope(config)?,
+        window: config_window(config, family, layers, context)?,
+        score_scale: 1.0 / score_width.unwrap_or(head_dim as f32).sqrt(),
+        embedding_scale: family.embedding_scale(hidden),
+        gate: family.gate(),
+        norm_offset: if family.is_gemma() { 1.0 } else { 0.0 },
+        post_norms: family == Family::Gemma3,
         context,
-        qkv_bias: family == "Qwen2ForCausalLM" || config.flag("attention_bias"),
-        qk_norm: family == "Qwen3ForCausalLM",
+        qkv_bias: family == Family::Qwen2 || config.flag("attention_bias"),
+        qk_norm: family.has_qk_norm(),
         tied_head: config.flag("tie_word_embeddings"),
     })
 }
 
-/// `rope_theta` and `rope_scaling`, or both under `rope_parameters` as newer files have it.
+/// `sliding_window`, and which layers have it: `layer_types`, or what the family says where a file does not.
+fn config_window(config: &Config<'_>, family: Family, layers: usize, context: u32) -> Result<Option<Window>> {
+    let windowed = match family {
+        Family::Llama | Family::Gemma => false,
+        Family::Mistral | Family::Gemma3 => true,
+        Family::Qwen2 | Family::Qwen3 => config.flag("use_sliding_window"),
+    };
+    let Some(tokens) = config.optional_u32("sliding_window")?.filter(|&tokens| windowed && tokens > 0) else {
+        return Ok(None);
+    };
+    let of_layer = |kind: &Value| match kind.as_str() {
+        Some("sliding_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        _ => Err(config.unsupported(format_args!("layer_types has {kind}, which is not supported"))),
+    };
+    let all = match (config.get("layer_types").and_then(Value::as_array), family) {
+        (Some(kinds), _) => kinds.iter().map(of_layer).collect::<Result<_>>()?,
+        (None, Family::Gemma3) => {
+            all_but_every(config.optional_u32("sliding_window_pattern")?.unwrap_or(6) as usize, layers)
+        }
+        (None, Family::Qwen2 | Family::Qwen3) => {
+            let whole = config.optional_u32("max_window_layers")?.unwrap_or(28) as usize;
+            layers_that(|layer| layer >= whole, layers)
+        }
+        (None, _) => layers_that(|_| true, layers),
+    };
+    let rope = match family {
+        Family::Gemma3 => {
+            let parameters = config.child("rope_parameters").and_then(|all| all.child("sliding_attention"));
+            Some(rope(config, "rope_local_base_freq", parameters.as_ref(), parameters.as_ref())?)
+        }
+        _ => None,
+    };
+    Ok(window(tokens, all, rope, context))
+}
+
+/// `rope_theta` and `rope_scaling`, or both under `rope_parameters` as newer files have it, there by kind of layer if there are
+/// several.
 fn config_rope(config: &Config<'_>) -> Result<Rope> {
     let parameters = config.child("rope_parameters");
-    let theta = match &parameters {
+    let parameters = parameters.map(|all| all.child("full_attention").unwrap_or(all));
+    let scaling = config.child("rope_scaling").filter(|_| parameters.is_none());
+    rope(config, "rope_theta", parameters.as_ref(), parameters.as_ref().or(scaling.as_ref()))
+}
+
+/// The base from `parameters`, or from `key` of the file.
+fn rope(config: &Config<'_>, key: &str, parameters: Option<&Config<'_>>, scaling: Option<&Config<'_>>) -> Result<Rope> {
+    let theta = match parameters {
         Some(parameters) => parameters.optional_f32("rope_theta")?,
         None => None,
     };
-    let theta = theta.or(config.optional_f32("rope_theta")?).unwrap_or(10_000.0);
-    let scaling = match parameters.or_else(|| config.child("rope_scaling")) {
+    let theta = theta.or(config.optional_f32(key)?).unwrap_or(10_000.0);
+    let scaling = match scaling {
         None => RopeScaling::None,
         Some(scaling) => {
             let name = scaling.get("rope_type").or_else(|| scaling.get("type")).and_then(Value::as_str);
@@ -442,151 +657,5 @@ fn config_rope(config: &Config<'_>) -> Result<Rope> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-    use crate::kernel::Dtype;
-    use crate::model::tests_support::GgufFile;
-
-    fn llama_config() -> Value {
-        json!({
-            "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 128256, "hidden_size": 4096,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
-            "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0,
-            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192}
-        })
-    }
-
-    fn read(config: Value) -> Result<DecoderSpec> {
-        DecoderSpec::read(&ModelFiles::Folder { path: "m".into(), config })
-    }
-
-    fn with(changes: Value) -> Value {
-        let mut config = llama_config();
-        for (key, value) in changes.as_object().unwrap() {
-            config[key] = value.clone();
-        }
-        config
-    }
-
-    #[test]
-    fn llama_3_1_reads_as_it_is() {
-        let spec = read(llama_config()).unwrap();
-        assert_eq!((spec.hidden, spec.layers, spec.heads, spec.kv_heads, spec.head_dim), (4096, 32, 32, 8, 128));
-        assert_eq!((spec.q_width(), spec.kv_width(), spec.ffn, spec.vocab), (4096, 1024, 14336, 128256));
-        assert_eq!((spec.context, spec.qkv_bias, spec.tied_head), (131_072, false, false));
-        assert_eq!(spec.rope.style, RopeStyle::Halves);
-        let names: Vec<_> = spec.tensors().map(|(name, ..)| name).collect();
-        assert_eq!(names.len(), 3 + 32 * 9);
-        assert!(names.contains(&"blk.31.ffn_down.weight".to_owned()) && names.contains(&"output.weight".to_owned()));
-    }
-
-    #[test]
-    fn llama_3_1_keeps_short_waves_and_stretches_long_ones() {
-        let rope = read(llama_config()).unwrap().rope;
-        let plain = Rope { scaling: RopeScaling::None, ..rope.clone() }.frequencies(128);
-        let scaled = rope.frequencies(128);
-        // Worked out with the formula of the Llama 3.1 paper's code for these sizes: lambda = 2 pi / frequency,
-        // short below 2048, long above 8192.
-        for (i, (&plain, &scaled)) in plain.iter().zip(&scaled).enumerate() {
-            let wavelength = std::f32::consts::TAU / plain;
-            let ratio = plain / scaled;
-            match wavelength {
-                w if w < 2048.0 => assert_eq!(ratio, 1.0, "{i}"),
-                w if w > 8192.0 => assert!((ratio - 8.0).abs() < 1e-5, "{i}: {ratio}"),
-                w => {
-                    let smooth = (8192.0 / w - 1.0) / 3.0;
-                    let expected = plain * ((1.0 - smooth) / 8.0 + smooth);
-                    assert!((scaled / expected - 1.0).abs() < 1e-5, "{i}");
-                }
-            }
-        }
-        assert_eq!(plain[0], 1.0);
-        assert!((plain[32] / 500_000f32.powf(-0.5) - 1.0).abs() < 1e-6);
-    }
-
-    #[test]
-    fn the_familys_other_members_differ_where_they_should() {
-        let mistral = read(with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}))).unwrap();
-        assert_eq!(mistral.context, 4096);
-        let mistral = read(with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": null}))).unwrap();
-        assert_eq!(mistral.context, 131_072);
-        let qwen = read(with(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096}))).unwrap();
-        assert_eq!((qwen.context, qwen.qkv_bias), (131_072, true));
-        let newer = read(with(json!({"rope_theta": null, "rope_scaling": null,
-            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}, "head_dim": 64})))
-        .unwrap();
-        assert_eq!((newer.rope.theta, newer.head_dim), (7.0, 64));
-        assert_eq!(newer.rope.scaling, RopeScaling::Linear { factor: 2.0 });
-    }
-
-    #[test]
-    fn what_cannot_be_computed_is_named() {
-        let check = |changes: Value, words: &str| {
-            let error = read(with(changes)).unwrap_err();
-            assert!(error.message().contains(words), "{error} / {words}");
-        };
-        check(json!({"architectures": ["GemmaForCausalLM"]}), "GemmaForCausalLM is not supported yet");
-        check(json!({"hidden_size": null}), "hidden_size is missing");
-        check(json!({"hidden_size": "big"}), "hidden_size is \"big\"");
-        check(json!({"hidden_size": 0}), "hidden size is 0");
-        check(json!({"num_hidden_layers": -1}), "num_hidden_layers");
-        check(json!({"num_key_value_heads": 5}), "32 heads cannot share 5");
-        check(json!({"head_dim": 63}), "odd");
-        check(json!({"rms_norm_eps": 0}), "epsilon");
-        check(json!({"rope_theta": 0}), "rope base is 0");
-        check(json!({"rope_scaling": {"rope_type": "yarn", "factor": 2}}), "\"yarn\"");
-        check(json!({"rope_scaling": {"type": "linear"}}), "factor is missing");
-        check(json!({"hidden_act": "gelu"}), "gelu");
-        check(json!({"quantization_config": {}}), "use a GGUF file");
-    }
-
-    fn gguf_llama() -> GgufFile {
-        GgufFile::new()
-            .text("general.architecture", "llama")
-            .u32("llama.block_count", 2)
-            .u32("llama.context_length", 128)
-            .u32("llama.embedding_length", 64)
-            .u32("llama.feed_forward_length", 96)
-            .u32("llama.attention.head_count", 4)
-            .u32("llama.attention.head_count_kv", 2)
-            .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-            .tensor("token_embd.weight", Dtype::Q4_0, &[64, 10], vec![0; 360])
-    }
-
-    fn read_gguf(file: GgufFile) -> Result<DecoderSpec> {
-        let folder = tempfile::tempdir().unwrap();
-        DecoderSpec::read(&ModelFiles::open(&file.write(folder.path())).unwrap())
-    }
-
-    #[test]
-    fn gguf_keys_read_as_the_same_description() {
-        let spec = read_gguf(gguf_llama()).unwrap();
-        assert_eq!((spec.vocab, spec.hidden, spec.layers, spec.heads, spec.kv_heads), (10, 64, 2, 4, 2));
-        assert_eq!((spec.head_dim, spec.ffn, spec.context, spec.tied_head), (16, 96, 128, true));
-        assert_eq!(spec.rope, Rope { theta: 1e4, style: RopeStyle::Interleaved, scaling: RopeScaling::None });
-        let linear = gguf_llama().text("llama.rope.scaling.type", "linear").f32("llama.rope.scaling.factor", 4.0);
-        assert_eq!(read_gguf(linear).unwrap().rope.scaling, RopeScaling::Linear { factor: 4.0 });
-        let factors: Vec<u8> = (1..=8).flat_map(|i| (i as f32).to_le_bytes()).collect();
-        let rope = read_gguf(gguf_llama().tensor("rope_freqs.weight", Dtype::F32, &[8], factors)).unwrap().rope;
-        assert_eq!(rope.frequencies(16)[1], (1e4f64.powf(-0.125) / 2.0) as f32);
-    }
-
-    #[test]
-    fn gguf_files_that_cannot_be_computed_are_named() {
-        let check = |file: GgufFile, words: &str| {
-            let error = read_gguf(file).unwrap_err();
-            assert!(error.message().contains(words), "{error} / {words}");
-        };
-        check(GgufFile::new(), "general.architecture is missing");
-        check(GgufFile::new().text("general.architecture", "gemma3"), "\"gemma3\" is not supported yet");
-        check(GgufFile::new().text("general.architecture", "llama"), "llama.embedding_length is missing");
-        check(gguf_llama().u32("llama.expert_count", 8), "experts");
-        check(gguf_llama().u32("llama.attention.value_length", 8), "values of another width");
-        check(gguf_llama().text("llama.rope.scaling.type", "yarn"), "yarn");
-        let short = vec![0; 16];
-        check(gguf_llama().tensor("rope_freqs.weight", Dtype::F32, &[4], short), "4 factors for heads of 16");
-    }
-}
+#[path = "spec_test.rs"]
+mod tests;

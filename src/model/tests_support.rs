@@ -121,10 +121,14 @@ fn put_text(out: &mut Vec<u8>, text: &[u8]) {
     out.extend(text);
 }
 
+/// Tokens that a row of a windowed layer sees.
+pub(crate) const TINY_WINDOW: u32 = 40;
+
 /// A decoder of random weights that a test wants.
 #[derive(Clone, Copy)]
 pub(crate) struct Tiny {
-    /// `llama`: heads interleaved in the file. `qwen2`: halves, and biases for q, k and v.
+    /// `llama`: heads interleaved in the file. `qwen2`: halves, and biases for q, k and v. `gemma3`: halves, norms on both
+    /// sides and of heads, the first layer with a window of [`TINY_WINDOW`].
     pub(crate) arch: &'static str,
     pub(crate) hidden: usize,
     pub(crate) heads: usize,
@@ -156,6 +160,12 @@ impl Tiny {
             .u32(&key("feed_forward_length"), ffn as u32)
             .u32(&key("context_length"), 512)
             .f32(&key("attention.layer_norm_rms_epsilon"), 1e-5);
+        if arch == "gemma3" {
+            file = file
+                .u32(&key("attention.sliding_window"), TINY_WINDOW)
+                .u32(&key("attention.sliding_window_pattern"), 2)
+                .f32(&key("rope.freq_base"), 1e6);
+        }
         let vector = |dice: &mut Dice, length: usize, centre: f32, spread: f32| -> Vec<u8> {
             (0..length).flat_map(|_| (centre + spread * dice.value()).to_le_bytes()).collect()
         };
@@ -167,9 +177,14 @@ impl Tiny {
         file = file.tensor("output_norm.weight", Dtype::F32, &[hidden as u64], norm);
         for layer in 0..2 {
             let name = |part: &str| format!("blk.{layer}.{part}");
-            for part in ["attn_norm.weight", "ffn_norm.weight"] {
-                let norm = vector(&mut dice, hidden, 1.0, 0.2);
-                file = file.tensor(&name(part), Dtype::F32, &[hidden as u64], norm);
+            let mut norms = vec![("attn_norm.weight", hidden), ("ffn_norm.weight", hidden)];
+            if arch == "gemma3" {
+                norms.extend([("post_attention_norm.weight", hidden), ("post_ffw_norm.weight", hidden)]);
+                norms.extend([("attn_q_norm.weight", dim), ("attn_k_norm.weight", dim)]);
+            }
+            for (part, length) in norms {
+                let norm = vector(&mut dice, length, 1.0, 0.2);
+                file = file.tensor(&name(part), Dtype::F32, &[length as u64], norm);
             }
             for (part, length) in [("attn_q.bias", q), ("attn_k.bias", kv), ("attn_v.bias", kv)] {
                 if arch == "qwen2" {

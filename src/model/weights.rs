@@ -157,6 +157,7 @@ impl Weights {
             ("blk.0.attn_output.bias", false),
             ("blk.0.ffn_down.bias", false),
             ("blk.0.attn_q_norm.weight", spec.qk_norm),
+            ("blk.0.post_attention_norm.weight", spec.post_norms),
         ] {
             if self.find(name).is_some() && !known {
                 let path = self.files.path().display();
@@ -204,8 +205,25 @@ fn open_safetensors(folder: &Path) -> Result<Opened> {
         read_shard(&path, &map, maps.len(), &mut tensors)?;
         maps.push(Arc::new(map));
     }
+    name_post_norms(&mut tensors);
     Ok((maps, tensors))
 }
+
+/// Where the feed-forward's norm has a name of its own, what elsewhere is called the one after attention is just that.
+fn name_post_norms(tensors: &mut HashMap<String, Place>) {
+    let layers: Vec<String> = tensors.keys().filter_map(|name| name.strip_suffix(PRE_FFN).map(str::to_owned)).collect();
+    for layer in layers {
+        let name = |part: &str| format!("{layer}{part}");
+        for (from, to) in [("ffn_norm.weight", "post_attention_norm.weight"), (PRE_FFN, "ffn_norm.weight")] {
+            if let Some(place) = tensors.remove(&name(from)) {
+                tensors.insert(name(to), place);
+            }
+        }
+    }
+}
+
+/// The norm before the feed-forward, in families that have one behind it, too.
+const PRE_FFN: &str = "pre_ffw_norm.weight";
 
 /// The safetensors files of a folder: what the index names, or the only one.
 fn shards(folder: &Path) -> Result<Vec<PathBuf>> {
@@ -260,7 +278,10 @@ fn read_shard(path: &Path, map: &Mmap, index: usize, tensors: &mut HashMap<Strin
 
 /// GGUF's name for a decoder's tensor in a hub's file; `None` for those that it does not need.
 fn canonical_name(name: &str) -> Option<String> {
+    // The text part of a model that sees as well lies under a name of its own, outside or inside of that of all.
+    let name = name.strip_prefix("language_model.").unwrap_or(name);
     let name = name.strip_prefix("model.").unwrap_or(name);
+    let name = name.strip_prefix("language_model.").unwrap_or(name);
     match name {
         "embed_tokens.weight" => return Some("token_embd.weight".to_owned()),
         "norm.weight" => return Some("output_norm.weight".to_owned()),
@@ -282,6 +303,8 @@ fn canonical_name(name: &str) -> Option<String> {
         "mlp.down_proj" => "ffn_down",
         "input_layernorm" => "attn_norm",
         "post_attention_layernorm" => "ffn_norm",
+        "pre_feedforward_layernorm" => "pre_ffw_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
         _ => return None,
     };
     matches!(kind, "weight" | "bias").then(|| format!("blk.{layer}.{module}.{kind}"))
@@ -371,6 +394,43 @@ mod tests {
             [("model.safetensors.index.json", br#"{"weight_map": {"x": "../../etc/passwd"}}"#)];
         let error = Weights::open(folder(&config(), &outside).path()).unwrap_err();
         assert!(error.message().contains("not a file of this folder"), "{error}");
+    }
+
+    #[test]
+    fn norms_behind_attention_are_told_from_those_before_the_feed_forward() {
+        let mut config = config();
+        config["architectures"] = json!(["Gemma3ForCausalLM"]);
+        config["head_dim"] = json!(4);
+        for prefix in ["model.", "language_model.model.", "model.language_model."] {
+            let norm = |name: &str, value: f32| {
+                let bytes = (0..8).flat_map(|_| value.to_le_bytes()).collect::<Vec<u8>>();
+                (format!("{prefix}layers.0.{name}.weight"), bytes)
+            };
+            let post = [
+                norm("post_attention_layernorm", 1.0),
+                norm("pre_feedforward_layernorm", 2.0),
+                norm("post_feedforward_layernorm", 3.0),
+            ];
+            let heads = ["q_norm", "k_norm"].map(|name| format!("{prefix}layers.0.self_attn.{name}.weight"));
+            let others: Vec<_> = tiny()
+                .into_iter()
+                .filter(|(name, ..)| !name.contains("post_attention_layernorm"))
+                .map(|(name, kind, shape, bytes)| (name.replace("model.", prefix), kind, shape, bytes))
+                .collect();
+            let mut tensors: Vec<SafeTensor<'_>> = others
+                .iter()
+                .map(|(name, kind, shape, bytes)| (name.as_str(), *kind, shape.clone(), bytes.clone()))
+                .collect();
+            tensors.extend(post.iter().map(|(name, bytes)| (name.as_str(), "F32", vec![8], bytes.clone())));
+            tensors.extend(heads.iter().map(|name| (name.as_str(), "F32", vec![4], floats(4))));
+            let folder = folder(&config, &[("model.safetensors", &safetensors(&tensors))]);
+            let weights = Weights::open(folder.path()).unwrap();
+            assert!(weights.spec().unwrap().post_norms, "{prefix}");
+            for (name, value) in [("post_attention_norm", 1.0), ("ffn_norm", 2.0), ("post_ffw_norm", 3.0)] {
+                let found = weights.tensor(&format!("blk.0.{name}.weight")).unwrap().to_f32().unwrap();
+                assert_eq!(found, [value; 8], "{prefix} {name}");
+            }
+        }
     }
 
     #[test]

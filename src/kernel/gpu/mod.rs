@@ -46,7 +46,7 @@ pub use launch::{Fp8, Launch, Launcher, Ptr};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
 pub use open::{collectives, count, open, open_ranks};
 pub use rows::{
-    Gate, Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, put_columns, quantize_fp8,
+    Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, norm_add, put_columns, quantize_fp8,
     random_bf16, rope_kv_write, silu_mul,
 };
 pub use sample::{Drawn, Edit, UNWANTED, Wish, follow, sample, verify};

@@ -5,6 +5,7 @@ use half::bf16;
 use super::attention::{Keys, PagedKv};
 use super::launch::{Fp8, Launch, Launcher, Ptr};
 use crate::base::{Error, Result};
+use crate::kernel::Gate;
 
 /// Where normed or gated rows go.
 #[derive(Clone, Copy)]
@@ -164,13 +165,27 @@ pub fn add_rms_norm(
     on.launch(launch.int(width).float(norm.eps).float(norm.offset))
 }
 
-/// What a gate goes through.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Gate {
-    /// `x * sigmoid(x)`
-    Silu,
-    /// By its tanh formula.
-    Gelu,
+/// `x += delta / rms(delta) * weight`: x and delta `[rows, width]`.
+///
+/// # Errors
+/// As [`add_rms_norm`].
+pub fn norm_add(
+    on: &dyn Launcher,
+    rows: usize,
+    width: usize,
+    x: Ptr<bf16>,
+    delta: Ptr<bf16>,
+    norm: Norm,
+) -> Result<()> {
+    let threads = threads("rows", width, 4)?;
+    x.needs("x", rows * width, 16)?;
+    delta.needs("delta", rows * width, 16)?;
+    norm.weight.needs("weight", width, 16)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let launch = Launch::new("norm_add_bf16", [rows, 1, 1], threads).ptr(x).ptr(delta).ptr(norm.weight);
+    on.launch(launch.int(width).float(norm.eps).float(norm.offset))
 }
 
 /// `out = act(gate) * up` of gate and up side by side, `[rows, 2 * width]`.

@@ -323,6 +323,7 @@ impl Encoder {
             stride: spec.hidden,
             heads: spec.heads,
             scale: 1.0 / (spec.head_dim() as f32).sqrt(),
+            window: None,
             out: &mut work.attended[..rows * spec.hidden],
         };
         self.attention.run(&self.cpu, &self.layout, &work.kv, &work.tables, query);

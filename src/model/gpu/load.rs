@@ -98,6 +98,13 @@ impl<'a> Loader<'a> {
             ],
             false => [none; 2],
         };
+        let post_norms = match spec.post_norms {
+            true => [
+                self.norm(&name("post_attention_norm.weight"), spec.norm_eps)?,
+                self.norm(&name("post_ffw_norm.weight"), spec.norm_eps)?,
+            ],
+            false => [none; 2],
+        };
         Ok(Layer {
             attention_norm: self.norm(&name("attn_norm.weight"), spec.norm_eps)?,
             qkv: self.matrix(&[&q, &k, &v], heads, packing)?,
@@ -107,6 +114,7 @@ impl<'a> Loader<'a> {
             ffn_norm: self.norm(&name("ffn_norm.weight"), spec.norm_eps)?,
             gate_up: self.matrix(&[&name("ffn_gate.weight"), &name("ffn_up.weight")], None, packing)?,
             down: self.matrix(&[&name("ffn_down.weight")], None, packing)?,
+            post_norms,
         })
     }
 
@@ -137,11 +145,12 @@ impl<'a> Loader<'a> {
 
     /// A norm's weights, put into halves where they are interleaved heads of `heads` numbers.
     fn norm_of(&mut self, name: &str, eps: f32, heads: Option<usize>) -> Result<Norm> {
-        let file = self.vector(name, 1.0)?;
+        let offset = self.spec.norm_offset;
+        let file = self.vector(name, 1.0 - offset)?;
         let values: Vec<bf16> = (0..file.len()).map(|at| bf16::from_f32(file[halves(heads, at)])).collect();
         let weight = self.card.alloc(values.len())?;
         self.card.upload(&values, weight)?;
-        Ok(Norm { weight, eps, offset: 0.0 })
+        Ok(Norm { weight, eps, offset })
     }
 
     /// What is here of matrices of the same inputs, one below the other, rows of zeros behind them up to a multiple of 8. The rows

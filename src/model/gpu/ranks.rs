@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! embedding   rows of a rank's own words, zeros for all others ── all_reduce ──> x
-//! a layer     output, down: a rank's part of the product ── all_reduce ──> delta, which the next norm adds to x
+//! a layer     output, down: a rank's part of the product ── all_reduce ──> delta, which the next norm adds to x, or is normed itself
 //! head        columns of a rank's own words ── gather ──> rank 0, which draws
 //! ```
 //!
@@ -14,7 +14,7 @@ use half::bf16;
 
 use super::GpuDecoder;
 use crate::base::Result;
-use crate::kernel::gpu::{Card, Ptr, Sink, put_columns};
+use crate::kernel::gpu::{Card, Ptr, put_columns};
 use crate::model::shard::{Division, Shard};
 
 /// A rank's place in a group.
@@ -38,9 +38,9 @@ pub(super) struct Ranks {
     pub(super) rank: usize,
     words: Vec<Range<usize>>,
     /// `[rows, hidden]`: what a layer adds, of this rank and then of all.
-    delta: Ptr<bf16>,
+    pub(super) delta: Ptr<bf16>,
     /// `[sampled rows, hidden]`: the same of the rows whose logits are wanted.
-    pub(super) sampled: Ptr<bf16>,
+    sampled: Ptr<bf16>,
     /// On rank 0: the columns of the others, `[sampled rows, own columns]` one behind the other.
     gathered: Ptr<f32>,
 }
@@ -96,7 +96,7 @@ impl GpuDecoder {
     /// The card's, and `Internal` when another rank failed.
     pub(in crate::model) fn greet(&mut self) -> Result<()> {
         for rows in [1, self.options.max_rows] {
-            self.sum(self.delta(), rows)?;
+            self.sum(self.outcome_at(), rows)?;
         }
         for rows in [1, self.options.max_sample_rows] {
             self.gather(rows)?;
@@ -117,17 +117,18 @@ impl GpuDecoder {
         }
     }
 
-    /// Where what a layer adds goes: to the residual stream, or to where ranks sum it first.
-    pub(super) fn added(&self) -> Sink {
-        match &self.ranks {
-            Some(ranks) => Sink::Set(ranks.delta),
-            None => Sink::Add(self.work.x),
-        }
+    /// What ranks have summed and the next norm adds to the residual stream; null where there are none, or it is normed before.
+    pub(super) fn delta(&self) -> Ptr<bf16> {
+        self.summed().map_or(Ptr::null(), |ranks| ranks.delta)
     }
 
-    /// What ranks have summed and the next norm adds to the residual stream; null where there are none.
-    pub(super) fn delta(&self) -> Ptr<bf16> {
-        self.ranks.as_ref().map_or(Ptr::null(), |ranks| ranks.delta)
+    /// Room for the same of the rows whose logits are wanted.
+    pub(super) fn sampled_delta(&self) -> Ptr<bf16> {
+        self.summed().map_or(Ptr::null(), |ranks| ranks.sampled)
+    }
+
+    fn summed(&self) -> Option<&Ranks> {
+        self.ranks.as_ref().filter(|_| !self.spec.post_norms)
     }
 
     /// The sum over all ranks of so many rows, in place.

@@ -39,6 +39,9 @@ const QWEN: Tiny = Tiny {
     dtypes: &[Dtype::Q4_0],
 };
 
+/// Outcomes that are normed before they are added, windows.
+const GEMMA: Tiny = Tiny { arch: "gemma3", dtypes: &[Dtype::BF16], ..LLAMA };
+
 fn cards(ranks: usize) -> Vec<Box<dyn Card>> {
     EmulatedCard::ranks(ranks).into_iter().map(|card| Box::new(card) as Box<dyn Card>).collect()
 }
@@ -117,6 +120,7 @@ fn check_same(tiny: &Tiny, packing: Packing, kv: Format, ranks: usize, most: f32
 fn ranks_compute_what_one_card_does() {
     for ranks in [2, 4] {
         check_same(&LLAMA, Packing::Bf16, Format::Bf16, ranks, 0.04);
+        check_same(&GEMMA, Packing::Bf16, Format::Bf16, ranks, 0.04);
         check_same(&QWEN, Packing::Bf16, Format::Bf16, ranks, 0.04);
     }
 }
