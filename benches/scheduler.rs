@@ -42,6 +42,7 @@ impl Decoding {
             prefix_cache: true,
             prefill_stretch: 1.7,
             spill_slots: 0,
+            foresight: 0,
             drafts: DraftLimits::default(),
         };
         let mut this = Self {

@@ -19,21 +19,27 @@
 
 mod ahead;
 mod draw;
+mod layers;
 mod load;
 mod lora;
+mod pool;
 mod ranks;
 mod synthetic;
 
 use std::sync::Arc;
 
-use half::{bf16, f16};
+use half::bf16;
 
 use self::ahead::Ahead;
 use self::draw::Drawing;
 pub use self::draw::GpuLogits;
+pub(in crate::model) use self::layers::unit;
+use self::layers::{Data, Layer, Matrix, Rows};
 use self::load::Loader;
 pub use self::load::Source;
 use self::lora::Adapters;
+use self::pool::KvPool;
+pub use self::pool::KvSize;
 use self::ranks::Ranks;
 pub(in crate::model) use self::ranks::Seat;
 pub use self::synthetic::{Synthetic, synthetic};
@@ -41,14 +47,10 @@ pub use self::synthetic::{Synthetic, synthetic};
 use crate::base::{Error, Result};
 use crate::config::{Format, Packing};
 use crate::kernel::Pool;
-use crate::kernel::gpu::{
-    Attention, Bits, Card, Fp8, Heads, Item, Keys, LARGE_UNIT, Merge, NARROW, Norm, Normed, PagedKv, Part, Parts, Ptr,
-    RopeKv, SMALL_ROWS, Scaled, Sink, WIDE, Weight, add_rms_norm, copy_blocks, embed, gather_rows, gemm_small,
-    norm_add, quantize_fp8, rope_kv_write, silu_mul,
-};
+use crate::kernel::gpu::{Attention, Bits, Card, Heads, Item, LARGE_UNIT, Merge, NARROW, Norm, Parts, Ptr, WIDE};
 use crate::model::Batch;
 use crate::model::batch::Bounds;
-use crate::model::lora::{Adapter, Module};
+use crate::model::lora::Adapter;
 use crate::model::shard::Shard;
 use crate::model::spec::{DecoderSpec, Rope};
 
@@ -58,25 +60,6 @@ const TIMED_EVERY: u64 = 128;
 const FEW: usize = 8;
 /// And to a multiple of this above [`LARGE_UNIT`], where products are filled up anyway.
 const MANY: usize = 32;
-
-/// How large a KV pool is.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum KvSize {
-    /// As many blocks as so many bytes hold.
-    Bytes(usize),
-    /// So many blocks.
-    Blocks(usize),
-    /// As many blocks as this share of what is free when everything else of the decoder has its memory; out of it a draft model takes
-    /// `beside` bytes and `each` for every block.
-    Share {
-        /// Above 0, at most 1.
-        share: f64,
-        /// Of another decoder's weights.
-        beside: usize,
-        /// Of another decoder's blocks.
-        each: usize,
-    },
-}
 
 /// How a decoder is laid out on a GPU.
 #[derive(Clone)]
@@ -138,70 +121,6 @@ pub struct GpuDecoder {
     failed: Option<Error>,
 }
 
-struct Layer {
-    attention_norm: Norm,
-    qkv: Matrix,
-    /// Of the model's, all heads; null if it has none.
-    bias: Ptr<bf16>,
-    /// Of each head of queries, and of keys; null weights if there are none.
-    head_norms: [Norm; 2],
-    output: Matrix,
-    ffn_norm: Norm,
-    gate_up: Matrix,
-    down: Matrix,
-    /// Of what attention gives, and of what the feed-forward gives; null weights if they are added as they are.
-    post_norms: [Norm; 2],
-}
-
-/// `n` channels of `k` inputs.
-#[derive(Clone, Copy)]
-struct Matrix {
-    n: usize,
-    k: usize,
-    data: Data,
-}
-
-#[derive(Clone, Copy)]
-enum Data {
-    Bf16(Ptr<bf16>),
-    Fp8(Scaled),
-    /// As [`pack_q4`](crate::kernel::gpu::pack_q4) packs it.
-    Q4(Ptr<u32>, Ptr<f16>),
-}
-
-/// Rows on their way into a matrix.
-#[derive(Clone, Copy)]
-struct Rows {
-    bf16: Ptr<bf16>,
-    fp8: Ptr<Fp8>,
-    scales: Ptr<f32>,
-}
-
-impl Rows {
-    fn alloc(card: &dyn Card, rows: usize, width: usize) -> Result<Self> {
-        Ok(Self { bf16: card.alloc(rows * width)?, fp8: card.alloc(rows * width)?, scales: card.alloc(rows)? })
-    }
-
-    /// Where they go for this matrix.
-    fn for_matrix(&self, matrix: &Matrix) -> Normed {
-        match matrix.data {
-            Data::Bf16(_) | Data::Q4(..) => Normed::Bf16(self.bf16),
-            Data::Fp8(_) => Normed::Fp8(self.fp8, self.scales),
-        }
-    }
-}
-
-struct KvPool {
-    /// Keys of layer 0, values of layer 0, keys of layer 1, …
-    data: Ptr<u8>,
-    blocks: usize,
-    /// Of a block's keys in a layer.
-    block_bytes: usize,
-    block_shift: u32,
-    /// From and to.
-    pair: Ptr<i32>,
-}
-
 impl GpuOptions {
     /// Bytes of a KV block over all layers.
     pub fn kv_block_bytes(&self, spec: &DecoderSpec) -> usize {
@@ -219,58 +138,6 @@ impl GpuOptions {
             Packing::Q4 => 5,
         };
         spec.tensors().map(|(name, rows, cols)| rows * cols * bits(&name) / 8).sum()
-    }
-}
-
-impl KvPool {
-    /// One without blocks.
-    fn new(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<Self> {
-        Ok(Self {
-            data: Ptr::null(),
-            blocks: 0,
-            block_bytes: options.kv_block_bytes(spec) / (2 * spec.layers),
-            block_shift: options.block_tokens.trailing_zeros(),
-            pair: card.alloc(2)?,
-        })
-    }
-
-    /// How many blocks it is to have.
-    fn fit(card: &dyn Card, spec: &DecoderSpec, options: &GpuOptions) -> Result<usize> {
-        let whole = options.kv_block_bytes(spec);
-        let fit = |bytes: usize, block: usize| match bytes / block {
-            0 => Err(Error::bad_input(format!(
-                "a block of {} tokens takes {block} bytes, and the KV pool on {} has {bytes}: give it more with kv_bytes, or free \
-                 memory of the GPU",
-                options.block_tokens,
-                card.name(),
-            ))),
-            blocks => Ok(blocks),
-        };
-        match options.kv_size {
-            KvSize::Bytes(bytes) => fit(bytes, whole),
-            KvSize::Blocks(blocks) => Ok(blocks),
-            KvSize::Share { share, beside, each } => {
-                fit(((card.free_bytes()? as f64 * share) as usize).saturating_sub(beside), whole + each)
-            }
-        }
-    }
-
-    /// From the keys of a layer to its values, and on to the next layer's keys.
-    fn stride(&self) -> usize {
-        self.blocks * self.block_bytes
-    }
-
-    fn layer(&self, format: Format, layer: usize) -> PagedKv {
-        let at = |index: usize| self.data.part(index * self.stride(), self.stride()).address();
-        let (keys, values) = (at(2 * layer), at(2 * layer + 1));
-        // SAFETY: parts of the pool, which are as long.
-        let data = unsafe {
-            match format {
-                Format::Bf16 => Keys::Bf16(Ptr::new(keys, self.stride() / 2), Ptr::new(values, self.stride() / 2)),
-                Format::Fp8 => Keys::Fp8(Ptr::new(keys, self.stride()), Ptr::new(values, self.stride())),
-            }
-        };
-        PagedKv { data, block_shift: self.block_shift, k_scale: 1.0, v_scale: 1.0 }
     }
 }
 
@@ -490,42 +357,9 @@ impl GpuDecoder {
         })
     }
 
-    /// How many blocks its KV pool is to have, now that everything else has its memory.
-    ///
-    /// # Errors
-    /// `BadInput` when it is none, and the device's.
-    pub(super) fn fit(&self) -> Result<usize> {
-        KvPool::fit(&*self.card, &self.shard.spec, &self.options)
-    }
-
-    /// Takes the memory of the KV pool.
-    ///
-    /// # Errors
-    /// `ModelUnavailable` when there is not so much.
-    pub(super) fn take_pool(&mut self, blocks: usize) -> Result<()> {
-        self.kv.data = self.card.alloc(blocks * self.block_bytes())?;
-        self.kv.blocks = blocks;
-        Ok(())
-    }
-
     /// What it computes.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec
-    }
-
-    /// KV blocks of the pool; valid ids are `0..blocks`.
-    pub fn blocks(&self) -> usize {
-        self.kv.blocks
-    }
-
-    /// Tokens in a KV block.
-    pub fn block_tokens(&self) -> usize {
-        self.options.block_tokens
-    }
-
-    /// Bytes of a block over all layers.
-    pub fn block_bytes(&self) -> usize {
-        2 * self.spec.layers * self.kv.block_bytes
     }
 
     /// Whether it can compute with this adapter.
@@ -544,50 +378,6 @@ impl GpuDecoder {
     /// How the last step was launched.
     pub fn launched(&self) -> Launched {
         self.launched
-    }
-
-    /// Makes a block hold what another holds.
-    pub fn copy(&mut self, from: u32, to: u32) {
-        self.ahead.spoil();
-        let (kv, card) = (&self.kv, &*self.card);
-        let copied = card
-            .upload(&[from as i32, to as i32], kv.pair)
-            .and_then(|()| copy_blocks(card, 1, kv.data, kv.pair, kv.block_bytes, kv.stride(), 2 * self.spec.layers));
-        self.note(copied);
-    }
-
-    /// Copies a block out of the pool: keys and values, layer after layer.
-    ///
-    /// # Panics
-    /// When there is no such block, or `out` has not [`GpuDecoder::block_bytes`].
-    pub fn export(&mut self, block: u32, out: &mut [u8]) {
-        assert_eq!(out.len(), self.block_bytes());
-        let (kv, card) = (&self.kv, &*self.card);
-        let copied = out.chunks_exact_mut(kv.block_bytes).enumerate().try_for_each(|(index, out)| {
-            card.download(kv.data.part(index * kv.stride() + block as usize * kv.block_bytes, out.len()), out)
-        });
-        self.note(copied);
-    }
-
-    /// Copies a block into the pool, as it was exported.
-    ///
-    /// # Panics
-    /// As [`GpuDecoder::export`].
-    pub fn import(&mut self, block: u32, from: &[u8]) {
-        assert_eq!(from.len(), self.block_bytes());
-        self.ahead.spoil();
-        let (kv, card) = (&self.kv, &*self.card);
-        let copied = from.chunks_exact(kv.block_bytes).enumerate().try_for_each(|(index, from)| {
-            card.upload(from, kv.data.part(index * kv.stride() + block as usize * kv.block_bytes, from.len()))
-        });
-        self.note(copied);
-    }
-
-    /// Who asked cannot be told now.
-    fn note(&mut self, outcome: Result<()>) {
-        if let Err(error) = outcome {
-            self.failed.get_or_insert(error);
-        }
     }
 
     /// Writes K and V of all rows into their blocks and computes logits of `batch.sample_rows`. Calls `errand` when all is launched.
@@ -686,46 +476,6 @@ impl GpuDecoder {
         }
     }
 
-    /// What follows is timed as this part.
-    fn mark(&self, extent: Extent, part: Part) -> Result<()> {
-        if extent.timed { self.card.mark(Some(part)) } else { Ok(()) }
-    }
-
-    /// Launches all of a step.
-    fn launch(&self, extent: Extent) -> Result<()> {
-        let Extent { rows, sampled, .. } = extent;
-        let (card, spec, work) = (&*self.card, &self.spec, &self.work);
-        self.mark(extent, Part::Other)?;
-        let (words, scale) = (self.shard.vocab.clone(), spec.embedding_scale);
-        embed(card, rows, self.step.ids.device, self.embedding, spec.hidden, words, scale, work.x)?;
-        self.sum(work.x, rows)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(index, layer, extent)?;
-            self.feed_forward(index, layer, extent)?;
-        }
-        if sampled > 0 {
-            self.head(extent)?;
-        }
-        if extent.timed { card.mark(None) } else { Ok(()) }
-    }
-
-    /// Logits of the rows that are wanted.
-    fn head(&self, extent: Extent) -> Result<()> {
-        let (card, spec, work, sampled) = (&*self.card, &self.spec, &self.work, extent.sampled);
-        self.mark(extent, Part::Other)?;
-        gather_rows(card, sampled, work.x, self.step.sampled.device, spec.hidden, work.sampled)?;
-        let delta = self.sampled_delta();
-        if !delta.is_null() {
-            gather_rows(card, sampled, self.delta(), self.step.sampled.device, spec.hidden, delta)?;
-        }
-        let normed = Normed::Bf16(work.inputs.bf16);
-        add_rms_norm(card, sampled, spec.hidden, work.sampled, delta, self.norm, normed)?;
-        self.mark(extent, Part::Product)?;
-        self.product_apart(&self.head, work.inputs, sampled, Sink::Wide(work.logits), self.stride())?;
-        self.mark(extent, Part::Other)?;
-        self.gather(sampled)
-    }
-
     /// Sends what the kernels are told of a step, filled up to so many rows.
     fn tell(&mut self, batch: &Batch, fill: Option<usize>) -> Result<Extent> {
         let (card, step, tokens) = (&*self.card, &mut self.step, self.options.block_tokens);
@@ -769,167 +519,6 @@ impl GpuDecoder {
         let items = items.map(|(items, merges)| (items.len(), merges.len(), most(merges)));
         let (adapted, timed) = (!batch.adapters.is_empty(), false);
         Ok(Extent { rows, sampled: batch.sample_rows.len() + more, timed, adapted, items })
-    }
-
-    /// x += output(attention(rope(qkv(norm(x))))), the outcome normed where the family does
-    fn attend(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
-        let (card, spec, work, step, heads) = (&*self.card, &self.shard.spec, &self.work, &self.step, self.heads);
-        let rows = extent.rows;
-        self.mark(extent, Part::Other)?;
-        let into = work.inputs.for_matrix(&layer.qkv);
-        let delta = if index > 0 { self.delta() } else { Ptr::null() };
-        add_rms_norm(card, rows, spec.hidden, work.x, delta, layer.attention_norm, into)?;
-        self.mark(extent, Part::Product)?;
-        self.product(&layer.qkv, work.inputs, rows, Sink::Set(work.qkv))?;
-        self.mark(extent, Part::Other)?;
-        if extent.adapted {
-            if let Normed::Fp8(..) = into {
-                // Adapters take what it was before it was rounded.
-                let exact = Normed::Bf16(work.inputs.bf16);
-                add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.attention_norm, exact)?;
-            }
-            let mut first = 0;
-            for (module, n) in [(Module::Q, spec.q_width()), (Module::K, spec.kv_width()), (Module::V, spec.kv_width())]
-            {
-                let out = work.qkv.part(first, work.qkv.len() - first);
-                self.adapters.add(card, (index, module), (n, spec.hidden), work.inputs.bf16, out, layer.qkv.n)?;
-                first += n;
-            }
-        }
-        let [q_norm, k_norm] = layer.head_norms;
-        let window = spec.window_of(index);
-        let frequencies = self.frequencies[usize::from(window.is_some())];
-        let rope = RopeKv { frequencies, magnitude: 1.0, bias: layer.bias, q_norm, k_norm };
-        let kv = self.kv.layer(self.options.kv, index);
-        rope_kv_write(card, rows, heads, work.qkv, step.positions.device, step.slots.device, &rope, &kv)?;
-        self.mark(extent, Part::Attention)?;
-        let attended = work.inputs.bf16;
-        let tiles = [(NARROW, &step.narrow, &step.narrow_merges), (WIDE, &step.wide, &step.wide_merges)];
-        for ((tile, items, merges), (count, merge_count, most)) in tiles.into_iter().zip(extent.items) {
-            Attention::run(
-                card,
-                tile,
-                (items.device, count),
-                (merges.device, merge_count, most),
-                heads,
-                work.qkv,
-                layer.qkv.n,
-                &kv,
-                step.tables.device,
-                spec.score_scale,
-                window.unwrap_or(0),
-                attended,
-                work.partial,
-            )?;
-        }
-        self.mark(extent, Part::Other)?;
-        if let Normed::Fp8(out, scales) = work.inputs.for_matrix(&layer.output) {
-            quantize_fp8(card, (rows, spec.q_width()), attended, out, scales)?;
-        }
-        self.mark(extent, Part::Product)?;
-        self.product(&layer.output, work.inputs, rows, self.outcome())?;
-        self.mark(extent, Part::Other)?;
-        self.sum(self.outcome_at(), rows)?;
-        if extent.adapted {
-            let shape = (spec.hidden, spec.q_width());
-            self.adapters.add(card, (index, Module::O), shape, attended, self.outcome_at(), spec.hidden)?;
-        }
-        self.add_outcome(layer.post_norms[0], rows)
-    }
-
-    /// Where what attention or the feed-forward gives goes: the residual stream, or beside it, to be summed over ranks or normed first.
-    fn outcome(&self) -> Sink {
-        match self.ranks.is_some() || self.spec.post_norms {
-            true => Sink::Set(self.outcome_at()),
-            false => Sink::Add(self.work.x),
-        }
-    }
-
-    fn outcome_at(&self) -> Ptr<bf16> {
-        match &self.ranks {
-            _ if self.spec.post_norms => self.work.added,
-            Some(ranks) => ranks.delta,
-            None => self.work.x,
-        }
-    }
-
-    /// The outcome, normed, to the residual stream, unless it is there.
-    fn add_outcome(&self, norm: Norm, rows: usize) -> Result<()> {
-        match self.spec.post_norms {
-            true => norm_add(&*self.card, rows, self.spec.hidden, self.work.x, self.work.added, norm),
-            false => Ok(()),
-        }
-    }
-
-    /// x += down(act(gate(norm(x))) * up(norm(x))), the outcome normed where the family does
-    fn feed_forward(&self, index: usize, layer: &Layer, extent: Extent) -> Result<()> {
-        let (card, spec, work, rows) = (&*self.card, &self.shard.spec, &self.work, extent.rows);
-        let into = work.inputs.for_matrix(&layer.gate_up);
-        add_rms_norm(card, rows, spec.hidden, work.x, self.delta(), layer.ffn_norm, into)?;
-        self.mark(extent, Part::Product)?;
-        self.product(&layer.gate_up, work.inputs, rows, Sink::Set(work.gate_up))?;
-        self.mark(extent, Part::Other)?;
-        if extent.adapted {
-            if let Normed::Fp8(..) = into {
-                let exact = Normed::Bf16(work.inputs.bf16);
-                add_rms_norm(card, rows, spec.hidden, work.x, Ptr::null(), layer.ffn_norm, exact)?;
-            }
-            for (module, first) in [(Module::Gate, 0), (Module::Up, spec.ffn)] {
-                let out = work.gate_up.part(first, work.gate_up.len() - first);
-                let shape = (spec.ffn, spec.hidden);
-                self.adapters.add(card, (index, module), shape, work.inputs.bf16, out, layer.gate_up.n)?;
-            }
-        }
-        let into = work.middle.for_matrix(&layer.down);
-        silu_mul(card, rows, spec.ffn, work.gate_up, spec.gate, into)?;
-        self.mark(extent, Part::Product)?;
-        self.product(&layer.down, work.middle, rows, self.outcome())?;
-        self.mark(extent, Part::Other)?;
-        self.sum(self.outcome_at(), rows)?;
-        if extent.adapted {
-            if let Normed::Fp8(..) = into {
-                silu_mul(card, rows, spec.ffn, work.gate_up, spec.gate, Normed::Bf16(work.middle.bf16))?;
-            }
-            let shape = (spec.hidden, spec.ffn);
-            self.adapters.add(card, (index, Module::Down), shape, work.middle.bf16, self.outcome_at(), spec.hidden)?;
-        }
-        self.add_outcome(layer.post_norms[1], rows)
-    }
-
-    /// `x * matrix^T` into `out`.
-    fn product(&self, matrix: &Matrix, x: Rows, rows: usize, out: Sink) -> Result<()> {
-        self.product_apart(matrix, x, rows, out, matrix.n)
-    }
-
-    /// The same, into rows that are `stride` numbers apart.
-    fn product_apart(&self, matrix: &Matrix, x: Rows, rows: usize, out: Sink, stride: usize) -> Result<()> {
-        let (card, Matrix { n, k, data }) = (&*self.card, *matrix);
-        let part = |first: usize, count: usize| match data {
-            Data::Bf16(data) => Weight::Bf16(data, x.bf16.part(first * k, count * k)),
-            Data::Q4(codes, scales) => Weight::Q4(codes, scales, x.bf16.part(first * k, count * k)),
-            Data::Fp8(data) => {
-                let x = Scaled { data: x.fp8.part(first * k, count * k), scales: x.scales.part(first, count) };
-                Weight::Fp8(data, x)
-            }
-        };
-        let whole = rows.next_multiple_of(LARGE_UNIT);
-        if rows > SMALL_ROWS && card.product((whole, n, k), part(0, whole), out.part(0, whole * stride), stride)? {
-            return Ok(());
-        }
-        for first in (0..rows).step_by(SMALL_ROWS) {
-            let count = SMALL_ROWS.min(rows - first);
-            gemm_small(card, (count, n, k), part(first, count), out.part(first * stride, count * stride), stride)?;
-        }
-        Ok(())
-    }
-}
-
-/// Inputs of matrices come in multiples of it.
-pub(in crate::model) fn unit(packing: Packing) -> usize {
-    match packing {
-        Packing::Bf16 => 32,
-        Packing::Fp8 => 64,
-        Packing::Q4 => 128,
     }
 }
 
