@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::result;
 use cudarc::driver::sys;
 use half::bf16;
 use parking_lot::Mutex;
@@ -27,7 +27,7 @@ use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
 use super::gemm::{Sink, Weight};
 use super::launch::{Launch, Launcher, Ptr};
 use super::nccl::Link;
-use super::pinned::{Pinned, Ring};
+use super::pinned::{Pinned, Ring, failed};
 use crate::base::{Error, Kind, Result};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -124,10 +124,6 @@ pub(super) fn preload(folders: &[impl AsRef<Path>]) -> Vec<std::path::PathBuf> {
         }
     }
     opened
-}
-
-pub(super) fn failed(what: &str, error: DriverError) -> Error {
-    Error::internal(format!("{what}: {error}"))
 }
 
 impl Device {

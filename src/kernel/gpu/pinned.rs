@@ -2,11 +2,10 @@
 
 use std::ffi::c_void;
 
-use cudarc::driver::result;
+use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use super::device::failed;
-use crate::base::Result;
+use crate::base::{Error, Result};
 
 /// A range of such memory.
 pub(super) struct Pinned {
@@ -118,4 +117,9 @@ impl Room {
             self.memory.free();
         }
     }
+}
+
+/// What the driver refused, and why.
+pub(super) fn failed(what: &str, error: DriverError) -> Error {
+    Error::internal(format!("{what}: {error}"))
 }
