@@ -54,8 +54,8 @@ use crate::model::lora::Adapter;
 use crate::model::shard::Shard;
 use crate::model::spec::{DecoderSpec, Rope};
 
-/// Of so many steps one is launched piece by piece to see what its time goes into.
-const TIMED_EVERY: u64 = 128;
+/// Of so many steps one is launched piece by piece to see what its time goes into. Emulated ones take long.
+const TIMED_EVERY: u64 = if cfg!(test) { 32 } else { 128 };
 /// Rows of a step that is launched as a whole are filled up to a multiple of this, above it.
 const FEW: usize = 8;
 /// And to a multiple of this above [`LARGE_UNIT`], where products are filled up anyway.
