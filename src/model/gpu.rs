@@ -24,7 +24,6 @@ mod load;
 mod lora;
 mod pool;
 mod ranks;
-mod synthetic;
 
 use std::sync::Arc;
 
@@ -33,7 +32,6 @@ use half::bf16;
 use self::ahead::Ahead;
 use self::draw::Drawing;
 pub use self::draw::GpuLogits;
-pub(in crate::model) use self::layers::unit;
 use self::layers::{Data, Layer, Matrix, Rows};
 use self::load::Loader;
 pub use self::load::Source;
@@ -42,7 +40,6 @@ use self::pool::KvPool;
 pub use self::pool::KvSize;
 use self::ranks::Ranks;
 pub(in crate::model) use self::ranks::Seat;
-pub use self::synthetic::{Synthetic, synthetic};
 
 use crate::base::{Error, Result};
 use crate::config::{Format, Packing};
@@ -51,7 +48,7 @@ use crate::kernel::gpu::{Attention, Bits, Card, Heads, Item, LARGE_UNIT, Merge, 
 use crate::model::Batch;
 use crate::model::batch::Bounds;
 use crate::model::lora::Adapter;
-use crate::model::shard::Shard;
+use crate::model::shard::{Shard, unit};
 use crate::model::spec::{DecoderSpec, Rope};
 
 /// Of so many steps one is launched piece by piece to see what its time goes into. Emulated ones take long.

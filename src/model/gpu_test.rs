@@ -11,7 +11,7 @@ use crate::kernel::{Dtype, Isa};
 use crate::model::lora::{CONFIG_FILE, Shape, WEIGHTS_FILE};
 use crate::model::tests_support::{SafeTensor, TINY_WINDOW, Tiny, safetensors};
 use crate::model::weights::Weights;
-use crate::model::{Decoder, DecoderOptions};
+use crate::model::{Decoder, DecoderOptions, Synthetic, synthetic};
 
 pub(super) const BLOCK: usize = 16;
 pub(super) const BLOCKS: usize = 24;

@@ -22,6 +22,7 @@ mod group;
 mod kv;
 mod layers;
 mod shard;
+mod synthetic;
 mod vocab;
 
 #[cfg(test)]
@@ -29,7 +30,8 @@ pub(crate) mod tests_support;
 
 pub use batch::{Batch, Span};
 pub use decoder::{Decoder, DecoderOptions};
-pub use gpu::{GpuDecoder, GpuLogits, GpuOptions, KvSize, Launched, Source, Synthetic, synthetic};
+pub use gpu::{GpuDecoder, GpuLogits, GpuOptions, KvSize, Launched, Source};
 pub use group::Group;
 pub use shard::Division;
+pub use synthetic::{Synthetic, synthetic};
 pub use vocab::{Detokenizer, Vocabulary};

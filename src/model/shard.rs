@@ -19,8 +19,8 @@ use crate::base::{Error, Result};
 use crate::config::{Packing, synthetic};
 use crate::kernel::{Cut, LANES, Part, share};
 use crate::model::files::ModelFiles;
-use crate::model::gpu::{self, unit};
 use crate::model::spec::DecoderSpec;
+use crate::model::synthetic::synthetic as made_up;
 use crate::model::weights::Weights;
 
 /// A decoder, and a number of ranks that it can be divided over.
@@ -105,7 +105,7 @@ impl Division {
     /// As [`Division::new`], and as [`Weights::spec`] for what is no decoder.
     pub fn check(path: &Path, ranks: usize, on_gpus: Option<Packing>) -> Result<()> {
         if let Some(name) = synthetic(path) {
-            let spec = gpu::synthetic(name)?.spec;
+            let spec = made_up(name)?.spec;
             return on_gpus.map_or(Ok(()), |packing| Self::on_gpus(&spec, ranks, packing).map(|_| ()));
         }
         let weights = Weights::peek(Arc::new(ModelFiles::open(path)?))?;
@@ -275,4 +275,13 @@ pub(super) enum Matrix {
     Down,
     /// Embedding and head.
     Words,
+}
+
+/// Inputs of a GPU's matrices come in multiples of it.
+pub(super) fn unit(packing: Packing) -> usize {
+    match packing {
+        Packing::Bf16 => 32,
+        Packing::Fp8 => 64,
+        Packing::Q4 => 128,
+    }
 }

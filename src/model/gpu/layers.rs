@@ -4,7 +4,6 @@ use half::{bf16, f16};
 
 use super::{Extent, GpuDecoder};
 use crate::base::Result;
-use crate::config::Packing;
 use crate::kernel::gpu::{
     Attention, Card, Fp8, LARGE_UNIT, NARROW, Norm, Normed, Part, Ptr, RopeKv, SMALL_ROWS, Scaled, Sink, WIDE, Weight,
     add_rms_norm, embed, gather_rows, gemm_small, norm_add, quantize_fp8, rope_kv_write, silu_mul,
@@ -255,14 +254,5 @@ impl GpuDecoder {
             gemm_small(card, (count, n, k), part(first, count), out.part(first * stride, count * stride), stride)?;
         }
         Ok(())
-    }
-}
-
-/// Inputs of matrices come in multiples of it.
-pub(in crate::model) fn unit(packing: Packing) -> usize {
-    match packing {
-        Packing::Bf16 => 32,
-        Packing::Fp8 => 64,
-        Packing::Q4 => 128,
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::super::tests::{BLOCK, BLOCKS, logits, options, part, weights};
-use super::super::{GpuDecoder, GpuOptions, KvSize, Launched, Source, Synthetic, TIMED_EVERY, synthetic};
+use super::super::{GpuDecoder, GpuOptions, KvSize, Launched, Source, TIMED_EVERY};
 use super::*;
 use crate::base::Kind;
 use crate::config::{Format, Packing};
@@ -12,7 +12,7 @@ use crate::kernel::gpu::{EmulatedCard, Wish};
 use crate::model::spec::DecoderSpec;
 use crate::model::tests_support::Tiny;
 use crate::model::weights::Weights;
-use crate::model::{Batch, Group};
+use crate::model::{Batch, Group, Synthetic, synthetic};
 
 /// Two KV heads for four query heads, interleaved; a vocabulary that no number of ranks divides, the head tied to it.
 const LLAMA: Tiny = Tiny {
