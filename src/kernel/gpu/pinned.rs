@@ -66,36 +66,27 @@ impl Ring {
     ) -> Result<()> {
         let at = self.next;
         self.next = 1 - at;
-        let wait = |room: &Room| {
+        let slot = &mut self.rooms[at];
+        if let Some(room) = slot {
             // SAFETY: an event of this context.
-            unsafe { result::event::synchronize(room.read) }.map_err(|error| failed("waiting for a copy", error))
-        };
-        let kept = match self.rooms[at].take() {
-            Some(room) => {
-                wait(&room)?;
-                if room.memory.bytes < bytes {
-                    // SAFETY: what read it is done.
-                    unsafe { room.free() };
-                    None
-                } else {
-                    Some(room)
-                }
-            }
-            None => None,
-        };
-        let room = match kept {
+            unsafe { result::event::synchronize(room.read) }.map_err(|error| failed("waiting for a copy", error))?;
+        }
+        if let Some(small) = slot.take_if(|room| room.memory.bytes < bytes) {
+            // SAFETY: what read it is done.
+            unsafe { small.free() };
+        }
+        let room = match slot {
             Some(room) => room,
             None => {
+                let memory = Pinned::alloc(bytes)?;
                 let read = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
                     .map_err(|error| failed("making an event", error))?;
-                Room { memory: Pinned::alloc(bytes)?, read }
+                slot.insert(Room { memory, read })
             }
         };
-        let room = self.rooms[at].insert(room);
-        if let Some(data) = room.memory.room(bytes) {
-            fill(data);
-            copy(data)?;
-        }
+        let data = room.memory.room(bytes).ok_or_else(|| Error::internal("a room that is too small"))?;
+        fill(data);
+        copy(data)?;
         // SAFETY: an event and a stream of this context.
         unsafe { result::event::record(room.read, stream) }.map_err(|error| failed("recording an event", error))
     }

@@ -338,15 +338,15 @@ impl Loader<'_> {
     fn send(&self, name: &str, to: Ptr<bf16>) -> Result<usize> {
         let tensor = self.weights.tensor(name)?;
         let most = (CHUNK / tensor.cols.max(1)).max(1);
-        let (mut values, mut sent) = (Vec::new(), Vec::new());
+        let mut values = Vec::new();
         for first in (0..tensor.rows).step_by(most) {
             let rows = most.min(tensor.rows - first);
             values.resize(rows * tensor.cols, 0.0);
             let bytes = &tensor.data[first * tensor.row_bytes()..][..rows * tensor.row_bytes()];
             dequantize_row(tensor.dtype, bytes, &mut values)?;
-            sent.clear();
-            sent.extend(values.iter().map(|&value| bf16::from_f32(value)));
-            self.card.upload(&sent, to.part(first * tensor.cols, sent.len()))?;
+            self.card.send(values.len(), to.part(first * tensor.cols, values.len()), |sent| {
+                sent.iter_mut().zip(&values).for_each(|(sent, &value)| *sent = bf16::from_f32(value));
+            })?;
         }
         self.weights.release(name);
         Ok(tensor.rows * tensor.cols)
