@@ -9,7 +9,9 @@
 
 Answers slow down as they grow, whoever else is there, so tokens are compared with themselves: p99 of the time between two
 tokens while the prompt is read, over p50 between the same tokens of the same streams where it never came. The goal is at
-most 2. The same is measured of llama-server in turns. How long the prompt waited for its first token is the price, and is
+most 2. Tokens that fell into moments when the processor itself ran slow (throttled hosts do that to all threads at once;
+peers.Clock watches) are left out on both sides; the figure with all of them, and their share, are shown beside. The same is
+measured of llama-server in turns. How long the prompt waited for its first token is the price, and is
 shown as well.
 
     scripts/itl_bench.py                           3 rounds, some minutes
@@ -32,7 +34,7 @@ import time
 from pathlib import Path
 
 import peers
-from peers import Llama, Neurond, Server, completion, events, note, tokens
+from peers import Clock, Llama, Neurond, Server, completion, events, note, tokens
 
 GOAL = 2.0
 OWN_PROMPT = 64
@@ -93,15 +95,16 @@ def measure(side: Server, args, number: int) -> dict:
         draw = random.Random(2000 + number)
         prompts = [tokens(draw, OWN_PROMPT) for _ in range(args.streams)]
         long = tokens(draw, args.prompt)
-        heard, sent, first = run(side, model, prompts, args, long)
+        with Clock() as clock:
+            heard, sent, first = run(side, model, prompts, args, long)
         # Of each stream: which of its gaps fell into the reading.
         spans = [[at for at, now in enumerate(times) if at and sent < now <= first] for times in heard]
         most = max((span[-1] + 1 for span in spans if span), default=0)
-        alone, *_ = run(side, model, prompts, args, None, most)
-    gaps = lambda times, span: [(times[at] - times[at - 1]) * 1000 for at in span if at < len(times)]
+        with Clock() as clock_alone:
+            alone, *_ = run(side, model, prompts, args, None, most)
     before = [(b - a) * 1000 for times in heard for a, b in zip(times[8:], times[9:]) if b <= sent]
-    during = [gap for times, span in zip(heard, spans) for gap in gaps(times, span)]
-    without = [gap for times, span in zip(alone, spans) for gap in gaps(times, span)]
+    during, during_all = gaps(heard, spans, clock)
+    without, without_all = gaps(alone, spans, clock_alone)
     p99, p50 = peers.quantile(during, 0.99), statistics.median(without)
     return {
         "p50 before, ms": statistics.median(before),
@@ -110,8 +113,18 @@ def measure(side: Server, args, number: int) -> dict:
         "p50 during, ms": statistics.median(during),
         "p99 during, ms": p99,
         "p99 during / p50 without": p99 / p50,
+        "the same, slow moments of the processor included": peers.quantile(during_all, 0.99) / statistics.median(without_all),
+        "p99 without / p50 without, those included": peers.quantile(without_all, 0.99) / statistics.median(without_all),
+        "tokens in slow moments, %": 100 * (1 - len(during) / len(during_all)),
         "first token of the prompt, ms": (first - sent) * 1000,
     }
+
+
+def gaps(heard: list, spans: list, clock: Clock) -> tuple[list[float], list[float]]:
+    """Milliseconds between tokens: those while the processor ran as fast as it does, and all."""
+    pairs = [(times[at - 1], times[at]) for times, span in zip(heard, spans) for at in span if at < len(times)]
+    every = [(b - a) * 1000 for a, b in pairs]
+    return [gap for gap, (a, b) in zip(every, pairs) if not clock.slow_between(a, b)] or every, every
 
 
 def run(side: Server, model: str, prompts: list, args, long: list | None, most: int = 0) -> tuple:

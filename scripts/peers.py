@@ -10,6 +10,7 @@ Every process is ended by its id, also when a bench is ended by TERM or an excep
 from __future__ import annotations
 
 import argparse
+import bisect
 import http.client
 import json
 import os
@@ -220,6 +221,53 @@ def warm_up(side: Server, draw: random.Random) -> str:
     for _ in events(side, "/v1/completions", completion(model, tokens(draw, 32), 4)):
         pass
     return model
+
+
+# ------------------------------------------------------------------------------------------------------------ clock
+
+
+class Clock:
+    """When the processor ran slower than it does, whoever used it: hosts that throttle a whole socket stop all threads for
+    tens of milliseconds, and no program can be blamed for those.
+
+    A process of its own does the same sum every two milliseconds and takes the processor time it costs (waiting for a core
+    does not count): some 2 % of a core. What took more than 1.3 times the median was slow, up to the sums before and after.
+
+        with Clock() as clock: ...
+        clock.slow_between(from, to)     in seconds of time.perf_counter(), after the block
+    """
+
+    SUM = """
+import select, sys, time
+done, modulus = [], (1 << 521) - 1
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], 0.002)[0]:
+    before, at = time.thread_time_ns(), time.perf_counter()
+    pow(3, modulus - 2 >> 380, modulus)
+    done.append((at, time.perf_counter(), time.thread_time_ns() - before))
+for line in done: print(*line)
+"""
+
+    def __enter__(self) -> "Clock":
+        command = [sys.executable, "-c", self.SUM]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process.stdout.readline()
+        return self
+
+    def __exit__(self, *_) -> None:
+        output, _ = self.process.communicate("over")
+        lines = [line.split() for line in output.splitlines()]
+        sums = [(float(begin), float(end), int(took)) for begin, end, took in lines]
+        usual = quantile([took for *_, took in sums], 0.5)
+        self.slow: list[tuple[float, float]] = []
+        for at, (_, _, took) in enumerate(sums):
+            if took > 1.3 * usual:
+                self.slow.append((sums[max(at - 1, 0)][1], sums[min(at + 1, len(sums) - 1)][0]))
+        self.slow.sort()
+
+    def slow_between(self, begin: float, end: float) -> bool:
+        at = bisect.bisect_right(self.slow, (end, float("inf")))
+        return at > 0 and self.slow[at - 1][1] > begin
 
 
 # ------------------------------------------------------------------------------------------------------------ words

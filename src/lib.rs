@@ -8,16 +8,22 @@ pub mod base;
 pub mod task;
 
 pub mod config;
+pub mod guard;
 pub mod kernel;
 pub mod metrics;
 pub mod net;
+pub mod route;
 pub mod store;
 
+pub mod cache;
+pub mod fallback;
 pub mod ledger;
 pub mod model;
+pub mod provider;
 pub mod vault;
 
 pub mod engine;
+pub mod registry;
 
 pub mod adapters;
 pub mod supervisor;

@@ -45,6 +45,20 @@ pub enum Kind {
     EngineLost,
     /// The daemon is draining.
     ShuttingDown,
+    /// No such gateway.
+    NoSuchGateway,
+    /// No such provider, or it cannot do this.
+    NoSuchProvider,
+    /// No key is stored under the alias that was named.
+    NoStoredKey,
+    /// An upstream could not be reached, or broke off before it answered.
+    Unreachable,
+    /// An upstream did not begin to answer in time.
+    UpstreamTimeout,
+    /// A rule of the gateway lets the request not through.
+    PromptBlocked,
+    /// A rule of the gateway lets the answer not through.
+    AnswerBlocked,
     /// A bug or a broken machine; details go to the log only.
     Internal,
 }
@@ -71,6 +85,13 @@ impl Kind {
             Self::Aborted => "aborted",
             Self::EngineLost => "engine_lost",
             Self::ShuttingDown => "shutting_down",
+            Self::NoSuchGateway => "no_such_gateway",
+            Self::NoSuchProvider => "no_such_provider",
+            Self::NoStoredKey => "no_stored_key",
+            Self::Unreachable => "unreachable",
+            Self::UpstreamTimeout => "upstream_timeout",
+            Self::PromptBlocked => "prompt_blocked",
+            Self::AnswerBlocked => "answer_blocked",
             Self::Internal => "internal",
         }
     }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::base::Millis;
+
 /// One call, from the socket to the ledger. Taken from `x-request-id` when the client sent a UUID, made otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct RequestId(uuid::Uuid);
@@ -45,6 +47,54 @@ impl fmt::Display for RequestId {
 impl fmt::Debug for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
+    }
+}
+
+/// A log record: 26 characters of Crockford's base 32 (a ULID), which sort as their times do.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LogId(u128);
+
+impl LogId {
+    const DIGITS: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
+
+    /// An id of this moment.
+    pub fn at(now: Millis) -> Self {
+        let random = uuid::Uuid::new_v4().as_u128();
+        // 80 random bits: those of a UUID that are not its version and variant.
+        let random = ((random >> 80) << 34) | (random & ((1 << 34) - 1));
+        Self((u128::from(now.0 & ((1 << 48) - 1)) << 80) | (random & ((1 << 80) - 1)))
+    }
+
+    /// Reads what [`fmt::Display`] writes, in either case.
+    pub fn parse(text: &str) -> Option<Self> {
+        if text.len() != 26 || !matches!(text.as_bytes()[0], b'0'..=b'7') {
+            return None;
+        }
+        text.bytes().try_fold(0u128, |value, letter| {
+            let digit = Self::DIGITS.iter().position(|digit| *digit == letter.to_ascii_uppercase())?;
+            Some((value << 5) | digit as u128)
+        }).map(Self)
+    }
+
+    /// When the record was begun.
+    pub fn time(self) -> Millis {
+        Millis((self.0 >> 80) as u64)
+    }
+}
+
+impl fmt::Display for LogId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = [0; 26];
+        for (at, letter) in text.iter_mut().enumerate() {
+            *letter = Self::DIGITS[(self.0 >> (125 - 5 * at)) as usize & 31];
+        }
+        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
+    }
+}
+
+impl fmt::Debug for LogId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
@@ -116,5 +166,26 @@ impl SlotId {
     pub fn next() -> Self {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
         Self(NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_id_is_read_back_and_sorts_by_its_time() {
+        let early = LogId::at(Millis(1_700_000_000_000));
+        let late = LogId::at(Millis(1_700_000_000_001));
+        let (early_text, late_text) = (early.to_string(), late.to_string());
+        assert!(early_text < late_text && early < late);
+        assert_eq!((early_text.len(), early.time()), (26, Millis(1_700_000_000_000)));
+        assert_eq!(LogId::parse(&early_text), Some(early));
+        assert_eq!(LogId::parse(&early_text.to_lowercase()), Some(early));
+        assert!(early_text.starts_with("01HF7YAT00"), "as any ULID of that moment: {early_text}");
+        assert_ne!(LogId::at(Millis(0)), LogId::at(Millis(0)));
+        for bad in ["", "8ZZZZZZZZZZZZZZZZZZZZZZZZZ", "01HF7YAT00U000000000000000", "01HF7YAT0"] {
+            assert_eq!(LogId::parse(bad), None, "{bad}");
+        }
     }
 }

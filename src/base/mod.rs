@@ -8,7 +8,7 @@ mod secret;
 mod time;
 
 pub use error::{Error, Kind, Result};
-pub use id::{AccountId, DeviceId, KeyId, ModelId, RequestId, SlotId};
+pub use id::{AccountId, DeviceId, KeyId, LogId, ModelId, RequestId, SlotId};
 pub use neuron::Neurons;
 pub use phase::Phase;
 pub use secret::Secret;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::Block;
+use super::gateway::{GatewaySection, ProviderSection, RegistrySection, VaultSection};
 use super::value::{ByteSize, Written};
 use super::{Format, KvType, Packing, Precision};
 
@@ -46,6 +47,18 @@ pub struct File {
     pub model: Vec<ModelSection>,
     /// LoRA adapters that accounts bring.
     pub lora: LoraSection,
+    /// One block a gateway that the file decides about.
+    pub gateway: Vec<GatewaySection>,
+    /// One block a provider with another address or a key, or of one's own.
+    pub provider: Vec<ProviderSection>,
+    /// What stored keys are sealed with.
+    pub vault: VaultSection,
+    /// What the management API is told.
+    pub registry: RegistrySection,
+    /// How other servers are called.
+    pub upstream: UpstreamSection,
+    /// Answers of upstreams that are given again.
+    pub cache: CacheSection,
     /// What can be asked for by name.
     pub catalog: CatalogSection,
     /// What is logged and how.
@@ -158,6 +171,11 @@ pub struct TokenSection {
     /// May use any account in a path: for operators.
     #[serde(default)]
     pub any_account: bool,
+    /// What it is good for: `"run"` (calls of the models served here), `"gateway"` (calls through every gateway of its account),
+    /// `"gateway:NAME"` (through that one), `"admin"` (the management API). Left out: all of it.
+    /// Example: `["run", "gateway:prod"]`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scopes: Option<Vec<String>>,
     /// Refused after this moment: a date (`2027-12-31`, to its end in UTC) or a time with offset (`2027-12-31T12:00:00Z`).
     /// Left out: never.
     /// Example: `2027-12-31`
@@ -430,6 +448,87 @@ impl Default for LoraSection {
             max_adapters: 100,
             cache_bytes: ByteSize(1 << 30),
             public_account: None,
+        }
+    }
+}
+
+/// `[upstream]`: how other servers are called, all providers alike; `[[provider]]` and `[[gateway]]` say what differs.
+/// Times are milliseconds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct UpstreamSection {
+    /// From looking up the name to the end of the TLS handshake.
+    pub connect_timeout_ms: u64,
+    /// From sending the request to the head of the answer, unless a gateway or a caller says less. A provider that thinks
+    /// before it answers a call that does not stream takes minutes.
+    pub first_byte_timeout_ms: u64,
+    /// Between two pieces of an answer that has begun. There is no bound on the whole of it.
+    pub idle_timeout_ms: u64,
+    /// From the first attempt of a call to the head of its answer, retries and fallbacks included.
+    pub total_timeout_ms: u64,
+    /// The longest wait that a provider's `Retry-After` is obeyed for; what asks for more is not waited for.
+    pub max_retry_after_ms: u64,
+    /// Let every provider be on a private address (loopback, 10.0.0.0/8, link-local …). Callers choose addresses of custom
+    /// providers, so without it those that resolve to one are refused; `[[provider]] allow_private` allows a single one.
+    pub allow_private: bool,
+    /// `host:port` of an HTTP proxy that all calls go through (CONNECT). The environment's `HTTPS_PROXY` is not looked at.
+    /// Left out: servers are called directly.
+    /// Example: `"proxy.internal:3128"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<String>,
+    /// PEM file of certificate authorities that are believed besides those of the web: for a provider of your own.
+    /// Left out: those of the web only.
+    /// Example: `"/etc/ssl/certs/internal.pem"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// Largest answer that is read whole, because it is translated or checked by rules. Others are passed on however long.
+    pub max_answer_bytes: ByteSize,
+}
+
+impl Default for UpstreamSection {
+    fn default() -> Self {
+        Self {
+            connect_timeout_ms: 5_000,
+            first_byte_timeout_ms: 300_000,
+            idle_timeout_ms: 120_000,
+            total_timeout_ms: 600_000,
+            max_retry_after_ms: 10_000,
+            allow_private: false,
+            proxy: None,
+            ca_file: None,
+            max_answer_bytes: ByteSize(64 << 20),
+        }
+    }
+}
+
+/// `[cache]`: answers of upstreams that are given again. Whether a gateway keeps any is its own setting (`cache_ttl`).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheSection {
+    /// Memory for answers; beyond it the least recently used are only on disk, or forgotten. Bytes, or text such as `"256MiB"`.
+    pub memory_bytes: ByteSize,
+    /// Disk for answers, in `folder`; beyond it the oldest go. 0: memory only.
+    pub disk_bytes: ByteSize,
+    /// Most answers, in memory and on disk.
+    pub max_entries: usize,
+    /// The largest answer that is kept.
+    pub max_entry_bytes: ByteSize,
+    /// Folder of the answers on disk, which survive a restart.
+    /// Left out: `cache` in the state directory: `$STATE_DIRECTORY` (set by systemd's `StateDirectory=`), or
+    /// `$XDG_STATE_HOME/neurond`, or `~/.local/state/neurond`; without any of them answers are kept in memory only.
+    /// Example: `"/var/cache/neurond"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
+}
+
+impl Default for CacheSection {
+    fn default() -> Self {
+        Self {
+            memory_bytes: ByteSize(256 << 20),
+            disk_bytes: ByteSize(1 << 30),
+            max_entries: 100_000,
+            max_entry_bytes: ByteSize(25 << 20),
+            folder: None,
         }
     }
 }

@@ -23,6 +23,7 @@ pub use value::ByteSize;
 
 mod catalog;
 mod file;
+pub mod gateway;
 mod machine;
 mod price;
 mod reload;
@@ -53,6 +54,16 @@ pub struct Config {
     pub models: Vec<Model>,
     /// Adapters that accounts bring.
     pub lora: Lora,
+    /// Gateways and providers that the file decides about.
+    pub fixed: gateway::Fixed,
+    /// Where master keys are that stored keys are sealed with.
+    pub key_files: gateway::KeyFiles,
+    /// Where the registry keeps what the management API was told.
+    pub registry: Option<PathBuf>,
+    /// How other servers are called.
+    pub upstream: Upstream,
+    /// Answers that are given again.
+    pub cache: Cache,
     /// Everything that can be asked for by name, loaded or not.
     pub catalog: Arc<Catalog>,
     /// What is logged and how.
@@ -165,8 +176,72 @@ pub struct Token {
     pub account: AccountId,
     /// May use any account id in a path (an operator's token).
     pub any_account: bool,
+    /// What it is good for.
+    pub scopes: Scopes,
     /// Unix milliseconds after which it is refused.
     pub expires: Option<Millis>,
+}
+
+/// What a token is good for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scopes {
+    /// Calls of models served here.
+    pub run: bool,
+    /// Calls through gateways.
+    pub gateways: Gateways,
+    /// The management API.
+    pub admin: bool,
+}
+
+/// Which gateways a token opens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Gateways {
+    /// None.
+    None,
+    /// Those.
+    These(Arc<[String]>),
+    /// All of its account.
+    All,
+}
+
+impl Scopes {
+    /// Everything.
+    pub const ALL: Self = Self { run: true, gateways: Gateways::All, admin: true };
+
+    /// Reads `run`, `admin`, `gateway` and `gateway:NAME`.
+    ///
+    /// # Errors
+    /// The word that is none of them.
+    pub fn parse<'a>(words: impl IntoIterator<Item = &'a str>) -> std::result::Result<Self, &'a str> {
+        let mut scopes = Self { run: false, gateways: Gateways::None, admin: false };
+        let (mut all, mut these) = (false, Vec::new());
+        for word in words {
+            match word {
+                "run" => scopes.run = true,
+                "admin" => scopes.admin = true,
+                "gateway" => all = true,
+                _ => match word.strip_prefix("gateway:") {
+                    Some(name) if !name.is_empty() => these.push(name.to_owned()),
+                    _ => return Err(word),
+                },
+            }
+        }
+        scopes.gateways = match (all, these.is_empty()) {
+            (true, _) => Gateways::All,
+            (false, false) => Gateways::These(these.into()),
+            (false, true) => Gateways::None,
+        };
+        Ok(scopes)
+    }
+
+    /// Whether it opens a gateway.
+    pub fn opens(&self, gateway: &str) -> bool {
+        match &self.gateways {
+            Gateways::None => false,
+            Gateways::These(names) => names.iter().any(|name| name == gateway),
+            Gateways::All => true,
+        }
+    }
 }
 
 /// How devices compute.
@@ -316,6 +391,44 @@ pub struct Lora {
     pub cache_bytes: u64,
     /// Whose adapters everybody may use.
     pub public_account: Option<AccountId>,
+}
+
+/// How other servers are called.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Upstream {
+    /// From the name to the end of the handshake.
+    pub connect_timeout: Duration,
+    /// To the head of an answer.
+    pub first_byte_timeout: Duration,
+    /// Between two pieces of an answer.
+    pub idle_timeout: Duration,
+    /// To the head of an answer, all attempts together.
+    pub total_timeout: Duration,
+    /// Longest `Retry-After` that is obeyed.
+    pub max_retry_after: Duration,
+    /// Whether every server may be on a private address.
+    pub allow_private: bool,
+    /// `host:port` of a proxy.
+    pub proxy: Option<String>,
+    /// Certificate authorities besides the web's, as PEM text.
+    pub authorities: Option<String>,
+    /// Largest answer that is read whole.
+    pub max_answer_bytes: usize,
+}
+
+/// Answers that are given again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cache {
+    /// In memory.
+    pub memory_bytes: u64,
+    /// On disk; 0: memory only.
+    pub disk_bytes: u64,
+    /// Most of them.
+    pub max_entries: usize,
+    /// The largest one.
+    pub max_entry_bytes: u64,
+    /// Where they are on disk.
+    pub folder: Option<PathBuf>,
 }
 
 /// The settings of a device without weights, for tests and load work: a path `sim` or `sim:key=value,…`, unless there is

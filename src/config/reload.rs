@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use crate::base::AccountId;
 
-use super::{Account, Auth, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Server, Spill};
+use super::{Account, Auth, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Server, Spill, Upstream};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +60,9 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.accounts(&old.accounts, &new.accounts);
     changes.models(&old.models, &new.models);
     changes.lora(&old.lora, &new.lora);
+    changes.told(old, new);
+    changes.upstream(&old.upstream, &new.upstream);
+    changes.cache(&old.cache, &new.cache);
     changes.catalog(old, new);
     changes.log(&old.log, &new.log);
     changes.0
@@ -231,6 +234,59 @@ impl Changes {
         }
     }
 
+    /// Blocks of gateways and providers hold secrets: which changed is said, not how.
+    fn told(&mut self, old: &Config, new: &Config) {
+        if old.fixed.gateways != new.fixed.gateways {
+            self.note("gateway", "as they were", "changed", Effect::Live);
+        }
+        if old.fixed.providers != new.fixed.providers {
+            self.note("provider", "as they were", "changed", Effect::Live);
+        }
+        if old.key_files != new.key_files {
+            self.note("vault", "as it was", "changed", Effect::Restart);
+        }
+        self.note("registry.folder", old.registry.as_ref(), new.registry.as_ref(), Effect::Restart);
+    }
+
+    fn upstream(&mut self, old: &Upstream, new: &Upstream) {
+        let Upstream {
+            connect_timeout,
+            first_byte_timeout,
+            idle_timeout,
+            total_timeout,
+            max_retry_after,
+            allow_private,
+            proxy,
+            authorities,
+            max_answer_bytes,
+        } = new;
+        for (key, was, is, effect) in [
+            ("upstream.connect_timeout_ms", old.connect_timeout, connect_timeout, Effect::Restart),
+            ("upstream.first_byte_timeout_ms", old.first_byte_timeout, first_byte_timeout, Effect::Live),
+            ("upstream.idle_timeout_ms", old.idle_timeout, idle_timeout, Effect::Live),
+            ("upstream.total_timeout_ms", old.total_timeout, total_timeout, Effect::Live),
+            ("upstream.max_retry_after_ms", old.max_retry_after, max_retry_after, Effect::Live),
+        ] {
+            self.note(key, was.as_millis(), is.as_millis(), effect);
+        }
+        // What workers' clients were made with cannot change under them.
+        self.note("upstream.allow_private", old.allow_private, *allow_private, Effect::Restart);
+        self.note("upstream.proxy", old.proxy.as_ref(), proxy.as_ref(), Effect::Restart);
+        if old.authorities != *authorities {
+            self.note("upstream.ca_file", "as it was", "changed", Effect::Restart);
+        }
+        self.note("upstream.max_answer_bytes", old.max_answer_bytes, *max_answer_bytes, Effect::Live);
+    }
+
+    fn cache(&mut self, old: &Cache, new: &Cache) {
+        let Cache { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder } = new;
+        self.note("cache.memory_bytes", old.memory_bytes, *memory_bytes, Effect::Restart);
+        self.note("cache.disk_bytes", old.disk_bytes, *disk_bytes, Effect::Restart);
+        self.note("cache.max_entries", old.max_entries, *max_entries, Effect::Restart);
+        self.note("cache.max_entry_bytes", old.max_entry_bytes, *max_entry_bytes, Effect::Restart);
+        self.note("cache.folder", old.folder.as_ref(), folder.as_ref(), Effect::Restart);
+    }
+
     fn lora(&mut self, old: &Lora, new: &Lora) {
         let Lora { path, max_file_bytes, max_adapters, cache_bytes, public_account } = new;
         self.note("lora.path", old.path.as_ref(), path.as_ref(), Effect::Restart);
@@ -320,6 +376,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::{KvType, Precision, Token};
+    use super::super::Scopes;
     use super::*;
     use crate::base::{AccountId, KeyId, Millis, ModelId};
     use crate::task::Task;
@@ -343,7 +400,7 @@ mod tests {
 
     fn token(id: &str, hash: u8) -> Token {
         let (id, account) = (KeyId::new(id), AccountId::new("x"));
-        Token { id, sha256: [hash; 32], account, any_account: false, expires: None }
+        Token { id, sha256: [hash; 32], account, any_account: false, scopes: Scopes::ALL, expires: None }
     }
 
     /// Makes two equal configurations, changes one, and compares what is said about it.

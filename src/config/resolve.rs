@@ -13,13 +13,15 @@ use sha2::{Digest, Sha256};
 
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
 use super::file::{
-    AccountSection, EngineSection, File, GpuSection, LogSection, LoraSection, ModelSection, ServerSection, TokenSection,
+    AccountSection, CacheSection, EngineSection, File, GpuSection, LogSection, LoraSection, ModelSection, ServerSection,
+    TokenSection, UpstreamSection,
 };
+use super::gateway;
 use super::machine::Surroundings;
 use super::value::{ByteSize, Written};
 use super::{
-    Account, Auth, Binding, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision, Price,
-    Server, Spill, Token,
+    Account, Auth, Binding, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision, Price,
+    Scopes, Server, Spill, Token, Upstream,
 };
 use super::{simulated, synthetic};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
@@ -63,6 +65,9 @@ pub(super) fn resolve(
     let accounts = accounts(&mut check, &file.account);
     let models = models(&mut check, &file.model, &catalog, engine.threads, folder, machine);
     let lora = lora(&mut check, &file.lora, folder, machine);
+    let told = gateways(&mut check, &file, origin, folder, machine);
+    let upstream = upstream(&mut check, &file.upstream, folder, machine);
+    let cache = cache(&mut check, &file.cache, folder, machine);
     let log = log(&mut check, &file.log);
 
     if let Some(binding) = binding.as_ref().filter(|b| b.listen == server.listen && b.listen.port() != 0) {
@@ -104,7 +109,26 @@ pub(super) fn resolve(
         }
     }
     let origin = origin.map(Path::to_path_buf);
-    Ok(Config { server, binding, auth, engine, gpu, batches, accounts, models, lora, catalog, log, origin, warnings })
+    Ok(Config {
+        server,
+        binding,
+        auth,
+        engine,
+        gpu,
+        batches,
+        accounts,
+        models,
+        lora,
+        fixed: told.fixed,
+        key_files: told.keys,
+        registry: told.registry,
+        upstream,
+        cache,
+        catalog,
+        log,
+        origin,
+        warnings,
+    })
 }
 
 /// The command line wins; its models follow in [`catalog`], once aliases are known.
@@ -265,12 +289,6 @@ fn accounts(check: &mut Check, sections: &[AccountSection]) -> Vec<Account> {
 }
 
 fn lora(check: &mut Check, section: &LoraSection, folder: &Path, machine: &Surroundings) -> Lora {
-    let state = || {
-        let absolute = |name: &str| (machine.variable)(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        absolute("STATE_DIRECTORY")
-            .or_else(|| Some(absolute("XDG_STATE_HOME")?.join("neurond")))
-            .or_else(|| Some(absolute("HOME")?.join(".local/state/neurond")))
-    };
     for (key, bytes) in [("lora.max_file_bytes", section.max_file_bytes), ("lora.cache_bytes", section.cache_bytes)] {
         if bytes.0 < 1 << 20 {
             check.wrong(key, bytes, "is less than 1MiB, too little for any adapter; leave it out for the default");
@@ -278,11 +296,99 @@ fn lora(check: &mut Check, section: &LoraSection, folder: &Path, machine: &Surro
     }
     check.at_least_one("lora.max_adapters", section.max_adapters);
     Lora {
-        path: section.path.as_ref().map(|path| folder.join(path)).or_else(|| Some(state()?.join("adapters"))),
+        path: section.path.as_ref().map(|path| folder.join(path)).or_else(|| state(machine, "adapters")),
         max_file_bytes: section.max_file_bytes.0,
         max_adapters: section.max_adapters,
         cache_bytes: section.cache_bytes.0,
         public_account: section.public_account.as_ref().map(|account| check.account("lora.public_account", account)),
+    }
+}
+
+/// What the file says of gateways and providers.
+fn gateways(
+    check: &mut Check,
+    file: &File,
+    origin: Option<&Path>,
+    folder: &Path,
+    machine: &Surroundings,
+) -> gateway::Resolved {
+    let written = gateway::Sections {
+        gateway: &file.gateway,
+        provider: &file.provider,
+        vault: &file.vault,
+        registry: &file.registry,
+    };
+    let origin = origin.map_or_else(|| "built-in defaults".to_owned(), |path| path.display().to_string());
+    let mut told = gateway::resolve(&written, &origin, folder, machine);
+    check.problems.append(&mut told.problems);
+    told.warnings.drain(..).for_each(|warning| check.warn(warning));
+    told
+}
+
+/// A folder of ours in the state directory.
+fn state(machine: &Surroundings, name: &str) -> Option<PathBuf> {
+    Some(gateway::state_folder(machine)?.join(name))
+}
+
+fn upstream(check: &mut Check, section: &UpstreamSection, folder: &Path, machine: &Surroundings) -> Upstream {
+    let mut time = |key: &str, ms: u64| {
+        if ms == 0 {
+            check.wrong(key, ms, "would end every call at once; write at least 1");
+        }
+        Duration::from_millis(ms)
+    };
+    let connect_timeout = time("upstream.connect_timeout_ms", section.connect_timeout_ms);
+    let first_byte_timeout = time("upstream.first_byte_timeout_ms", section.first_byte_timeout_ms);
+    let idle_timeout = time("upstream.idle_timeout_ms", section.idle_timeout_ms);
+    let total_timeout = time("upstream.total_timeout_ms", section.total_timeout_ms);
+    if let Some(proxy) = &section.proxy {
+        let port = proxy.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>().ok())?);
+        if port.is_none() || proxy.contains('/') {
+            check.wrong("upstream.proxy", format_args!("{proxy:?}"), "is not HOST:PORT, such as \"proxy.internal:3128\"");
+        }
+    }
+    let authorities = section.ca_file.as_ref().and_then(|path| {
+        let path = folder.join(path);
+        match (machine.text)(&path) {
+            Ok(text) if text.contains("-----BEGIN CERTIFICATE-----") => Some(text),
+            Ok(_) => {
+                check.wrong("upstream.ca_file", path.display(), "holds no certificate; it must be a PEM file");
+                None
+            }
+            Err(error) => {
+                check.wrong("upstream.ca_file", path.display(), &format!("cannot be read: {error}"));
+                None
+            }
+        }
+    });
+    let max_answer_bytes = usize::try_from(section.max_answer_bytes.0).unwrap_or(usize::MAX);
+    check.at_least_one("upstream.max_answer_bytes", max_answer_bytes);
+    Upstream {
+        connect_timeout,
+        first_byte_timeout,
+        idle_timeout,
+        total_timeout,
+        max_retry_after: Duration::from_millis(section.max_retry_after_ms),
+        allow_private: section.allow_private,
+        proxy: section.proxy.clone(),
+        authorities,
+        max_answer_bytes,
+    }
+}
+
+fn cache(check: &mut Check, section: &CacheSection, folder: &Path, machine: &Surroundings) -> Cache {
+    for (key, bytes) in [("cache.memory_bytes", section.memory_bytes), ("cache.max_entry_bytes", section.max_entry_bytes)] {
+        if bytes.0 == 0 {
+            check.wrong(key, 0, "leaves room for no answer; write at least some MiB");
+        }
+    }
+    check.at_least_one("cache.max_entries", section.max_entries);
+    Cache {
+        memory_bytes: section.memory_bytes.0,
+        disk_bytes: section.disk_bytes.0,
+        max_entries: section.max_entries,
+        max_entry_bytes: section.max_entry_bytes.0,
+        folder: section.folder.as_ref().map(|path| folder.join(path)).or_else(|| state(machine, "cache")),
     }
 }
 
@@ -382,7 +488,17 @@ fn token(check: &mut Check, key: &str, written: &TokenSection, machine: &Surroun
         ));
     }
     let account = check.account(&format!("{named}.account"), &written.account);
-    tokens.push(Token { id: KeyId::new(&written.id), sha256, account, any_account: written.any_account, expires });
+    let scopes = match written.scopes.as_ref().map(|words| Scopes::parse(words.iter().map(String::as_str))) {
+        None => Scopes::ALL,
+        Some(Ok(scopes)) => scopes,
+        Some(Err(word)) => {
+            let remedy = "is no scope; write \"run\", \"gateway\", \"gateway:NAME\" or \"admin\"";
+            check.wrong(&format!("{key}.scopes"), format_args!("{word:?}"), remedy);
+            Scopes::ALL
+        }
+    };
+    let (id, any_account) = (KeyId::new(&written.id), written.any_account);
+    tokens.push(Token { id, sha256, account, any_account, scopes, expires });
 }
 
 /// The hash, written or made of an environment variable's value.

@@ -1,11 +1,18 @@
-//! The life of a call, whatever surface it came through.
+//! The life of a call, whatever surface it came through. This file serves calls of models in this process; `relay.rs` those
+//! that go through a gateway, to anybody.
 //!
 //!     Call --replica--> tokens --reserve--> submit --first event--> Delivery --Done | Failed | Drop--> settled, logged
 //!
 //! Up to the first event everything that goes wrong is an ordinary error; afterwards the answer has begun and the
 //! [`Delivery`] carries on alone.
 
+pub mod limits;
+pub mod options;
+pub mod pipe;
+pub mod record;
+pub mod relay;
 pub mod route;
+pub mod step;
 
 mod call;
 mod calls;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap};
 use actix_web::web;
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use futures_util::future::try_join_all;
 use serde_json::Value;
@@ -155,47 +155,70 @@ pub(super) fn no_such_model(catalog: &Catalog, name: &str) -> Error {
     Error::new(Kind::NoSuchModel, format!("No such model `{told}` or task{hint}")).with_param("model")
 }
 
-/// Reads a whole JSON body.
+/// A body as JSON, sent as it is.
 ///
 /// # Errors
-/// `TooLarge` beyond `limit` bytes, `Timeout` if it is not there within `patience`, `BadInput` if it is not JSON in UTF-8.
-pub(super) async fn read_json(
-    headers: &HeaderMap,
-    payload: web::Payload,
-    limit: usize,
-    patience: Duration,
-) -> Result<Value> {
-    let too_large = || {
-        let message = format!("The request body is larger than {limit} bytes, the limit of this server.");
-        Error::new(Kind::TooLarge, message)
-    };
+/// `BadInput` if it is compressed or not JSON in UTF-8.
+pub(super) async fn plain_json(headers: &HeaderMap, body: Bytes) -> Result<Value> {
     if let Some(encoding) = headers.get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity") {
         let encoding = encoding.to_str().unwrap_or("?");
         return Err(Error::bad_input(format!("Content-Encoding `{encoding}` is not accepted: send plain JSON")));
     }
+    parse_json(body).await
+}
+
+/// Reads a whole body, whatever it holds. A body that came in one piece is not copied.
+///
+/// # Errors
+/// `TooLarge` beyond `limit` bytes, `Timeout` if it is not there within `patience`.
+pub(super) async fn read_bytes(
+    headers: &HeaderMap,
+    mut payload: web::Payload,
+    limit: usize,
+    patience: Duration,
+) -> Result<Bytes> {
+    let too_large = || {
+        let message = format!("The request body is larger than {limit} bytes, the limit of this server.");
+        Error::new(Kind::TooLarge, message)
+    };
     let announced = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limit) {
         return Err(too_large());
     }
     let read = async {
-        let mut body = BytesMut::with_capacity(announced.unwrap_or(0).min(INLINE_BODY_BYTES));
-        let mut payload = payload;
+        let mut whole = Bytes::new();
+        let mut body = BytesMut::new();
         while let Some(chunk) = payload.next().await {
             let chunk = chunk.map_err(|error| {
                 Error::bad_input("the request body broke off before its end")
                     .with_source(std::io::Error::other(error.to_string()))
             })?;
-            if body.len() + chunk.len() > limit {
+            if whole.len() + body.len() + chunk.len() > limit {
                 return Err(too_large());
+            }
+            if whole.is_empty() && body.is_empty() {
+                whole = chunk;
+                continue;
+            }
+            if body.is_empty() {
+                body.reserve(announced.unwrap_or(0).min(INLINE_BODY_BYTES).max(whole.len() + chunk.len()));
+                body.extend_from_slice(&std::mem::take(&mut whole));
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(body)
+        Ok(if body.is_empty() { whole } else { body.freeze() })
     };
-    let body = tokio::time::timeout(patience, read).await.map_err(|_| {
+    tokio::time::timeout(patience, read).await.map_err(|_| {
         let message = format!("The request body was not complete within {} s.", patience.as_secs_f64());
         Error::new(Kind::Timeout, message)
-    })??;
+    })?
+}
+
+/// A body as JSON; a large one is parsed on a blocking thread.
+///
+/// # Errors
+/// `BadInput` if it is not JSON in UTF-8.
+pub(super) async fn parse_json(body: Bytes) -> Result<Value> {
     if body.len() <= INLINE_BODY_BYTES {
         return parse(&body);
     }

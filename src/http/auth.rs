@@ -21,11 +21,11 @@ pub(super) fn caller(services: &Services, listener: Listener, route: &Route, hea
                 "The AI binding is no longer configured on this server.",
             ));
         };
-        return Ok(Caller { account: binding.account.clone(), key: None });
+        return Ok(Caller::anonymous(binding.account.clone()));
     }
     let token = bearer(headers).or_else(|| {
         // Anthropic's SDKs and some OpenAI clients; never on Cloudflare's own surface.
-        let compatible = matches!(route.surface, Surface::OpenAi | Surface::CloudflareV1);
+        let compatible = matches!(route.surface, Surface::OpenAi | Surface::CloudflareV1 | Surface::Messages);
         compatible.then(|| headers.get("x-api-key")?.to_str().ok()).flatten()
     });
     let admitted = services.vault.admit(token, route.account.as_deref(), Millis::now());
@@ -36,12 +36,21 @@ pub(super) fn caller(services: &Services, listener: Listener, route: &Route, hea
 }
 
 /// The token of `Authorization: Bearer …`. Another scheme is an empty token: sent, and known to nobody.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(AUTHORIZATION)?;
     let Some((scheme, token)) = value.to_str().ok().and_then(|value| value.trim().split_once(' ')) else {
         return Some("");
     };
     Some(if scheme.eq_ignore_ascii_case("bearer") { token.trim() } else { "" })
+}
+
+/// The token of `cf-aig-authorization`, whose scheme may be left out.
+pub(super) fn bare(value: &str) -> &str {
+    let value = value.trim();
+    match value.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+        _ => value,
+    }
 }
 
 #[cfg(test)]

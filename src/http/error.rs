@@ -3,6 +3,9 @@
 //!     OpenAI         {"error":{"message","type","param","code"}}
 //!     Cloudflare     {"result":{},"success":false,"errors":[{"code","message"}],"messages":[]}   (+ OpenAI's `error` on /ai/v1)
 //!     AI binding     {"name","internalCode","httpCode","message","description","requestId"}
+//!     AI Gateway     {"success":false,"result":[],"messages":[],"error":[{"code","message"}],"name","httpCode","internalCode","message","description"}
+//!     its management {"success":false,"errors":[{"code","message"}],"result":null,"messages":[]}
+//!     Messages       {"type":"error","error":{"type","message"},"request_id"}
 
 use std::time::Duration;
 
@@ -58,7 +61,26 @@ const fn wire(kind: Kind) -> Wire {
         Kind::Aborted => w(408, 3008, 408, SERVER, "aborted"),
         Kind::EngineLost => w(503, 3040, 503, SERVER, "engine_lost"),
         Kind::ShuttingDown => w(503, 3040, 503, SERVER, "shutting_down"),
+        Kind::NoSuchGateway => w(400, 2001, 400, INVALID, "gateway_not_found"),
+        Kind::NoSuchProvider => w(400, 2008, 400, INVALID, "provider_not_found"),
+        Kind::NoStoredKey => w(400, 2040, 400, INVALID, "stored_key_not_found"),
+        Kind::Unreachable => w(502, 2005, 502, SERVER, "upstream_unreachable"),
+        Kind::UpstreamTimeout => w(504, 2005, 504, SERVER, "upstream_timeout"),
+        Kind::PromptBlocked => w(424, 2016, 424, INVALID, "prompt_blocked"),
+        Kind::AnswerBlocked => w(424, 2017, 424, INVALID, "response_blocked"),
         Kind::Internal => w(500, 3043, 500, SERVER, "internal_error"),
+    }
+}
+
+/// The number of a kind in a gateway's own refusals, where those have one of their own.
+const fn gateway_code(kind: Kind) -> u32 {
+    match kind {
+        Kind::Unauthorized | Kind::Forbidden => 2009,
+        Kind::RateLimited => 2003,
+        Kind::OutOfNeurons => 2041,
+        Kind::BadInput | Kind::Unsupported | Kind::TooLarge | Kind::ContextLength => 7003,
+        Kind::NoSuchModel => 2008,
+        _ => wire(kind).code,
     }
 }
 
@@ -69,17 +91,18 @@ const SOON: Duration = Duration::from_secs(1);
 pub(super) fn status(surface: Surface, error: &Error) -> StatusCode {
     let wire = wire(error.kind());
     let status = match surface {
-        _ if is_lora(error) && surface != Surface::OpenAi => 405,
-        Surface::OpenAi => wire.openai_status,
-        Surface::CloudflareV1 | Surface::Native | Surface::Binding => wire.status,
+        _ if is_lora(error) && !matches!(surface, Surface::OpenAi | Surface::Messages) => 405,
+        Surface::OpenAi | Surface::Messages => wire.openai_status,
+        Surface::Management if error.kind() == Kind::BadInput => 400,
+        Surface::CloudflareV1 | Surface::Native | Surface::Binding | Surface::Gateway | Surface::Management => wire.status,
     };
     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }
 
-/// An error as a whole response.
-pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpResponse {
+/// An error as a body.
+pub(super) fn value(surface: Surface, id: RequestId, error: &Error) -> Value {
     let status = status(surface, error);
-    let body = match surface {
+    match surface {
         Surface::OpenAi => json!({ "error": openai(error) }),
         Surface::CloudflareV1 => {
             let mut body = envelope(id, error);
@@ -88,7 +111,16 @@ pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpRe
         }
         Surface::Native => envelope(id, error),
         Surface::Binding => binding(id, status, error),
-    };
+        Surface::Gateway => gateway(status, error),
+        Surface::Management => management(error),
+        Surface::Messages => messages(id, status, error),
+    }
+}
+
+/// An error as a whole response.
+pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpResponse {
+    let status = status(surface, error);
+    let body = value(surface, id, error);
     let mut response = HttpResponse::build(status);
     response.content_type("application/json");
     let wait = error.retry_after().or(match error.kind() {
@@ -151,6 +183,57 @@ fn binding(id: RequestId, status: StatusCode, error: &Error) -> Value {
         "description": description,
         "requestId": id.to_string(),
     })
+}
+
+fn gateway(status: StatusCode, error: &Error) -> Value {
+    let code = gateway_code(error.kind());
+    let message = match error.kind() {
+        Kind::Unauthorized => "Unauthorized",
+        Kind::NoSuchGateway => "Please configure AI Gateway in the Cloudflare dashboard",
+        Kind::RateLimited => "Rate limited",
+        _ => public_message(error),
+    };
+    json!({
+        "success": false,
+        "result": [],
+        "messages": [],
+        "error": [{ "code": code, "message": message }],
+        "name": "AiGatewayError",
+        "httpCode": status.as_u16(),
+        "internalCode": code,
+        "message": message,
+        "description": public_message(error),
+    })
+}
+
+fn management(error: &Error) -> Value {
+    let code = match error.kind() {
+        Kind::NotFound | Kind::NoSuchGateway => 7002,
+        Kind::Unauthorized | Kind::Forbidden => 10000,
+        _ => 7001,
+    };
+    json!({
+        "success": false,
+        "errors": [{ "code": code, "message": public_message(error) }],
+        "result": null,
+        "messages": [],
+    })
+}
+
+/// As Anthropic's API words it.
+fn messages(id: RequestId, status: StatusCode, error: &Error) -> Value {
+    let kind = match status.as_u16() {
+        400 | 422 | 424 => "invalid_request_error",
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 | 529 => "overloaded_error",
+        408 | 504 => "timeout_error",
+        _ => "api_error",
+    };
+    json!({ "type": "error", "error": { "type": kind, "message": public_message(error) }, "request_id": id.to_string() })
 }
 
 fn code(error: &Error) -> u32 {

@@ -4,7 +4,9 @@ use actix_web::HttpResponse;
 use actix_web::http::StatusCode;
 use serde_json::json;
 
-use crate::base::{Phase, Result};
+use crate::base::{Millis, Phase, Result};
+use crate::fallback::Rest;
+use crate::gateway::record::label;
 use crate::http::{Services, answer};
 
 /// The process answers; nothing else is claimed.
@@ -34,7 +36,27 @@ pub(super) fn ready(services: &Services) -> Result<HttpResponse> {
     answer::json(status, &json!({ "status": word, "reasons": reasons, "models": models }))
 }
 
-/// Every series, in Prometheus' text format.
-pub(super) fn metrics(services: &Services) -> HttpResponse {
+/// Every series, in Prometheus' text format. What only its owner knows is asked for here, not counted twice.
+pub(super) async fn metrics(services: &Services) -> HttpResponse {
+    let metrics = &services.metrics;
+    let cache = services.relays.cache.stats().await;
+    for (what, value) in [
+        ("entries", cache.entries),
+        ("memory_bytes", cache.memory_bytes),
+        ("disk_bytes", cache.disk_bytes),
+        ("fills", cache.fills_open),
+        ("followers", cache.followers),
+        ("evictions", cache.evictions),
+        ("off", u64::from(cache.is_off)),
+    ] {
+        metrics.cache_state.with_label_values(&[what]).set(value as i64);
+    }
+    metrics.breakers.reset();
+    for target in services.relays.fallback.health(Millis::now()).await.unwrap_or_default() {
+        if target.rest != Rest::None {
+            let provider = label(target.target.provider.rsplit(':').next().unwrap_or_default()).to_owned();
+            metrics.breakers.with_label_values(&[&provider]).inc();
+        }
+    }
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(services.metrics.render())
 }

@@ -1,8 +1,9 @@
 //! HTTP: one file a wire surface, each parsing to a [`crate::gateway::Call`] and rendering events.
 //!
 //!     connection --> admit --> route --> auth --> body --> chat | completions | responses | run | binding | models | finetunes | health
-//!                                                                          |
-//!                                         answer (JSON) or stream (SSE) <--+--> error, in the surface's own shape
+//!                                                   |                      |
+//!                                                   |     answer (JSON) or stream (SSE) <--+--> error, in the surface's own shape
+//!                                                   '----> gateway --> relay (any provider, the engine included)
 //!
 //! One handler takes every request, so that whatever happens to it, the answer carries the ids, is counted and, when
 //! refused, has its line in the log. Knows no model and no device: [`Services`] is all it reaches for.
@@ -19,7 +20,10 @@ mod error;
 mod fields;
 mod finetunes;
 mod format;
+mod gateway;
 mod health;
+mod local;
+mod management;
 mod models;
 mod native;
 mod observe;
@@ -27,6 +31,7 @@ mod responses;
 mod route;
 mod run;
 mod server;
+mod socket;
 mod stream;
 mod text;
 mod tools;
@@ -40,6 +45,7 @@ pub use server::start;
 
 use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -52,13 +58,15 @@ use tracing::{info, warn};
 use crate::base::{AccountId, Error, Kind, ModelId, Phase, RequestId, Result};
 use crate::config::Live;
 use crate::gateway::Gateway;
+use crate::gateway::relay::{Parts, Relay};
 use crate::metrics::Metrics;
+use crate::net::client;
 use crate::supervisor::FleetView;
 use crate::vault::Vault;
 
 use ask::Ask;
 use observe::{InFlight, Observation};
-use route::{Endpoint, Route};
+use route::{Endpoint, Route, Surface};
 
 /// What handlers reach for.
 #[derive(Clone)]
@@ -67,6 +75,10 @@ pub struct Services {
     pub config: Live,
     /// Serves calls.
     pub gateway: Gateway,
+    /// What relays share, and what their clients are made with.
+    pub relays: Parts,
+    /// See `relays`.
+    pub clients: client::Settings,
     /// Batches in line, if there is a folder for them.
     pub batches: Option<Batches>,
     /// What is loaded.
@@ -79,10 +91,10 @@ pub struct Services {
     pub phase: watch::Receiver<Phase>,
 }
 
-/// A listener's view of the house.
-#[derive(Clone)]
+/// A worker's view of the house through one listener.
 struct Door {
     services: Services,
+    relay: Rc<Relay>,
     listener: Listener,
     in_flight: InFlight,
 }
@@ -120,7 +132,10 @@ async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Doo
     observation.status = response.status().as_u16();
     if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
         let headers = response.headers_mut();
-        headers.insert(HeaderName::from_static("x-request-id"), value.clone());
+        // An upstream's own id for what it answered is what its support asks for.
+        if route.surface != Surface::Gateway || !headers.contains_key("x-request-id") {
+            headers.insert(HeaderName::from_static("x-request-id"), value.clone());
+        }
         headers.insert(HeaderName::from_static("cf-ai-req-id"), value);
     }
     if *services.phase.borrow() == Phase::Draining {
@@ -144,15 +159,29 @@ async fn dispatch(
     match endpoint {
         Endpoint::Live => return health::live(),
         Endpoint::Ready => return health::ready(services),
-        Endpoint::Metrics => return Ok(health::metrics(services)),
+        Endpoint::Metrics => return Ok(health::metrics(services).await),
         _ => {}
     }
     if *services.phase.borrow() == Phase::Draining {
         return Err(Error::new(Kind::ShuttingDown, "This server is shutting down; try again in a moment."));
     }
+    if route.surface == Surface::Gateway {
+        let outcome = gateway::serve(services, &door.relay, request, payload, route, endpoint, id, received).await;
+        trail.served = outcome.is_ok();
+        return outcome;
+    }
     let caller = auth::caller(services, door.listener, route, request.headers())?;
     trail.account = Some(caller.account.clone());
 
+    if let Endpoint::Management(path) = endpoint {
+        return management::serve(services, request, payload, &caller, path).await;
+    }
+    // Who may come in through a gateway need not be one who may come in here.
+    let may_run = caller.scopes.run;
+    let refused = || Error::new(Kind::Forbidden, "This token may not call models: its scopes lack `run`.");
+    if !may_run && !takes_body(endpoint) {
+        return Err(refused());
+    }
     if let Endpoint::NotBuilt(what) = endpoint {
         return Err(Error::unsupported(format!("{what} not available in this build.")));
     }
@@ -162,7 +191,18 @@ async fn dispatch(
     let body = match takes_body(endpoint) {
         true => {
             let server = &services.config.get().server;
-            ask::read_json(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?
+            let (limit, patience) = (server.max_body_bytes, server.read_timeout);
+            let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
+            if route.surface != Surface::Binding && gateway::is_meant(request.headers(), endpoint, &body) {
+                let outcome =
+                    gateway::serve_named(&door.relay, request, body, endpoint, caller, id, received).await;
+                trail.served = outcome.is_ok();
+                return outcome;
+            }
+            if !may_run {
+                return Err(refused());
+            }
+            ask::plain_json(request.headers(), body).await?
         }
         false => Value::Null,
     };
@@ -199,6 +239,7 @@ fn takes_body(endpoint: &Endpoint) -> bool {
             | Endpoint::RunUnified
             | Endpoint::BindingRun
             | Endpoint::CreateFinetune
+            | Endpoint::Messages
     )
 }
 
@@ -222,7 +263,19 @@ async fn answer(services: &Services, ask: &Ask, endpoint: &Endpoint) -> Result<H
         Endpoint::PublicFinetunes => finetunes::public(services).await,
         Endpoint::CreateFinetune => finetunes::create(services, ask).await,
         Endpoint::DeleteFinetune(key) => finetunes::delete(services, ask, key).await,
-        Endpoint::Live | Endpoint::Ready | Endpoint::Metrics | Endpoint::FinetuneAssets(_) | Endpoint::NotBuilt(_) => {
+        Endpoint::Live
+        | Endpoint::Ready
+        | Endpoint::Metrics
+        | Endpoint::FinetuneAssets(_)
+        | Endpoint::NotBuilt(_)
+        | Endpoint::Messages
+        | Endpoint::Management(_)
+        | Endpoint::Provider { .. }
+        | Endpoint::Universal { .. }
+        | Endpoint::CompatChat { .. }
+        | Endpoint::CompatEmbeddings { .. }
+        | Endpoint::CompatModels { .. }
+        | Endpoint::GatewayRun { .. } => {
             Err(Error::internal("an endpoint that was answered before"))
         }
     }

@@ -26,6 +26,12 @@ pub(super) enum Surface {
     Native,
     /// The AI binding: bare results.
     Binding,
+    /// `/v1/{account}/{gateway}`: what the upstream answers; our own refusals as `AiGatewayError`.
+    Gateway,
+    /// `/client/v4/accounts/{account}/ai-gateway`: Cloudflare's envelope with the management API's codes.
+    Management,
+    /// Anthropic's Messages, wherever they are served: Anthropic's shapes.
+    Messages,
 }
 
 /// What is asked for.
@@ -60,6 +66,26 @@ pub(super) enum Endpoint {
     FinetuneAssets(String),
     /// A model in a header, bare.
     BindingRun,
+    /// Anthropic's Messages, onto whatever model is named.
+    Messages,
+    /// A native call of a provider, through a gateway.
+    Provider {
+        gateway: String,
+        /// As in the path, decoded.
+        slug: String,
+        /// What follows the provider in the path, as sent.
+        rest: String,
+    },
+    /// A list of steps, through a gateway.
+    Universal { gateway: String },
+    /// A chat in OpenAI's words with any provider's model, through a gateway.
+    CompatChat { gateway: String },
+    CompatEmbeddings { gateway: String },
+    CompatModels { gateway: String },
+    /// A model and its native input in the body, through a gateway.
+    GatewayRun { gateway: String },
+    /// Gateways, stored keys, custom providers, routes: what follows `ai-gateway/` in the path, decoded.
+    Management(Vec<String>),
     /// Known to clients, not to this build.
     NotBuilt(&'static str),
 }
@@ -84,9 +110,21 @@ impl Route {
             (_, ["health", "ready"]) => (Surface::OpenAi, None, get("/health/ready", Endpoint::Ready)),
             (_, ["metrics"]) => (Surface::OpenAi, None, get("/metrics", Endpoint::Metrics)),
             (Listener::Binding, rest) => (Surface::Binding, None, binding(rest)),
+            (_, ["v1", "messages", rest @ ..]) => (Surface::Messages, None, messages(rest, ROOT.messages)),
+            (_, ["v1", account, gateway, rest @ ..]) if !OPENAI.contains(account) => {
+                (Surface::Gateway, Some(*account), through(method, gateway, rest))
+            }
             (_, ["v1", rest @ ..]) => (Surface::OpenAi, None, v1(rest, &ROOT)),
+            // Anthropic's SDKs put `/v1` behind whatever base they are given.
+            (_, ["client", "v4", "accounts", account, "ai", "v1", "messages", rest @ ..])
+            | (_, ["client", "v4", "accounts", account, "ai", "v1", "v1", "messages", rest @ ..]) => {
+                (Surface::Messages, Some(*account), messages(rest, CLOUDFLARE.messages))
+            }
             (_, ["client", "v4", "accounts", account, "ai", "v1", rest @ ..]) => {
                 (Surface::CloudflareV1, Some(*account), v1(rest, &CLOUDFLARE))
+            }
+            (_, ["client", "v4", "accounts", account, "ai-gateway", rest @ ..]) => {
+                (Surface::Management, Some(*account), management(method, rest))
             }
             (_, ["client", "v4", "accounts", account, rest @ ..]) => {
                 (Surface::Native, Some(*account), native(method, rest))
@@ -139,6 +177,7 @@ struct Labels {
     rerank: &'static str,
     models: &'static str,
     model: &'static str,
+    messages: &'static str,
     other: &'static str,
 }
 
@@ -150,6 +189,7 @@ const ROOT: Labels = Labels {
     rerank: "/v1/rerank",
     models: "/v1/models",
     model: "/v1/models/{model}",
+    messages: "/v1/messages",
     other: "/v1/(not available)",
 };
 
@@ -161,6 +201,7 @@ const CLOUDFLARE: Labels = Labels {
     rerank: "/client/v4/accounts/{account}/ai/v1/rerank",
     models: "/client/v4/accounts/{account}/ai/v1/models",
     model: "/client/v4/accounts/{account}/ai/v1/models/{model}",
+    messages: "/client/v4/accounts/{account}/ai/v1/messages",
     other: "/client/v4/accounts/{account}/ai/v1/(not available)",
 };
 
@@ -177,9 +218,60 @@ fn v1(segments: &[&str], labels: &Labels) -> Search {
         ["moderations"] => not_built("Moderation is"),
         ["audio", _] => not_built("Speech is"),
         ["images", _] => not_built("Image generation is"),
-        ["messages" | "v1", ..] => not_built("The Anthropic-compatible surface is"),
         _ => Err(None),
     }
+}
+
+/// What stands behind `/v1` on the OpenAI surface, and so is no account.
+const OPENAI: [&str; 9] =
+    ["chat", "completions", "responses", "models", "embeddings", "rerank", "moderations", "audio", "images"];
+
+/// An endpoint that takes a body, by its path behind `/v1/`.
+///
+/// # Errors
+/// `NotFound`, and what the endpoint itself says.
+pub(super) fn openai(path: &str) -> Result<Endpoint> {
+    let segments: Vec<&str> = path.split('/').collect();
+    let found = v1(&segments, &ROOT).map_err(|error| error.unwrap_or_else(|| no_route(Surface::OpenAi)))?;
+    found.endpoint
+}
+
+fn messages(segments: &[&str], label: &'static str) -> Search {
+    match segments {
+        [] | [""] => post(label, Endpoint::Messages),
+        _ => Err(None),
+    }
+}
+
+/// Whatever goes through a gateway.
+fn through(method: &Method, gateway: &str, segments: &[&str]) -> Search {
+    let gateway = decoded(&[gateway])?;
+    match segments {
+        [] | [""] if method == Method::GET => get("gateway: universal socket", Endpoint::Universal { gateway }),
+        [] | [""] => post("gateway: universal", Endpoint::Universal { gateway }),
+        ["compat", rest @ ..] => match rest {
+            ["chat", "completions"] | ["v1", "chat", "completions"] => {
+                post("gateway: compat/chat/completions", Endpoint::CompatChat { gateway })
+            }
+            ["embeddings"] | ["v1", "embeddings"] => {
+                post("gateway: compat/embeddings", Endpoint::CompatEmbeddings { gateway })
+            }
+            ["models"] | ["v1", "models"] => get("gateway: compat/models", Endpoint::CompatModels { gateway }),
+            _ => Err(None),
+        },
+        ["run"] => post("gateway: run", Endpoint::GatewayRun { gateway }),
+        [slug, rest @ ..] => {
+            let (slug, rest) = (decoded(&[slug])?, rest.join("/"));
+            let endpoint = Endpoint::Provider { gateway, slug, rest };
+            Ok(Found { label: "gateway: provider", endpoint: Ok(endpoint), takes: method.clone() })
+        }
+    }
+}
+
+fn management(method: &Method, segments: &[&str]) -> Search {
+    let path = segments.iter().filter(|segment| !segment.is_empty()).map(|segment| decoded(&[segment]));
+    let path = path.collect::<Result<Vec<_>, _>>()?;
+    Ok(Found { label: "ai-gateway", endpoint: Ok(Endpoint::Management(path)), takes: method.clone() })
 }
 
 fn native(method: &Method, segments: &[&str]) -> Search {
@@ -245,8 +337,8 @@ fn account_id(raw: &str) -> Result<String> {
 
 fn no_route(surface: Surface) -> Error {
     let message = match surface {
-        Surface::Native | Surface::CloudflareV1 => "No route for that URI",
-        Surface::OpenAi | Surface::Binding => "There is nothing at this path",
+        Surface::Native | Surface::CloudflareV1 | Surface::Management => "No route for that URI",
+        Surface::OpenAi | Surface::Binding | Surface::Gateway | Surface::Messages => "There is nothing at this path",
     };
     Error::new(Kind::NotFound, message)
 }
@@ -294,16 +386,42 @@ mod tests {
         check(Method::GET, "/v1/models/", r#"OpenAi Model("")"#);
         check(Method::POST, "/v1/embeddings", "OpenAi Embeddings");
         check(Method::POST, "/v1/moderations", r#"OpenAi NotBuilt("Moderation is")"#);
-        check(
-            Method::POST,
-            "/client/v4/accounts/a/ai/v1/v1/messages",
-            r#"CloudflareV1 NotBuilt("The Anthropic-compatible surface is") for a"#,
-        );
+        check(Method::POST, "/client/v4/accounts/a/ai/v1/v1/messages", "Messages Messages for a");
+        check(Method::POST, "/client/v4/accounts/a/ai/v1/messages", "Messages Messages for a");
+        check(Method::POST, "/v1/messages", "Messages Messages");
         check(Method::POST, "/client/v4/accounts/a/ai/v1/chat/completions", "CloudflareV1 ChatCompletions for a");
         check(Method::POST, "/client/v4/accounts/a/ai/v1/nothing", "CloudflareV1 NotFound for a");
         check(Method::POST, "/client/v4/accounts/a%20b/ai/run/x", "Native NotFound");
         check(Method::POST, "/client/v4/zones", "Native NotFound");
         check(Method::POST, "/run", "OpenAi NotFound");
+    }
+
+    #[test]
+    fn what_goes_through_a_gateway_keeps_its_path() {
+        let provider = |slug: &str, rest: &str| {
+            format!(r#"Gateway Provider {{ gateway: "g", slug: "{slug}", rest: "{rest}" }} for acc"#)
+        };
+        for (path, slug, rest) in [
+            ("openai/chat/completions", "openai", "chat/completions"),
+            ("workers-ai/@cf%2Fmeta%2Fllama", "workers-ai", "@cf%2Fmeta%2Fllama"),
+            ("aws-bedrock/bedrock-runtime/us-east-1/model/a%3A0/invoke", "aws-bedrock", "bedrock-runtime/us-east-1/model/a%3A0/invoke"),
+            ("custom%2Dx/a//b/", "custom-x", "a//b/"),
+            ("openai", "openai", ""),
+        ] {
+            check(Method::POST, &format!("/v1/acc/g/{path}"), &provider(slug, rest));
+            check(Method::DELETE, &format!("/v1/acc/g/{path}"), &provider(slug, rest));
+        }
+        check(Method::POST, "/v1/acc/g", r#"Gateway Universal { gateway: "g" } for acc"#);
+        check(Method::POST, "/v1/acc/g/", r#"Gateway Universal { gateway: "g" } for acc"#);
+        check(Method::POST, "/v1/acc/g/compat/chat/completions", r#"Gateway CompatChat { gateway: "g" } for acc"#);
+        check(Method::POST, "/v1/acc/g/compat/nothing", "Gateway NotFound for acc");
+        check(Method::POST, "/v1/acc/g/run", r#"Gateway GatewayRun { gateway: "g" } for acc"#);
+        check(
+            Method::PATCH,
+            "/client/v4/accounts/acc/ai-gateway/gateways/my%20g/routes/1",
+            r#"Management Management(["gateways", "my g", "routes", "1"]) for acc"#,
+        );
+        check(Method::POST, "/v1/a%20c/g/openai/x", "Gateway NotFound");
     }
 
     #[test]

@@ -2,21 +2,26 @@
 
 use std::any::Any;
 use std::net::TcpListener;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix_web::dev::{Extensions, Server};
 use actix_web::rt::net::TcpStream;
-use actix_web::{App, HttpServer, web};
+use actix_web::{App, HttpServer, rt, web};
 use prometheus::IntGauge;
 use socket2::SockRef;
 
 use crate::base::{Error, Result};
+use crate::gateway::relay::Relay;
 use crate::http::observe::InFlight;
-use crate::http::{Door, Listener, Services, handle};
+use crate::http::{Door, Listener, Services, handle, local};
+use crate::net::client::Client;
 
 /// How long an idle connection is kept. Longer than common load balancers do (60 s), so that they close first.
 const KEEP_ALIVE: Duration = Duration::from_secs(75);
+/// How often idle upstream connections are looked at.
+const TENDED_EVERY: Duration = Duration::from_secs(5);
 /// How long a closing connection may take to read its last bytes.
 const LAST_BYTES: Duration = Duration::from_secs(3);
 
@@ -31,9 +36,17 @@ const LAST_BYTES: Duration = Duration::from_secs(3);
 pub fn start(services: Services, socket: TcpListener, listener: Listener) -> Result<Server> {
     let config = services.config.get().server.clone();
     let connections = Connections { gauge: services.metrics.http_connections.clone(), patience: config.write_timeout };
-    let door = web::Data::new(Door { services, listener, in_flight: InFlight::default() });
+    let in_flight = InFlight::default();
     let workers = config.workers.max(1);
-    let server = HttpServer::new(move || App::new().app_data(door.clone()).default_service(web::to(handle)))
+    let server = HttpServer::new(move || {
+        // On each worker's own thread: connections to upstreams never change hands.
+        let services = services.clone();
+        let client = Client::new(services.clients.clone());
+        rt::spawn(tend(client.clone(), services.metrics.upstream_idle.clone()));
+        let relay = Rc::new(Relay::new(services.relays.clone(), client, local::engine(services.clone())));
+        let door = Door { services, relay, listener, in_flight: in_flight.clone() };
+        App::new().app_data(web::Data::new(door)).default_service(web::to(handle))
+    })
         .workers(workers)
         // Counted by worker; more wait in the accept queue.
         .max_connections(config.max_connections.div_ceil(workers).max(1))
@@ -48,6 +61,18 @@ pub fn start(services: Services, socket: TcpListener, listener: Listener) -> Res
         .listen(socket)
         .map_err(|error| Error::internal("the HTTP socket cannot be used").with_source(error))?;
     Ok(server.run())
+}
+
+/// Closes upstream connections that nobody used for long, and counts the others.
+async fn tend(client: Client, idle: IntGauge) {
+    let mut known = 0;
+    loop {
+        rt::time::sleep(TENDED_EVERY).await;
+        client.sweep();
+        let now = client.idle_connections() as i64;
+        idle.add(now - known);
+        known = now;
+    }
 }
 
 #[derive(Clone)]

@@ -21,6 +21,9 @@ const INTER_TOKEN: &[f64] =
 /// Edges for token and row counts of one step.
 const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0];
 
+/// Edges for what the gateway takes of a call, in seconds.
+const OVERHEAD: &[f64] = &[2.5e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.025, 0.1, 1.0];
+
 /// Edges for the masks of grammars, in seconds.
 const MASK: &[f64] = &[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0];
 
@@ -68,6 +71,33 @@ pub struct Metrics {
     pub gpu_busy: GaugeVec,
     /// What went wrong in a GPU: memory errors that could not be corrected, critical errors.
     pub gpu_errors: IntGaugeVec,
+
+    /// Attempts at upstreams by provider and outcome (`ok`, or the class of failure).
+    pub upstream_attempts: IntCounterVec,
+    /// From sending a request to the head of its answer, by provider.
+    pub upstream_first_byte: HistogramVec,
+    /// Calls through gateways by how they ended (`done`, `failed`, `cancelled`, `refused`).
+    pub gateway_calls: IntCounterVec,
+    /// Calls through gateways under way.
+    pub gateway_in_flight: IntGauge,
+    /// What the gateway itself took of a call up to the head of its answer: all but waiting for upstreams.
+    pub gateway_overhead: Histogram,
+    /// Calls by what the response cache did (`hit`, `coalesced`, `miss`, `off`).
+    pub gateway_cache: IntCounterVec,
+    /// Second and later attempts by provider.
+    pub gateway_retries: IntCounterVec,
+    /// Times a later step answered or was tried because an earlier one failed, by provider that was turned to.
+    pub gateway_fallbacks: IntCounterVec,
+    /// What rules of gateways found, by direction and action.
+    pub gateway_findings: IntCounterVec,
+    /// Tokens that upstreams say they used, by provider and kind.
+    pub upstream_tokens: IntCounterVec,
+    /// Upstream connections that wait for a call.
+    pub upstream_idle: IntGauge,
+    /// Entries, bytes and open fills of the response cache, by what is counted.
+    pub cache_state: IntGaugeVec,
+    /// State of breakers that are not closed, by provider: 1 open, 2 half-open.
+    pub breakers: IntGaugeVec,
 
     /// Adapters in memory.
     pub adapters: IntGauge,
@@ -297,6 +327,64 @@ impl Metrics {
                 "neurond_gpu_errors",
                 "Errors of a GPU: of its memory, not corrected, since the driver was loaded (`ecc`), and critical ones since the daemon was started (`xid`).",
                 &["device", "kind"],
+            ),
+            upstream_attempts: r.counters(
+                "neurond_upstream_attempts_total",
+                "Attempts at upstreams, by provider and outcome (ok, or the class of failure).",
+                &["provider", "outcome"],
+            ),
+            upstream_first_byte: r.histograms(
+                "neurond_upstream_first_byte_seconds",
+                "From sending a request to an upstream to the head of its answer.",
+                &["provider"],
+                LATENCY,
+            ),
+            gateway_calls: r.counters(
+                "neurond_gateway_calls_total",
+                "Calls through gateways, by how they ended (done, failed, cancelled, refused).",
+                &["outcome"],
+            ),
+            gateway_in_flight: r.gauge("neurond_gateway_in_flight", "Calls through gateways under way."),
+            gateway_overhead: r.histogram(
+                "neurond_gateway_overhead_seconds",
+                "What the gateway itself took of a call, from its head to the head of its answer: all but waiting for upstreams and between attempts.",
+                OVERHEAD,
+            ),
+            gateway_cache: r.counters(
+                "neurond_gateway_cache_total",
+                "Calls by what the response cache did: hit, coalesced (somebody asked the same at that moment), miss, off.",
+                &["status"],
+            ),
+            gateway_retries: r.counters(
+                "neurond_gateway_retries_total",
+                "Attempts that repeat one that failed, by provider.",
+                &["provider"],
+            ),
+            gateway_fallbacks: r.counters(
+                "neurond_gateway_fallbacks_total",
+                "Times another target was turned to because one failed, by the provider that was turned to.",
+                &["provider"],
+            ),
+            gateway_findings: r.counters(
+                "neurond_gateway_findings_total",
+                "What rules of gateways found, by direction (REQUEST, RESPONSE) and action (FLAG, BLOCK).",
+                &["check", "action"],
+            ),
+            upstream_tokens: r.counters(
+                "neurond_upstream_tokens_total",
+                "Tokens that upstreams say they used, by provider and kind (prompt, cached, completion).",
+                &["provider", "kind"],
+            ),
+            upstream_idle: r.gauge("neurond_upstream_idle_connections", "Upstream connections that wait for a call."),
+            cache_state: r.gauges(
+                "neurond_cache",
+                "The response cache: entries, memory_bytes, disk_bytes, fills and followers.",
+                &["what"],
+            ),
+            breakers: r.gauges(
+                "neurond_breakers_open",
+                "Targets that rest because they failed, by provider.",
+                &["provider"],
             ),
             adapters: r.gauge("neurond_adapters_loaded", "LoRA adapters in memory."),
             adapter_bytes: r
@@ -595,6 +683,10 @@ impl Registrar<'_> {
 
     fn numbers(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
         self.add(GaugeVec::new(Opts::new(name, help), labels))
+    }
+
+    fn histogram(&self, name: &str, help: &str, edges: &[f64]) -> Histogram {
+        self.add(Histogram::with_opts(HistogramOpts::new(name, help).buckets(edges.to_vec())))
     }
 
     fn histograms(&self, name: &str, help: &str, labels: &[&str], edges: &[f64]) -> HistogramVec {

@@ -1,3 +1,6 @@
-//! What travels over a socket and is not HTTP itself. Knows nothing of models or calls.
+//! What travels over a socket: events, calls to other servers, and how those are signed. Knows nothing of models or calls.
 
+pub mod client;
+pub mod sigv4;
 pub mod sse;
+pub mod vertex;

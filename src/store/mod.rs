@@ -1,5 +1,6 @@
 //! Bytes on disk that survive a crash at any instant.
 
 mod segment;
+pub mod snapshot;
 
-pub use segment::Segment;
+pub use segment::{Frames, Segment};

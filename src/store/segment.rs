@@ -5,22 +5,29 @@
 //! ```
 //!
 //! A frame counts when it is whole. What a crash leaves of the last one is cut, never guessed; nothing before it can be
-//! damaged by it. Knows nothing of what the bytes mean.
+//! damaged by it. Who needs no promise of the disk for each frame writes several and syncs later; who knows where a frame
+//! lies reads that one. Knows nothing of what the bytes mean.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Error, ErrorKind, Read, Result, Write};
+use std::io::{BufReader, Error, ErrorKind, Read, Result, Seek, SeekFrom, Write};
 use std::path::Path;
 
 /// Length and checksum.
 const HEAD: usize = 8;
 /// A longer frame is taken for rubbish.
 const MAX_FRAME: usize = 1 << 30;
+/// A longer frame is written in two parts rather than copied into one.
+const COPIED: usize = 64 << 10;
 
 /// A file of frames, open at its end.
 #[derive(Debug)]
 pub struct Segment {
     file: File,
     frame: Vec<u8>,
+    /// Where the whole frames end.
+    end: u64,
+    /// Whether something else may follow them.
+    is_torn: bool,
 }
 
 impl Segment {
@@ -34,7 +41,7 @@ impl Segment {
             // The name must be on disk as well.
             File::open(folder)?.sync_all()?;
         }
-        Ok(Self { file, frame: Vec::new() })
+        Ok(Self { file, frame: Vec::new(), end: 0, is_torn: false })
     }
 
     /// A file that is there: `see` hears its frames, and whatever follows the last whole one is cut off.
@@ -43,12 +50,20 @@ impl Segment {
     /// The system's.
     pub fn open(path: &Path, see: impl FnMut(&[u8])) -> Result<Self> {
         let whole = read(path, see)?;
+        Self::resume(path, whole)
+    }
+
+    /// A file whose whole frames are known to end at `end`: whatever follows is cut off.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn resume(path: &Path, end: u64) -> Result<Self> {
         let file = OpenOptions::new().append(true).open(path)?;
-        if file.metadata()?.len() > whole {
-            file.set_len(whole)?;
+        if file.metadata()?.len() > end {
+            file.set_len(end)?;
             file.sync_all()?;
         }
-        Ok(Self { file, frame: Vec::new() })
+        Ok(Self { file, frame: Vec::new(), end, is_torn: false })
     }
 
     /// The whole frames of a file that somebody else may be writing to.
@@ -59,21 +74,182 @@ impl Segment {
         read(path, see).map(drop)
     }
 
+    /// The frame of `length` bytes that begins at `at`; nothing if there is none, or it is damaged.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn read_at(path: &Path, at: u64, length: usize) -> Result<Option<Vec<u8>>> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(at))?;
+        let mut head = [0; HEAD];
+        if !is_filled(file.read_exact(&mut head))? {
+            return Ok(None);
+        }
+        let (known, sum) = parse(head);
+        if known != length || length > MAX_FRAME {
+            return Ok(None);
+        }
+        let mut frame = vec![0; length];
+        let is_whole = is_filled(file.read_exact(&mut frame))?;
+        Ok((is_whole && checksum(&frame) == sum).then_some(frame))
+    }
+
     /// One more frame, on disk when this returns.
     ///
     /// # Errors
-    /// The system's; the frame may be torn then, and the file is to be opened again before anything is appended.
+    /// The system's; what was written of the frame is cut off again, now or before the next one.
     pub fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        if bytes.len() > MAX_FRAME {
+        self.write(&[bytes])?;
+        self.sync()
+    }
+
+    /// Frames one behind the other, all of them or none; on disk after the next [`Segment::sync`]. Returns where the first
+    /// begins.
+    ///
+    /// # Errors
+    /// As [`Segment::append`].
+    pub fn write(&mut self, frames: &[&[u8]]) -> Result<u64> {
+        if frames.iter().any(|frame| frame.len() > MAX_FRAME) {
             return Err(Error::new(ErrorKind::InvalidInput, "a frame is longer than a segment takes"));
         }
+        if self.is_torn {
+            self.cut()?;
+        }
+        self.is_torn = true;
+        if let Err(error) = frames.iter().try_for_each(|frame| self.put(frame)) {
+            // If this fails as well, it is tried again before the next frame.
+            let _ = self.cut();
+            return Err(error);
+        }
+        self.is_torn = false;
+        let begin = self.end;
+        self.end += frames.iter().map(|frame| (HEAD + frame.len()) as u64).sum::<u64>();
+        Ok(begin)
+    }
+
+    /// Waits until what was written is on disk.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data()
+    }
+
+    /// Bytes of its whole frames.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.frame.clear();
         self.frame.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
         self.frame.extend_from_slice(&checksum(bytes));
+        if bytes.len() > COPIED {
+            self.file.write_all(&self.frame)?;
+            return self.file.write_all(bytes);
+        }
         self.frame.extend_from_slice(bytes);
-        self.file.write_all(&self.frame)?;
-        self.file.sync_data()
+        self.file.write_all(&self.frame)
     }
+
+    fn cut(&mut self) -> Result<()> {
+        self.file.set_len(self.end)?;
+        self.is_torn = false;
+        Ok(())
+    }
+}
+
+/// A file's frames one by one, without reading those that are passed over.
+#[derive(Debug)]
+pub struct Frames {
+    file: BufReader<File>,
+    length: u64,
+    at: u64,
+}
+
+impl Frames {
+    /// From the start of a file.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        Ok(Self { file: BufReader::new(file), length, at: 0 })
+    }
+
+    /// Where the next frame begins: the end of the whole ones, once there is no next.
+    pub fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Bytes of the file, whole frames or not.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Reads the next frame into `frame`; `false` if none is there, or it is damaged or torn.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn read(&mut self, frame: &mut Vec<u8>) -> Result<bool> {
+        let Some((length, sum)) = self.head()? else { return Ok(false) };
+        frame.clear();
+        frame.resize(length, 0);
+        self.file.read_exact(frame)?;
+        if checksum(frame) != sum {
+            self.back()?;
+            return Ok(false);
+        }
+        self.at += (HEAD + length) as u64;
+        Ok(true)
+    }
+
+    /// Passes over the next frame and returns its length; nothing if none is there, or it is torn. Whether it is damaged
+    /// is not looked at.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn skip(&mut self) -> Result<Option<usize>> {
+        let Some((length, _)) = self.head()? else { return Ok(None) };
+        self.file.seek_relative(length as i64)?;
+        self.at += (HEAD + length) as u64;
+        Ok(Some(length))
+    }
+
+    /// Length and checksum of the next frame, if the file is long enough for it.
+    fn head(&mut self) -> Result<Option<(usize, [u8; 4])>> {
+        let left = self.length.saturating_sub(self.at);
+        if left < HEAD as u64 {
+            return Ok(None);
+        }
+        let mut head = [0; HEAD];
+        self.file.read_exact(&mut head)?;
+        let (length, sum) = parse(head);
+        if (HEAD + length) as u64 > left || length > MAX_FRAME {
+            self.back()?;
+            return Ok(None);
+        }
+        Ok(Some((length, sum)))
+    }
+
+    fn back(&mut self) -> Result<()> {
+        self.file.seek(SeekFrom::Start(self.at)).map(drop)
+    }
+}
+
+/// Whether there was enough to read.
+fn is_filled(read: Result<()>) -> Result<bool> {
+    match read {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn parse(head: [u8; HEAD]) -> (usize, [u8; 4]) {
+    let [a, b, c, d, sum @ ..] = head;
+    (u32::from_le_bytes([a, b, c, d]) as usize, sum)
 }
 
 /// Returns where the last whole frame ends.
@@ -82,8 +258,7 @@ fn read(path: &Path, mut see: impl FnMut(&[u8])) -> Result<u64> {
     File::open(path)?.read_to_end(&mut bytes)?;
     let mut at = 0;
     while let Some((head, rest)) = bytes[at..].split_first_chunk::<HEAD>() {
-        let [a, b, c, d, sum @ ..] = *head;
-        let length = u32::from_le_bytes([a, b, c, d]) as usize;
+        let (length, sum) = parse(*head);
         let Some(frame) = rest.get(..length).filter(|frame| checksum(frame) == sum) else { break };
         see(frame);
         at += HEAD + length;
@@ -137,5 +312,51 @@ mod tests {
             damaged[at] ^= 0x40;
             check(&damaged, ends.iter().filter(|&&end| end <= at).count(), &format!("damaged at {at}"));
         }
+    }
+    #[test]
+    fn frames_are_passed_over_and_read_where_they_lie_and_a_damaged_one_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("frames");
+        let mut segment = Segment::create(&path).unwrap();
+        let long = vec![7; COPIED + 1];
+        assert_eq!(segment.write(&[b"one", &long]).unwrap(), 0);
+        assert_eq!(segment.write(&[b"two", b""]).unwrap(), segment.end() - 19);
+        segment.sync().unwrap();
+        let (second, third) = (11, 11 + 8 + long.len() as u64);
+        assert_eq!(segment.end(), third + 19);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), segment.end());
+        let at = |at: u64, length: usize| Segment::read_at(&path, at, length).unwrap();
+        assert_eq!(at(0, 3).unwrap(), b"one");
+        assert_eq!(at(second, long.len()).unwrap(), long);
+        assert_eq!(at(third + 11, 0).unwrap(), b"");
+        for (wrong, length) in [(0, 4), (1, 3), (second, 3), (segment.end(), 0), (u64::MAX >> 1, 3)] {
+            assert_eq!(at(wrong, length), None, "{wrong} {length}");
+        }
+        let walk = || {
+            let (mut frames, mut frame, mut seen) = (Frames::open(&path).unwrap(), Vec::new(), Vec::new());
+            while frames.read(&mut frame).unwrap() {
+                let Some(length) = frames.skip().unwrap() else { break };
+                seen.push((String::from_utf8(frame.clone()).unwrap(), length));
+            }
+            (seen, frames.at())
+        };
+        let pairs = |count: usize| [("one".to_owned(), long.len()), ("two".to_owned(), 0)][..count].to_vec();
+        assert_eq!(walk(), (pairs(2), segment.end()));
+        let bytes = std::fs::read(&path).unwrap();
+        let damage = |at: u64| {
+            let mut damaged = bytes.clone();
+            damaged[at as usize] ^= 1;
+            std::fs::write(&path, damaged).unwrap();
+        };
+        damage(second + 8);
+        assert_eq!(walk(), (pairs(2), segment.end()), "what is passed over is not looked at");
+        assert_eq!(at(second, long.len()), None);
+        damage(third + 8);
+        assert_eq!(walk(), (pairs(1), third), "nothing behind a damaged frame is believed");
+        std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+        assert_eq!(walk(), (pairs(1), third + 11), "the end of a frame that was read, and nothing behind it");
+        let mut resumed = Segment::resume(&path, third).unwrap();
+        assert_eq!(resumed.write(&[b"more"]).unwrap(), third);
+        assert_eq!((at(third, 4).unwrap(), resumed.end()), (b"more".to_vec(), third + 12));
     }
 }

@@ -11,7 +11,9 @@ use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, Result};
-use crate::config::{Auth, Token};
+use crate::config::{Auth, Scopes, Token};
+
+pub mod seal;
 
 /// The tokens in force. Cheap to clone; a reload replaces the snapshot for everyone.
 #[derive(Clone)]
@@ -24,6 +26,15 @@ pub struct Caller {
     pub account: AccountId,
     /// With which token; `None` for anonymous callers and the AI binding.
     pub key: Option<KeyId>,
+    /// What for.
+    pub scopes: Scopes,
+}
+
+impl Caller {
+    /// Somebody without a token, who may do what an account without tokens may.
+    pub fn anonymous(account: AccountId) -> Self {
+        Self { account, key: None, scopes: Scopes::ALL }
+    }
 }
 
 impl Vault {
@@ -51,9 +62,7 @@ impl Vault {
         let found = token.and_then(|token| find(&auth.tokens, token));
         let Some(found) = found else {
             return match &auth.anonymous {
-                Some(account) if token.is_none() || auth.tokens.is_empty() => {
-                    Ok(Caller { account: account.clone(), key: None })
-                }
+                Some(account) if token.is_none() || auth.tokens.is_empty() => Ok(Caller::anonymous(account.clone())),
                 _ if token.is_none() => Err(refused("no token was sent")),
                 _ => Err(refused("the token is not known")),
             };
@@ -67,7 +76,7 @@ impl Vault {
             Some(_) => return Err(refused(&format!("token {} belongs to another account", found.id))),
             None => found.account.clone(),
         };
-        Ok(Caller { account, key: Some(found.id.clone()) })
+        Ok(Caller { account, key: Some(found.id.clone()), scopes: found.scopes.clone() })
     }
 }
 
@@ -96,6 +105,7 @@ mod tests {
             sha256: Sha256::digest(secret.as_bytes()).into(),
             account: AccountId::new(account),
             any_account: false,
+            scopes: Scopes::ALL,
             expires: None,
         }
     }

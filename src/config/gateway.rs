@@ -1,0 +1,653 @@
+//! What may be written in `neurond.toml` about gateways, providers and their keys, and what becomes of it. A field's doc comment is
+//! its manual, as in `file.rs`.
+//!
+//!     [[gateway]] ──fields of the wire──> settings.rs ──> Fixed ──┐
+//!     [[provider]] ──────────────────────────────────────> Fixed ──┴──> registry (what the file says wins there)
+//!     [vault] [registry] ──────────────> KeyFiles, a folder
+//!
+//! Whether patterns and schemas compile is `registry::check`'s to say; whether a provider answers, nobody's.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::machine::Surroundings;
+use crate::base::{AccountId, Secret};
+
+pub use settings::{
+    Action, Backoff, CATEGORIES, DlpPolicy, FIELDS, Guardrails, LogLimit, MASK, Otel, Problem, RateLimit, Retry, Rule,
+    Schemas, Scope, Settings, Sides, SpendRule, Target, Technique, Timeouts, each_secret, is_plain_url, is_slug,
+};
+
+mod settings;
+
+/// Providers that are known by name; their addresses are defaults that `[[provider]]` may replace.
+pub const PROVIDERS: [&str; 26] = [
+    "adobe-firefly",
+    "anthropic",
+    "aws-bedrock",
+    "azure-openai",
+    "baseten",
+    "cartesia",
+    "cerebras",
+    "cohere",
+    "deepgram",
+    "deepseek",
+    "elevenlabs",
+    "fal",
+    "fireworks",
+    "google-ai-studio",
+    "google-vertex-ai",
+    "grok",
+    "groq",
+    "huggingface",
+    "ideogram",
+    "mistral",
+    "openai",
+    "openrouter",
+    "parallel",
+    "perplexity-ai",
+    "replicate",
+    "workers-ai",
+];
+
+/// Other names that clients use.
+const ALIASES: [(&str, &str); 12] = [
+    ("azure", "azure-openai"),
+    ("bedrock", "aws-bedrock"),
+    ("cerebras-ai", "cerebras"),
+    ("fireworks-ai", "fireworks"),
+    ("google", "google-ai-studio"),
+    ("google-vertex", "google-vertex-ai"),
+    ("hugging-face", "huggingface"),
+    ("mistralai", "mistral"),
+    ("perplexity", "perplexity-ai"),
+    ("vertex", "google-vertex-ai"),
+    ("x-ai", "grok"),
+    ("xai", "grok"),
+];
+
+/// In front of the slug of a provider that is not built in.
+pub const CUSTOM: &str = "custom-";
+
+/// The one name of a provider that has several.
+pub fn canonical(slug: &str) -> &str {
+    ALIASES.iter().find(|(alias, _)| *alias == slug).map_or(slug, |(_, name)| name)
+}
+
+/// `[[gateway]]`: a gateway that the management API can show and not change. Callers name it in the path
+/// (`/v1/{account}/{gateway}/…`) or in `cf-aig-gateway-id`. Gateways that are made with the API need no block.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySection {
+    /// Its name in paths: up to 64 letters, digits, `-` and `_`.
+    /// Example: `"prod"`
+    pub id: String,
+    /// The account that has it. Left out: every account has one of this name, each with limits and a cache of its own.
+    /// Example: `"023e105f4ecef8ad9ca31a8372d0c353"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<String>,
+    /// Whether callers need a token of this server (`cf-aig-authorization`). Without it they can bring their own key of a provider,
+    /// and stored keys are not for them. Left out: true.
+    /// Example: `true`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub authentication: Option<bool>,
+    /// Seconds that answers are kept and given to equal requests, up to 2678400; 0: none are, unless a request asks for it.
+    /// Left out: 0.
+    /// Example: `3600`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_ttl: Option<u64>,
+    /// Whether any change of this block empties its cache. Left out: false.
+    /// Example: `true`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_invalidate_on_update: Option<bool>,
+    /// Whether each account has its own cached answers. `false` shares them between accounts, which saves the most and lets one
+    /// account learn what another asked. Left out: true.
+    /// Example: `false`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_per_account: Option<bool>,
+    /// Whether calls are logged; a request may say otherwise (`cf-aig-collect-log`). Left out: true.
+    /// Example: `true`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collect_logs: Option<bool>,
+    /// Most log records kept, from 10000 to 10000000. Left out: as many as the log has room for.
+    /// Example: `1000000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_management: Option<u64>,
+    /// What happens when there are so many: `"DELETE_OLDEST"` or `"STOP_INSERTING"`. Left out: `"DELETE_OLDEST"`.
+    /// Example: `"STOP_INSERTING"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_management_strategy: Option<String>,
+    /// Shown by the API; nothing is classified. Left out: false.
+    /// Example: `false`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_classification: Option<bool>,
+    /// Requests allowed in `rate_limiting_interval`, by account; more get 429. 0: no limit. Left out: 0.
+    /// Example: `100`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiting_limit: Option<u64>,
+    /// Seconds that `rate_limiting_limit` counts for. Left out: 0, which is no limit.
+    /// Example: `60`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiting_interval: Option<u64>,
+    /// `"fixed"`: the interval begins anew at its multiples on the clock. `"sliding"`: it is always the last so many seconds.
+    /// Left out: `"fixed"`.
+    /// Example: `"sliding"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiting_technique: Option<String>,
+    /// Tries of a provider in all, 1 to 5, when it fails before it sent a byte. Left out: what the daemon does without a gateway.
+    /// Example: `3`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_max_attempts: Option<u64>,
+    /// Milliseconds before the second try, up to 5000. Left out: as above.
+    /// Example: `500`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_delay: Option<u64>,
+    /// How the delay grows: `"constant"`, `"linear"` or `"exponential"`. Left out: as above.
+    /// Example: `"exponential"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_backoff: Option<String>,
+    /// Milliseconds for a whole answer of a provider. Left out: the provider's, or `server.request_timeout_ms`.
+    /// Example: `120000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_timeout_ms: Option<u64>,
+    /// Milliseconds for the first byte of an answer; after it the next try or target begins. Left out: the provider's.
+    /// Example: `10000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_byte_timeout_ms: Option<u64>,
+    /// Milliseconds between two pieces of a stream, after which it is ended as failed. Left out: the provider's.
+    /// Example: `30000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_timeout_ms: Option<u64>,
+    /// `provider/model` targets that are tried in this order when the one that was asked for failed. Left out: none.
+    /// Example: `["anthropic/claude-sonnet-4-5", "workers-ai/@cf/meta/llama-3.1-8b-instruct"]`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Vec<String>>,
+    /// Budgets in US dollars: `window` is seconds; `metadata`, `model` and `provider` say which calls count (`mode = "filter"` with
+    /// `values`) or that each value has a budget of its own (`mode = "partition"`). At most 20. Left out: none.
+    /// Example: `{ rules = [{ id = "day", limit = 10.0, limitType = "cost", window = 86400 }] }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spend_limits: Option<toml::Value>,
+    /// What a guard model judges, by category (`S1` to `S13`, `P1` for prompt injection): `"FLAG"` marks, `"BLOCK"` refuses.
+    /// Left out: nothing.
+    /// Example: `{ prompt = { P1 = "BLOCK" }, response = { S10 = "FLAG" } }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guardrails: Option<toml::Value>,
+    /// Data-loss policies, by profile. Left out: none.
+    /// Example: `{ action = "BLOCK", profiles = ["keys"] }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dlp: Option<toml::Value>,
+    /// Regular expressions that texts are searched for: `on` is `"request"`, `"response"` or `"both"` (the default), `action`
+    /// `"block"` (the default) or `"flag"`. Left out: none.
+    /// Example: `[{ name = "card", pattern = '\b\d{16}\b', on = "request", action = "block" }]`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rules: Option<Vec<GatewayRule>>,
+    /// JSON schemas that bodies must follow, as paths of files or inline: a request that does not is refused, an answer that does
+    /// not is a failure of the provider. Left out: none.
+    /// Example: `{ response = { type = "object" } }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schemas: Option<GatewaySchemas>,
+    /// Where a span of each call is sent, OTLP over HTTP. Left out: nowhere.
+    /// Example: `[{ url = "https://otel.example/v1/traces", authorization = { env = "OTEL_AUTHORIZATION" }, content_type = "json" }]`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub otel: Option<Vec<GatewayOtel>>,
+    /// Whether log records are exported. Left out: false.
+    /// Example: `true`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logpush: Option<bool>,
+    /// RSA key in PEM that exported bodies are encrypted for. Left out: they are not encrypted.
+    /// Example: `"-----BEGIN PUBLIC KEY-----"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logpush_public_key: Option<String>,
+    /// Only providers that retain nothing are asked. Left out: false.
+    /// Example: `true`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zdr: Option<bool>,
+}
+
+/// A pattern that texts are searched for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewayRule {
+    /// Names it in refusals and logs.
+    pub name: String,
+    /// A regular expression.
+    pub pattern: String,
+    /// `"request"`, `"response"` or `"both"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on: Option<String>,
+    /// `"block"` or `"flag"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub action: Option<String>,
+}
+
+/// JSON schemas of both directions.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewaySchemas {
+    /// Of what callers send.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request: Option<SchemaSource>,
+    /// Of what comes back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub response: Option<SchemaSource>,
+}
+
+/// A schema, or the file that holds one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SchemaSource {
+    /// A file of JSON.
+    File(PathBuf),
+    /// The schema itself.
+    Inline(toml::Table),
+}
+
+/// Where spans go.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GatewayOtel {
+    /// OTLP over HTTP.
+    pub url: String,
+    /// Sent with each export.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+    /// Sent as `Authorization`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub authorization: Option<SecretRef>,
+    /// `"json"` or `"protobuf"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content_type: Option<String>,
+}
+
+/// Where a secret is: never in this file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SecretRef {
+    /// An environment variable.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<String>,
+    /// A file; a leading `$CREDENTIALS_DIRECTORY` is what systemd's `LoadCredential=` sets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+}
+
+/// `[[provider]]`: another address or a key for a provider that is built in, or a provider that is not.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProviderSection {
+    /// Its name in paths: a built-in one (`openai`, `anthropic`, …), or `custom-` and up to 64 letters, digits, `-` and `_`.
+    /// Example: `"custom-vllm"`
+    pub slug: String,
+    /// The account that this is for. Left out: for all that have no block of their own for it.
+    /// Example: `"023e105f4ecef8ad9ca31a8372d0c353"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<String>,
+    /// Where it answers; what follows the slug in a path is added. Must be written for a custom provider. Left out: the provider's own
+    /// address.
+    /// Example: `"https://models.example/v1"`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_url: Option<String>,
+    /// Allow an address in a private network or on this machine, and `http://`. Without it calls to such an address are refused,
+    /// wherever its name may lead. Left out: false.
+    /// Example: `true`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_private: Option<bool>,
+    /// Its key, for callers that bring none and have a token of ours: `{ env = "NAME" }` or `{ file = "path" }`. A key that an
+    /// account has stored under its gateway goes before one without `account`. Left out: there is none.
+    /// Example: `{ env = "VLLM_API_KEY" }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<SecretRef>,
+    /// Milliseconds for a whole answer. Left out: `server.request_timeout_ms`.
+    /// Example: `120000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_timeout_ms: Option<u64>,
+    /// Milliseconds for the first byte of an answer. Left out: none but the whole answer's.
+    /// Example: `10000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_byte_timeout_ms: Option<u64>,
+    /// Milliseconds between two pieces of a stream. Left out: none but the whole answer's.
+    /// Example: `30000`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_timeout_ms: Option<u64>,
+}
+
+/// `[vault]`: the key that stored keys of providers are sealed under.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct VaultSection {
+    /// File of the master key: 64 hex digits (`neurond keys init` makes one), base64, or 32 raw bytes. Whoever has it and
+    /// `registry.folder` has the keys, so keep them apart. A leading `$CREDENTIALS_DIRECTORY` is what systemd's `LoadCredential=`
+    /// sets. Left out: `master.key` in the state directory, made when the first key is stored.
+    /// Example: `"$CREDENTIALS_DIRECTORY/master.key"`
+    pub master_key_file: Option<PathBuf>,
+    /// Files of master keys that were used before: what they sealed still opens, and is sealed anew at start.
+    pub previous_key_files: Vec<PathBuf>,
+}
+
+/// `[registry]`: what the management API is told.
+#[derive(Debug, Clone, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub struct RegistrySection {
+    /// Folder of gateways, custom providers, stored keys (sealed) and routes, a file an account. One daemon a folder: a second one can
+    /// read it and changes nothing. Left out: `registry` in the state directory, as for `lora.path`; without any, the API can show
+    /// what is written here and change nothing.
+    /// Example: `"/var/lib/neurond/registry"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folder: Option<PathBuf>,
+}
+
+/// What the file says about gateways and providers, checked.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Fixed {
+    /// In the order written.
+    pub gateways: Vec<FixedGateway>,
+    /// In the order written.
+    pub providers: Vec<FixedProvider>,
+}
+
+/// A gateway of the file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FixedGateway {
+    /// Whose; `None`: everybody's.
+    pub account: Option<AccountId>,
+    /// Its name.
+    pub id: String,
+    /// What was written, in the names of the wire, secrets masked: for the API to show.
+    pub fields: Map<String, Value>,
+    /// What it does.
+    pub settings: Settings,
+    /// Where it is written, for whoever tries to change it elsewhere.
+    pub origin: String,
+}
+
+/// A provider of the file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FixedProvider {
+    /// For whom; `None`: for everybody.
+    pub account: Option<AccountId>,
+    /// Canonical, with `custom-` in front if it is not built in.
+    pub slug: String,
+    /// Without a slash at its end; `None`: the built-in one.
+    pub base_url: Option<String>,
+    /// Private addresses are allowed.
+    pub allow_private: bool,
+    /// What stands in for a caller's key.
+    pub key: Option<Secret<String>>,
+    /// How long to wait for it.
+    pub timeouts: Timeouts,
+    /// Where it is written.
+    pub origin: String,
+}
+
+/// Where master keys are.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct KeyFiles {
+    /// The one that was named.
+    pub named: Option<PathBuf>,
+    /// The one that is made if none was named; `None`: there is no place for it.
+    pub default: Option<PathBuf>,
+    /// Those of before.
+    pub previous: Vec<PathBuf>,
+}
+
+/// All sections of this file.
+pub(super) struct Sections<'a> {
+    pub gateway: &'a [GatewaySection],
+    pub provider: &'a [ProviderSection],
+    pub vault: &'a VaultSection,
+    pub registry: &'a RegistrySection,
+}
+
+/// What they mean, and what is wrong with them.
+pub(super) struct Resolved {
+    pub fixed: Fixed,
+    pub keys: KeyFiles,
+    pub registry: Option<PathBuf>,
+    pub problems: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// Checks what was written in `origin`, whose folder relative paths start from.
+pub(super) fn resolve(written: &Sections, origin: &str, folder: &Path, machine: &Surroundings) -> Resolved {
+    let mut check = Check { origin, folder, machine, problems: Vec::new(), warnings: Vec::new() };
+    let mut fixed = Fixed::default();
+    for (index, section) in written.gateway.iter().enumerate() {
+        gateway(&mut check, index, section, &mut fixed.gateways);
+    }
+    for (index, section) in written.provider.iter().enumerate() {
+        provider(&mut check, index, section, &mut fixed.providers);
+    }
+    let state = state_folder(machine);
+    let keys = KeyFiles {
+        named: check.place("vault.master_key_file", written.vault.master_key_file.as_deref()),
+        default: state.as_ref().map(|state| state.join("master.key")),
+        previous: written
+            .vault
+            .previous_key_files
+            .iter()
+            .filter_map(|path| check.place("vault.previous_key_files", Some(path)))
+            .collect(),
+    };
+    let registry = written.registry.folder.as_ref().map(|path| folder.join(path));
+    let registry = registry.or_else(|| Some(state?.join("registry")));
+    let Check { problems, warnings, .. } = check;
+    Resolved { fixed, keys, registry, problems, warnings }
+}
+
+/// Where the daemon keeps what must outlive it, if the system says.
+pub(super) fn state_folder(machine: &Surroundings) -> Option<PathBuf> {
+    // systemd lists several with colons between them; the unit has one.
+    let first = |name: &str| (machine.variable)(name)?.split(':').next().map(PathBuf::from);
+    let absolute = |name: &str| first(name).filter(|path| path.is_absolute());
+    absolute("STATE_DIRECTORY")
+        .or_else(|| Some(absolute("XDG_STATE_HOME")?.join("neurond")))
+        .or_else(|| Some(absolute("HOME")?.join(".local/state/neurond")))
+}
+
+fn gateway(check: &mut Check, index: usize, section: &GatewaySection, found: &mut Vec<FixedGateway>) {
+    let key = format!("gateway[{index}] ({})", section.id);
+    if !is_slug(&section.id) {
+        let remedy = "is not a name for a gateway; use up to 64 letters, digits, - and _";
+        check.wrong(&format!("gateway[{index}].id"), format_args!("{:?}", section.id), remedy);
+    }
+    let account = section.account.as_ref().map(|text| check.account(&format!("{key}.account"), text));
+    if found.iter().any(|other| other.id == section.id && other.account == account) {
+        check.wrong(
+            &format!("gateway[{index}].id"),
+            format_args!("{:?}", section.id),
+            "is written twice; keep one of them",
+        );
+    }
+    let mut fields = match serde_json::to_value(section) {
+        Ok(Value::Object(fields)) => fields,
+        Ok(_) => return check.problems.push(format!("{}: {key}: is not a table", check.origin)),
+        Err(error) => return check.problems.push(format!("{}: {key}: {error}", check.origin)),
+    };
+    fields.retain(|name, _| FIELDS.contains(&name.as_str()));
+    if let Some(schemas) = &section.schemas {
+        let mut both = Map::new();
+        for (side, source) in [("request", &schemas.request), ("response", &schemas.response)] {
+            let schema = source.as_ref().and_then(|source| check.schema(&format!("{key}.schemas.{side}"), source));
+            both.extend(schema.map(|schema| (side.to_owned(), schema)));
+        }
+        fields.insert("schemas".into(), Value::Object(both));
+    }
+    for (at, otel) in section.otel.iter().flatten().enumerate() {
+        let secret = otel.authorization.as_ref();
+        let secret = secret.and_then(|source| check.secret(&format!("{key}.otel[{at}].authorization"), source));
+        if let Some(entry) = fields.get_mut("otel").and_then(|list| list.get_mut(at)).and_then(Value::as_object_mut) {
+            entry.remove("authorization");
+            entry.extend(secret.map(|secret| ("authorization".to_owned(), secret.expose().as_str().into())));
+        }
+    }
+    let settings = match Settings::check(&fields) {
+        Ok(settings) => settings,
+        Err(problems) => {
+            return check.problems.extend(problems.iter().map(|problem| format!("{}: {key}.{problem}", check.origin)));
+        }
+    };
+    if settings.rate_limit.is_none() && section.rate_limiting_limit.is_some_and(|limit| limit > 0) {
+        check.warnings.push(format!("{key}.rate_limiting_limit: limits nothing without rate_limiting_interval"));
+    }
+    // Cannot fail: masking does not.
+    let _ = each_secret(&mut fields, |_, text| {
+        MASK.clone_into(text);
+        Ok(())
+    });
+    let origin = check.origin.to_owned();
+    found.push(FixedGateway { account, id: section.id.clone(), fields, settings, origin });
+}
+
+fn provider(check: &mut Check, index: usize, section: &ProviderSection, found: &mut Vec<FixedProvider>) {
+    let key = format!("provider[{index}] ({})", section.slug);
+    let slug = canonical(&section.slug);
+    let custom = slug.strip_prefix(CUSTOM);
+    if !custom.map_or(PROVIDERS.contains(&slug), is_slug) {
+        let remedy = format!(
+            "is no provider; write one of {}, or {CUSTOM} and a name of your own: up to 64 letters, digits, - and _",
+            PROVIDERS.join(", ")
+        );
+        check.wrong(&format!("provider[{index}].slug"), format_args!("{:?}", section.slug), &remedy);
+    }
+    let account = section.account.as_ref().map(|text| check.account(&format!("{key}.account"), text));
+    if found.iter().any(|other| other.slug == slug && other.account == account) {
+        let remedy = "is written twice; keep one of the blocks";
+        check.wrong(&format!("provider[{index}].slug"), format_args!("{:?}", section.slug), remedy);
+    }
+    let allow_private = section.allow_private.unwrap_or(false);
+    match &section.base_url {
+        None if custom.is_some() => {
+            check.problems.push(format!("{}: {key}.base_url: is missing; write where it answers", check.origin));
+        }
+        None => {}
+        // Of some built-in providers a part of the host comes from the path of a call.
+        Some(text) => match is_plain_url(&text.replace("{region}", "r").replace("{resource}", "r")) {
+            None => {
+                let remedy = "is not an address; write https://host/path, without credentials, ? and #";
+                // There may be credentials in it.
+                check.wrong(&format!("{key}.base_url"), format_args!("({} characters)", text.chars().count()), remedy);
+            }
+            Some(url) if url.scheme() == "http" && !allow_private => {
+                let remedy = "sends keys and texts in the clear; write https://, or allow_private = true if the way there is yours";
+                check.wrong(&format!("{key}.base_url"), format_args!("{text:?}"), remedy);
+            }
+            Some(_) => {}
+        },
+    }
+    let mut timeout = |name: &str, ms: Option<u64>| {
+        let ms = ms?;
+        if !(1..=86_400_000).contains(&ms) {
+            let remedy = "is out of range; write milliseconds from 1 to 86400000, or leave it out for the default";
+            check.wrong(&format!("{key}.{name}"), ms, remedy);
+        }
+        Some(Duration::from_millis(ms))
+    };
+    let timeouts = Timeouts {
+        request: timeout("request_timeout_ms", section.request_timeout_ms),
+        first_byte: timeout("first_byte_timeout_ms", section.first_byte_timeout_ms),
+        idle: timeout("idle_timeout_ms", section.idle_timeout_ms),
+    };
+    let secret = section.key.as_ref().and_then(|source| check.secret(&format!("{key}.key"), source));
+    found.push(FixedProvider {
+        account,
+        slug: slug.to_owned(),
+        base_url: section.base_url.as_ref().map(|text| text.trim_end_matches('/').to_owned()),
+        allow_private,
+        key: secret,
+        timeouts,
+        origin: check.origin.to_owned(),
+    });
+}
+
+/// Collects what is wrong, in sentences that begin with the file and the key.
+struct Check<'a> {
+    origin: &'a str,
+    folder: &'a Path,
+    machine: &'a Surroundings<'a>,
+    problems: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Check<'_> {
+    fn wrong(&mut self, key: &str, value: impl std::fmt::Display, remedy: &str) {
+        self.problems.push(format!("{}: {key} = {value}: {remedy}", self.origin));
+    }
+
+    fn account(&mut self, key: &str, text: &str) -> AccountId {
+        let letter = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if !(1..=64).contains(&text.len()) || !text.chars().all(letter) {
+            let remedy = "is not an account; write 32 hex digits, or up to 64 letters, digits, - and _";
+            self.wrong(key, format_args!("{text:?}"), remedy);
+        }
+        AccountId::new(text)
+    }
+
+    /// A path, from the folder of the file or from where systemd puts credentials.
+    fn place(&mut self, key: &str, path: Option<&Path>) -> Option<PathBuf> {
+        let path = path?;
+        let Ok(rest) = path.strip_prefix("$CREDENTIALS_DIRECTORY") else { return Some(self.folder.join(path)) };
+        let Some(directory) = (self.machine.variable)("CREDENTIALS_DIRECTORY") else {
+            let remedy = "needs CREDENTIALS_DIRECTORY, which systemd sets for units with LoadCredential=; write a path to use it \
+                          elsewhere";
+            self.wrong(key, path.display(), remedy);
+            return None;
+        };
+        Some(Path::new(&directory).join(rest))
+    }
+
+    fn secret(&mut self, key: &str, source: &SecretRef) -> Option<Secret<String>> {
+        let (shown, text) = match (&source.env, &source.file) {
+            (Some(name), None) => {
+                let Some(text) = (self.machine.variable)(name) else {
+                    let remedy = "is not set in the environment; set it, or name a file";
+                    self.wrong(&format!("{key}.env"), format_args!("{name:?}"), remedy);
+                    return None;
+                };
+                (name.clone(), text)
+            }
+            (None, Some(path)) => {
+                let path = self.place(&format!("{key}.file"), Some(path))?;
+                match (self.machine.text)(&path) {
+                    Ok(text) => (path.display().to_string(), text),
+                    Err(error) => {
+                        let remedy = format!("cannot be read ({error}); correct it, or make it readable for the daemon");
+                        self.wrong(&format!("{key}.file"), path.display(), &remedy);
+                        return None;
+                    }
+                }
+            }
+            _ => {
+                self.problems.push(format!("{}: {key}: must have either env or file", self.origin));
+                return None;
+            }
+        };
+        // Editors and echo end files with a newline that is no part of the secret. What is JSON may have more of them.
+        let text = match serde_json::from_str::<Map<String, Value>>(&text) {
+            Ok(object) => Value::Object(object).to_string(),
+            Err(_) => text.trim().to_owned(),
+        };
+        if text.is_empty() || text.contains(char::is_control) {
+            self.wrong(key, shown, "holds no secret of one line, or of a JSON object; put it there");
+            return None;
+        }
+        Some(Secret::new(text))
+    }
+
+    fn schema(&mut self, key: &str, source: &SchemaSource) -> Option<Value> {
+        let path = match source {
+            SchemaSource::Inline(table) => return serde_json::to_value(table).ok(),
+            SchemaSource::File(path) => self.place(key, Some(path))?,
+        };
+        let read = (self.machine.text)(&path).map_err(|error| format!("cannot be read ({error}); correct it"));
+        let read =
+            read.and_then(|text| serde_json::from_str(&text).map_err(|error| format!("is not JSON ({error}); correct it")));
+        read.map_err(|remedy| self.wrong(key, path.display(), &remedy)).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,385 @@
+//! The body of an answer on its way: from where it comes to what the caller reads, no faster than the caller reads it.
+//!
+//!     upstream | engine | cache --> count usage --> translate --> check by rules --> caller
+//!
+//! Pulled, never pushed: a slow caller slows its own upstream, and dropping the pipe hangs up. Where nothing has to be
+//! done with an answer its chunks pass as they are, neither copied nor collected.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use actix_web::body::{BodySize, BoxBody, MessageBody};
+use bytes::Bytes;
+use flate2::write::GzDecoder;
+use futures_util::StreamExt;
+use futures_util::stream::LocalBoxStream;
+use serde_json::json;
+
+use crate::base::{Error, Kind};
+use crate::guard::{Finding, StreamGuard};
+use crate::net::client::{AnswerBody, Fault};
+use crate::net::sse;
+use crate::provider::{Dialect, Meter, Translator, messages};
+use crate::task::Usage;
+
+/// Where bytes come from.
+pub enum Source {
+    /// Another server.
+    Upstream(AnswerBody),
+    /// The engine of this process.
+    Local(BoxBody),
+    /// All there is; `None` once it was handed on.
+    Whole(Option<Bytes>),
+    /// A stream of the cache, in the chunks that it came in.
+    Chunks(Box<dyn Iterator<Item = Bytes>>),
+    /// An answer that is being written into the cache.
+    Shared(LocalBoxStream<'static, crate::base::Result<Bytes>>),
+}
+
+/// In whose words an answer tells that it broke off.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Words {
+    /// A provider's own.
+    Native(Dialect),
+    /// OpenAI's chat.
+    OpenAi,
+    /// Anthropic's Messages.
+    Messages,
+}
+
+/// How an answer ended.
+#[derive(Clone, Debug)]
+pub enum End {
+    /// As its sender meant it.
+    Whole,
+    /// Before that.
+    Broken(Fault),
+    /// By a rule of the gateway.
+    Blocked(Finding),
+}
+
+/// See the top of this file.
+pub struct Pipe {
+    source: Source,
+    meter: Reading,
+    translation: Option<Translation>,
+    guard: Option<StreamGuard>,
+    flags: Vec<Finding>,
+    words: Words,
+    /// The caller reads events: it can be told what went wrong.
+    events: bool,
+    ready: VecDeque<Bytes>,
+    end: Option<End>,
+}
+
+/// How usage is found out.
+enum Reading {
+    Nothing,
+    Known(Usage),
+    Plain(Box<Meter>),
+    /// The answer is compressed, and read beside being passed on.
+    Gzip(Box<GzDecoder<Bounded>>),
+}
+
+/// A meter that stops reading when a small answer turns out to be a huge one.
+struct Bounded {
+    meter: Option<Meter>,
+    left: usize,
+}
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if bytes.len() > self.left {
+            return Err(std::io::Error::other("the answer grows without bound"));
+        }
+        self.left -= bytes.len();
+        if let Some(meter) = &mut self.meter {
+            meter.feed(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// From a dialect to the caller's words, event by event.
+struct Translation {
+    to_openai: Option<Translator>,
+    to_messages: Option<messages::Translator>,
+    between: sse::Encoder,
+    out: sse::Encoder,
+}
+
+impl Translation {
+    fn feed(&mut self, chunk: &[u8]) -> Result<(), Error> {
+        match (&mut self.to_openai, &mut self.to_messages) {
+            (Some(first), None) => first.feed(chunk, &mut self.out),
+            (None, Some(second)) => second.feed(chunk, &mut self.out),
+            (Some(first), Some(second)) => {
+                first.feed(chunk, &mut self.between)?;
+                second.feed(&self.between.take(), &mut self.out)
+            }
+            (None, None) => Ok(()),
+        }
+    }
+
+    fn end(&mut self) -> Result<(), Error> {
+        if let Some(first) = &mut self.to_openai {
+            match &mut self.to_messages {
+                None => return first.end(&mut self.out),
+                Some(second) => {
+                    first.end(&mut self.between)?;
+                    second.feed(&self.between.take(), &mut self.out)?;
+                }
+            }
+        }
+        match &mut self.to_messages {
+            Some(second) => second.end(&mut self.out),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Pipe {
+    /// Hands on what comes, as it comes.
+    pub fn new(source: Source, words: Words, events: bool) -> Self {
+        Self {
+            source,
+            meter: Reading::Nothing,
+            translation: None,
+            guard: None,
+            flags: Vec::new(),
+            words,
+            events,
+            ready: VecDeque::new(),
+            end: None,
+        }
+    }
+
+    /// Counts usage on the way. A compressed answer is read up to `limit` bytes.
+    pub fn metered(mut self, meter: Meter, encoding: Option<&str>, limit: usize) -> Self {
+        self.meter = match encoding {
+            None | Some("identity") => Reading::Plain(Box::new(meter)),
+            Some("gzip") => Reading::Gzip(Box::new(GzDecoder::new(Bounded { meter: Some(meter), left: limit }))),
+            Some(_) => Reading::Nothing,
+        };
+        self
+    }
+
+    /// Translates a stream on the way.
+    pub fn translated(mut self, to_openai: Option<Translator>, to_messages: Option<messages::Translator>) -> Self {
+        if to_openai.is_some() || to_messages.is_some() {
+            let (between, out) = (sse::Encoder::default(), sse::Encoder::default());
+            self.translation = Some(Translation { to_openai, to_messages, between, out });
+        }
+        self
+    }
+
+    /// Checks a stream by rules on the way.
+    pub fn guarded(mut self, guard: StreamGuard) -> Self {
+        self.guard = (!guard.is_idle()).then_some(guard);
+        self
+    }
+
+    /// What the answer used is known already.
+    pub fn with_usage(mut self, usage: Option<Usage>) -> Self {
+        if let Some(usage) = usage {
+            self.meter = Reading::Known(usage);
+        }
+        self
+    }
+
+    /// What rules found in it is known already.
+    pub fn with_flags(mut self, flags: Vec<Finding>) -> Self {
+        self.flags = flags;
+        self
+    }
+
+    /// What rules found without blocking it.
+    pub fn flags(&self) -> &[Finding] {
+        self.guard.as_ref().map_or(&self.flags, StreamGuard::flags)
+    }
+
+    /// How many bytes will come, if that is known and nothing on the way changes it.
+    pub fn length(&self) -> Option<u64> {
+        if self.translation.is_some() || self.guard.is_some() {
+            return None;
+        }
+        match &self.source {
+            Source::Upstream(body) => body.length(),
+            Source::Local(body) => match body.size() {
+                BodySize::None => Some(0),
+                BodySize::Sized(bytes) => Some(bytes),
+                BodySize::Stream => None,
+            },
+            Source::Whole(bytes) => Some(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Source::Chunks(_) | Source::Shared(_) => None,
+        }
+    }
+
+    /// How it ended, once it did.
+    pub fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    /// What the answer says it used, as far as it was read. Asked once.
+    pub fn usage(&mut self) -> Option<Usage> {
+        match std::mem::replace(&mut self.meter, Reading::Nothing) {
+            Reading::Nothing => None,
+            Reading::Known(usage) => Some(usage),
+            Reading::Plain(meter) => meter.finish(),
+            // What could not be read any further counts as far as it was.
+            Reading::Gzip(mut decoder) => {
+                let _ = decoder.try_finish();
+                decoder.get_mut().meter.take().and_then(Meter::finish)
+            }
+        }
+    }
+
+    /// The next bytes for the caller; `None` at the end. After an error nothing follows: the connection is to be cut, since
+    /// that is the only way left to tell.
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+        loop {
+            if let Some(chunk) = self.ready.pop_front() {
+                return Poll::Ready(Some(Ok(chunk)));
+            }
+            if self.end.is_some() {
+                return Poll::Ready(None);
+            }
+            match std::task::ready!(poll_source(&mut self.source, cx)) {
+                Some(Ok(chunk)) => {
+                    self.read(&chunk);
+                    if self.translation.is_none() && self.guard.is_none() {
+                        return Poll::Ready(Some(Ok(chunk)));
+                    }
+                    if let Err(end) = self.pass(chunk) {
+                        self.stop(end);
+                    }
+                }
+                Some(Err(fault)) => {
+                    let told = self.events;
+                    self.stop(End::Broken(fault.clone()));
+                    if !told {
+                        return Poll::Ready(Some(Err(fault)));
+                    }
+                }
+                None => match self.finish() {
+                    Ok(()) => self.end = Some(End::Whole),
+                    Err(end) => self.stop(end),
+                },
+            }
+        }
+    }
+
+    fn read(&mut self, chunk: &[u8]) {
+        match &mut self.meter {
+            Reading::Nothing | Reading::Known(_) => {}
+            Reading::Plain(meter) => meter.feed(chunk),
+            Reading::Gzip(decoder) => {
+                if decoder.write_all(chunk).is_err() {
+                    self.meter = Reading::Nothing;
+                }
+            }
+        }
+    }
+
+    /// Through the stages, in order.
+    fn pass(&mut self, chunk: Bytes) -> Result<(), End> {
+        let chunk = match &mut self.translation {
+            None => chunk,
+            Some(translation) => {
+                let outcome = translation.feed(&chunk);
+                let made = translation.out.take();
+                self.check(made)?;
+                return outcome.map_err(|error| End::Broken(Fault::Broken(error.message().to_owned())));
+            }
+        };
+        self.check(chunk)
+    }
+
+    fn check(&mut self, chunk: Bytes) -> Result<(), End> {
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let Some(guard) = &mut self.guard else {
+            self.ready.push_back(chunk);
+            return Ok(());
+        };
+        let mut released = Vec::new();
+        let outcome = guard.feed(chunk, &mut released);
+        self.ready.extend(released);
+        outcome.map_err(End::Blocked)
+    }
+
+    fn finish(&mut self) -> Result<(), End> {
+        if let Some(translation) = &mut self.translation {
+            let outcome = translation.end();
+            let made = translation.out.take();
+            self.check(made)?;
+            outcome.map_err(|error| End::Broken(Fault::Broken(error.message().to_owned())))?;
+        }
+        if let Some(guard) = &mut self.guard {
+            let mut released = Vec::new();
+            let outcome = guard.finish(&mut released);
+            self.ready.extend(released);
+            outcome.map_err(End::Blocked)?;
+        }
+        Ok(())
+    }
+
+    /// Ends it early: whoever reads events reads why; nothing says that the answer was whole.
+    fn stop(&mut self, end: End) {
+        if self.events {
+            let (kind, message) = match &end {
+                End::Whole => return,
+                End::Broken(fault) => (Kind::Unreachable, format!("The provider broke off: {fault}")),
+                End::Blocked(finding) => (Kind::AnswerBlocked, format!("The response was blocked by the rule `{}`.", finding.rule)),
+            };
+            self.ready.push_back(error_event(self.words, kind, &message));
+        }
+        // Dropping the source hangs up.
+        self.source = Source::Whole(None);
+        self.end = Some(end);
+    }
+}
+
+fn poll_source(source: &mut Source, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+    match source {
+        Source::Upstream(body) => body.poll_chunk(cx),
+        Source::Local(body) => Pin::new(body).poll_next(cx).map(|chunk| {
+            chunk.map(|chunk| chunk.map_err(|error| Fault::Broken(error.to_string())))
+        }),
+        Source::Whole(bytes) => Poll::Ready(bytes.take().filter(|bytes| !bytes.is_empty()).map(Ok)),
+        Source::Chunks(chunks) => Poll::Ready(chunks.next().map(Ok)),
+        Source::Shared(chunks) => chunks
+            .poll_next_unpin(cx)
+            .map(|chunk| chunk.map(|chunk| chunk.map_err(|error| Fault::Broken(error.message().to_owned())))),
+    }
+}
+
+/// One event that says what went wrong, in the words the caller expects.
+fn error_event(words: Words, kind: Kind, message: &str) -> Bytes {
+    let mut out = sse::Encoder::default();
+    let code = match kind {
+        Kind::AnswerBlocked => "response_blocked",
+        _ => "upstream_unreachable",
+    };
+    match words {
+        Words::Messages | Words::Native(Dialect::Anthropic) => {
+            let body = json!({ "type": "error", "error": { "type": "api_error", "message": message } });
+            out.json(Some("error"), &body);
+        }
+        Words::Native(Dialect::Google) => {
+            out.json(None, &json!({ "error": { "code": 502, "message": message, "status": "UNAVAILABLE" } }));
+        }
+        Words::OpenAi | Words::Native(_) => {
+            let body = json!({ "error": { "message": message, "type": "server_error", "param": null, "code": code } });
+            out.json(None, &body);
+        }
+    }
+    out.take()
+}

@@ -1,0 +1,265 @@
+//! What is told of a call that went through a gateway: one line of the log and its counts, on whatever path it ended.
+//!
+//! A record ends exactly once: with its answer, with a refusal, or because it was dropped, which is how a caller leaves.
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
+use serde_json::json;
+use tracing::info;
+
+use crate::base::{AccountId, Error, KeyId, LogId, Millis, RequestId};
+use crate::gateway::options::CustomCost;
+use crate::gateway::pipe::End;
+use crate::gateway::relay::Ask;
+use crate::guard::Finding;
+use crate::metrics::Metrics;
+use crate::task::Usage;
+
+/// What the cache did for a call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CacheUse {
+    /// It was not asked.
+    Off,
+    /// It had no answer.
+    Miss,
+    /// It had one.
+    Hit,
+    /// Somebody else's was on its way.
+    Coalesced,
+}
+
+impl CacheUse {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Miss => "miss",
+            Self::Hit => "hit",
+            Self::Coalesced => "coalesced",
+        }
+    }
+
+    /// Whether no upstream was asked for this caller.
+    pub fn is_hit(self) -> bool {
+        matches!(self, Self::Hit | Self::Coalesced)
+    }
+}
+
+/// See the top of this file.
+pub struct Record {
+    /// Its id; `None`: this call is not to be logged.
+    pub log: Option<LogId>,
+    /// What the caller calls it, or its own id.
+    pub event: String,
+    request: RequestId,
+    account: AccountId,
+    key: Option<KeyId>,
+    gateway: Box<str>,
+    metrics: Arc<Metrics>,
+    received: Instant,
+    /// Spent on upstreams and between attempts, up to the head of the answer.
+    elsewhere: Duration,
+    /// What was tried.
+    trail: String,
+    cache: CacheUse,
+    provider: Box<str>,
+    model: Box<str>,
+    step: usize,
+    status: u16,
+    metadata: Option<String>,
+    ignored: Vec<&'static str>,
+    flags: Vec<Finding>,
+    custom_cost: Option<CustomCost>,
+    first_byte: Option<Duration>,
+    bytes: u64,
+    open: bool,
+}
+
+impl Record {
+    /// Begins with a call.
+    pub fn begin(metrics: &Arc<Metrics>, ask: &Ask) -> Self {
+        metrics.gateway_in_flight.inc();
+        let collect = ask.options.collect_log.unwrap_or(ask.gateway.settings.collect_logs);
+        let log = collect.then(|| LogId::at(Millis::now()));
+        let event = ask.options.event_id.clone();
+        Self {
+            event: event.unwrap_or_else(|| log.map_or_else(|| ask.who.id.to_string(), |log| log.to_string())),
+            log,
+            request: ask.who.id,
+            account: ask.account.clone(),
+            key: ask.who.caller.key.clone(),
+            gateway: ask.gateway.id.as_str().into(),
+            metrics: metrics.clone(),
+            received: ask.who.received,
+            elsewhere: Duration::ZERO,
+            trail: String::new(),
+            cache: CacheUse::Off,
+            provider: Box::default(),
+            model: Box::default(),
+            step: 0,
+            status: 0,
+            metadata: ask.options.metadata.as_ref().and_then(|all| serde_json::to_string(all).ok()),
+            ignored: ask.options.ignored.clone(),
+            flags: Vec::new(),
+            custom_cost: ask.options.custom_cost,
+            first_byte: None,
+            bytes: 0,
+            open: true,
+        }
+    }
+
+    /// Notes what rules found without blocking.
+    pub fn flags(&mut self, flags: &[Finding]) {
+        for flag in flags {
+            self.metrics.gateway_findings.with_label_values(&[&flag.check.to_string(), "FLAG"]).inc();
+        }
+        self.flags.extend_from_slice(flags);
+    }
+
+    /// Notes what a rule blocked.
+    pub fn blocked(&self, finding: &Finding) {
+        self.metrics.gateway_findings.with_label_values(&[&finding.check.to_string(), "BLOCK"]).inc();
+    }
+
+    /// Time that somebody else took.
+    pub fn waited(&mut self, time: Duration) {
+        self.elsewhere += time;
+    }
+
+    /// The answer has begun.
+    pub fn begun(&mut self, status: StatusCode, cache: CacheUse, provider: &str, model: &str, step: usize, trail: &str) {
+        let taken = self.received.elapsed();
+        self.metrics.gateway_overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
+        self.metrics.gateway_cache.with_label_values(&[cache.as_str()]).inc();
+        self.first_byte = Some(taken);
+        (self.status, self.cache, self.step) = (status.as_u16(), cache, step);
+        (self.provider, self.model, self.trail) = (provider.into(), model.into(), trail.into());
+    }
+
+    /// What rules found, as a header says it.
+    pub fn dlp(&self) -> Option<String> {
+        if self.flags.is_empty() {
+            return None;
+        }
+        let findings: Vec<_> = self
+            .flags
+            .iter()
+            .map(|flag| {
+                json!({
+                    "profile": { "context": {}, "entry_ids": [&*flag.rule], "profile_id": "" },
+                    "policy_ids": [],
+                    "check": flag.check.to_string(),
+                })
+            })
+            .collect();
+        Some(json!({ "findings": findings, "action": "FLAG" }).to_string())
+    }
+
+    /// Whether all of a body of known size went out.
+    pub fn is_whole(&self, size: u64) -> bool {
+        self.bytes >= size
+    }
+
+    /// Bytes that went to the caller.
+    pub fn sent(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+
+    /// There was no answer but our own refusal.
+    pub fn refused(&mut self, error: &Error, trail: &str) {
+        self.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
+        self.trail = trail.into();
+        self.close("refused", Some(error.kind().as_str()), None);
+    }
+
+    /// The answer has ended.
+    pub fn ended(&mut self, end: &End, usage: Option<Usage>) {
+        match end {
+            End::Whole if self.status < 400 => self.close("done", None, usage),
+            End::Whole => self.close("failed", Some("upstream_status"), usage),
+            End::Broken(_) => self.close("failed", Some("upstream_broke"), usage),
+            End::Blocked(finding) => {
+                self.blocked(finding);
+                self.flags.push(finding.clone());
+                self.close("failed", Some("answer_blocked"), usage);
+            }
+        }
+    }
+
+    /// The caller left.
+    pub fn left(&mut self, usage: Option<Usage>) {
+        self.close("cancelled", None, usage);
+    }
+
+    fn close(&mut self, outcome: &'static str, why: Option<&'static str>, usage: Option<Usage>) {
+        if !std::mem::take(&mut self.open) {
+            return;
+        }
+        self.metrics.gateway_in_flight.dec();
+        self.metrics.gateway_calls.with_label_values(&[outcome]).inc();
+        // A hit used nothing of the upstream.
+        let usage = usage.filter(|_| !self.cache.is_hit());
+        if let Some(usage) = &usage {
+            let provider = label(&self.provider);
+            for (kind, tokens) in [
+                ("prompt", usage.prompt_tokens),
+                ("cached", usage.cached_tokens),
+                ("completion", usage.completion_tokens),
+            ] {
+                if tokens > 0 {
+                    self.metrics.upstream_tokens.with_label_values(&[provider, kind]).inc_by(u64::from(tokens));
+                }
+            }
+        }
+        let Some(log) = self.log else { return };
+        let mut found = String::new();
+        for flag in &self.flags {
+            let _ = write!(found, "{}{}:{}", if found.is_empty() { "" } else { " " }, flag.check, flag.rule);
+        }
+        let tokens = |of: fn(&Usage) -> u32| usage.as_ref().map(|usage| of(usage));
+        info!(
+            target: "neurond::gateway",
+            log = %log,
+            request = %self.request,
+            event = %self.event,
+            account = %self.account,
+            key = self.key.as_ref().map_or("-", KeyId::as_str),
+            gateway = %self.gateway,
+            provider = %self.provider,
+            model = %self.model,
+            step = self.step,
+            status = self.status,
+            cache = self.cache.as_str(),
+            outcome,
+            why,
+            attempts = %self.trail,
+            prompt_tokens = tokens(|usage| usage.prompt_tokens),
+            cached_tokens = tokens(|usage| usage.cached_tokens),
+            completion_tokens = tokens(|usage| usage.completion_tokens),
+            custom_cost = self.custom_cost.map(|cost| cost.of(usage.as_ref())),
+            metadata = self.metadata.as_deref(),
+            ignored = (!self.ignored.is_empty()).then(|| self.ignored.join(",")),
+            found = (!found.is_empty()).then_some(found),
+            bytes = self.bytes,
+            first_byte_ms = self.first_byte.map(millis),
+            total_ms = millis(self.received.elapsed()),
+        );
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.left(None);
+    }
+}
+
+/// A provider as a label: custom ones are named by their callers, so they share one.
+pub fn label(provider: &str) -> &str {
+    if provider.starts_with("custom-") { "custom" } else { provider }
+}
+
+fn millis(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e5).round() / 100.0
+}

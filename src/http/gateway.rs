@@ -1,0 +1,718 @@
+//! Calls through a gateway: every form of address to an [`Ask`] for the relay, its reply to a response.
+//!
+//!     /v1/{account}/{gateway}/{provider}/…          a provider's own call
+//!     /v1/{account}/{gateway}                       a list of steps, the first that answers counts
+//!     /v1/{account}/{gateway}/compat/…              OpenAI's words for anybody's model
+//!     /v1/messages, /ai/v1/messages                 Anthropic's words for anybody's model
+//!     /ai/v1/…, /ai/run with cf-aig-gateway-id      the same on Cloudflare's own surface
+
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use actix_web::body::{BodySize, BoxBody, MessageBody};
+use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::Bytes;
+use http::header::HeaderMap as Forwarded;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value};
+
+use crate::base::{AccountId, Error, Kind, Millis, RequestId, Result};
+use crate::gateway::options::{self, Options};
+use crate::gateway::pipe::{End, Pipe, Words};
+use crate::gateway::record::Record;
+use crate::gateway::relay::{Ask, Plan, Relay, Reply, Who};
+use crate::gateway::route;
+use crate::gateway::step::{self, Step, Steps};
+use crate::http::route::{Endpoint, Route};
+use crate::http::{Services, ask, auth, models, socket};
+use crate::net::client::Fault;
+use crate::provider::{self, Dialect};
+use crate::registry::{Gateway, View};
+use crate::route::{Facts, LimitNode};
+use crate::vault::Caller;
+
+/// Most steps of a universal call.
+const MAX_STEPS: usize = 16;
+/// The gateway of calls that name none.
+const DEFAULT: &str = "default";
+/// What stands for a provider where a model's name decides, and where steps do.
+const COMPAT: &str = "compat";
+const UNIVERSAL: &str = "universal";
+
+/// Who is let in, and through what.
+pub(super) struct Entrance {
+    account: AccountId,
+    gateway: Arc<Gateway>,
+    view: Arc<View>,
+    who: Who,
+    /// A token of ours was shown: stored keys may be used.
+    trusted: bool,
+}
+
+/// Serves a call of one of the gateway's own addresses.
+pub(super) async fn serve(
+    services: &Services,
+    relay: &Rc<Relay>,
+    request: &HttpRequest,
+    payload: web::Payload,
+    route: &Route,
+    endpoint: &Endpoint,
+    id: RequestId,
+    received: Instant,
+) -> Result<HttpResponse> {
+    let gateway = match endpoint {
+        Endpoint::Provider { gateway, .. }
+        | Endpoint::Universal { gateway }
+        | Endpoint::CompatChat { gateway }
+        | Endpoint::CompatEmbeddings { gateway }
+        | Endpoint::CompatModels { gateway }
+        | Endpoint::GatewayRun { gateway } => gateway,
+        _ => return Err(Error::internal("an endpoint that is no gateway's")),
+    };
+    let entrance = enter(services, relay, route, request, gateway, id, received).await?;
+    if socket::is_wanted(request) {
+        return match endpoint {
+            Endpoint::Universal { .. } => socket::universal(relay, request, payload, entrance),
+            Endpoint::Provider { slug, rest, .. } => {
+                let call = Incoming::read(request, Bytes::new());
+                socket::realtime(relay, payload, entrance, call, slug, rest).await
+            }
+            _ => Err(Error::bad_input("there is no WebSocket at this path")),
+        };
+    }
+    if matches!(endpoint, Endpoint::Universal { .. }) && request.method() != actix_web::http::Method::POST {
+        return Err(Error::new(Kind::MethodNotAllowed, "Method GET not available for that URI: use POST"));
+    }
+    let server = &services.config.get().server;
+    let body = ask::read_bytes(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?;
+    let call = Incoming::read(request, body);
+    let ask = match endpoint {
+        Endpoint::Provider { slug, rest, .. } => entrance.native(call, slug, rest),
+        Endpoint::Universal { .. } => entrance.universal(call),
+        Endpoint::CompatChat { .. } => entrance.chat(relay, call),
+        Endpoint::CompatEmbeddings { .. } => entrance.embeddings(call),
+        Endpoint::GatewayRun { .. } => return entrance.run(relay, call).await,
+        _ => return models::list(services),
+    }?;
+    Ok(render(relay.serve(ask).await?))
+}
+
+/// Serves a call of the surfaces that know accounts by their token, through the gateway it names.
+pub(super) async fn serve_named(
+    relay: &Rc<Relay>,
+    request: &HttpRequest,
+    body: Bytes,
+    endpoint: &Endpoint,
+    caller: Caller,
+    id: RequestId,
+    received: Instant,
+) -> Result<HttpResponse> {
+    let named = request.headers().get("cf-aig-gateway-id").and_then(|value| value.to_str().ok());
+    let trusted = caller.key.is_some();
+    let account = caller.account.clone();
+    let named = named.unwrap_or(DEFAULT);
+    if !caller.scopes.opens(named) {
+        return Err(Error::new(Kind::Forbidden, "This token does not open this gateway."));
+    }
+    let gateway = find(relay, &account, named, true).await?;
+    let who = Who { id, engine: caller.scopes.run.then(|| caller.clone()), caller, received };
+    let entrance = Entrance { account, gateway, view: relay.parts.registry.view(), who, trusted };
+    let mut call = Incoming::read(request, body);
+    // The bearer token was ours.
+    call.headers.remove(http::header::AUTHORIZATION);
+    if *endpoint == Endpoint::Messages {
+        call.headers.remove("x-api-key");
+    }
+    let ask = match endpoint {
+        Endpoint::Messages => entrance.messages(relay, call),
+        Endpoint::ChatCompletions => entrance.chat(relay, call),
+        Endpoint::Embeddings => entrance.embeddings(call),
+        Endpoint::Completions => entrance.named_native(call, "completions"),
+        Endpoint::Responses => entrance.named_native(call, "responses"),
+        Endpoint::Run(model) => entrance.native(call, step::LOCAL, &format!("run/{model}")),
+        Endpoint::RunUnified => return entrance.run(relay, call).await,
+        _ => Err(Error::internal("an endpoint that goes through no gateway")),
+    }?;
+    Ok(render(relay.serve(ask).await?))
+}
+
+/// Whether a call of those surfaces goes through a gateway: it names one, or a model that is not served here.
+pub(super) fn is_meant(headers: &HeaderMap, endpoint: &Endpoint, body: &[u8]) -> bool {
+    let takes_model = matches!(
+        endpoint,
+        Endpoint::ChatCompletions | Endpoint::Completions | Endpoint::Embeddings | Endpoint::Responses
+    );
+    match endpoint {
+        Endpoint::Messages => true,
+        _ if !takes_model && !matches!(endpoint, Endpoint::Run(_) | Endpoint::RunUnified) => false,
+        _ if headers.contains_key("cf-aig-gateway-id") => true,
+        _ if !takes_model => false,
+        _ => provider::facts(body).and_then(|facts| facts.model).is_some_and(|model| {
+            let slug = model.split_once('/').map(|(slug, _)| slug);
+            slug.is_some_and(|slug| slug == "dynamic" || slug.starts_with("custom-") || provider::find(slug).is_some())
+        }),
+    }
+}
+
+/// Lets a caller into a gateway of the account in the path.
+async fn enter(
+    services: &Services,
+    relay: &Rc<Relay>,
+    route: &Route,
+    request: &HttpRequest,
+    gateway: &str,
+    id: RequestId,
+    received: Instant,
+) -> Result<Entrance> {
+    let Some(account) = &route.account else { return Err(Error::internal("a gateway without an account")) };
+    let now = Millis::now();
+    let headers = request.headers();
+    let token = headers.get("cf-aig-authorization").and_then(|value| value.to_str().ok()).map(auth::bare);
+    let token = token.or_else(|| socket::token(request).map(|(token, _)| token));
+    let admitted = services.vault.admit(token, Some(account), now).and_then(|caller| match caller.scopes.opens(gateway) {
+        true => Ok(caller),
+        false => Err(Error::new(Kind::Forbidden, "This token does not open this gateway.")),
+    });
+    let account = AccountId::new(account);
+    let known = admitted.as_ref().is_ok_and(|caller| caller.key.is_some());
+    let gateway = find(relay, &account, gateway, known).await?;
+    // Where no token exists at all, nobody can show one.
+    if gateway.settings.authentication && admitted.is_err() {
+        services.metrics.auth_failures.inc();
+        return Err(Error::new(Kind::Unauthorized, "Unauthorized"));
+    }
+    // The engine wants a caller of its own: what it computes is billed.
+    let engine = match &admitted {
+        Ok(caller) if caller.key.is_some() => caller.scopes.run.then(|| caller.clone()),
+        _ => {
+            let bearer = auth::bearer(headers);
+            services.vault.admit(bearer, Some(account.as_str()), now).ok().filter(|caller| caller.scopes.run)
+        }
+    };
+    let caller = admitted.unwrap_or(Caller::anonymous(account.clone()));
+    let caller = Caller { account: account.clone(), ..caller };
+    let who = Who { id, caller, engine, received };
+    Ok(Entrance { account, gateway, view: relay.parts.registry.view(), who, trusted: known })
+}
+
+async fn find(relay: &Rc<Relay>, account: &AccountId, id: &str, known: bool) -> Result<Arc<Gateway>> {
+    if let Some(gateway) = relay.parts.registry.view().gateway(account.as_str(), id) {
+        return Ok(gateway);
+    }
+    if id == DEFAULT && known {
+        return relay.parts.registry.ensure_default(account).await;
+    }
+    Err(Error::new(Kind::NoSuchGateway, format!("There is no gateway `{id}` in this account: create it first.")))
+}
+
+/// A request, divided into what is ours and what is the upstream's.
+pub(super) struct Incoming {
+    method: actix_web::http::Method,
+    path: String,
+    query: String,
+    headers: Forwarded,
+    pub(super) options: Options,
+    pub(super) body: Bytes,
+    content_type: Option<String>,
+    credentials: Vec<u8>,
+}
+
+impl Incoming {
+    pub(super) fn read(request: &HttpRequest, body: Bytes) -> Self {
+        let mut options = Options::default();
+        let headers = request.headers();
+        let pairs = headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
+        let forwarded = options::divide(pairs, &mut options);
+        let text = |name: &str| forwarded.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let mut credentials = Vec::new();
+        for name in ["authorization", "x-api-key", "api-key", "x-goog-api-key", "cf-aig-byok-alias"] {
+            if let Some(value) = headers.get(name) {
+                credentials.extend_from_slice(name.as_bytes());
+                credentials.extend_from_slice(value.as_bytes());
+                credentials.push(0);
+            }
+        }
+        Self {
+            method: request.method().clone(),
+            path: request.uri().path().to_owned(),
+            query: request.query_string().to_owned(),
+            content_type: text("content-type"),
+            headers: forwarded,
+            options,
+            body,
+            credentials,
+        }
+    }
+}
+
+/// A universal step as it is written.
+#[derive(Deserialize)]
+struct Written {
+    provider: String,
+    #[serde(default)]
+    endpoint: String,
+    #[serde(default)]
+    headers: Map<String, Value>,
+    query: Option<Box<RawValue>>,
+    #[serde(default)]
+    config: Map<String, Value>,
+}
+
+/// One of them, or a list.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum WrittenSteps {
+    Many(Vec<Written>),
+    One(Box<Written>),
+}
+
+impl Entrance {
+    /// The id of the call.
+    pub(super) fn id(&self) -> RequestId {
+        self.who.id
+    }
+
+    /// The same entrance for another call, with what the registry says by now.
+    pub(super) fn again(&self, id: RequestId) -> Self {
+        Self {
+            account: self.account.clone(),
+            gateway: self.gateway.clone(),
+            view: self.view.clone(),
+            who: Who { id, received: Instant::now(), ..self.who.clone() },
+            trusted: self.trusted,
+        }
+    }
+
+    /// A provider's WebSocket.
+    pub(super) fn realtime(self, mut call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
+        // A token of ours among the protocols is nobody else's.
+        let protocols = call.headers.get("sec-websocket-protocol").and_then(|value| value.to_str().ok());
+        if let Some(protocols) = protocols {
+            let theirs: Vec<&str> =
+                protocols.split(',').map(str::trim).filter(|name| !name.starts_with("cf-aig-authorization.")).collect();
+            match http::HeaderValue::from_str(&theirs.join(", ")) {
+                Ok(value) if !theirs.is_empty() => call.headers.insert("sec-websocket-protocol", value),
+                _ => call.headers.remove("sec-websocket-protocol"),
+            };
+        }
+        let method = call.method.clone();
+        let step = self.steps().native(slug, &method, rest, &call.query, &call.headers, &call.body, call.options.clone())?;
+        let words = Words::Native(step.dialect);
+        self.ask(call, Plan::list(vec![Ok(step)]), words, slug)
+    }
+
+    /// What steps are made with.
+    fn steps(&self) -> Steps<'_> {
+        Steps {
+            account: &self.account,
+            gateway: &self.gateway,
+            view: &self.view,
+            trusted: self.trusted,
+            id: self.who.id,
+        }
+    }
+
+    fn ask(self, call: Incoming, plan: Plan, words: Words, provider: &str) -> Result<Ask> {
+        let query = if call.query.is_empty() { String::new() } else { format!("?{}", call.query) };
+        let method = http::Method::from_bytes(call.method.as_str().as_bytes())
+            .map_err(|_| Error::bad_input("the method is none that HTTP knows"))?;
+        Ok(Ask {
+            who: self.who,
+            account: self.account,
+            gateway: self.gateway,
+            plan,
+            tries_all: provider == UNIVERSAL,
+            provider: provider.into(),
+            options: call.options,
+            words,
+            method,
+            endpoint: call.path + &query,
+            body: call.body,
+            content_type: call.content_type,
+            credentials: call.credentials,
+        })
+    }
+
+    fn native(self, call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
+        let step = self.steps().native(
+            slug,
+            &call.method,
+            rest,
+            &call.query,
+            &call.headers,
+            &call.body,
+            call.options.clone(),
+        )?;
+        let words = Words::Native(step.dialect);
+        // What OpenAI's words ask of one can be asked of another.
+        let chat = step.dialect == Dialect::OpenAi && rest.trim_end_matches('/').ends_with("chat/completions");
+        let plan = if chat { self.with_fallbacks(step, &call) } else { Plan::list(vec![Ok(step)]) };
+        self.ask(call, plan, words, slug)
+    }
+
+    /// A path of OpenAI's own surface, for `provider/model` in the body.
+    fn named_native(self, mut call: Incoming, path: &str) -> Result<Ask> {
+        let name = model(&call.body)?;
+        let (slug, model) = step::divide_name(&name)?;
+        call.body = provider::splice_model(&call.body, model)?;
+        let rest = if slug == step::LOCAL { format!("v1/{path}") } else { path.to_owned() };
+        self.native(call, slug, &rest)
+    }
+
+    fn chat(self, relay: &Relay, call: Incoming) -> Result<Ask> {
+        let name = model(&call.body)?;
+        if let Some(route) = name.strip_prefix("dynamic/") {
+            let plan = self.routed(relay, route, &call, false)?;
+            return self.ask(call, plan, Words::OpenAi, COMPAT);
+        }
+        let step = self.steps().chat(&name, &call.headers, &call.body, call.options.clone())?;
+        let plan = self.with_fallbacks(step, &call);
+        self.ask(call, plan, Words::OpenAi, COMPAT)
+    }
+
+    fn messages(self, relay: &Relay, call: Incoming) -> Result<Ask> {
+        let name = model(&call.body)?;
+        if let Some(route) = name.strip_prefix("dynamic/") {
+            let plan = self.routed(relay, route, &call, true)?;
+            return self.ask(call, plan, Words::Messages, COMPAT);
+        }
+        // Anthropic's own clients name Anthropic's models alone, and aliases of ours have no provider either.
+        let whole = match name.split_once('/') {
+            Some(_) => name,
+            None if name.starts_with("claude-") => format!("anthropic/{name}"),
+            None => format!("{}/{name}", step::LOCAL),
+        };
+        let step = self.steps().messages(&whole, &call.headers, &call.body, call.options.clone())?;
+        let plan = Plan::list(vec![Ok(step)]);
+        self.ask(call, plan, Words::Messages, COMPAT)
+    }
+
+    fn embeddings(self, call: Incoming) -> Result<Ask> {
+        let name = model(&call.body)?;
+        let step = self.steps().embeddings(&name, &call.headers, &call.body, call.options.clone())?;
+        self.ask(call, Plan::list(vec![Ok(step)]), Words::OpenAi, COMPAT)
+    }
+
+    /// The step that was asked for, and behind it what the gateway or the caller turns to when it fails.
+    fn with_fallbacks(&self, first: Step, call: &Incoming) -> Plan {
+        let written = || {
+            let targets = self.gateway.settings.fallback.iter();
+            targets.map(|target| format!("{}/{}", target.provider, target.model)).collect()
+        };
+        let names: Vec<String> = call.options.fallback.clone().unwrap_or_else(written);
+        let mut steps = vec![Ok(first)];
+        for (at, name) in names.iter().enumerate() {
+            // Credentials were brought for the first.
+            let mut headers = call.headers.clone();
+            for name in ["authorization", "x-api-key", "api-key", "x-goog-api-key"] {
+                headers.remove(name);
+            }
+            let step = self.steps().chat(name, &headers, &call.body, call.options.clone());
+            steps.push(step.map(|mut step| {
+                step.index = at + 1;
+                step
+            }));
+        }
+        Plan::list(steps)
+    }
+
+    pub(super) fn universal(self, call: Incoming) -> Result<Ask> {
+        let written: WrittenSteps = serde_json::from_slice(&call.body).map_err(|error| {
+            Error::bad_input(format!(
+                "the body is no list of steps, each an object with provider, endpoint, headers and query: {error}"
+            ))
+        })?;
+        let written = match written {
+            WrittenSteps::Many(written) => written,
+            WrittenSteps::One(written) => vec![*written],
+        };
+        if written.is_empty() || written.len() > MAX_STEPS {
+            return Err(Error::bad_input(format!("a call has 1 to {MAX_STEPS} steps, this one {}", written.len())));
+        }
+        let most = written.len();
+        let request = call.options.clone();
+        let outer = call.headers.clone();
+        let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
+        let (trusted, id) = (self.trusted, self.who.id);
+        let mut written = written.into_iter().enumerate();
+        let next = move || {
+            let (index, step) = written.next()?;
+            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
+            Some(universal_step(&steps, index, step, &request, &outer))
+        };
+        self.ask(call, Plan { next: Box::new(next), most }, Words::OpenAi, UNIVERSAL)
+    }
+
+    /// The models that a dynamic route turns to, one after the other.
+    fn routed(&self, relay: &Relay, name: &str, call: &Incoming, messages: bool) -> Result<Plan> {
+        let Some(route) = self.view.route(self.account.as_str(), &self.gateway.id, name) else {
+            let message = format!("There is no route `{name}` with a deployed version in this gateway.");
+            return Err(Error::new(Kind::NoSuchModel, message).with_param("model"));
+        };
+        let asked = Asked::read(call, &self.who)?;
+        let (limits, counters) = (relay.parts.limits.clone(), format!("{}/{}/{}", self.account, self.gateway.id, route.id));
+        let mut within = move |limit: &LimitNode, key: &str| limits.pass(&counters, limit, key, Millis::now());
+        let most = route.graph.models().count();
+        let mut walk = asked.with(|facts| route.graph.walk(facts, &mut within));
+        if walk.model().is_none() {
+            let limit = walk.refused().map(|limit| limit.id.to_string()).unwrap_or_default();
+            let message = format!("Rate limited: the route `{name}` leads to no model now (limit `{limit}`).");
+            return Err(Error::new(Kind::RateLimited, message));
+        }
+        let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
+        let (trusted, id) = (self.trusted, self.who.id);
+        let (headers, body, options) = (call.headers.clone(), call.body.clone(), call.options.clone());
+        let mut index = 0;
+        let next = move || {
+            if index > 0 {
+                asked.with(|facts| walk.failed(facts, &mut within).is_some());
+            }
+            let node = walk.model()?;
+            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
+            let name = format!("{}/{}", node.provider, node.model);
+            let options = Options {
+                request_timeout: node.timeout_ms.map(Duration::from_millis).or(options.request_timeout),
+                max_attempts: node.retries.map(|retries| u32::from(retries) + 1).or(options.max_attempts),
+                ..options.clone()
+            };
+            let step = if messages {
+                steps.messages(&name, &headers, &body, options)
+            } else {
+                steps.chat(&name, &headers, &body, options)
+            };
+            index += 1;
+            Some(step.map(|mut step| {
+                step.index = index - 1;
+                step
+            }))
+        };
+        Ok(Plan { next: Box::new(next), most })
+    }
+
+    /// `{"model","input","provider"?}`, answered in an envelope of its own.
+    async fn run(self, relay: &Rc<Relay>, mut call: Incoming) -> Result<HttpResponse> {
+        #[derive(Deserialize)]
+        struct Run {
+            model: String,
+            #[serde(default)]
+            input: Option<Box<RawValue>>,
+            provider: Option<String>,
+        }
+        let run: Run = serde_json::from_slice(&call.body)
+            .map_err(|error| Error::bad_input(format!("the body is no {{\"model\", \"input\"}}: {error}")))?;
+        let name = match &run.provider {
+            Some(provider) if !run.model.starts_with(&format!("{provider}/")) => format!("{provider}/{}", run.model),
+            _ => run.model.clone(),
+        };
+        let (slug, model) = step::divide_name(&name)?;
+        let (slug, model) = (slug.to_owned(), model.to_owned());
+        call.body = Bytes::from(run.input.map_or_else(|| "{}".to_owned(), |input| String::from(Box::<str>::from(input))));
+        call.method = actix_web::http::Method::POST;
+        let ask = if slug == step::LOCAL {
+            self.native(call, &slug, &format!("run/{model}"))?
+        } else {
+            let body = provider::splice_model(&call.body, &name)?;
+            self.chat(relay, Incoming { body, ..call })?
+        };
+        let limit = relay.parts.config.get().upstream.max_answer_bytes;
+        let reply = relay.serve(ask).await?;
+        if reply.headers.get("content-type").is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {
+            return Ok(render(reply));
+        }
+        enveloped(reply, &slug, &model, limit).await
+    }
+}
+
+/// What a route decides by, held as long as it may have to decide again.
+struct Asked {
+    body: Value,
+    headers: Vec<(String, String)>,
+    metadata: Value,
+    model: String,
+    key: u64,
+}
+
+impl Asked {
+    fn read(call: &Incoming, who: &Who) -> Result<Self> {
+        let body: Value = serde_json::from_slice(&call.body)
+            .map_err(|error| Error::bad_input(format!("the request body is not JSON: {error}")))?;
+        let headers = call.headers.iter();
+        let headers: Vec<(String, String)> = headers
+            .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
+            .collect();
+        let metadata = call.options.metadata.clone().map_or(Value::Null, Value::Object);
+        let model = body.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
+        // Who can be told apart takes the same branch each time; everybody else takes any.
+        let session = call.headers.get("x-session-affinity").and_then(|value| value.to_str().ok());
+        let user = session
+            .or_else(|| body.get("user").and_then(Value::as_str))
+            .map(str::to_owned)
+            .or_else(|| metadata.get("user_id").or_else(|| metadata.get("user")).map(Value::to_string));
+        let key = user.map_or(who.id.low_bits(), |user| route::affinity(&user, &who.caller.account));
+        Ok(Self { body, headers, metadata, model, key })
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&Facts<'_>) -> T) -> T {
+        let headers: Vec<(&str, &str)> =
+            self.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        act(&Facts {
+            body: &self.body,
+            headers: &headers,
+            metadata: &self.metadata,
+            model: &self.model,
+            key: self.key,
+            now: Millis::now(),
+        })
+    }
+}
+
+fn universal_step(
+    steps: &Steps<'_>,
+    index: usize,
+    written: Written,
+    request: &Options,
+    outer: &Forwarded,
+) -> Result<Step> {
+    let mut options = Options::default();
+    let texts: Vec<(String, String)> = written
+        .headers
+        .iter()
+        .map(|(name, value)| {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            (name.to_ascii_lowercase(), value)
+        })
+        .collect();
+    let pairs = texts.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
+    let mut headers = options::divide(pairs, &mut options);
+    options.take_config(&written.config);
+    if !headers.contains_key(http::header::CONTENT_TYPE) {
+        headers.insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    }
+    if let Some(agent) = outer.get(http::header::USER_AGENT) {
+        headers.entry(http::header::USER_AGENT).or_insert(agent.clone());
+    }
+    let (path, query) = written.endpoint.split_once('?').unwrap_or((&written.endpoint, ""));
+    let body = written.query.map_or_else(Bytes::new, |query| Bytes::from(String::from(Box::<str>::from(query))));
+    let post = actix_web::http::Method::POST;
+    let options = options.or(request);
+    let path = path.trim_start_matches('/');
+    let mut step = if written.provider == "compat" {
+        steps.chat(&model(&body)?, &headers, &body, options)?
+    } else {
+        steps.native(&written.provider, &post, path, query, &headers, &body, options)?
+    };
+    step.index = index;
+    Ok(step)
+}
+
+fn model(body: &Bytes) -> Result<String> {
+    provider::facts(body)
+        .ok_or_else(|| Error::bad_input("the request body is no JSON object"))?
+        .model
+        .ok_or_else(|| Error::bad_field("model", "'model' is required: name it as provider/model"))
+}
+
+/// The run API's own envelope around a whole answer.
+async fn enveloped(reply: Reply, provider: &str, model: &str, limit: usize) -> Result<HttpResponse> {
+    let (status, headers) = (reply.status, reply.headers.clone());
+    let mut body = RelayBody::new(reply);
+    let mut all = Vec::new();
+    while let Some(chunk) = std::future::poll_fn(|cx| Pin::new(&mut body).poll_next(cx)).await {
+        let chunk = chunk.map_err(|fault| Error::new(Kind::Unreachable, format!("The provider broke off: {fault}")))?;
+        if all.len() + chunk.len() > limit {
+            return Err(Error::new(Kind::Unreachable, "The provider's answer is too large to be put in an envelope."));
+        }
+        all.extend_from_slice(&chunk);
+    }
+    let answer: Value = serde_json::from_slice(&all).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&all).into()));
+    let body = if status.is_success() {
+        let result = answer.get("result").filter(|_| answer.get("success").is_some()).cloned().unwrap_or(answer);
+        serde_json::json!({ "state": "Completed", "result": result, "provider": provider, "model": model })
+    } else {
+        let first = answer.get("errors").and_then(|errors| errors.get(0)).cloned();
+        let error = first.or_else(|| answer.get("error").cloned());
+        let message = error.as_ref().and_then(|error| error.get("message")).cloned();
+        let code = error.as_ref().and_then(|error| error.get("code")).cloned();
+        let error = serde_json::json!({
+            "code": code.unwrap_or(Value::from(status.as_u16())),
+            "message": message.unwrap_or(answer),
+        });
+        serde_json::json!({ "state": "Failed", "error": error, "provider": provider, "model": model })
+    };
+    let status = actix_web::http::StatusCode::from_u16(status.as_u16()).unwrap_or_default();
+    let mut response = HttpResponse::build(status);
+    for (name, value) in headers.iter().filter(|(name, _)| name.as_str().starts_with("cf-aig-")) {
+        response.append_header((name.as_str(), value.as_bytes()));
+    }
+    Ok(response.content_type("application/json").body(body.to_string()))
+}
+
+/// A reply as a response.
+pub(super) fn render(reply: Reply) -> HttpResponse {
+    let status = actix_web::http::StatusCode::from_u16(reply.status.as_u16())
+        .unwrap_or(actix_web::http::StatusCode::BAD_GATEWAY);
+    let mut response = HttpResponse::new(status);
+    let headers = response.headers_mut();
+    for (name, value) in &reply.headers {
+        let name = HeaderName::from_bytes(name.as_str().as_bytes());
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value.as_bytes())) {
+            headers.append(name, value);
+        }
+    }
+    response.set_body(BoxBody::new(RelayBody::new(reply)))
+}
+
+/// The body of a reply. What the caller has read by the end, or until it left, is what is recorded.
+struct RelayBody {
+    pipe: Pipe,
+    record: Record,
+    size: BodySize,
+}
+
+impl RelayBody {
+    fn new(reply: Reply) -> Self {
+        let size = reply.pipe.length().map_or(BodySize::Stream, BodySize::Sized);
+        Self { pipe: reply.pipe, record: reply.record, size }
+    }
+}
+
+impl MessageBody for RelayBody {
+    type Error = Fault;
+
+    fn size(&self) -> BodySize {
+        self.size
+    }
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+        let this = &mut *self;
+        let chunk = std::task::ready!(this.pipe.poll_chunk(cx));
+        match &chunk {
+            Some(Ok(bytes)) => this.record.sent(bytes.len()),
+            Some(Err(fault)) => {
+                let usage = this.pipe.usage();
+                this.record.ended(&End::Broken(fault.clone()), usage);
+            }
+            None => {
+                let usage = this.pipe.usage();
+                this.record.ended(this.pipe.end().unwrap_or(&End::Whole), usage);
+            }
+        }
+        Poll::Ready(chunk)
+    }
+}
+
+impl Drop for RelayBody {
+    fn drop(&mut self) {
+        let usage = self.pipe.usage();
+        // A body of known size is never asked for its end.
+        match self.size {
+            BodySize::Sized(bytes) if self.record.is_whole(bytes) => self.record.ended(&End::Whole, usage),
+            _ => self.record.left(usage),
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! What an answer used, in every spelling there is.
+//!
+//!     Counts   one usage object, whoever wrote it; several are merged field by field, the larger one counts
+//!     Meter    the usage of an answer that passes through as it is: whole, as SSE, or as an AWS event stream
+//!
+//! Streams tell it in pieces (Anthropic: the prompt first, the rest at the end) or over and over (Google), so the last one
+//! must not win. Unknown is `None`, never zero.
+
+use std::fmt;
+use std::sync::LazyLock;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use memchr::memmem::Finder;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::provider::frame::{Frame, Frames};
+use crate::provider::json::{Maybe, Text, skip};
+use crate::provider::sieve::Sieve;
+use crate::task::Usage;
+
+/// Longest frame of an event stream that is still looked into.
+const LONGEST_FRAME: usize = 1 << 20;
+
+/// One usage as read, before what its writer meant is worked out.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Counts {
+    /// Prompt tokens that include cached ones (OpenAI's chat, Google).
+    prompt: Option<u64>,
+    /// Input tokens; include cached ones unless `beside` are told as well.
+    input: Option<u64>,
+    output: Option<u64>,
+    /// Google: thoughts are counted beside the answer.
+    thoughts: Option<u64>,
+    reasoning: Option<u64>,
+    total: Option<u64>,
+    /// Cached tokens as a part of the prompt.
+    cached: Option<u64>,
+    /// Cached tokens beside `input` (Anthropic, Bedrock).
+    read_beside: Option<u64>,
+    /// Tokens written to a cache, beside `input`.
+    written_beside: Option<u64>,
+    /// What Google's tools put into the prompt.
+    tool_prompt: Option<u64>,
+}
+
+impl Counts {
+    /// Takes the larger of each.
+    pub(super) fn merge(&mut self, other: &Self) {
+        let pairs = [
+            (&mut self.prompt, other.prompt),
+            (&mut self.input, other.input),
+            (&mut self.output, other.output),
+            (&mut self.thoughts, other.thoughts),
+            (&mut self.reasoning, other.reasoning),
+            (&mut self.total, other.total),
+            (&mut self.cached, other.cached),
+            (&mut self.read_beside, other.read_beside),
+            (&mut self.written_beside, other.written_beside),
+            (&mut self.tool_prompt, other.tool_prompt),
+        ];
+        for (mine, theirs) in pairs {
+            *mine = (*mine).max(theirs);
+        }
+    }
+
+    /// What it comes to; `None` if nothing was said.
+    pub(super) fn usage(&self) -> Option<Usage> {
+        let beside = self.read_beside.unwrap_or(0).saturating_add(self.written_beside.unwrap_or(0));
+        let prompt = match (self.prompt, self.input) {
+            // Whoever speaks of a prompt means all of it, even with Anthropic's fields next to it.
+            (Some(prompt), _) => Some(prompt.saturating_add(self.tool_prompt.unwrap_or(0))),
+            (None, Some(input)) => Some(input.saturating_add(beside)),
+            (None, None) => None,
+        };
+        let output = self.output.map(|output| output.saturating_add(self.thoughts.unwrap_or(0))).or(self.thoughts);
+        // Some leave reasoning out of the completion, but none out of the total.
+        let rest = self.prompt.and(self.total).and_then(|total| total.checked_sub(prompt?));
+        let completion = output.max(rest);
+        if prompt.is_none() && completion.is_none() {
+            return None;
+        }
+        let small = |count: Option<u64>| u32::try_from(count.unwrap_or(0)).unwrap_or(u32::MAX);
+        let prompt_tokens = small(prompt);
+        Some(Usage {
+            prompt_tokens,
+            cached_tokens: small(self.cached.max(self.read_beside)).min(prompt_tokens),
+            completion_tokens: small(completion),
+            ..Usage::default()
+        })
+    }
+
+    /// Of the completion, how much was thought rather than said, if that is known.
+    pub(super) fn reasoning(&self) -> Option<u64> {
+        self.reasoning.max(self.thoughts)
+    }
+
+    /// Of the prompt, how much was written to a cache.
+    pub(super) fn written(&self) -> u64 {
+        self.written_beside.unwrap_or(0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Counts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(CountsWalk)
+    }
+}
+
+struct CountsWalk;
+
+impl<'de> Visitor<'de> for CountsWalk {
+    type Value = Counts;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a usage object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Counts, A::Error> {
+        let mut counts = Counts::default();
+        let (mut billed, mut read) = (None, None);
+        while let Some(key) = map.next_key::<Text>()? {
+            let field = match &*key {
+                "prompt_tokens" | "promptTokenCount" => &mut counts.prompt,
+                "input_tokens" | "inputTokens" | "inputTokenCount" => &mut counts.input,
+                "completion_tokens" | "output_tokens" | "outputTokens" | "outputTokenCount" | "candidatesTokenCount" => {
+                    &mut counts.output
+                }
+                "thoughtsTokenCount" => &mut counts.thoughts,
+                "reasoning_tokens" => &mut counts.reasoning,
+                "total_tokens" | "totalTokens" | "totalTokenCount" => &mut counts.total,
+                "cached_tokens" | "prompt_cache_hit_tokens" | "num_cached_tokens" | "cachedContentTokenCount" => {
+                    &mut counts.cached
+                }
+                "cache_read_input_tokens" | "cacheReadInputTokens" | "cacheReadInputTokenCount" => {
+                    &mut counts.read_beside
+                }
+                "cache_creation_input_tokens" | "cacheWriteInputTokens" | "cacheWriteInputTokenCount" => {
+                    &mut counts.written_beside
+                }
+                "cache_write_tokens" => &mut counts.written_beside,
+                "toolUsePromptTokenCount" => &mut counts.tool_prompt,
+                "prompt_tokens_details"
+                | "input_tokens_details"
+                | "completion_tokens_details"
+                | "output_tokens_details" => {
+                    if let Some(details) = map.next_value::<Maybe<Counts>>()?.0 {
+                        counts.cached = counts.cached.max(details.cached);
+                        counts.reasoning = counts.reasoning.max(details.reasoning);
+                        counts.written_beside = counts.written_beside.max(details.written_beside);
+                    }
+                    continue;
+                }
+                // Cohere counts what it reads and what it bills for.
+                "billed_units" => {
+                    billed = map.next_value::<Maybe<Counts>>()?.0;
+                    continue;
+                }
+                "tokens" => {
+                    read = map.next_value::<Maybe<Counts>>()?.0;
+                    continue;
+                }
+                _ => {
+                    skip(&mut map)?;
+                    continue;
+                }
+            };
+            // Some write whole numbers with a point.
+            let number = map.next_value::<Maybe<f64>>()?.0.filter(|number| *number >= 0.0);
+            *field = (*field).max(number.map(|number| number as u64));
+        }
+        let said = |of: &Option<Counts>| of.is_some_and(|of| of.input.is_some() || of.output.is_some());
+        if let Some(of) = if said(&billed) { billed } else { read } {
+            counts.merge(&of);
+        }
+        Ok(counts)
+    }
+}
+
+/// Watches a native answer on its way to the client. Memory is bounded: nothing is kept but what a usage may be in.
+#[derive(Debug)]
+pub struct Meter {
+    framing: Framing,
+    counts: Counts,
+}
+
+#[derive(Debug)]
+enum Framing {
+    Whole(Sieve),
+    Sse(Line, Sieve),
+    Frames(Frames, Vec<Frame>),
+    /// Sound, pictures, text; or a stream that broke.
+    Nothing,
+}
+
+/// Where in a line of SSE the bytes have got to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Line {
+    /// So many bytes of `data:` were there.
+    Start(usize),
+    Data,
+    Other,
+}
+
+const DATA: &[u8] = b"data:";
+
+/// What a usage announces itself with. None of it can stand inside a string of JSON but as text of the same letters, which only
+/// costs a closer look.
+static SIGNS: LazyLock<[Finder<'static>; 3]> =
+    LazyLock::new(|| ["usage", "billed_units", "-invocationMetrics"].map(|sign| Finder::new(sign.as_bytes())));
+
+impl Meter {
+    /// A meter for an answer of this content type. Without one, or with one of JSON, the answer is taken for one document.
+    pub fn new(content_type: Option<&str>) -> Self {
+        let kind = content_type.map(|kind| kind.split(';').next().unwrap_or("").trim().to_ascii_lowercase());
+        let framing = match kind.as_deref() {
+            Some("text/event-stream") => Framing::Sse(Line::Start(0), Sieve::default()),
+            Some("application/vnd.amazon.eventstream") => Framing::Frames(Frames::new(LONGEST_FRAME), Vec::new()),
+            None | Some("") => Framing::Whole(Sieve::default()),
+            Some(kind) if kind.ends_with("json") => Framing::Whole(Sieve::default()),
+            Some(_) => Framing::Nothing,
+        };
+        Self { framing, counts: Counts::default() }
+    }
+
+    /// Looks at the next bytes of the answer.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        match &mut self.framing {
+            Framing::Whole(sieve) => sieve.feed(bytes, &mut self.counts),
+            Framing::Sse(line, sieve) => sse(line, sieve, bytes, &mut self.counts),
+            Framing::Frames(decoder, frames) => {
+                let outcome = decoder.feed(bytes, frames);
+                frames.drain(..).for_each(|frame| look_into(&frame, &mut self.counts));
+                if outcome.is_err() {
+                    self.framing = Framing::Nothing;
+                }
+            }
+            Framing::Nothing => {}
+        }
+    }
+
+    /// What the answer has said of its usage up to here.
+    pub fn usage(&self) -> Option<Usage> {
+        self.counts.usage()
+    }
+
+    /// What the answer said of its usage; `None` if it said nothing.
+    pub fn finish(self) -> Option<Usage> {
+        self.usage()
+    }
+}
+
+fn sse(line: &mut Line, sieve: &mut Sieve, mut bytes: &[u8], counts: &mut Counts) {
+    // Most chunks are whole events without a usage: these cost one search.
+    let whole_lines = *line == Line::Start(0) && bytes.ends_with(b"\n");
+    if whole_lines && !SIGNS.iter().any(|sign| sign.find(bytes).is_some()) {
+        return;
+    }
+    while !bytes.is_empty() {
+        match *line {
+            Line::Start(matched) if matched == DATA.len() => {
+                sieve.reset();
+                *line = Line::Data;
+            }
+            Line::Start(matched) => {
+                *line = match bytes[0] {
+                    b'\n' | b'\r' => Line::Start(0),
+                    byte if byte == DATA[matched] => Line::Start(matched + 1),
+                    _ => Line::Other,
+                };
+                bytes = &bytes[1..];
+            }
+            Line::Data | Line::Other => {
+                let end = memchr::memchr2(b'\n', b'\r', bytes);
+                if *line == Line::Data {
+                    sieve.feed(&bytes[..end.unwrap_or(bytes.len())], counts);
+                }
+                let Some(end) = end else { return };
+                *line = Line::Start(0);
+                bytes = &bytes[end + 1..];
+            }
+        }
+    }
+}
+
+fn look_into(frame: &Frame, counts: &mut Counts) {
+    #[derive(Deserialize)]
+    struct Chunk<'a> {
+        #[serde(borrow)]
+        bytes: Text<'a>,
+    }
+    match frame.name.as_str() {
+        // What a model streams in its own dialect is packed once more.
+        "chunk" => {
+            let Ok(chunk) = serde_json::from_slice::<Chunk>(&frame.payload) else { return };
+            let Ok(inner) = STANDARD.decode(chunk.bytes.as_bytes()) else { return };
+            Sieve::default().feed(&inner, counts);
+        }
+        "metadata" => Sieve::default().feed(&frame.payload, counts),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::frame;
+
+    fn used(prompt: u32, cached: u32, completion: u32) -> Option<Usage> {
+        Some(Usage {
+            prompt_tokens: prompt,
+            cached_tokens: cached,
+            completion_tokens: completion,
+            ..Usage::default()
+        })
+    }
+
+    fn metered(content_type: Option<&str>, bytes: &[u8], width: usize) -> Option<Usage> {
+        let mut meter = Meter::new(content_type);
+        bytes.chunks(width.max(1)).for_each(|piece| meter.feed(piece));
+        meter.finish()
+    }
+
+    fn check(content_type: Option<&str>, bytes: &[u8], expected: Option<Usage>) {
+        for width in [bytes.len(), 1, 2, 3, 7, 16, 61] {
+            let found = metered(content_type, bytes, width);
+            assert_eq!(found, expected, "{} in pieces of {width}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    #[test]
+    fn every_spelling_of_usage_comes_to_the_same() {
+        for (usage, expected) in [
+            // OpenAI: chat, embeddings, Responses, images, speech by duration.
+            (r#"{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":4}}"#, used(9, 4, 12)),
+            (r#"{"prompt_tokens":8,"total_tokens":8}"#, used(8, 0, 0)),
+            (r#"{"input_tokens":36,"input_tokens_details":{"cached_tokens":6},"output_tokens":87,"output_tokens_details":{"reasoning_tokens":3},"total_tokens":123}"#, used(36, 6, 87)),
+            (r#"{"type":"duration","seconds":3}"#, None),
+            // xAI leaves reasoning out of the completion.
+            (r#"{"prompt_tokens":10,"completion_tokens":5,"total_tokens":40,"completion_tokens_details":{"reasoning_tokens":25}}"#, used(10, 0, 30)),
+            // DeepSeek, and a proxy that adds Anthropic's fields to OpenAI's.
+            (r#"{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12,"prompt_cache_hit_tokens":6,"prompt_cache_miss_tokens":4}"#, used(10, 6, 2)),
+            (r#"{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12,"cache_read_input_tokens":6,"cache_creation_input_tokens":0}"#, used(10, 6, 2)),
+            // Anthropic, Bedrock.
+            (r#"{"input_tokens":21,"cache_creation_input_tokens":100,"cache_read_input_tokens":1000,"output_tokens":393}"#, used(1121, 1000, 393)),
+            (r#"{"inputTokens":30,"outputTokens":28,"totalTokens":58,"cacheReadInputTokens":5,"cacheWriteInputTokens":2}"#, used(37, 5, 28)),
+            // Google.
+            (r#"{"promptTokenCount":4,"candidatesTokenCount":10,"thoughtsTokenCount":50,"totalTokenCount":64,"cachedContentTokenCount":2}"#, used(4, 2, 60)),
+            (r#"{"promptTokenCount":4,"totalTokenCount":4}"#, used(4, 0, 0)),
+            // Cohere.
+            (r#"{"billed_units":{"input_tokens":5.0,"output_tokens":418},"tokens":{"input_tokens":71,"output_tokens":418}}"#, used(5, 0, 418)),
+            (r#"{"billed_units":{"search_units":1},"tokens":{"input_tokens":71}}"#, used(71, 0, 0)),
+            (r#"{"prompt_tokens":"many","completion_tokens":-1}"#, None),
+            ("{}", None),
+        ] {
+            let counts: Counts = serde_json::from_str(usage).unwrap();
+            assert_eq!(counts.usage(), expected, "{usage}");
+            let body = format!("{{\"id\":1,\"usage\":{usage}}}");
+            check(Some("application/json; charset=utf-8"), body.as_bytes(), expected);
+        }
+    }
+
+    #[test]
+    fn streams_are_merged_field_by_field() {
+        let sse = Some("text/event-stream; charset=utf-8");
+        let anthropic = concat!(
+            "event: message_start\r\ndata: {\"type\":\"message_start\",\"message\":{\"id\":\"m\",\"usage\":{\"input_tokens\":25,\"cache_read_input_tokens\":5,\"output_tokens\":1}}}\r\n\r\n",
+            "event: ping\ndata: {\"type\": \"ping\"}\n\n",
+            "event: content_block_delta\ndata:{\"type\":\"content_block_delta\",\"delta\":{\"type\":\"text_delta\",\"text\":\"usage\"}}\n\n",
+            "event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\"},\"usage\":{\"output_tokens\":15}}\n\n",
+        );
+        check(sse, anthropic.as_bytes(), used(30, 5, 15));
+        let openai = concat!(
+            "data: {\"choices\":[{\"delta\":{\"content\":\"hi\"}}],\"usage\":null}\n\n: ping\n\n",
+            "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4,\"total_tokens\":7}}\n\ndata: [DONE]\n\n",
+        );
+        check(sse, openai.as_bytes(), used(3, 0, 4));
+        let google = concat!(
+            "data: {\"candidates\":[],\"usageMetadata\":{\"promptTokenCount\":4,\"candidatesTokenCount\":1,\"totalTokenCount\":5}}\n\n",
+            "data: {\"candidates\":[],\"usageMetadata\":{\"promptTokenCount\":4,\"candidatesTokenCount\":9,\"totalTokenCount\":13}}\n\n",
+        );
+        check(sse, google.as_bytes(), used(4, 0, 9));
+        let groq = "data: {\"x_groq\":{\"id\":\"r\",\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":4}}}\n\n";
+        check(sse, groq.as_bytes(), used(3, 0, 4));
+        let cohere = "data: {\"type\":\"message-end\",\"delta\":{\"finish_reason\":\"COMPLETE\",\"usage\":{\"billed_units\":{\"input_tokens\":2,\"output_tokens\":6}}}}\n\n";
+        check(sse, cohere.as_bytes(), used(2, 0, 6));
+        check(sse, b"data: {\"choices\":[]}\n\ndata: [DONE]\n\n", None);
+        check(Some("audio/mpeg"), b"{\"usage\":{\"prompt_tokens\":3}}", None);
+        check(None, br#"{"meta":{"api_version":{},"billed_units":{"input_tokens":3}}}"#, used(3, 0, 0));
+    }
+
+    #[test]
+    fn event_streams_are_metered_plain_and_packed() {
+        let event = |name: &str, payload: &str| {
+            frame::encode(&[(":event-type", name), (":message-type", "event")], payload.as_bytes())
+        };
+        let aws = Some("application/vnd.amazon.eventstream");
+        let converse = [
+            event("contentBlockDelta", r#"{"delta":{"text":"usage"}}"#),
+            event("metadata", r#"{"usage":{"inputTokens":30,"outputTokens":28,"totalTokens":58},"metrics":{"latencyMs":9}}"#),
+        ];
+        check(aws, &converse.concat(), used(30, 0, 28));
+        let chunk = |inner: &str| event("chunk", &format!("{{\"bytes\":\"{}\",\"p\":\"ab\"}}", STANDARD.encode(inner)));
+        let invoke = [
+            chunk(r#"{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}"#),
+            chunk(r#"{"type":"message_stop","amazon-bedrock-invocationMetrics":{"inputTokenCount":25,"outputTokenCount":12,"invocationLatency":9}}"#),
+        ];
+        check(aws, &invoke.concat(), used(25, 0, 12));
+        let mut damaged = converse.concat();
+        damaged[20] ^= 1;
+        check(aws, &damaged, None);
+    }
+}
