@@ -168,7 +168,7 @@ class Daemon(Process):
         parts = [
             '[server]\nlisten = "127.0.0.1:0"\n[log]\nformat = "json"\n',
             f'[[auth.token]]\nid = "test"\nsha256 = "{hashlib.sha256(TOKEN.encode()).hexdigest()}"\naccount = "{ACCOUNT}"\n',
-            f'[[model]]\nid = "{LOCAL}"\npath = "sim:end_in=20,step_us=200"\ncontext = 4096\n',
+            f'[[model]]\nid = "{LOCAL}"\npath = "sim:end_in=0,step_us=200"\ncontext = 4096\n',
             # The second one tries once more when a provider fails.
             f'[[gateway]]\nid = "plain"\n[[gateway]]\nid = "tries"\nretry_max_attempts = 3\nretry_delay = 1\nretry_backoff = "constant"\n',
         ]
@@ -203,7 +203,7 @@ class Bench:
         self.auth = {"cf-aig-authorization": f"Bearer {TOKEN}"}
         self.openai = self.openai_at("openai")
         self.compat = self.openai_at("compat")
-        self.unkeyed = self.openai_at("compat", headers={**self.auth, "Authorization": openai.Omit()})
+        self.unkeyed = self.openai_at("compat")
         self.anthropic = self.anthropic_at(self.base("anthropic"), api_key=OWN)
         self.google = genai.Client(
             api_key=OWN,
@@ -231,6 +231,8 @@ class Bench:
 
     def chat(self, client: openai.OpenAI | None = None, **fields):
         fields = {"model": "gpt-x", "messages": MESSAGES} | fields
+        if client is self.unkeyed:
+            fields["extra_headers"] = {"Authorization": openai.Omit()} | fields.get("extra_headers", {})
         return (client or self.openai).chat.completions.create(**fields)
 
     def message(self, client: anthropic.Anthropic | None = None, **fields):
@@ -389,7 +391,8 @@ def openai_hears_of_a_stream_that_breaks_off(bench: Bench) -> None:
             for chunk in bench.chat(stream=True, extra_headers={"x-fake": fake}):
                 chunks.append(chunk)
 
-        raised(read, openai.APIError, openai.APIConnectionError)
+        # An error event, not just a connection that ends.
+        raised(read, openai.APIError)
         same(text_of(chunks), "openai gpt-x heard: ")
         same(finish_of(chunks), [])
 
@@ -413,7 +416,7 @@ def the_gateways_headers_say_what_it_did(bench: Bench) -> None:
     same(raw.headers["cf-aig-cache-status"], "MISS")
     same(len(raw.headers["cf-aig-log-id"]), 26)
     same((raw.headers["cf-aig-step"], raw.headers["cf-aig-provider"]), ("0", "openai"))
-    assert raw.headers["x-request-id"].startswith("req_"), "the provider's own id did not come"
+    same(raw.headers["openai-processing-ms"], "1")
 
 
 def a_cached_answer_is_given_again_whole_and_streamed(bench: Bench) -> None:
@@ -515,8 +518,8 @@ def anthropic_hears_of_a_stream_that_breaks_off(bench: Bench) -> None:
                 if event.type in ("message_delta", "message_stop"):
                     ends.append(event)
             raise AssertionError(f"{fake}: the stream ended as if it were whole")
-        except (anthropic.APIError, OSError) as error:
-            assert error, fake
+        except anthropic.APIError:
+            pass
         same(("".join(texts), ends), ("anthropic claude-x heard: ", []))
 
 
@@ -647,6 +650,7 @@ def compat_hears_of_streams_that_break_off(bench: Bench) -> None:
     for name in MODELS:
         provider, model = name.split("/", 1)
         for fake in ["reset-after=3", "close-after=3", "error-after=3", "garbage-after=3"]:
+            bench.fake.clear()
             bench.fake.script(provider, fake)
             chunks = []
 
@@ -654,15 +658,13 @@ def compat_hears_of_streams_that_break_off(bench: Bench) -> None:
                 for chunk in bench.chat(bench.compat_for(provider), model=name, max_tokens=100, stream=True):
                     chunks.append(chunk)
 
-            try:
-                read()
-                whole = True
-            except (openai.APIError, OSError, ValueError):
-                whole = False
             if fake == "garbage-after=3" and provider in ("openai", "groq", "mistral"):
-                # Passed on as it came: what is garbage is the caller's to say.
+                # It speaks the caller's dialect: what is garbage is the caller's to say.
                 continue
-            assert not whole, f"{name}, {fake}: the stream ended as if it were whole"
+            try:
+                raised(read, openai.APIError)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {fake}: {error}") from error
             same((name, fake, text_of(chunks), finish_of(chunks)), (name, fake, f"{provider} {model} heard: ", []))
 
 

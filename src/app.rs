@@ -17,23 +17,18 @@ use tracing::{error, info, warn};
 
 use crate::adapters::Adapters;
 use crate::base::{Error, Phase, Result};
-use crate::cache::{self, Cache};
-use crate::config::gateway::KeyFiles;
+use crate::cache::Cache;
 use crate::config::{self, Config, Live, Overrides};
-use crate::fallback::{Fallback, Policy};
 use crate::gateway::Gateway;
-use crate::gateway::limits::RouteLimits;
-use crate::gateway::relay::Parts;
+use crate::gateway::relay::{self, Parts};
 use crate::http::{self, Batches, Listener, Services};
 use crate::ledger::Ledger;
 use crate::metrics::Metrics;
-use crate::net::client;
 use crate::registry::Registry;
 use crate::signal::{self, Notifier, Signal, Signals};
 use crate::supervisor::{Devices, FleetView, Outcome, Report};
 use crate::telemetry::{self, LogControl};
 use crate::vault::Vault;
-use crate::vault::seal::Sealer;
 
 /// How often the ledger and the devices are looked at.
 const PULSE: Duration = Duration::from_secs(1);
@@ -111,8 +106,8 @@ impl App {
             ledger: ledger.clone(),
             metrics: metrics.clone(),
         };
-        let relays = relays(&live, &metrics)?;
-        let clients = clients(&live.get().upstream)?;
+        let relays = Parts::start(&live, &metrics)?;
+        let clients = relay::clients(&live.get().upstream)?;
         let folder = live.get().batches.clone();
         let batches = folder.map(|folder| Batches::start(&folder, gateway.clone())).transpose()?;
         let services = Services {
@@ -319,36 +314,6 @@ fn failures(report: &Report) -> Vec<String> {
         _ => None,
     });
     failed.collect()
-}
-
-/// What the gateway's calls share: what it was told, answers that are given again, how targets do.
-fn relays(live: &Live, metrics: &Arc<Metrics>) -> Result<Parts> {
-    let config = live.get();
-    let KeyFiles { named, default, previous } = &config.key_files;
-    let sealer = Sealer::open_files(named.as_deref(), default.as_deref(), previous)?;
-    let registry = Registry::start(config.registry.as_deref(), config.fixed.clone(), sealer)?;
-    let cache = Cache::start(cache::Settings {
-        memory_bytes: config.cache.memory_bytes,
-        disk_bytes: config.cache.disk_bytes,
-        max_entries: config.cache.max_entries,
-        max_entry_bytes: config.cache.max_entry_bytes,
-        folder: config.cache.folder.clone(),
-    })?;
-    let fallback = Fallback::start(Policy::default());
-    let limits = RouteLimits::default();
-    Ok(Parts { config: live.clone(), registry, cache, fallback, limits, metrics: metrics.clone() })
-}
-
-/// How workers' clients reach other servers.
-fn clients(upstream: &config::Upstream) -> Result<client::Settings> {
-    let tls = client::Tls::new(upstream.authorities.as_deref())
-        .map_err(|why| Error::bad_input(format!("upstream.ca_file {why}")))?;
-    Ok(client::Settings {
-        connect_timeout: upstream.connect_timeout,
-        allow_private: upstream.allow_private,
-        proxy: upstream.proxy.clone(),
-        tls,
-    })
 }
 
 /// Starts the API and, if configured, the AI-binding listener, each on the socket that systemd opened for it or on its own.

@@ -15,9 +15,9 @@ const FLOORS: [(u8, &[&str]); 9] = [
     (7, &["http", "simulate"]),
     (6, &["gateway"]),
     (5, &["adapters", "supervisor"]),
-    (4, &["engine"]),
-    (3, &["model", "provider", "ledger", "cache", "logs", "vault", "alert"]),
-    (2, &["config", "store", "net", "metrics", "kernel"]),
+    (4, &["engine", "registry"]),
+    (3, &["model", "provider", "ledger", "cache", "fallback", "logs", "vault", "alert"]),
+    (2, &["config", "store", "net", "metrics", "kernel", "guard", "route"]),
     (1, &["task"]),
     (0, &["base"]),
 ];

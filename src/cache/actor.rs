@@ -1,19 +1,19 @@
-//! The actor that owns the index, the files and the list of fills, and the handle that callers hold.
+//! The actor that owns the index, the files and the list of fills.
 //!
 //! ```text
-//!   Cache ── peek ──────────> Shared.view                      no actor, no await
-//!     ├───── lookup ─ view? ─ CacheActor: memory, disk, a fill to follow, a ticket
-//!     └───── purge ─> Shared.generations, and the actor notes it on disk
+//!   Lookup ─> in memory? on disk? under way? ─ no ─> a ticket, and others follow it
+//!   Store  ─> a place on disk (the oldest segment goes if there is none) ─> index ─> view
+//!   Over, Purged, Alias, Flush, Look                         every few seconds: what is too old goes, what is new is synced
 //! ```
 //!
-//! Nothing here fails a request. A handler that panics, a disk that cannot be read: that lookup is answered with
-//! [`Found::Off`] or as a miss, and after several in a minute the cache turns itself off until the next start. A disk that
-//! cannot be written to, which is mostly a full one, is left alone for a minute while memory goes on.
+//! A handler that panics and a disk that cannot be read cost that lookup its hit; after several of them in a minute the
+//! cache turns itself off until the next start. A disk that cannot be written to, which is mostly a full one, is left
+//! alone for a minute while memory goes on.
 
 use std::collections::{HashMap, VecDeque};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -22,17 +22,14 @@ use actix::prelude::*;
 use tracing::{error, info, warn};
 
 use crate::base::{Error, Millis, Result};
-use crate::cache::disk::Disk;
+use crate::cache::disk::{Disk, bytes_of};
 use crate::cache::entry::{Entry, Record};
-use crate::cache::fill::{Fill, FillTicket, Follower, Home};
+use crate::cache::fill::Fill;
+use crate::cache::handle::{Found, Settings, Stats};
 use crate::cache::index::{Changes, Index, Limits, Place};
-use crate::cache::key::{Digest, Key, RawKey, Scope};
+use crate::cache::key::{Digest, Key, Scope};
 use crate::cache::view::Shared;
 
-/// Messages waiting at most; callers wait in line behind it.
-const MAILBOX: usize = 1024;
-/// A lookup that takes longer is given up: the disk hangs, and upstream is quicker.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// How often old entries are looked for.
 const SWEEP: Duration = Duration::from_secs(10);
 /// How often what was written is synced: a crash of the machine loses at most the entries since.
@@ -45,189 +42,9 @@ const REST: u64 = 60_000;
 /// No entry is larger, whatever the settings say: it is one frame of a segment.
 const MAX_ENTRY_BYTES: u64 = 512 << 20;
 
-/// What the cache may take.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Memory for whole answers. Answers under way may take as much again before new ones are not stored any more.
-    pub memory_bytes: u64,
-    /// Disk for whole answers; 0 keeps them in memory only.
-    pub disk_bytes: u64,
-    /// Entries at most, in memory and on disk together.
-    pub max_entries: usize,
-    /// A larger answer is not stored.
-    pub max_entry_bytes: u64,
-    /// Where the disk tier is. `None` keeps answers in memory only.
-    pub folder: Option<PathBuf>,
-}
-
-/// How the cache is, and what it has done since its start.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Stats {
-    /// It has turned itself off after several failures, or its thread is gone.
-    pub is_off: bool,
-    /// There is a disk tier, and it is written to.
-    pub is_disk_on: bool,
-    /// Entries there are.
-    pub entries: u64,
-    /// Those of them that are in memory.
-    pub entries_in_memory: u64,
-    /// Bytes of entries in memory.
-    pub memory_bytes: u64,
-    /// Bytes of all segments.
-    pub disk_bytes: u64,
-    /// Tickets that are neither finished nor failed nor dropped.
-    pub fills_open: u64,
-    /// Bytes of answers that are under way or still being read by followers.
-    pub filling_bytes: u64,
-    /// Followers there are.
-    pub followers: u64,
-    /// Lookups and peeks that were answered.
-    pub hits: u64,
-    /// Lookups that got a ticket, refreshes included.
-    pub misses: u64,
-    /// Lookups that got a follower.
-    pub coalesced: u64,
-    /// Answers that were stored.
-    pub stores: u64,
-    /// Entries that made room in memory, or altogether.
-    pub evictions: u64,
-    /// Entries that became too old.
-    pub expired: u64,
-    /// Failures of the disk and of handlers.
-    pub failures: u64,
-}
-
-/// What a lookup finds.
-pub enum Found {
-    /// The answer.
-    Hit(Arc<Entry>),
-    /// Nothing: go upstream. Others of the same key wait for what becomes of the ticket.
-    Fill(FillTicket),
-    /// Somebody is upstream for the same already.
-    Follow(Follower),
-    /// The cache is in trouble: go upstream without it.
-    Off,
-}
-
-/// The cache's whole outside.
-#[derive(Clone)]
-pub struct Cache {
-    home: Home,
-}
-
-impl Cache {
-    /// Opens the folder and serves what is there, on a thread of its own.
-    ///
-    /// # Errors
-    /// `BadInput` when the folder cannot be made, read or written to.
-    pub fn start(settings: Settings) -> Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let mut index = Index::new(Limits { memory_bytes: settings.memory_bytes, entries: settings.max_entries });
-        let mut disk = None;
-        if let Some(folder) = settings.folder.filter(|_| settings.disk_bytes > 0) {
-            let found = Disk::open(&folder, settings.disk_bytes).map_err(|error| {
-                let name = folder.display();
-                Error::bad_input(format!(
-                    "The cache's folder {name}: {error}. Name a folder that the daemon may write to."
-                ))
-            })?;
-            shared.generations.restore(found.generations);
-            disk = Some(found.disk);
-            replay(&shared, &mut index, found.entries, Millis::now());
-            info!(folder = %folder.display(), entries = index.len(), "the cache goes on with what was stored");
-        }
-        let max_entry_bytes = settings.max_entry_bytes.min(MAX_ENTRY_BYTES);
-        let max_filling_bytes = settings.memory_bytes.max(max_entry_bytes);
-        let mut actor = CacheActor {
-            shared: shared.clone(),
-            limits: Limits { memory_bytes: settings.memory_bytes, entries: settings.max_entries },
-            max_entry_bytes,
-            max_filling_bytes,
-            index,
-            disk,
-            fills: HashMap::new(),
-            failed: VecDeque::new(),
-            rests_until: Millis(0),
-            is_outdated: false,
-            done: Stats::default(),
-        };
-        actor.tidy();
-        let arbiter = Arbiter::new();
-        let addr = CacheActor::start_in_arbiter(&arbiter.handle(), |ctx| {
-            ctx.set_mailbox_capacity(MAILBOX);
-            actor
-        });
-        Ok(Self { home: Home { addr, shared, max_entry_bytes, max_filling_bytes } })
-    }
-
-    /// The answer in memory to exactly these bytes. Neither waits nor allocates; `None` says nothing about the disk, nor
-    /// about the same request written differently: ask [`Cache::lookup`].
-    pub fn peek(&self, raw: &RawKey, now: Millis) -> Option<Arc<Entry>> {
-        self.home.shared.hit(&raw.0, now)
-    }
-
-    /// The answer, from memory or disk, or what is to be done for one. Never fails a request and never takes long.
-    pub async fn lookup(&self, key: Key, now: Millis) -> Found {
-        let Home { addr, shared, .. } = &self.home;
-        if shared.is_off() {
-            return Found::Off;
-        }
-        if let Some(entry) = shared.hit(&key.digest, now) {
-            if key.raw != key.digest && shared.view.get(&key.raw).is_none() {
-                // Lost when the actor is busy: the next one asks again.
-                let _ = addr.try_send(Alias(key));
-            }
-            return Found::Hit(entry);
-        }
-        match tokio::time::timeout(PATIENCE, addr.send(Lookup { key, now })).await {
-            Ok(Ok(Found::Fill(ticket))) => Found::Fill(ticket.accept()),
-            Ok(Ok(found)) => found,
-            Ok(Err(_)) | Err(_) => Found::Off,
-        }
-    }
-
-    /// A ticket without a look, for callers who want a fresh answer. It replaces the entry once it is whole. Nobody else
-    /// follows it, and others of the same key are answered from the old entry meanwhile.
-    pub fn refresh(&self, key: Key) -> FillTicket {
-        self.home.shared.counters.misses.fetch_add(1, Ordering::Relaxed);
-        Fill::new(key, self.home.clone(), false).ticket().accept()
-    }
-
-    /// Nothing of this scope that was stored or begun before is served from now on. It counts at once, and after a start
-    /// as well once [`Cache::flush`] has returned.
-    pub fn purge(&self, scope: Scope) {
-        let generation = self.home.shared.generations.raise(scope);
-        self.home.addr.do_send(Purged { scope, generation });
-    }
-
-    /// How it is.
-    pub async fn stats(&self) -> Stats {
-        self.home.addr.send(Look).await.unwrap_or(Stats { is_off: true, ..Stats::default() })
-    }
-
-    /// Waits until all that was stored and purged so far is on disk.
-    pub async fn flush(&self) {
-        // An actor that is gone has nothing to write.
-        let _ = self.home.addr.send(Flush).await;
-    }
-}
-
-/// Puts what was on disk into the index.
-fn replay(shared: &Shared, index: &mut Index, entries: Vec<(Record, Place)>, now: Millis) {
-    // Nothing of this is in memory, and segments without entries are looked for afterwards.
-    let mut changes = Changes::default();
-    for (record, place) in entries {
-        if record.expires > now && shared.generations.are_current(&record.stamps) {
-            index.insert(record, None, Some(place), record.created, &|_| Millis(0), &mut changes);
-        }
-    }
-}
-
 pub(super) struct CacheActor {
     shared: Arc<Shared>,
     limits: Limits,
-    max_entry_bytes: u64,
-    max_filling_bytes: u64,
     index: Index,
     disk: Option<Disk>,
     /// Answers under way that others may join.
@@ -238,6 +55,7 @@ pub(super) struct CacheActor {
     rests_until: Millis,
     /// Whether there was a purge since the last sweep.
     is_outdated: bool,
+    is_syncing: bool,
     /// What only the actor counts.
     done: Stats,
 }
@@ -246,13 +64,70 @@ impl Actor for CacheActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.run_interval(SWEEP, |this, _| drop(this.guarded(|this| this.sweep(Millis::now()))));
-        ctx.run_interval(SYNC, |this, _| drop(this.guarded(Self::sync)));
+        ctx.run_interval(SWEEP, |this, _| {
+            this.guarded(|this| this.sweep(Millis::now()));
+        });
+        ctx.run_interval(SYNC, |this, ctx| {
+            this.guarded(|this| this.sync_beside(ctx));
+        });
     }
 }
 
 impl CacheActor {
-    fn lookup(&mut self, key: Key, now: Millis, home: Home) -> Found {
+    /// Opens the folder and puts what is there into the index.
+    ///
+    /// # Errors
+    /// `BadInput` when the folder cannot be made, read or written to.
+    pub(super) fn open(settings: Settings) -> Result<Self> {
+        let max_entry_bytes = settings.max_entry_bytes.min(MAX_ENTRY_BYTES);
+        let limits = Limits { memory_bytes: settings.memory_bytes, entries: settings.max_entries };
+        let mut actor = Self {
+            shared: Arc::new(Shared::new(max_entry_bytes, settings.memory_bytes.max(max_entry_bytes))),
+            limits,
+            index: Index::new(limits),
+            disk: None,
+            fills: HashMap::new(),
+            failed: VecDeque::new(),
+            rests_until: Millis(0),
+            is_outdated: false,
+            is_syncing: false,
+            done: Stats::default(),
+        };
+        let Some(folder) = settings.folder.filter(|_| settings.disk_bytes > 0) else { return Ok(actor) };
+        let found = Disk::open(&folder, settings.disk_bytes).map_err(|error| {
+            let name = folder.display();
+            Error::bad_input(format!("The cache's folder {name}: {error}. Name a folder that the daemon may write to."))
+        })?;
+        actor.shared.generations.restore(found.generations);
+        actor.disk = Some(found.disk);
+        actor.replay(found.entries, Millis::now());
+        info!(folder = %folder.display(), entries = actor.index.len(), "the cache goes on with what was stored");
+        Ok(actor)
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Puts what was on disk into the index, and deletes segments in which nothing lives, or that are beyond a limit that
+    /// has become smaller.
+    fn replay(&mut self, entries: Vec<(Record, Place)>, now: Millis) {
+        // Nothing of this is in memory, and dead segments are looked for afterwards.
+        let mut changes = Changes::default();
+        for (record, place) in entries {
+            if record.expires > now && self.shared.generations.are_current(&record.stamps) {
+                self.index.insert(record, None, Some(place), record.created, &|_| Millis(0), &mut changes);
+            }
+        }
+        let Some(disk) = &mut self.disk else { return };
+        let dead = disk.segments().into_iter().filter(|number| !self.index.lives_in(*number));
+        dead.collect::<Vec<_>>().into_iter().for_each(|number| disk.delete(number));
+        while let Some(oldest) = self.disk.as_ref().filter(|disk| !disk.has_room(&[], &[])).and_then(Disk::oldest) {
+            self.drop_segment(oldest.0);
+        }
+    }
+
+    fn lookup(&mut self, key: Key, now: Millis, addr: Addr<Self>) -> Found {
         if let Some(entry) = self.shared.hit(&key.digest, now).or_else(|| self.load(&key, now)) {
             self.alias(&key);
             return Found::Hit(entry);
@@ -264,7 +139,7 @@ impl CacheActor {
             return Found::Follow(follower);
         }
         counters.misses.fetch_add(1, Ordering::Relaxed);
-        let fill = Fill::new(key, home, true);
+        let fill = Fill::new(key, addr, self.shared.clone(), true);
         let ticket = fill.ticket();
         self.fills.insert(key.digest, fill);
         Found::Fill(ticket)
@@ -349,8 +224,7 @@ impl CacheActor {
         for digest in self.drop_segment(oldest) {
             let Some(entry) = self.shared.view.get(&digest) else { continue };
             let record = entry.record.encode(entry.frame.len());
-            let needed = record.len() as u64 + entry.frame.len() as u64 + 16;
-            let Some(rest) = budget.checked_sub(needed) else { continue };
+            let Some(rest) = budget.checked_sub(bytes_of(&record, &entry.frame)) else { continue };
             budget = rest;
             match self.disk.as_mut()?.append(&record, &entry.frame) {
                 Ok(place) => self.index.rewritten(&digest, place, now),
@@ -395,19 +269,39 @@ impl CacheActor {
         self.apply(changes);
     }
 
+    /// Syncs on another thread: lookups do not wait for it.
+    fn sync_beside(&mut self, ctx: &mut Context<Self>) {
+        if self.is_syncing {
+            return;
+        }
+        let files = self.unsynced();
+        if files.is_empty() {
+            return;
+        }
+        self.is_syncing = true;
+        let synced = tokio::task::spawn_blocking(move || sync_all(&files)).into_actor(self);
+        ctx.spawn(synced.map(|outcome, this, _| {
+            this.is_syncing = false;
+            if let Ok(Err(error)) = outcome {
+                this.rest(&error, Millis::now());
+            }
+        }));
+    }
+
     fn sync(&mut self) {
-        if let Some(Err(error)) = self.disk.as_mut().map(Disk::sync) {
+        if let Err(error) = sync_all(&self.unsynced()) {
             self.rest(&error, Millis::now());
         }
     }
 
-    /// After a start: segments in which nothing lives, and those beyond a limit that has become smaller.
-    fn tidy(&mut self) {
-        let Some(disk) = &mut self.disk else { return };
-        let empty = disk.segments().into_iter().filter(|number| !self.index.lives_in(*number));
-        empty.collect::<Vec<_>>().into_iter().for_each(|number| disk.delete(number));
-        while let Some(oldest) = self.disk.as_ref().filter(|disk| !disk.has_room(&[], &[])).and_then(Disk::oldest) {
-            self.drop_segment(oldest.0);
+    fn unsynced(&mut self) -> Vec<File> {
+        match self.disk.as_mut().map(Disk::unsynced) {
+            Some(Ok(files)) => files,
+            Some(Err(error)) => {
+                self.rest(&error, Millis::now());
+                Vec::new()
+            }
+            None => Vec::new(),
         }
     }
 
@@ -449,7 +343,7 @@ impl CacheActor {
         let counters = &self.shared.counters;
         Stats {
             is_off: self.shared.is_off(),
-            is_disk_on: self.disk.is_some() && self.rests_until <= Millis::now(),
+            is_disk_on: self.disk.is_some() && self.rests_until <= Millis::now() && !self.shared.is_off(),
             entries: self.index.len() as u64,
             entries_in_memory: self.index.in_memory() as u64,
             memory_bytes: self.index.memory_bytes(),
@@ -467,9 +361,10 @@ impl CacheActor {
     /// Does the work of a handler, unless the cache is off. A panic costs that message and what is in memory and known of
     /// the disk: which part of it is still right cannot be told.
     fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> Option<T> {
-        if self.shared.is_off() {
-            return None;
-        }
+        if self.shared.is_off() { None } else { self.caught(work) }
+    }
+
+    fn caught<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> Option<T> {
         let outcome = catch_unwind(AssertUnwindSafe(|| work(self)));
         if outcome.is_err() {
             self.forget_all();
@@ -482,7 +377,7 @@ impl CacheActor {
         self.done.failures += 1;
         self.failed.push_back(now);
         self.failed.retain(|at| now.0.saturating_sub(at.0) < FAILURES_WITHIN);
-        if self.failed.len() < MANY_FAILURES {
+        if self.failed.len() < MANY_FAILURES || self.shared.is_off() {
             return;
         }
         error!(
@@ -491,7 +386,6 @@ impl CacheActor {
         );
         self.shared.is_off.store(true, Ordering::Relaxed);
         self.forget_all();
-        self.disk = None;
     }
 
     fn forget_all(&mut self) {
@@ -501,21 +395,25 @@ impl CacheActor {
     }
 }
 
+fn sync_all(files: &[File]) -> std::io::Result<()> {
+    files.iter().try_for_each(File::sync_data)
+}
+
 fn used(shared: &Shared, digest: &Digest) -> Millis {
     shared.view.get(digest).map_or(Millis(0), |entry| entry.used())
 }
 
 #[derive(Message)]
 #[rtype(result = "Found")]
-struct Lookup {
-    key: Key,
-    now: Millis,
+pub(super) struct Lookup {
+    pub(super) key: Key,
+    pub(super) now: Millis,
 }
 
 /// An entry was asked for in other bytes than before.
 #[derive(Message)]
 #[rtype(result = "()")]
-struct Alias(Key);
+pub(super) struct Alias(pub(super) Key);
 
 /// An answer is whole and may be stored.
 #[derive(Message)]
@@ -529,29 +427,24 @@ pub(super) struct Over(pub(super) Arc<Fill>);
 
 #[derive(Message)]
 #[rtype(result = "()")]
-struct Purged {
-    scope: Scope,
-    generation: u64,
+pub(super) struct Purged {
+    pub(super) scope: Scope,
+    pub(super) generation: u64,
 }
 
 #[derive(Message)]
 #[rtype(result = "Stats")]
-struct Look;
+pub(super) struct Look;
 
 #[derive(Message)]
 #[rtype(result = "()")]
-struct Flush;
+pub(super) struct Flush;
 
 impl Handler<Lookup> for CacheActor {
     type Result = MessageResult<Lookup>;
     fn handle(&mut self, Lookup { key, now }: Lookup, ctx: &mut Context<Self>) -> Self::Result {
-        let home = Home {
-            addr: ctx.address(),
-            shared: self.shared.clone(),
-            max_entry_bytes: self.max_entry_bytes,
-            max_filling_bytes: self.max_filling_bytes,
-        };
-        MessageResult(self.guarded(|this| this.lookup(key, now, home)).unwrap_or(Found::Off))
+        let addr = ctx.address();
+        MessageResult(self.guarded(|this| this.lookup(key, now, addr)).unwrap_or(Found::Off))
     }
 }
 
@@ -581,7 +474,8 @@ impl Handler<Over> for CacheActor {
 impl Handler<Purged> for CacheActor {
     type Result = ();
     fn handle(&mut self, Purged { scope, generation }: Purged, _: &mut Context<Self>) {
-        self.guarded(|this| this.purged(scope, generation));
+        // Off or not: after the next start it must have happened.
+        self.caught(|this| this.purged(scope, generation));
     }
 }
 
@@ -603,20 +497,12 @@ impl Handler<Flush> for CacheActor {
 #[cfg(test)]
 #[derive(Message)]
 #[rtype(result = "()")]
-struct Occupy(Box<dyn FnOnce() + Send>);
+pub(super) struct Occupy(pub(super) Box<dyn FnOnce() + Send>);
 
 #[cfg(test)]
 impl Handler<Occupy> for CacheActor {
     type Result = ();
     fn handle(&mut self, Occupy(work): Occupy, _: &mut Context<Self>) {
         self.guarded(|_| work());
-    }
-}
-
-#[cfg(test)]
-impl Cache {
-    /// Keeps the actor busy.
-    pub(super) fn occupy(&self, work: impl FnOnce() + Send + 'static) {
-        self.home.addr.do_send(Occupy(Box::new(work)));
     }
 }

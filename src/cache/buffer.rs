@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::base::{Error, Kind, Result};
+use crate::base::{Error, Kind};
 use crate::cache::entry::Head;
 
 /// How far the writer of an answer that is not stored may be ahead of its fastest reader, in bytes.

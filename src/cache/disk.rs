@@ -8,11 +8,11 @@
 //!
 //! A start reads records and passes over frames, so it takes as long as there are entries, not bytes; a frame is checked
 //! when it is asked for. Entries are written without waiting for the disk and synced now and then: a crash may lose the
-//! last of them, and never makes one of them wrong. Generations are on disk before anything of theirs is. Two processes
+//! last of them, and never makes one of them wrong. Purges are noted and synced one by one. Two processes
 //! with one folder would cost each other hits, no more: a frame is served only under the key that it says itself.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,10 @@ pub(super) struct Disk {
     active: Option<(u32, Segment)>,
     next: u32,
     generations: Segment,
+    /// Whether the active one was written to since it was synced last.
     is_dirty: bool,
+    /// Segments that were sealed before they were synced.
+    sealed: Vec<File>,
 }
 
 /// What a folder held.
@@ -79,7 +82,17 @@ impl Disk {
         let next = sizes.last_key_value().map_or(1, |(number, _)| number.saturating_add(1));
         let log = write_generations(folder, &generations)?;
         let folder = folder.to_path_buf();
-        let disk = Self { folder, limit, segment_bytes, sizes, active, next, generations: log, is_dirty: false };
+        let disk = Self {
+            folder,
+            limit,
+            segment_bytes,
+            sizes,
+            active,
+            next,
+            generations: log,
+            is_dirty: false,
+            sealed: Vec::new(),
+        };
         Ok(Found { disk, entries, generations })
     }
 
@@ -115,8 +128,7 @@ impl Disk {
         let needed = bytes_of(record, frame);
         let end = self.active.as_ref().map_or(0, |(_, segment)| segment.end());
         if end > 0 && end + needed > self.segment_bytes {
-            self.sync()?;
-            self.active = None;
+            self.seal()?;
         }
         let (number, segment) = match &mut self.active {
             Some(active) => active,
@@ -160,20 +172,29 @@ impl Disk {
         self.generations.append(&generation_frame(&scope, generation))
     }
 
-    /// Waits until all that was written is on disk.
+    /// What is to be synced, and counts as synced from now on.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn sync(&mut self) -> io::Result<()> {
-        if !self.is_dirty {
-            return Ok(());
+    pub(super) fn unsynced(&mut self) -> io::Result<Vec<File>> {
+        let mut files = std::mem::take(&mut self.sealed);
+        if std::mem::take(&mut self.is_dirty)
+            && let Some((_, segment)) = &self.active
+        {
+            files.push(segment.file()?);
         }
-        self.is_dirty = false;
-        self.active.as_ref().map_or(Ok(()), |(_, segment)| segment.sync())
+        Ok(files)
+    }
+
+    fn seal(&mut self) -> io::Result<()> {
+        self.sealed = self.unsynced()?;
+        self.active = None;
+        Ok(())
     }
 }
 
-fn bytes_of(record: &[u8], frame: &[u8]) -> u64 {
+/// What an entry takes on disk.
+pub(super) fn bytes_of(record: &[u8], frame: &[u8]) -> u64 {
     HEADS + record.len() as u64 + frame.len() as u64
 }
 
@@ -186,7 +207,8 @@ fn segments(folder: &Path) -> io::Result<Vec<u32>> {
     let mut numbers = Vec::new();
     for file in fs::read_dir(folder)? {
         let name = file?.file_name();
-        let number: Option<u32> = name.to_str().and_then(|name| name.strip_suffix(".cache")).and_then(|name| name.parse().ok());
+        let number: Option<u32> =
+            name.to_str().and_then(|name| name.strip_suffix(".cache")).and_then(|name| name.parse().ok());
         numbers.extend(number);
     }
     numbers.sort_unstable();
@@ -266,7 +288,7 @@ fn write_generations(folder: &Path, generations: &HashMap<Scope, u64>) -> io::Re
     }
     log.sync()?;
     fs::rename(&draft, folder.join(GENERATIONS))?;
-    fs::File::open(folder)?.sync_all()?;
+    File::open(folder)?.sync_all()?;
     Ok(log)
 }
 
@@ -294,12 +316,12 @@ mod tests {
     fn entries_are_there_after_a_start_wherever_the_last_segment_was_cut_or_damaged() {
         let folder = tempfile::tempdir().unwrap();
         let mut disk = Disk::open(folder.path(), 1 << 20).unwrap().disk;
-        let places = [1, 2, 3].map(|name| write(&mut disk, name, 50));
-        disk.sync().unwrap();
+        let places = [1, 2, 3].map(|name| write(&mut disk, name, 10));
+        assert_eq!([disk.unsynced().unwrap().len(), disk.unsynced().unwrap().len()], [1, 0]);
         drop(disk);
         let path = path_of(folder.path(), 1);
         let bytes = fs::read(&path).unwrap();
-        let ends: Vec<u64> = places.iter().map(|place| place.at + 8 + 50).collect();
+        let ends: Vec<u64> = places.iter().map(|place| place.at + 8 + 10).collect();
         assert_eq!(bytes.len() as u64, ends[2]);
         // What is found, and which of the frames can be read, after the segment has become `bytes`.
         let check = |bytes: &[u8], whole: usize, damaged: Option<usize>, why: &str| {
@@ -311,17 +333,18 @@ mod tests {
             for (at, (_, place)) in found.entries.iter().enumerate() {
                 assert_eq!(*place, places[at]);
                 let frame = found.disk.read(*place).unwrap();
-                assert_eq!(frame, (damaged != Some(at)).then(|| vec![at as u8 + 1; 50]), "{why}");
+                assert_eq!(frame, (damaged != Some(at)).then(|| vec![at as u8 + 1; 10]), "{why}");
             }
             let mut disk = found.disk;
             let place = write(&mut disk, 9, 10);
             assert_eq!((place.segment, disk.read(place).unwrap()), (1, Some(vec![9; 10])), "{why}");
         };
-        for cut in 0..=bytes.len() {
+        // Every part of the layout has at least eight bytes.
+        for cut in (0..=bytes.len()).step_by(5).chain(ends.iter().map(|end| *end as usize)) {
             let whole = ends.iter().filter(|end| **end <= cut as u64).count();
             check(&bytes[..cut], whole, None, &format!("cut at {cut}"));
         }
-        for at in 0..bytes.len() {
+        for at in (0..bytes.len()).step_by(3) {
             let mut damaged = bytes.clone();
             damaged[at] ^= 0x10;
             let whole = ends.iter().filter(|end| **end <= at as u64).count();
@@ -341,6 +364,7 @@ mod tests {
         let mut disk = Disk::open(folder.path(), 1200).unwrap().disk;
         let segments: Vec<u32> = (1..=4).map(|name| write(&mut disk, name, 100).segment).collect();
         assert_eq!(segments, [1, 2, 3, 4], "a quarter of the limit has room for one");
+        assert_eq!(disk.unsynced().unwrap().len(), 4, "the sealed ones too");
         assert_eq!(write(&mut disk, 5, 5).segment, 5);
         assert_eq!(disk.oldest().unwrap().0, 1);
         disk.delete(1);

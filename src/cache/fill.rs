@@ -25,22 +25,13 @@ use crate::cache::entry::{Head, Stamps};
 use crate::cache::key::Key;
 use crate::cache::view::Shared;
 
-/// What all fills of a cache have in common.
-#[derive(Clone)]
-pub(super) struct Home {
-    pub(super) addr: Addr<CacheActor>,
-    pub(super) shared: Arc<Shared>,
-    /// Most bytes of an entry, and of all fills together before new answers are not stored any more.
-    pub(super) max_entry_bytes: u64,
-    pub(super) max_filling_bytes: u64,
-}
-
 /// An answer under way.
 pub(super) struct Fill {
     pub(super) key: Key,
     /// The generations that it belongs to: those of its beginning.
     pub(super) stamps: Stamps,
-    home: Home,
+    addr: Addr<CacheActor>,
+    shared: Arc<Shared>,
     /// Whether the actor lets others join.
     is_listed: bool,
     buffer: Mutex<Buffer>,
@@ -51,10 +42,10 @@ pub(super) struct Fill {
 }
 
 impl Fill {
-    pub(super) fn new(key: Key, home: Home, is_listed: bool) -> Arc<Self> {
-        let stamps = home.shared.generations.stamps(key.scopes);
-        let buffer = Mutex::new(Buffer::new(home.max_entry_bytes));
-        Arc::new(Self { key, stamps, home, is_listed, buffer, grown: Notify::new(), space: Notify::new() })
+    pub(super) fn new(key: Key, addr: Addr<CacheActor>, shared: Arc<Shared>, is_listed: bool) -> Arc<Self> {
+        let stamps = shared.generations.stamps(key.scopes);
+        let buffer = Mutex::new(Buffer::new(shared.max_entry_bytes));
+        Arc::new(Self { key, stamps, addr, shared, is_listed, buffer, grown: Notify::new(), space: Notify::new() })
     }
 
     /// The only ticket of a new fill.
@@ -83,9 +74,9 @@ impl Fill {
         let (is_over, holds) = (was_open && !buffer.is_open(), buffer.held());
         drop(buffer);
         // Wraps where it shrinks, and so does the sum.
-        self.home.shared.counters.filling.fetch_add(holds.wrapping_sub(held), Ordering::Relaxed);
+        self.shared.counters.filling.fetch_add(holds.wrapping_sub(held), Ordering::Relaxed);
         if is_over && self.is_listed {
-            self.home.addr.do_send(Over(self.clone()));
+            self.addr.do_send(Over(self.clone()));
         }
         outcome
     }
@@ -100,7 +91,7 @@ impl Fill {
 
 impl Drop for Fill {
     fn drop(&mut self) {
-        self.home.shared.counters.filling.fetch_sub(self.buffer.get_mut().held(), Ordering::Relaxed);
+        self.shared.counters.filling.fetch_sub(self.buffer.get_mut().held(), Ordering::Relaxed);
     }
 }
 
@@ -122,7 +113,7 @@ pub struct FillTicket {
 
 impl FillTicket {
     fn new(fill: Arc<Fill>, attempt: usize, is_accepted: bool) -> Self {
-        fill.home.shared.counters.fills.fetch_add(1, Ordering::Relaxed);
+        fill.shared.counters.fills.fetch_add(1, Ordering::Relaxed);
         Self { fill, attempt, is_accepted, is_done: false }
     }
 
@@ -155,8 +146,8 @@ impl FillTicket {
             return Ok(());
         }
         loop {
-            let filling = self.fill.home.shared.counters.filling.load(Ordering::Relaxed);
-            let is_crowded = filling + chunk.len() as u64 > self.fill.home.max_filling_bytes;
+            let filling = self.fill.shared.counters.filling.load(Ordering::Relaxed);
+            let is_crowded = filling + chunk.len() as u64 > self.fill.shared.max_filling_bytes;
             match self.fill.advance(|buffer| buffer.push(&chunk, is_crowded)) {
                 Pushed::Taken => return Ok(()),
                 Pushed::Unwanted => return Err(Unwanted),
@@ -170,7 +161,7 @@ impl FillTicket {
     pub fn finish(mut self) {
         self.is_done = true;
         if self.fill.advance(Buffer::finish) {
-            self.fill.home.addr.do_send(Store(self.fill.clone()));
+            self.fill.addr.do_send(Store(self.fill.clone()));
         }
     }
 
@@ -183,7 +174,7 @@ impl FillTicket {
 
 impl Drop for FillTicket {
     fn drop(&mut self) {
-        self.fill.home.shared.counters.fills.fetch_sub(1, Ordering::Relaxed);
+        self.fill.shared.counters.fills.fetch_sub(1, Ordering::Relaxed);
         if self.is_done {
             return;
         }
@@ -214,7 +205,7 @@ pub struct Follower {
 
 impl Follower {
     fn new(fill: Arc<Fill>, reader: usize) -> Self {
-        fill.home.shared.counters.followers.fetch_add(1, Ordering::Relaxed);
+        fill.shared.counters.followers.fetch_add(1, Ordering::Relaxed);
         Self { fill, reader, is_done: false }
     }
 
@@ -267,7 +258,7 @@ impl Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        self.fill.home.shared.counters.followers.fetch_sub(1, Ordering::Relaxed);
+        self.fill.shared.counters.followers.fetch_sub(1, Ordering::Relaxed);
         self.fill.change(|buffer| buffer.leave(self.reader));
         self.fill.space.notify_one();
     }

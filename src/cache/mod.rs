@@ -24,6 +24,7 @@ mod buffer;
 mod disk;
 mod entry;
 mod fill;
+mod handle;
 mod index;
 mod json;
 mod key;
@@ -32,8 +33,8 @@ mod view;
 #[cfg(test)]
 mod tests;
 
-pub use actor::{Cache, Found, Settings, Stats};
 pub use buffer::FailedAnswer;
 pub use entry::{Entry, Head};
 pub use fill::{FillTicket, Follower, Lead, Unwanted};
+pub use handle::{Cache, Found, Settings, Stats};
 pub use key::{Key, Material, RawKey, Scope};

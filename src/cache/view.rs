@@ -21,16 +21,24 @@ use crate::cache::key::{Digest, Scope};
 const SHARDS: usize = 64;
 
 /// What the handle, the actor and the fills share.
-#[derive(Default)]
 pub(super) struct Shared {
     pub(super) view: View,
     pub(super) generations: Generations,
     pub(super) counters: Counters,
     /// The cache has turned itself off.
     pub(super) is_off: AtomicBool,
+    /// Most bytes of an answer that is stored.
+    pub(super) max_entry_bytes: u64,
+    /// Most bytes of answers under way before new ones are not stored any more.
+    pub(super) max_filling_bytes: u64,
 }
 
 impl Shared {
+    pub(super) fn new(max_entry_bytes: u64, max_filling_bytes: u64) -> Self {
+        let (view, generations, counters) = Default::default();
+        Self { view, generations, counters, is_off: AtomicBool::new(false), max_entry_bytes, max_filling_bytes }
+    }
+
     /// An entry that may be served now.
     pub(super) fn hit(&self, digest: &Digest, now: Millis) -> Option<Arc<Entry>> {
         let shard = self.view.shard(digest);
@@ -167,7 +175,7 @@ mod tests {
     fn an_entry_is_served_until_it_expires_or_one_of_its_scopes_is_purged() {
         let [gateway, provider, other] = ["g", "p", "o"].map(|name| Scope::gateway("a", name));
         let check = |scopes: [Option<Scope>; 2], purged: &[Scope], now: u64, is_served: bool| {
-            let shared = Shared::default();
+            let shared = Shared::new(0, 0);
             shared.generations.restore(HashMap::from([(gateway, 4)]));
             let stamps = shared.generations.stamps(scopes);
             let record = Record { digest: Digest([1; 32]), created: Millis(10), expires: Millis(20), stamps };

@@ -141,7 +141,10 @@ fn hash_token(args: &Hash) -> Result<()> {
     let made = args.new || std::io::stdin().is_terminal();
     let token = if made { random_token() } else { read_secret("token")? };
     if token.expose().len() < 16 {
-        eprintln!("the token is {} characters long: it can be guessed; neurond keys hash --new makes one", token.expose().len());
+        eprintln!(
+            "the token is {} characters long: it can be guessed; neurond keys hash --new makes one",
+            token.expose().len()
+        );
     }
     print(&hashed(&token, made, args))
 }
@@ -179,7 +182,10 @@ fn rotate(config: &Config, to: Option<&Path>) -> Result<()> {
     }
     let fresh = to.map_or_else(|| rotating(&path), Path::to_path_buf);
     if fresh == path {
-        return Err(Error::bad_input(format!("--to {}: is the master key that is to go; name another file", path.display())));
+        return Err(Error::bad_input(format!(
+            "--to {}: is the master key that is to go; name another file",
+            path.display()
+        )));
     }
     let key = if fresh.exists() {
         eprintln!("{} is there: going on with it", fresh.display());
@@ -196,11 +202,13 @@ fn rotate(config: &Config, to: Option<&Path>) -> Result<()> {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
             std::fs::File::open(folder)?.sync_all()
         });
-        renamed.map_err(|error| failed(format!("{} cannot be replaced: {error}; rename {} to it", path.display(), fresh.display())))?;
+        renamed.map_err(|error| {
+            failed(format!("{} cannot be replaced: {error}; rename {} to it", path.display(), fresh.display()))
+        })?;
     } else {
         eprintln!("now set vault.master_key_file = {:?} in the configuration", fresh.display().to_string());
     }
-    print(&format!("{count} secrets sealed anew: key {old} -> {}\n", key.id()))
+    print(&format!("sealed anew: {count}, key {old} -> {}\n", key.id()))
 }
 
 fn list(config: &Config, as_json: bool) -> Result<()> {
@@ -216,7 +224,8 @@ fn list(config: &Config, as_json: bool) -> Result<()> {
         eprintln!("no keys are stored");
         return Ok(());
     }
-    let columns = ["account", "gateway", "provider", "alias", "default", "key", "stored"].map(|name| (name, Side::Left));
+    let columns =
+        ["account", "gateway", "provider", "alias", "default", "key", "stored"].map(|name| (name, Side::Left));
     let rows: Vec<_> = lines.iter().map(row).collect();
     print(&render(&columns, &rows))
 }

@@ -2,7 +2,7 @@
 //!
 //!     serve ─> app          chat, models, bench ─> client ─> any OpenAI-compatible URL
 //!     check-config ─> config             pull ─> any hub with Hugging Face's URL layout
-//!     simulate ─> simulate               gpus ─> kernel
+//!     simulate ─> simulate               gpus ─> kernel            keys ─> registry, vault
 //!
 //! Answers go to stdout, everything said about them to stderr, so that output can be piped.
 
@@ -19,6 +19,7 @@ mod check;
 mod client;
 mod completions;
 mod gpus;
+mod keys;
 mod models;
 mod pull;
 mod serve;
@@ -33,6 +34,7 @@ Examples:
   git diff | neurond chat \"Write a commit message\"
   neurond models                                  what can be asked for
   neurond pull HuggingFaceTB/SmolLM2-135M-Instruct
+  neurond keys hash                               a token for a caller
   neurond check-config /etc/neurond/neurond.toml  before a reload
   neurond bench --concurrency 1,4,16              how fast is it here
   neurond simulate --devices 64                   how fast would 64 GPUs be
@@ -58,6 +60,8 @@ enum Command {
     Chat(chat::Args),
     /// List models: of a running server, or on this disk
     Models(models::Args),
+    /// Tokens for callers, and providers' keys that are stored sealed
+    Keys(keys::Args),
     /// Download a model from a hub: resumes, verifies, picks the files that matter
     Pull(pull::Args),
     /// Put load on a server and measure latency and throughput
@@ -78,6 +82,7 @@ pub fn main() -> ExitCode {
         Command::CheckConfig(args) => check::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Models(args) => block_on(models::run(args)),
+        Command::Keys(args) => keys::run(args),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Bench(args) => block_on(bench::run(args)),
         Command::Simulate(args) => simulate::run(*args).map(|()| ExitCode::SUCCESS),

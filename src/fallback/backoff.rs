@@ -238,7 +238,7 @@ mod tests {
             let backoff = Backoff::new(5, delay, growth);
             // The largest draw of each range.
             let most = |n: u8| {
-                let draws = (0..=40_000).step_by(1).map(|random| backoff.delay_ms(n, random));
+                let draws = (0..=40_000).map(|random| backoff.delay_ms(n, random));
                 draws.max().unwrap()
             };
             assert_eq!([most(1), most(2), most(3), most(4)], expected, "{growth:?} {delay}");
@@ -277,7 +277,10 @@ mod tests {
         check(1, Class::Quota, Some(900_000), Some(30_000), Next::FailOver(Why::TooLate));
         check(1, Class::Overload, None, Some(400), Next::FailOver(Why::TooLate));
         check(1, Class::Overload, None, Some(401), Next::Retry { after_ms: 400 });
-        assert_eq!((Backoff::new(0, 1, Growth::Linear).attempts(), Backoff::new(9, 1, Growth::Linear).attempts()), (1, 5));
+        assert_eq!(
+            (Backoff::new(0, 1, Growth::Linear).attempts(), Backoff::new(9, 1, Growth::Linear).attempts()),
+            (1, 5)
+        );
         assert_eq!(["constant", "linear", "exponential", "x"].map(Growth::parse).iter().flatten().count(), 3);
     }
 

@@ -133,7 +133,8 @@ impl Breaker {
                 self.failures.add(now);
                 let failed = self.failures.sum(now);
                 let calls = failed.saturating_add(ok.recent);
-                let is_often = calls >= policy.min_samples && f64::from(failed) >= policy.failure_rate * f64::from(calls);
+                let is_often =
+                    calls >= policy.min_samples && f64::from(failed) >= policy.failure_rate * f64::from(calls);
                 if self.in_a_row >= policy.consecutive || is_often {
                     self.trip(toll, policy, now);
                 }

@@ -204,14 +204,30 @@ mod tests {
         check(409, "", Class::Caller);
         check(422, "", Class::Caller);
         check(400, r#"{"error":{"code":"context_length_exceeded"}}"#, Class::ContextTooLong);
-        check(400, r#"{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 210000 tokens > 200000 maximum"}}"#, Class::ContextTooLong);
+        check(
+            400,
+            r#"{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 210000 tokens > 200000 maximum"}}"#,
+            Class::ContextTooLong,
+        );
         check(500, "This model's maximum context length is 4096 tokens", Class::ContextTooLong);
-        check(400, r#"{"error":{"code":"content_filter","innererror":{"code":"ResponsibleAIPolicyViolation"}}}"#, Class::Refused);
+        check(
+            400,
+            r#"{"error":{"code":"content_filter","innererror":{"code":"ResponsibleAIPolicyViolation"}}}"#,
+            Class::Refused,
+        );
         check(403, "flagged by moderation", Class::Refused);
         check(401, "", Class::Credential);
         check(403, "", Class::Credential);
-        check(400, r#"{"error":{"code":400,"message":"API key not valid","status":"INVALID_ARGUMENT"}}"#, Class::Credential);
-        check(429, r#"{"error":{"type":"tokens","code":"rate_limit_exceeded","message":"maximum context length"}}"#, Class::Quota);
+        check(
+            400,
+            r#"{"error":{"code":400,"message":"API key not valid","status":"INVALID_ARGUMENT"}}"#,
+            Class::Credential,
+        );
+        check(
+            429,
+            r#"{"error":{"type":"tokens","code":"rate_limit_exceeded","message":"maximum context length"}}"#,
+            Class::Quota,
+        );
         check(429, r#"{"error":{"type":"insufficient_quota","code":"insufficient_quota"}}"#, Class::Billing);
         check(413, r#"{"error":{"code":"rate_limit_exceeded"}}"#, Class::Quota);
         check(413, "", Class::Caller);
@@ -236,7 +252,11 @@ mod tests {
         check(200, r#"{"error":{"type":"rate_limit_error"}}"#, Class::Quota);
         check(200, r#"{"error":{"type":"authentication_error"}}"#, Class::Credential);
         check(200, r#"{"error":{"type":"invalid_request_error"}}"#, Class::Caller);
-        check(200, r#"{"error":{"type":"invalid_request_error","code":"context_length_exceeded"}}"#, Class::ContextTooLong);
+        check(
+            200,
+            r#"{"error":{"type":"invalid_request_error","code":"context_length_exceeded"}}"#,
+            Class::ContextTooLong,
+        );
         check(200, "something", Class::Overload);
     }
 

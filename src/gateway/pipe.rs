@@ -54,8 +54,8 @@ pub enum Words {
 pub enum End {
     /// As its sender meant it.
     Whole,
-    /// Before that.
-    Broken(Fault),
+    /// Before that; in the provider's own words where it had any.
+    Broken(Error),
     /// By a rule of the gateway.
     Blocked(Finding),
 }
@@ -171,10 +171,12 @@ impl Pipe {
     }
 
     /// Translates a stream on the way.
+    /// What comes out are events, whatever goes in.
     pub fn translated(mut self, to_openai: Option<Translator>, to_messages: Option<messages::Translator>) -> Self {
         if to_openai.is_some() || to_messages.is_some() {
             let (between, out) = (sse::Encoder::default(), sse::Encoder::default());
             self.translation = Some(Translation { to_openai, to_messages, between, out });
+            self.events = true;
         }
         self
     }
@@ -262,7 +264,7 @@ impl Pipe {
                 }
                 Some(Err(fault)) => {
                     let told = self.events;
-                    self.stop(End::Broken(fault.clone()));
+                    self.stop(End::Broken(broke_off(&fault)));
                     if !told {
                         return Poll::Ready(Some(Err(fault)));
                     }
@@ -295,7 +297,7 @@ impl Pipe {
                 let outcome = translation.feed(&chunk);
                 let made = translation.out.take();
                 self.check(made)?;
-                return outcome.map_err(|error| End::Broken(Fault::Broken(error.message().to_owned())));
+                return outcome.map_err(End::Broken);
             }
         };
         self.check(chunk)
@@ -320,7 +322,7 @@ impl Pipe {
             let outcome = translation.end();
             let made = translation.out.take();
             self.check(made)?;
-            outcome.map_err(|error| End::Broken(Fault::Broken(error.message().to_owned())))?;
+            outcome.map_err(End::Broken)?;
         }
         if let Some(guard) = &mut self.guard {
             let mut released = Vec::new();
@@ -334,12 +336,15 @@ impl Pipe {
     /// Ends it early: whoever reads events reads why; nothing says that the answer was whole.
     fn stop(&mut self, end: End) {
         if self.events {
-            let (kind, message) = match &end {
+            let told = match &end {
                 End::Whole => return,
-                End::Broken(fault) => (Kind::Unreachable, format!("The provider broke off: {fault}")),
-                End::Blocked(finding) => (Kind::AnswerBlocked, format!("The response was blocked by the rule `{}`.", finding.rule)),
+                End::Broken(error) => error_event(self.words, error),
+                End::Blocked(finding) => {
+                    let message = format!("The response was blocked by the rule `{}`.", finding.rule);
+                    error_event(self.words, &Error::new(Kind::AnswerBlocked, message))
+                }
             };
-            self.ready.push_back(error_event(self.words, kind, &message));
+            self.ready.push_back(told);
         }
         // Dropping the source hangs up.
         self.source = Source::Whole(None);
@@ -361,23 +366,34 @@ fn poll_source(source: &mut Source, cx: &mut Context<'_>) -> Poll<Option<Result<
     }
 }
 
+/// What a caller hears of a provider that went away.
+pub fn broke_off(fault: &Fault) -> Error {
+    Error::new(Kind::Unreachable, format!("The provider broke off: {fault}"))
+}
+
 /// One event that says what went wrong, in the words the caller expects.
-fn error_event(words: Words, kind: Kind, message: &str) -> Bytes {
+fn error_event(words: Words, error: &Error) -> Bytes {
     let mut out = sse::Encoder::default();
-    let code = match kind {
-        Kind::AnswerBlocked => "response_blocked",
-        _ => "upstream_unreachable",
+    let message = error.message();
+    // Type and code as OpenAI calls them, type as Anthropic, status as Google.
+    let (kind, code, anthropic, google) = match error.kind() {
+        Kind::RateLimited => ("rate_limit_error", "rate_limit_exceeded", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+        Kind::Busy | Kind::ModelUnavailable => ("server_error", "overloaded", "overloaded_error", "UNAVAILABLE"),
+        Kind::Timeout | Kind::UpstreamTimeout => ("timeout_error", "timeout", "timeout_error", "DEADLINE_EXCEEDED"),
+        Kind::BadInput => ("invalid_request_error", "bad_request", "invalid_request_error", "INVALID_ARGUMENT"),
+        Kind::AnswerBlocked => ("invalid_request_error", "response_blocked", "api_error", "FAILED_PRECONDITION"),
+        _ => ("server_error", "upstream_unreachable", "api_error", "UNAVAILABLE"),
     };
     match words {
         Words::Messages | Words::Native(Dialect::Anthropic) => {
-            let body = json!({ "type": "error", "error": { "type": "api_error", "message": message } });
+            let body = json!({ "type": "error", "error": { "type": anthropic, "message": message } });
             out.json(Some("error"), &body);
         }
         Words::Native(Dialect::Google) => {
-            out.json(None, &json!({ "error": { "code": 502, "message": message, "status": "UNAVAILABLE" } }));
+            out.json(None, &json!({ "error": { "code": 502, "message": message, "status": google } }));
         }
         Words::OpenAi | Words::Native(_) => {
-            let body = json!({ "error": { "message": message, "type": "server_error", "param": null, "code": code } });
+            let body = json!({ "error": { "message": message, "type": kind, "param": null, "code": code } });
             out.json(None, &body);
         }
     }

@@ -30,21 +30,23 @@ use tokio::time::{sleep, timeout};
 
 use crate::base::{AccountId, Error, Kind, Millis, RequestId, Result};
 use crate::cache::{self, Cache, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
+use crate::config::gateway::KeyFiles;
 use crate::config::{self, Live};
-use crate::fallback::{self, Backoff, Class, Fallback, Growth, Next, Outcome, Pass, Target, classify};
+use crate::fallback::{self, Backoff, Class, Fallback, Growth, Next, Outcome, Pass, Policy, Target, classify};
 use crate::gateway::limits::RouteLimits;
 use crate::gateway::options::Options;
-use crate::gateway::pipe::{End, Pipe, Source, Words};
+use crate::gateway::pipe::{End, Pipe, Source, Words, broke_off};
 use crate::gateway::record::{CacheUse, Record, label};
 use crate::gateway::step::{LocalCall, Sign, Step, Way};
 use crate::guard;
 use crate::metrics::Metrics;
-use crate::net::client::{Answer, Attempt, Client, Fault, Origin};
+use crate::net::client::{self, Answer, Attempt, Client, Fault, Origin};
 use crate::net::sigv4;
 use crate::net::vertex::{AccessToken, Age, ServiceAccount};
 use crate::provider::{self, Meta, Meter, Translator, messages};
 use crate::registry::{Gateway, Registry};
 use crate::vault::Caller;
+use crate::vault::seal::Sealer;
 
 /// How long an answer is kept that only a custom key asks to keep.
 const KEY_ALONE_TTL: Duration = Duration::from_secs(300);
@@ -70,6 +72,39 @@ pub struct Parts {
     pub limits: RouteLimits,
     /// Where to count.
     pub metrics: Arc<Metrics>,
+}
+
+impl Parts {
+    /// Opens what the configuration names: what was told before, answers that are kept.
+    ///
+    /// # Errors
+    /// When a folder, a master key or what the file says of gateways cannot be used.
+    pub fn start(live: &Live, metrics: &Arc<Metrics>) -> Result<Self> {
+        let config = live.get();
+        let KeyFiles { named, default, previous } = &config.key_files;
+        let sealer = Sealer::open_files(named.as_deref(), default.as_deref(), previous)?;
+        let registry = Registry::start(config.registry.as_deref(), config.fixed.clone(), sealer)?;
+        let config::Cache { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder } = config.cache.clone();
+        let cache = Cache::start(cache::Settings { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder })?;
+        let fallback = Fallback::start(Policy::default());
+        let limits = RouteLimits::default();
+        Ok(Self { config: live.clone(), registry, cache, fallback, limits, metrics: metrics.clone() })
+    }
+}
+
+/// How workers' clients reach other servers.
+///
+/// # Errors
+/// When the certificate authorities of the configuration cannot be read.
+pub fn clients(upstream: &config::Upstream) -> Result<client::Settings> {
+    let tls = client::Tls::new(upstream.authorities.as_deref())
+        .map_err(|why| Error::bad_input(format!("upstream.ca_file {why}")))?;
+    Ok(client::Settings {
+        connect_timeout: upstream.connect_timeout,
+        allow_private: upstream.allow_private,
+        proxy: upstream.proxy.clone(),
+        tls,
+    })
 }
 
 /// Serves calls through gateways, on one HTTP worker.
@@ -387,7 +422,10 @@ impl Relay {
                     None => {
                         return match begun.pipe.end() {
                             Some(End::Whole) => ticket.finish(),
-                            Some(End::Broken(fault)) => ticket.fail(FailedAnswer::Error(broke_off(fault))),
+                            Some(End::Broken(error)) => {
+                                let error = error.clone();
+                                ticket.fail(FailedAnswer::Error(error));
+                            }
                             Some(End::Blocked(_)) | None => ticket.fail(FailedAnswer::Abandoned),
                         };
                     }
@@ -893,10 +931,6 @@ fn watched(ask: &Ask, step: &Step) -> Target {
         return step.target.clone();
     }
     Target { provider: format!("{}:{provider}", ask.account).into(), model: model.clone() }
-}
-
-fn broke_off(fault: &Fault) -> Error {
-    Error::new(Kind::Unreachable, format!("The provider broke off: {fault}"))
 }
 
 fn no_answer(target: &Target, fault: &Fault) -> Error {

@@ -164,7 +164,7 @@ impl Steps<'_> {
         let known = self.known(slug)?;
         let query = (!query.is_empty()).then_some(query);
         let url = known.provider.url(known.base.as_deref(), rest, query)?;
-        let model = if asked.is_empty() { model_in_path(rest) } else { asked };
+        let model = if asked.is_empty() { known.provider.model_in_path(rest).unwrap_or_default() } else { asked };
         let mut headers = headers.clone();
         narrow_encodings(&mut headers);
         let brought = known.provider.credential_headers().iter().any(|name| headers.contains_key(*name))
@@ -219,7 +219,8 @@ impl Steps<'_> {
             way: Way::Upstream { attempt, sign },
             dialect: chat.dialect,
             speech: Speech {
-                to_openai: chat.dialect != Dialect::OpenAi,
+                // Who speaks OpenAI's words already was asked for a chunk that the caller did not ask for.
+                to_openai: chat.dialect != Dialect::OpenAi || (chat.stream && !chat.include_usage),
                 to_messages: false,
                 include_usage: chat.include_usage,
             },
@@ -433,6 +434,7 @@ impl Steps<'_> {
             }
             Auth::Vertex => match ServiceAccount::parse(secret.expose()) {
                 Ok(account) => Ok(Sign::Google(Arc::new(account))),
+                Err(error) if secret.expose().trim_start().starts_with('{') => Err(error),
                 // Not a service account: an access token as it is.
                 Err(_) => {
                     insert(headers, "authorization", &format!("Bearer {}", secret.expose().trim()))?;
@@ -543,15 +545,6 @@ fn dialect(provider: &Provider, rest: &str) -> Dialect {
         return Dialect::Anthropic;
     }
     provider.dialect
-}
-
-/// The model of a native call whose body has none: Google's, Bedrock's and Azure's are part of the path.
-fn model_in_path(rest: &str) -> String {
-    let mut segments = rest.split('/').skip_while(|segment| !matches!(*segment, "models" | "model" | "deployments"));
-    segments.next();
-    let model = segments.next().unwrap_or_default();
-    let model = model.split(':').next().unwrap_or_default();
-    percent_encoding::percent_decode_str(model).decode_utf8_lossy().chars().take(128).collect()
 }
 
 fn carries(query: &str, names: &[&str]) -> bool {

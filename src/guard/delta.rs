@@ -361,30 +361,66 @@ mod tests {
 
     #[test]
     fn openai_and_native() {
-        check(r#"{"choices":[{"index":1,"delta":{"role":"assistant","content":"Hi"},"finish_reason":null}],"p":"abc"}"#, "1.Content.0=Hi");
-        check(r#"{"choices":[{"delta":{"reasoning_content":"hm"}},{"delta":{"content":"x"},"finish_reason":"stop"}]}"#, "0.Reasoning.0=hm 1.Content.0=x 1 ends");
+        check(
+            r#"{"choices":[{"index":1,"delta":{"role":"assistant","content":"Hi"},"finish_reason":null}],"p":"abc"}"#,
+            "1.Content.0=Hi",
+        );
+        check(
+            r#"{"choices":[{"delta":{"reasoning_content":"hm"}},{"delta":{"content":"x"},"finish_reason":"stop"}]}"#,
+            "0.Reasoning.0=hm 1.Content.0=x 1 ends",
+        );
         check(r#"{"choices":[{"text":"a"}]}"#, "0.Content.0=a");
-        check(r#"{"choices":[{"delta":{"tool_calls":[{"index":2,"id":"x","function":{"name":"f","arguments":"{\"a"}}]}}]}"#, "0.Call.2={\"a");
-        check(r#"{"choices":[{"delta":{"content":[{"type":"text","text":"a"},{"type":"thinking","thinking":[{"type":"text","text":"b"}]}]}}]}"#, "0.Content.0=a 0.Reasoning.0=b");
+        check(
+            r#"{"choices":[{"delta":{"tool_calls":[{"index":2,"id":"x","function":{"name":"f","arguments":"{\"a"}}]}}]}"#,
+            "0.Call.2={\"a",
+        );
+        check(
+            r#"{"choices":[{"delta":{"content":[{"type":"text","text":"a"},{"type":"thinking","thinking":[{"type":"text","text":"b"}]}]}}]}"#,
+            "0.Content.0=a 0.Reasoning.0=b",
+        );
         check(r#"{"choices":[],"usage":{"total_tokens":3}}"#, "");
         check(r#"{"response":"lo","p":"abd"}"#, "0.Content.0=lo");
         check(r#"{"response":null,"tool_calls":[{"name":"f","arguments":{"type":"t","city":"Oslo"}}]}"#, "0!Oslo");
-        check(r#"{"tool_calls":[{"index":0,"function":{"arguments":"{}"}}],"finish_reason":"tool_calls"}"#, "0.Call.0={} 0 ends");
+        check(
+            r#"{"tool_calls":[{"index":0,"function":{"arguments":"{}"}}],"finish_reason":"tool_calls"}"#,
+            "0.Call.0={} 0 ends",
+        );
     }
 
     #[test]
     fn responses_and_anthropic() {
-        check(r#"{"type":"response.output_text.delta","output_index":1,"content_index":0,"item_id":"i","delta":"Hi"}"#, "1.Content.0=Hi");
-        check(r#"{"type":"response.reasoning_summary_text.delta","output_index":0,"summary_index":2,"delta":"hm"}"#, "0.Reasoning.2=hm");
+        check(
+            r#"{"type":"response.output_text.delta","output_index":1,"content_index":0,"item_id":"i","delta":"Hi"}"#,
+            "1.Content.0=Hi",
+        );
+        check(
+            r#"{"type":"response.reasoning_summary_text.delta","output_index":0,"summary_index":2,"delta":"hm"}"#,
+            "0.Reasoning.2=hm",
+        );
         check(r#"{"type":"response.function_call_arguments.delta","output_index":1,"delta":"{"}"#, "1.Call.0={");
         check(r#"{"type":"response.output_text.done","output_index":1,"text":"Hi"}"#, "1!Hi");
-        check(r#"{"type":"response.output_item.done","output_index":1,"item":{"id":"i","content":[{"type":"output_text","text":"Hi"}]}}"#, "1!Hi 1 ends");
+        check(
+            r#"{"type":"response.output_item.done","output_index":1,"item":{"id":"i","content":[{"type":"output_text","text":"Hi"}]}}"#,
+            "1!Hi 1 ends",
+        );
         check(r#"{"type":"response.created","response":{"instructions":"echo","output":[]}}"#, "");
-        check(r#"{"type":"response.completed","response":{"instructions":"echo","output":[{"content":[{"text":"Hi"}]}]}}"#, "0!Hi end");
+        check(
+            r#"{"type":"response.completed","response":{"instructions":"echo","output":[{"content":[{"text":"Hi"}]}]}}"#,
+            "0!Hi end",
+        );
         check(r#"{"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}"#, "");
-        check(r#"{"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"Hi"}}"#, "1.Content.0=Hi");
-        check(r#"{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{\"a"}}"#, "1.Call.0={\"a");
-        check(r#"{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"hm"}}"#, "0.Reasoning.0=hm");
+        check(
+            r#"{"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"Hi"}}"#,
+            "1.Content.0=Hi",
+        );
+        check(
+            r#"{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{\"a"}}"#,
+            "1.Call.0={\"a",
+        );
+        check(
+            r#"{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"hm"}}"#,
+            "0.Reasoning.0=hm",
+        );
         check(r#"{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":"abc"}}"#, "");
         check(r#"{"type":"content_block_stop","index":1}"#, "1 ends");
         check(r#"{"type":"message_stop"}"#, "end");
@@ -393,10 +429,19 @@ mod tests {
 
     #[test]
     fn google_cohere_bedrock_and_others() {
-        check(r#"{"candidates":[{"content":{"parts":[{"text":"a","thought":true},{"text":"b"}],"role":"model"},"finishReason":"STOP","index":0}]}"#, "0.Reasoning.0=a 0.Content.0=b 0 ends");
-        check(r#"{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":{"city":"Oslo"}}}]}}]}"#, "0!f 0!Oslo");
+        check(
+            r#"{"candidates":[{"content":{"parts":[{"text":"a","thought":true},{"text":"b"}],"role":"model"},"finishReason":"STOP","index":0}]}"#,
+            "0.Reasoning.0=a 0.Content.0=b 0 ends",
+        );
+        check(
+            r#"{"candidates":[{"content":{"parts":[{"functionCall":{"name":"f","args":{"city":"Oslo"}}}]}}]}"#,
+            "0!f 0!Oslo",
+        );
         check(r#"{"type":"content-delta","index":0,"delta":{"message":{"content":{"text":"Hi"}}}}"#, "0.Content.0=Hi");
-        check(r#"{"type":"tool-call-delta","index":0,"delta":{"message":{"tool_calls":{"function":{"arguments":"{"}}}}}"#, "0.Call.0={");
+        check(
+            r#"{"type":"tool-call-delta","index":0,"delta":{"message":{"tool_calls":{"function":{"arguments":"{"}}}}}"#,
+            "0.Call.0={",
+        );
         check(r#"{"type":"content-end","index":0}"#, "0 ends");
         check(r#"{"type":"message-end","delta":{"finish_reason":"COMPLETE"}}"#, "end");
         check(r#"{"event_type":"text-generation","text":"Hi"}"#, "0.Content.0=Hi");
@@ -404,7 +449,10 @@ mod tests {
         check(r#"{"contentBlockIndex":0,"delta":{"text":"Hi"},"p":"abc"}"#, "0.Content.0=Hi");
         check(r#"{"contentBlockIndex":0,"p":"abc"}"#, "0 ends");
         check(r#"{"stopReason":"end_turn","p":"abc"}"#, "end");
-        check(r#"{"model":"m","created_at":"t","message":{"role":"assistant","content":"Hi"},"done":false}"#, "0.Content.0=Hi");
+        check(
+            r#"{"model":"m","created_at":"t","message":{"role":"assistant","content":"Hi"},"done":false}"#,
+            "0.Content.0=Hi",
+        );
         check(r#"{"token":{"id":5,"text":" Hi","special":false},"generated_text":null}"#, "0.Content.0= Hi");
         check(r#"{"generation":"Hi","stop_reason":null}"#, "?=Hi");
         check(r#"{"error":{"message":"no","type":"server_error"}}"#, "?=no");

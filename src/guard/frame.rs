@@ -67,7 +67,8 @@ impl Frames {
                     return Ok(false);
                 }
                 data.append(line);
-                data.extend_from_slice(rest[..taken].trim_ascii_end());
+                data.extend_from_slice(&rest[..taken]);
+                data.truncate(data.trim_ascii_end().len());
                 Ok(true)
             }
             Self::Amazon(frame) => amazon(frame, chunk, at, data),
@@ -248,7 +249,11 @@ pub(super) mod tests {
 
     #[test]
     fn lines_and_frames_end_where_they_should() {
-        check("application/x-ndjson", b"{\"a\":1}\r\n{\"b\":2}\n{}", &[(9, "{\"a\":1}"), (17, "{\"b\":2}"), (19, "{}")]);
+        check(
+            "application/x-ndjson",
+            b"{\"a\":1}\r\n{\"b\":2}\n{}",
+            &[(9, "{\"a\":1}"), (17, "{\"b\":2}"), (19, "{}")],
+        );
         let mut bytes = amazon_frame(r#"{"delta":{"text":"a"}}"#);
         let first = bytes.len();
         bytes.extend(amazon_frame(r#"{"bytes":"eyJ4IjoxfQ=="}"#));

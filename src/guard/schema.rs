@@ -37,10 +37,9 @@ impl Schema {
         check_references(schema, true, &mut nodes)?;
         let mut safe = HashSet::new();
         check_loops(schema, schema, &mut safe)?;
-        let validator = jsonschema::options()
-            .with_retriever(Nowhere)
-            .build(schema)
-            .map_err(|error| Error::bad_input(format!("it does not compile, at {:?}: {error}", error.instance_path.as_str())))?;
+        let validator = jsonschema::options().with_retriever(Nowhere).build(schema).map_err(|error| {
+            Error::bad_input(format!("it does not compile, at {:?}: {error}", error.instance_path.as_str()))
+        })?;
         Ok(Self { validator })
     }
 
@@ -92,6 +91,9 @@ impl Schema {
 
 /// The texts of an answer; none if it has no known form.
 fn texts(document: &Value) -> Option<Vec<Text<'_>>> {
+    if let Some(items) = document.as_array() {
+        return pieces(items);
+    }
     if document.get("error").is_some_and(|error| !error.is_null()) || document.get("object") == Some(&"list".into()) {
         return Some(Vec::new());
     }
@@ -109,7 +111,9 @@ fn texts(document: &Value) -> Option<Vec<Text<'_>>> {
         return Some(texts.collect());
     }
     if let Some(candidates) = document.get("candidates").and_then(Value::as_array) {
-        return Some(candidates.iter().filter_map(|candidate| written(candidate.get("content")?.get("parts")?)).collect());
+        return Some(
+            candidates.iter().filter_map(|candidate| written(candidate.get("content")?.get("parts")?)).collect(),
+        );
     }
     if let Some(items) = document.get("output").and_then(Value::as_array) {
         let messages = items.iter().filter(|item| item.get("type") == Some(&"message".into()));
@@ -122,6 +126,9 @@ fn texts(document: &Value) -> Option<Vec<Text<'_>>> {
     if document.get("type") == Some(&"message".into()) {
         return Some(document.get("content").and_then(written).into_iter().collect());
     }
+    if let Some(text) = document.get("generated_text") {
+        return Some(written(text).into_iter().collect());
+    }
     if document.get("generation_id").is_some() {
         return Some(document.get("text").and_then(written).into_iter().collect());
     }
@@ -131,6 +138,24 @@ fn texts(document: &Value) -> Option<Vec<Text<'_>>> {
         Some(Value::Null) => Some(Vec::new()),
         _ => None,
     }
+}
+
+/// Google's stream as one array, whose texts belong together, or a list of generated texts.
+fn pieces(items: &[Value]) -> Option<Vec<Text<'_>>> {
+    let all: Option<Vec<_>> = items.iter().map(|item| item.as_object().and_then(|_| texts(item))).collect();
+    let all = all.filter(|all| !all.is_empty())?;
+    if !items.iter().any(|item| item.get("candidates").is_some()) {
+        return Some(all.into_iter().flatten().collect());
+    }
+    let whole: String = all
+        .iter()
+        .flatten()
+        .filter_map(|text| match text {
+            Text::Written(text) => Some(&**text),
+            Text::Parsed(_) => None,
+        })
+        .collect();
+    Some(vec![Text::Written(whole.into())])
 }
 
 /// A content: a string, or parts whose texts belong together.
@@ -182,7 +207,12 @@ fn check_loops<'s>(root: &'s Value, schema: &'s Value, safe: &mut HashSet<*const
     }
 }
 
-fn follow<'s>(root: &'s Value, at: &'s Value, way: &mut Vec<*const Value>, safe: &mut HashSet<*const Value>) -> Result<()> {
+fn follow<'s>(
+    root: &'s Value,
+    at: &'s Value,
+    way: &mut Vec<*const Value>,
+    safe: &mut HashSet<*const Value>,
+) -> Result<()> {
     let Some(fields) = at.as_object() else { return Ok(()) };
     if safe.contains(&std::ptr::from_ref(at)) {
         return Ok(());
@@ -274,7 +304,10 @@ mod tests {
         check(json!({"properties": {"a": {"$id": "http://x/y"}}}), "at the top only");
         check(json!({"$ref": "#/$defs/nothing"}), "does not compile");
         check(json!({"$ref": "#"}), "circle");
-        check(json!({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"not": {"$ref": "#/$defs/a"}}}}), "circle");
+        check(
+            json!({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"not": {"$ref": "#/$defs/a"}}}}),
+            "circle",
+        );
         check(json!({"$anchor": "top", "if": {"$ref": "#top"}}), "circle");
         check(json!({"enum": vec![json!([]); 30_000]}), "larger than");
     }
@@ -327,6 +360,11 @@ mod tests {
         check(json!({"result": {"response": {"town": "Oslo"}}, "success": true}), false);
         check(json!({"result": {"data": [[0.1]]}, "success": true}), true);
         check(json!({"object": "list", "data": []}), true);
+        let piece = |text: &str| json!({"candidates": [{"content": {"parts": [{"text": text}]}}]});
+        check(json!([piece("{\"ci"), piece("ty\": 1}"), {"candidates": [{"finishReason": "STOP"}]}]), true);
+        check(json!([piece("{\"to"), piece("wn\": 1}")]), false);
+        check(json!([{"generated_text": "{\"city\": 1}"}]), true);
+        check(json!([{"generated_text": "{\"town\": 1}"}]), false);
         check(json!({"error": {"message": "no"}}), true);
         check(json!({"choices": [{"message": {"content": null, "tool_calls": [{}]}}]}), true);
         check(json!({"response": null, "tool_calls": [{}]}), true);

@@ -48,8 +48,17 @@ enum State {
     /// Nothing to look for.
     Idle,
     Live(Box<Live>),
-    Whole { guard: Guard, content_type: String, held: Vec<Bytes>, bytes: usize, flags: Vec<Finding> },
-    Cut { finding: Finding, flags: Vec<Finding> },
+    Whole {
+        guard: Guard,
+        content_type: String,
+        held: Vec<Bytes>,
+        bytes: usize,
+        flags: Vec<Finding>,
+    },
+    Cut {
+        finding: Finding,
+        flags: Vec<Finding>,
+    },
 }
 
 impl StreamGuard {
@@ -242,8 +251,7 @@ impl Live {
                     return Err(self.guard.0.response.broken("the stream cannot be read".to_owned()));
                 }
             }
-            self.event = (self.event.1, before + at as u64);
-            self.take_event(out)?;
+            self.take_event(before + at as u64, out)?;
         }
         let safe = if self.is_deaf { self.got } else { self.safe() };
         self.release(safe, out);
@@ -251,19 +259,19 @@ impl Live {
     }
 
     fn finish(&mut self, out: &mut Vec<Bytes>) -> Result<(), Finding> {
-        self.frames.rest(&mut self.data);
-        self.event = (self.event.1, self.got);
-        self.take_event(out)?;
         let safe = self.safe();
+        self.frames.rest(&mut self.data);
+        self.take_event(self.got, out)?;
         let outcome = self.step(Step::CloseAll);
         self.release(if outcome.is_ok() { self.got } else { safe }, out);
         outcome
     }
 
-    /// Looks at the event whose data is complete. If it is cut, only what was safe without it leaves.
-    fn take_event(&mut self, out: &mut Vec<Bytes>) -> Result<(), Finding> {
+    /// Looks at the event that ends here, whose data is complete. If it is cut, only what was safe without it leaves.
+    fn take_event(&mut self, end: u64, out: &mut Vec<Bytes>) -> Result<(), Finding> {
+        let safe = self.safe();
+        self.event = (self.event.1, end);
         let data = std::mem::take(&mut self.data);
-        let safe = self.safe().min(self.event.0);
         let outcome = self.look(&data);
         self.data = data;
         self.data.clear();
@@ -316,10 +324,17 @@ impl Live {
         let open: usize = self.choices.iter().map(|choice| choice.windows.len()).sum();
         let choice = match self.choices.iter().position(|choice| choice.number == part.choice) {
             Some(at) => &mut self.choices[at],
+            None if open >= MAX_PARTS => return side.cannot("the answer has too many parts"),
             None => {
                 self.next_choice += 1;
                 let id = self.next_choice;
-                self.choices.push(Choice { id, number: part.choice, total: 0, windows: Vec::new(), answer: String::new() });
+                self.choices.push(Choice {
+                    id,
+                    number: part.choice,
+                    total: 0,
+                    windows: Vec::new(),
+                    answer: String::new(),
+                });
                 let last = self.choices.len() - 1;
                 &mut self.choices[last]
             }

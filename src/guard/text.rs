@@ -115,7 +115,8 @@ pub(super) fn response(body: &[u8], content_type: &str, found: Found) {
 pub(super) fn is_media(content_type: &str) -> bool {
     let essence = essence(content_type);
     ["audio/", "image/", "video/", "font/"].iter().any(|kind| essence.starts_with(kind))
-        || ["application/octet-stream", "application/zip", "application/pdf", "application/gzip"].contains(&essence.as_str())
+        || ["application/octet-stream", "application/zip", "application/pdf", "application/gzip"]
+            .contains(&essence.as_str())
 }
 
 /// A content type without its parameters, in lower case.
@@ -215,8 +216,8 @@ fn utf8_of_utf16(body: &[u8]) -> Option<String> {
     let unit: fn([u8; 2]) -> u16 = match body {
         [0xff, 0xfe, ..] => u16::from_le_bytes,
         [0xfe, 0xff, ..] => u16::from_be_bytes,
-        [first, 0, ..] if first.is_ascii() && *first != 0 => u16::from_le_bytes,
-        [0, second, ..] if second.is_ascii() && *second != 0 => u16::from_be_bytes,
+        [b'{' | b'[' | b'"' | b' ' | b'\n', 0, ..] => u16::from_le_bytes,
+        [0, b'{' | b'[' | b'"' | b' ' | b'\n', ..] => u16::from_be_bytes,
         _ => return None,
     };
     let units: Vec<u16> = body.chunks_exact(2).map(|pair| unit([pair[0], pair[1]])).collect();
@@ -285,9 +286,10 @@ enum Place<'p> {
 impl fmt::Display for Place<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Root => Ok(()),
+            Self::Root => f.write_str("the document"),
             Self::Field(Self::Root, name) => f.write_str(name),
             Self::Field(parent, name) => write!(f, "{parent}.{name}"),
+            Self::Item(Self::Root, index) => write!(f, "[{index}]"),
             Self::Item(parent, index) => write!(f, "{parent}[{index}]"),
         }
     }

@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::base::{AccountId, Error, Kind, Millis, RequestId, Result};
 use crate::gateway::options::{self, Options};
-use crate::gateway::pipe::{End, Pipe, Words};
+use crate::gateway::pipe::{self, End, Pipe, Words};
 use crate::gateway::record::Record;
 use crate::gateway::relay::{Ask, Plan, Relay, Reply, Who};
 use crate::gateway::route;
@@ -264,11 +264,11 @@ struct Written {
 }
 
 /// One of them, or a list.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum WrittenSteps {
-    Many(Vec<Written>),
-    One(Box<Written>),
+fn written_steps(body: &[u8]) -> serde_json::Result<Vec<Written>> {
+    match body.trim_ascii_start().first() {
+        Some(b'{') => Ok(vec![serde_json::from_slice(body)?]),
+        _ => serde_json::from_slice(body),
+    }
 }
 
 impl Entrance {
@@ -422,15 +422,11 @@ impl Entrance {
     }
 
     pub(super) fn universal(self, call: Incoming) -> Result<Ask> {
-        let written: WrittenSteps = serde_json::from_slice(&call.body).map_err(|error| {
+        let written = written_steps(&call.body).map_err(|error| {
             Error::bad_input(format!(
                 "the body is no list of steps, each an object with provider, endpoint, headers and query: {error}"
             ))
         })?;
-        let written = match written {
-            WrittenSteps::Many(written) => written,
-            WrittenSteps::One(written) => vec![*written],
-        };
         if written.is_empty() || written.len() > MAX_STEPS {
             return Err(Error::bad_input(format!("a call has 1 to {MAX_STEPS} steps, this one {}", written.len())));
         }
@@ -695,7 +691,7 @@ impl MessageBody for RelayBody {
             Some(Ok(bytes)) => this.record.sent(bytes.len()),
             Some(Err(fault)) => {
                 let usage = this.pipe.usage();
-                this.record.ended(&End::Broken(fault.clone()), usage);
+                this.record.ended(&End::Broken(pipe::broke_off(fault)), usage);
             }
             None => {
                 let usage = this.pipe.usage();

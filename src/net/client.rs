@@ -210,12 +210,12 @@ impl Client {
             let private = idle.private;
             match self.exchange(idle.sender, private, call).await {
                 // Nothing was heard: the server closed while the request was on its way.
-                Err(Fault::Broken(_)) => {}
-                outcome => return outcome,
+                Err(Lost::Silent(_)) => {}
+                outcome => return outcome.map_err(Lost::fault),
             }
         }
         let (sender, private) = self.connect(call).await?;
-        self.exchange(sender, private, call).await
+        self.exchange(sender, private, call).await.map_err(Lost::fault)
     }
 
     /// Makes a handshake for another protocol on a connection of its own.
@@ -250,8 +250,12 @@ impl Client {
         mut sender: SendRequest<Full<Bytes>>,
         private: bool,
         call: &Attempt,
-    ) -> Result<Answer, Fault> {
-        let answer = sender.send_request(request(call)?).await.map_err(broken)?;
+    ) -> Result<Answer, Lost> {
+        let request = request(call).map_err(Lost::Heard)?;
+        let answer = sender.send_request(request).await.map_err(|error| match error.is_parse() {
+            true => Lost::Heard(broken(error)),
+            false => Lost::Silent(broken(error)),
+        })?;
         let (head, body) = answer.into_parts();
         let origin = Arc::clone(&call.origin);
         let lease = Lease { sender, origin, private, pool: Rc::downgrade(&self.inner) };
@@ -328,6 +332,22 @@ impl Client {
             }
         }
         Err(last)
+    }
+}
+
+/// A call that brought no head of an answer.
+enum Lost {
+    /// The server said nothing at all.
+    Silent(Fault),
+    /// It said something else.
+    Heard(Fault),
+}
+
+impl Lost {
+    fn fault(self) -> Fault {
+        match self {
+            Self::Silent(fault) | Self::Heard(fault) => fault,
+        }
     }
 }
 

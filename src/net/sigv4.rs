@@ -351,7 +351,7 @@ mod tests {
         check("post-sts-header-before", &case, scope, "example.amazonaws.com", Some(TOKEN));
     }
 
-    /// Signatures as botocore 1.x makes them of the same requests.
+    /// Signatures as botocore 1.44 makes them of the same requests.
     #[test]
     fn bedrocks_paths_are_signed_as_botocore_signs_them() {
         for (name, line, headers, body, region, token, names, signature) in BEDROCK {

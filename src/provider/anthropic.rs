@@ -157,17 +157,16 @@ pub(super) fn thinking(model: &str, ask: &Ask, max_tokens: u64, forced: bool) ->
         Effort::High => 80,
         Effort::XHigh => 90,
     };
-    let budget = (max_tokens * percent / 100).clamp(1024, 32_000);
+    let budget = (max_tokens.saturating_mul(percent) / 100).clamp(1024, 32_000);
     (budget < max_tokens)
         .then(|| Thinking { config: json!({"type": "enabled", "budget_tokens": budget}), effort: None })
 }
 
 fn resumes_without_thoughts(ask: &Ask) -> bool {
-    let mut back = ask.messages.iter().rev().skip_while(|message| message.role == Role::Tool).peekable();
-    if !ask.messages.last().is_some_and(|message| message.role == Role::Tool) {
-        return false;
-    }
-    back.peek().is_some_and(|message| !message.parts.iter().any(|part| matches!(part, Part::Thinking(_))))
+    let resumes = ask.messages.last().is_some_and(|message| message.role == Role::Tool);
+    let mut caller = ask.messages.iter().rev().skip_while(|message| message.role == Role::Tool);
+    let thought = |part: &Part| matches!(part, Part::Thinking(_));
+    resumes && caller.next().is_some_and(|message| !message.parts.iter().any(thought))
 }
 
 /// Whether a model on a host is held to schemas by the API itself.
@@ -185,8 +184,7 @@ fn tools(host: Host, model: &str, ask: &Ask, body: &mut Map<String, Value>) {
             if let Some(description) = tool.description {
                 out["description"] = description.into();
             }
-            out["input_schema"] =
-                tool.parameters.cloned().unwrap_or_else(|| json!({"type": "object", "properties": {}}));
+            out["input_schema"] = tool.schema();
             out
         })
         .collect();
@@ -200,7 +198,10 @@ fn tools(host: Host, model: &str, ask: &Ask, body: &mut Map<String, Value>) {
     if let Format::Schema { schema, .. } = ask.format
         && has_output_format(host, model)
     {
-        body.insert("output_config".into(), json!({"format": {"type": "json_schema", "schema": schema::closed(schema)}}));
+        body.insert(
+            "output_config".into(),
+            json!({"format": {"type": "json_schema", "schema": schema::closed(schema)}}),
+        );
     } else if let Some(json) = ask.json_tool() {
         tools.push(json!({"name": JSON_TOOL, "description": json.description, "input_schema": json.schema}));
         choice = if json.alone { json!({"type": "tool", "name": JSON_TOOL}) } else { json!({"type": "any"}) };
@@ -248,7 +249,8 @@ fn block(part: &Part) -> Result<Value> {
         }
         Part::Result { id, parts, .. } => {
             let mut block = json!({"type": "tool_result", "tool_use_id": call_id(id)});
-            let content: Vec<_> = parts.iter().filter(|part| says_something(part)).map(self::block).collect::<Result<_>>()?;
+            let content: Vec<_> =
+                parts.iter().filter(|part| says_something(part)).map(self::block).collect::<Result<_>>()?;
             if !content.is_empty() {
                 block["content"] = content.into();
             }

@@ -5,7 +5,9 @@
 //! What no other dialect can do is refused here by name; what only some cannot, they refuse with [`Ask::refuse`]. Fields
 //! that do not change the answer (`store`, `metadata`, `prediction` …) are left out without a word.
 
-use serde_json::{Map, Value};
+mod content;
+
+use serde_json::{Map, Value, json};
 
 use crate::base::{Error, Result};
 
@@ -53,12 +55,34 @@ pub(super) struct Message<'a> {
 
 #[derive(Debug)]
 pub(super) enum Part<'a> {
-    Text { text: &'a str, cache: Option<&'a Value> },
-    Image { source: Source<'a>, detail: Option<&'a str> },
-    File { data: Source<'a>, name: Option<&'a str> },
-    Audio { data: &'a str, format: &'a str },
-    Call { id: &'a str, name: &'a str, arguments: Map<String, Value>, written: &'a str, signature: Option<&'a str> },
-    Result { id: &'a str, name: Option<&'a str>, parts: Vec<Part<'a>> },
+    Text {
+        text: &'a str,
+        cache: Option<&'a Value>,
+    },
+    Image {
+        source: Source<'a>,
+        detail: Option<&'a str>,
+    },
+    File {
+        data: Source<'a>,
+        name: Option<&'a str>,
+    },
+    Audio {
+        data: &'a str,
+        format: &'a str,
+    },
+    Call {
+        id: &'a str,
+        name: &'a str,
+        arguments: Map<String, Value>,
+        written: &'a str,
+        signature: Option<&'a str>,
+    },
+    Result {
+        id: &'a str,
+        name: Option<&'a str>,
+        parts: Vec<Part<'a>>,
+    },
     /// A block of thoughts as we gave it out, with the signature that lets it be read again.
     Thinking(&'a Value),
 }
@@ -66,7 +90,10 @@ pub(super) enum Part<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Source<'a> {
     /// Base64.
-    Data { media_type: &'a str, data: &'a str },
+    Data {
+        media_type: &'a str,
+        data: &'a str,
+    },
     Url(&'a str),
 }
 
@@ -75,6 +102,21 @@ pub(super) struct Tool<'a> {
     pub(super) name: &'a str,
     pub(super) description: Option<&'a str>,
     pub(super) parameters: Option<&'a Value>,
+}
+
+impl Tool<'_> {
+    /// The schema of the parameters; an object in any case.
+    pub(super) fn schema(&self) -> Value {
+        match self.parameters {
+            None => json!({"type": "object", "properties": {}}),
+            Some(schema) if schema.get("type").is_some() => schema.clone(),
+            Some(schema) => {
+                let mut schema = schema.clone();
+                schema["type"] = "object".into();
+                schema
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,7 +132,10 @@ pub(super) enum Format<'a> {
     Text,
     /// Any JSON object.
     Object,
-    Schema { description: Option<&'a str>, schema: &'a Value },
+    Schema {
+        description: Option<&'a str>,
+        schema: &'a Value,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -141,7 +186,7 @@ impl<'a> Ask<'a> {
         let top = fields.count("top_logprobs")?;
         let options = fields.get("stream_options").and_then(|options| options.get("include_usage"));
         let ask = Self {
-            messages: messages(&fields)?,
+            messages: content::messages(fields.list("messages")?)?,
             tools,
             choice,
             parallel: fields.bool("parallel_tool_calls")?.unwrap_or(true),
@@ -176,7 +221,9 @@ impl<'a> Ask<'a> {
         for beyond in what {
             let (param, asked, advice) = match beyond {
                 Beyond::Choices => ("n", self.choices > 1, "gives one choice a call: leave out `n`"),
-                Beyond::Logprobs => ("logprobs", self.logprobs.is_some(), "has no log-probabilities: leave out `logprobs`"),
+                Beyond::Logprobs => {
+                    ("logprobs", self.logprobs.is_some(), "has no log-probabilities: leave out `logprobs`")
+                }
                 Beyond::Penalties if used(self.presence_penalty) => {
                     ("presence_penalty", true, "has no penalties: leave out `presence_penalty`")
                 }
@@ -206,7 +253,8 @@ impl<'a> Ask<'a> {
             Choice::None => true,
             Choice::Required | Choice::Named(_) => return None,
         };
-        let description = description.unwrap_or("Gives the final answer. Call it exactly once, when the answer is known.");
+        let description =
+            description.unwrap_or("Gives the final answer. Call it exactly once, when the answer is known.");
         Some(JsonTool { description, schema, alone })
     }
 
@@ -331,9 +379,9 @@ fn tools<'a>(fields: &Fields<'a>) -> Result<Vec<Tool<'a>>> {
             ));
         }
         let function = &tool["function"];
-        let name = function["name"].as_str().ok_or_else(|| {
-            Error::bad_field(format!("tools.{at}.function.name"), "a tool needs a name")
-        })?;
+        let name = function["name"]
+            .as_str()
+            .ok_or_else(|| Error::bad_field(format!("tools.{at}.function.name"), "a tool needs a name"))?;
         let parameters = function.get("parameters").filter(|schema| schema.is_object());
         Ok(Tool { name, description: function["description"].as_str(), parameters })
     });
@@ -341,9 +389,8 @@ fn tools<'a>(fields: &Fields<'a>) -> Result<Vec<Tool<'a>>> {
 }
 
 fn choice<'a>(fields: &Fields<'a>, tools: &mut Vec<Tool<'a>>) -> Result<Choice<'a>> {
-    let wrong = || {
-        Error::bad_field("tool_choice", "`tool_choice` must be auto, none, required, or name a function of `tools`")
-    };
+    let wrong =
+        || Error::bad_field("tool_choice", "`tool_choice` must be auto, none, required, or name a function of `tools`");
     let mode = |word: &str| match word {
         "auto" => Some(Choice::Auto),
         "none" => Some(Choice::None),
@@ -356,7 +403,9 @@ fn choice<'a>(fields: &Fields<'a>, tools: &mut Vec<Tool<'a>>) -> Result<Choice<'
         Some(value) if value["type"] == "allowed_tools" => {
             let allowed = value.get("allowed_tools").unwrap_or(value);
             let names: Vec<_> = allowed["tools"].as_array().ok_or_else(wrong)?.iter().collect();
-            tools.retain(|tool| names.iter().any(|name| name["function"]["name"] == tool.name || name["name"] == tool.name));
+            tools.retain(|tool| {
+                names.iter().any(|name| name["function"]["name"] == tool.name || name["name"] == tool.name)
+            });
             mode(allowed["mode"].as_str().unwrap_or("auto")).ok_or_else(wrong)
         }
         Some(value) => {
@@ -367,140 +416,4 @@ fn choice<'a>(fields: &Fields<'a>, tools: &mut Vec<Tool<'a>>) -> Result<Choice<'
             Ok(Choice::Named(name))
         }
     }
-}
-
-fn messages<'a>(fields: &Fields<'a>) -> Result<Vec<Message<'a>>> {
-    let list = fields.list("messages")?.filter(|list| !list.is_empty());
-    let list = list.ok_or_else(|| Error::bad_field("messages", "`messages` must be an array with a message in it"))?;
-    let mut messages = Vec::with_capacity(list.len());
-    for (at, message) in list.iter().enumerate() {
-        let path = format!("messages.{at}");
-        let role = match message["role"].as_str() {
-            Some("system" | "developer") => Role::System,
-            Some("user") => Role::User,
-            Some("assistant") => Role::Assistant,
-            Some("tool") => Role::Tool,
-            _ => {
-                let advice = "the role of a message must be system, developer, user, assistant or tool";
-                return Err(Error::bad_field(format!("{path}.role"), advice));
-            }
-        };
-        let mut parts = Vec::new();
-        if role == Role::Assistant {
-            parts.extend(message["thinking_blocks"].as_array().into_iter().flatten().map(Part::Thinking));
-        }
-        content(&message["content"], &format!("{path}.content"), &mut parts)?;
-        match role {
-            Role::Assistant => calls(message, &path, &mut parts)?,
-            Role::Tool => {
-                let id = message["tool_call_id"].as_str().ok_or_else(|| {
-                    Error::bad_field(format!("{path}.tool_call_id"), "a tool message needs the id of its call")
-                })?;
-                let name = called(&messages, id).or(message["name"].as_str());
-                parts = vec![Part::Result { id, name, parts }];
-            }
-            Role::System | Role::User => {}
-        }
-        messages.push(Message { role, parts });
-    }
-    // An answer that is to be continued must not end in white space, or so some upstreams hold.
-    if let Some(Message { role: Role::Assistant, parts }) = messages.last_mut()
-        && let Some(Part::Text { text, .. }) = parts.last_mut()
-    {
-        *text = text.trim_end();
-    }
-    Ok(messages)
-}
-
-/// The name of the function that a call asked for.
-fn called<'a>(messages: &[Message<'a>], wanted: &str) -> Option<&'a str> {
-    messages.iter().rev().flat_map(|message| &message.parts).find_map(|part| match part {
-        Part::Call { id, name, .. } if *id == wanted => Some(*name),
-        _ => None,
-    })
-}
-
-fn content<'a>(content: &'a Value, path: &str, parts: &mut Vec<Part<'a>>) -> Result<()> {
-    match content {
-        Value::Null => Ok(()),
-        Value::String(text) => {
-            parts.push(Part::Text { text, cache: None });
-            Ok(())
-        }
-        Value::Array(list) => {
-            for (at, item) in list.iter().enumerate() {
-                parts.push(part(item).map_err(|advice| Error::bad_field(format!("{path}.{at}"), advice))?);
-            }
-            Ok(())
-        }
-        _ => Err(Error::bad_field(path, "the content of a message must be a string or an array of parts")),
-    }
-}
-
-/// One part of a message, or what is wrong with it.
-fn part(item: &Value) -> Result<Part<'_>, String> {
-    let need = |value: &'_ Value, what: &str| format!("{what} is missing or no string: {value}");
-    match item["type"].as_str() {
-        Some("text" | "input_text" | "output_text") => {
-            let text = item["text"].as_str().ok_or_else(|| need(item, "`text`"))?;
-            Ok(Part::Text { text, cache: item.get("cache_control") })
-        }
-        Some("refusal") => {
-            let text = item["refusal"].as_str().ok_or_else(|| need(item, "`refusal`"))?;
-            Ok(Part::Text { text, cache: None })
-        }
-        Some("image_url") => {
-            let image = &item["image_url"];
-            let url = image["url"].as_str().or(image.as_str()).ok_or("`image_url.url` is missing or no string")?;
-            Ok(Part::Image { source: source(url)?, detail: image["detail"].as_str() })
-        }
-        Some("input_audio") => {
-            let audio = &item["input_audio"];
-            let (data, format) = (audio["data"].as_str(), audio["format"].as_str());
-            let (data, format) = data.zip(format).ok_or("`input_audio` needs `data` and `format`")?;
-            Ok(Part::Audio { data, format })
-        }
-        Some("file") => {
-            let file = &item["file"];
-            let data = file["file_data"].as_str().ok_or("files are taken as `file_data`, a data: URL, only")?;
-            Ok(Part::File { data: source(data)?, name: file["filename"].as_str() })
-        }
-        _ => Err("a part must be text, image_url, input_audio or file".to_owned()),
-    }
-}
-
-/// A URL as such, or taken apart if it is the data itself.
-fn source(url: &str) -> Result<Source<'_>, String> {
-    let is_data = url.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case("data:"));
-    if !is_data {
-        return Ok(Source::Url(url));
-    }
-    let (head, data) = url[5..].split_once(',').ok_or("a data: URL has a comma before its data")?;
-    let Some(kind) = head.strip_suffix(";base64") else {
-        return Err("a data: URL must be base64 (data:image/png;base64,…)".to_owned());
-    };
-    let media_type = kind.split(';').next().filter(|kind| kind.contains('/'));
-    let media_type = media_type.ok_or("a data: URL must say its media type (data:image/png;base64,…)")?;
-    Ok(Source::Data { media_type, data })
-}
-
-fn calls<'a>(message: &'a Value, path: &str, parts: &mut Vec<Part<'a>>) -> Result<()> {
-    for (at, call) in message["tool_calls"].as_array().into_iter().flatten().enumerate() {
-        let path = format!("{path}.tool_calls.{at}");
-        let function = &call["function"];
-        let (Some(id), Some(name)) = (call["id"].as_str(), function["name"].as_str()) else {
-            return Err(Error::bad_field(path, "a tool call needs `id` and `function.name`"));
-        };
-        let written = function["arguments"].as_str().unwrap_or("").trim();
-        let arguments = match written {
-            "" | "null" => Map::new(),
-            written => serde_json::from_str(written).map_err(|error| {
-                let advice = format!("the arguments of a call must be a JSON object: {error}");
-                Error::bad_field(format!("{path}.function.arguments"), advice)
-            })?,
-        };
-        let signature = call["extra_content"]["google"]["thought_signature"].as_str();
-        parts.push(Part::Call { id, name, arguments, written, signature });
-    }
-    Ok(())
 }

@@ -115,7 +115,7 @@ fn tools(ask: &Ask, conversation: &Conversation) -> Result<Option<Value>> {
     let mut tools: Vec<_> = if forbidden && !ask.has_tool_history() {
         Vec::new()
     } else {
-        ask.tools.iter().map(|tool| spec(tool.name, tool.description, tool.parameters.unwrap_or(&any))).collect()
+        ask.tools.iter().map(|tool| spec(tool.name, tool.description, &tool.schema())).collect()
     };
     if tools.is_empty() && ask.has_tool_history() {
         // Calls in the history must be of tools that are declared, even if no more are to come.
@@ -189,7 +189,7 @@ fn image(source: &Source) -> Result<Value> {
         Source::Data { media_type, data } => {
             let format = match *media_type {
                 "image/png" => "png",
-                "image/jpeg" | "image/jpg" => "jpeg",
+                "image/jpeg" => "jpeg",
                 "image/gif" => "gif",
                 "image/webp" => "webp",
                 other => return Err(wrong(format!("Bedrock reads PNG, JPEG, GIF and WebP, not {other}"))),

@@ -40,22 +40,27 @@ pub(super) fn request(model: &str, ask: &Ask) -> Result<Value> {
             if let Some(description) = tool.description {
                 function["description"] = description.into();
             }
-            function["parameters"] =
-                tool.parameters.cloned().unwrap_or_else(|| json!({"type": "object", "properties": {}}));
+            function["parameters"] = tool.schema();
             json!({"type": "function", "function": function})
         });
         set("tools", Some(tools.collect()));
-        set("tool_choice", match ask.choice {
-            Choice::Auto => None,
-            Choice::None => Some("NONE".into()),
-            Choice::Required | Choice::Named(_) => Some("REQUIRED".into()),
-        });
+        set(
+            "tool_choice",
+            match ask.choice {
+                Choice::Auto => None,
+                Choice::None => Some("NONE".into()),
+                Choice::Required | Choice::Named(_) => Some("REQUIRED".into()),
+            },
+        );
     }
-    set("response_format", match ask.format {
-        Format::Text => None,
-        Format::Object => Some(json!({"type": "json_object"})),
-        Format::Schema { schema, .. } => Some(json!({"type": "json_object", "schema": schema})),
-    });
+    set(
+        "response_format",
+        match ask.format {
+            Format::Text => None,
+            Format::Object => Some(json!({"type": "json_object"})),
+            Format::Schema { schema, .. } => Some(json!({"type": "json_object", "schema": schema})),
+        },
+    );
     set("max_tokens", ask.max_tokens.map(Value::from));
     set("temperature", ask.temperature.map(Value::from));
     // All of the probability is what happens anyway, and not a value that is taken.

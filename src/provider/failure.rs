@@ -145,7 +145,8 @@ mod tests {
             "overloaded_error",
             Value::Null,
         );
-        let google = r#"{"error":{"code":400,"message":"API key not valid.","status":"INVALID_ARGUMENT","details":[]}}"#;
+        let google =
+            r#"{"error":{"code":400,"message":"API key not valid.","status":"INVALID_ARGUMENT","details":[]}}"#;
         check(Dialect::Google, 400, google, "API key not valid.", "invalid_request_error", "INVALID_ARGUMENT".into());
         let list = format!("[{google}]");
         check(Dialect::Google, 429, &list, "API key not valid.", "rate_limit_error", "INVALID_ARGUMENT".into());
@@ -158,11 +159,33 @@ mod tests {
             "ThrottlingException".into(),
         );
         check(Dialect::Bedrock, 403, r#"{"Message":"no"}"#, "no", "permission_error", Value::Null);
-        check(Dialect::Cohere, 404, r#"{"id":"1","message":"model 'x' not found"}"#, "model 'x' not found", "not_found_error", Value::Null);
-        let mistral = r#"{"object":"error","message":"Bad","type":"invalid_request_message_order","param":null,"code":3230}"#;
+        check(
+            Dialect::Cohere,
+            404,
+            r#"{"id":"1","message":"model 'x' not found"}"#,
+            "model 'x' not found",
+            "not_found_error",
+            Value::Null,
+        );
+        let mistral =
+            r#"{"object":"error","message":"Bad","type":"invalid_request_message_order","param":null,"code":3230}"#;
         check(Dialect::OpenAi, 400, mistral, "Bad", "invalid_request_message_order", 3230.into());
-        check(Dialect::OpenAi, 400, r#"{"error":"no such model"}"#, "no such model", "invalid_request_error", Value::Null);
-        check(Dialect::OpenAi, 422, r#"{"detail":[{"msg":"x"}]}"#, r#"[{"msg":"x"}]"#, "invalid_request_error", Value::Null);
+        check(
+            Dialect::OpenAi,
+            400,
+            r#"{"error":"no such model"}"#,
+            "no such model",
+            "invalid_request_error",
+            Value::Null,
+        );
+        check(
+            Dialect::OpenAi,
+            422,
+            r#"{"detail":[{"msg":"x"}]}"#,
+            r#"[{"msg":"x"}]"#,
+            "invalid_request_error",
+            Value::Null,
+        );
         check(Dialect::OpenAi, 502, "upstream gone\n", "upstream gone", "server_error", Value::Null);
         let nothing = "the provider answered 503 without saying why";
         check(Dialect::Cohere, 503, "<html>oops</html>", nothing, "server_error", Value::Null);

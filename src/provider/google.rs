@@ -190,9 +190,8 @@ fn media(source: &Source, otherwise: &str) -> Value {
 
 /// The result of a call: an object as it is, anything else as its `output`. Pictures follow it.
 fn result(name: Option<&str>, said: &[Part], parts: &mut Vec<Value>) -> Result<()> {
-    let name = name.ok_or_else(|| {
-        Error::bad_field("messages", "a tool message answers a call that no message before it makes")
-    })?;
+    let name = name
+        .ok_or_else(|| Error::bad_field("messages", "a tool message answers a call that no message before it makes"))?;
     let mut words = String::new();
     let mut pictures = Vec::new();
     for part in said {

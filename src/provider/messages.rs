@@ -34,7 +34,9 @@ pub fn to_openai(body: &[u8]) -> Result<Bytes> {
     let max_tokens = fields.get("max_tokens").filter(|max_tokens| max_tokens.is_u64());
     let max_tokens = max_tokens.ok_or_else(|| Error::bad_field("max_tokens", "`max_tokens` must be a whole number"))?;
     out.insert(length_field(model).into(), max_tokens.clone());
-    for (name, theirs) in [("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"), ("stop_sequences", "stop")] {
+    for (name, theirs) in
+        [("temperature", "temperature"), ("top_p", "top_p"), ("top_k", "top_k"), ("stop_sequences", "stop")]
+    {
         if let Some(value) = fields.get(name).filter(|value| !value.is_null()) {
             out.insert(theirs.into(), value.clone());
         }
@@ -114,7 +116,12 @@ fn tools(fields: &Map<String, Value>, out: &mut Map<String, Value>) -> Result<()
         (Some("any"), _) => "required".into(),
         (Some("none"), _) => "none".into(),
         (Some("tool"), Some(name)) => json!({"type": "function", "function": {"name": name}}),
-        _ => return Err(Error::bad_field("tool_choice", "`tool_choice.type` must be auto, any, none, or tool with a name")),
+        _ => {
+            return Err(Error::bad_field(
+                "tool_choice",
+                "`tool_choice.type` must be auto, any, none, or tool with a name",
+            ));
+        }
     };
     out.insert("tool_choice".into(), theirs);
     if choice["disable_parallel_tool_use"] == true {
@@ -156,7 +163,12 @@ fn messages(fields: &Map<String, Value>) -> Result<Vec<Value>> {
                 let texts: Vec<_> = blocks.iter().filter_map(|block| block["text"].as_str()).collect();
                 out.push(json!({"role": "system", "content": texts.join("\n\n")}));
             }
-            _ => return Err(Error::bad_field(format!("{path}.role"), "the role of a message must be user or assistant")),
+            _ => {
+                return Err(Error::bad_field(
+                    format!("{path}.role"),
+                    "the role of a message must be user or assistant",
+                ));
+            }
         }
     }
     Ok(out)
@@ -172,7 +184,8 @@ fn user(blocks: &[Value], path: &str, out: &mut Vec<Value>) -> Result<()> {
             continue;
         }
         let id = block["tool_use_id"].as_str();
-        let id = id.ok_or_else(|| Error::bad_field(format!("{path}.tool_use_id"), "a result needs the id of its call"))?;
+        let id =
+            id.ok_or_else(|| Error::bad_field(format!("{path}.tool_use_id"), "a result needs the id of its call"))?;
         let mut text = String::new();
         match &block["content"] {
             Value::String(said) => text.push_str(said),

@@ -193,6 +193,12 @@ impl Provider {
         url::build(self, base, rest, query)
     }
 
+    /// The model of a native call where the path names it rather than the body: Google, Vertex (`publisher/model`), Bedrock,
+    /// Azure (the deployment), Hugging Face. `rest` as in [`Self::url`].
+    pub fn model_in_path(&self, rest: &str) -> Option<String> {
+        url::model_in(self, rest)
+    }
+
     /// What a unified chat call becomes. `model` is the name behind the provider's, `body` the OpenAI request as sent.
     ///
     /// # Errors

@@ -5,15 +5,17 @@
 //!     data: {"error":{…}}                      the stream has failed, whatever its status was
 //!     data: [DONE]                             the stream is complete
 
-use std::borrow::Cow;
+use std::fmt;
 
 use bytes::Bytes;
-use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::base::Result;
 use crate::net::sse::Encoder;
+use crate::provider::json::{Maybe, Text};
 use crate::provider::usage::Counts;
 use crate::provider::{broken, failure};
 
@@ -21,13 +23,15 @@ use crate::provider::{broken, failure};
 #[derive(Deserialize)]
 struct Peek<'a> {
     error: Option<Value>,
-    usage: Option<Counts>,
-    x_groq: Option<Groq>,
-    #[serde(borrow)]
-    choices: Option<Vec<Ending<'a>>>,
+    #[serde(default)]
+    usage: Maybe<Counts>,
+    #[serde(default)]
+    x_groq: Maybe<Groq>,
+    choices: Option<Endings>,
     /// Errors of those who leave out the envelope.
     message: Option<Value>,
-    object: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    object: Option<Text<'a>>,
 }
 
 #[derive(Deserialize)]
@@ -37,10 +41,40 @@ struct Groq {
 
 #[derive(Deserialize)]
 struct Ending<'a> {
-    #[serde(default)]
-    index: u32,
+    index: Option<u32>,
     #[serde(borrow)]
-    finish_reason: Option<&'a serde_json::value::RawValue>,
+    finish_reason: Option<&'a RawValue>,
+}
+
+/// Which choices are in a chunk, and which of them end with it, a bit each. No list is made of them.
+#[derive(Default)]
+struct Endings {
+    begun: u128,
+    ended: u128,
+}
+
+impl<'de> Deserialize<'de> for Endings {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Walk;
+        impl<'de> Visitor<'de> for Walk {
+            type Value = Endings;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a list of choices")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> std::result::Result<Endings, A::Error> {
+                let mut endings = Endings::default();
+                while let Some(choice) = list.next_element::<Ending>()? {
+                    let bit = 1 << choice.index.unwrap_or(0).min(127);
+                    endings.begun |= bit;
+                    if choice.finish_reason.is_some_and(|reason| reason.get() != "null") {
+                        endings.ended |= bit;
+                    }
+                }
+                Ok(endings)
+            }
+        }
+        deserializer.deserialize_seq(Walk)
+    }
 }
 
 /// A whole answer: as it came, if it is one.
@@ -89,18 +123,14 @@ impl Stream {
         if peek.error.is_some() || peek.object.as_deref() == Some("error") {
             return Err(failure::inside(peek.error.as_ref().or(peek.message.as_ref())));
         }
-        let usage = peek.usage.or(peek.x_groq.and_then(|groq| groq.usage));
+        let usage = peek.usage.0.or(peek.x_groq.0.and_then(|groq| groq.usage));
         if let Some(counts) = &usage {
             self.counts.merge(counts);
         }
-        for choice in peek.choices.iter().flatten() {
-            let bit = 1 << choice.index.min(127);
-            self.begun |= bit;
-            if choice.finish_reason.is_some_and(|reason| reason.get() != "null") {
-                self.ended |= bit;
-            }
-        }
-        let only_usage = usage.is_some() && peek.choices.is_none_or(|choices| choices.is_empty());
+        let Endings { begun, ended } = peek.choices.unwrap_or_default();
+        self.begun |= begun;
+        self.ended |= ended;
+        let only_usage = usage.is_some() && begun == 0;
         if !only_usage || self.include_usage {
             out.text(None, data);
         }

@@ -291,7 +291,13 @@ impl Chunks {
     /// The role, before anything else of a choice.
     pub(super) fn begin(&mut self, choice: u32, out: &mut Encoder) {
         if !std::mem::replace(&mut self.progress(choice).begun, true) {
-            self.send(choice, Delta { role: Some("assistant"), content: Some(""), ..Delta::default() }, None, None, out);
+            self.send(
+                choice,
+                Delta { role: Some("assistant"), content: Some(""), ..Delta::default() },
+                None,
+                None,
+                out,
+            );
         }
     }
 
@@ -376,9 +382,11 @@ impl Chunks {
         if std::mem::replace(&mut self.done, true) {
             return;
         }
-        if self.include_usage {
-            let usage = UsageJson::new(&self.counts);
-            self.write(&[], usage, out);
+        // Unknown is not told: a client would take it for nothing used.
+        if self.include_usage
+            && let Some(usage) = UsageJson::new(&self.counts)
+        {
+            self.write(&[], Some(usage), out);
         }
         out.text(None, "[DONE]");
     }

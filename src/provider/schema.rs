@@ -97,11 +97,8 @@ fn convert(schema: &Value, root: &mut Root, depth: usize) -> Value {
     // What is required must be there to be required.
     if let Some(Value::Array(required)) = out.get("required") {
         let known = |name: &&Value| name.as_str().is_some_and(|name| out["properties"].get(name).is_some());
-        let required: Vec<_> = if out.contains_key("properties") {
-            required.iter().filter(known).cloned().collect()
-        } else {
-            Vec::new()
-        };
+        let required: Vec<_> =
+            if out.contains_key("properties") { required.iter().filter(known).cloned().collect() } else { Vec::new() };
         if required.is_empty() {
             out.remove("required");
         } else {
@@ -210,10 +207,7 @@ mod tests {
                 json!({"type": "object", "properties": {"a": {"type": "string", "minLength": 1}}, "required": ["a"]}),
             ),
             (json!({"type": ["string", "null"]}), json!({"nullable": true, "type": "string"})),
-            (
-                json!({"type": ["string", "integer"]}),
-                json!({"anyOf": [{"type": "string"}, {"type": "integer"}]}),
-            ),
+            (json!({"type": ["string", "integer"]}), json!({"anyOf": [{"type": "string"}, {"type": "integer"}]})),
             (
                 json!({"anyOf": [{"type": "number"}, {"type": "null"}], "description": "d"}),
                 json!({"nullable": true, "type": "number", "description": "d"}),
@@ -240,7 +234,8 @@ mod tests {
     fn a_schema_that_refers_to_itself_has_an_end() {
         let tree = json!({"type": "object", "properties": {"next": {"$ref": "#"}}});
         assert_eq!(open_api(&tree)["properties"]["next"]["properties"]["next"]["type"], "object");
-        let many = json!({"type": "object", "properties": {"a": {"$ref": "#"}, "b": {"$ref": "#"}, "c": {"$ref": "#"}}});
+        let many =
+            json!({"type": "object", "properties": {"a": {"$ref": "#"}, "b": {"$ref": "#"}, "c": {"$ref": "#"}}});
         assert!(open_api(&many).to_string().len() < 1 << 20);
         let knot = json!({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"});
         assert_eq!(open_api(&knot), json!({"type": "object"}));

@@ -63,7 +63,11 @@ impl Sieve {
     pub(super) fn reset(&mut self) {
         self.key.clear();
         self.captured.clear();
-        *self = Self { key: std::mem::take(&mut self.key), captured: std::mem::take(&mut self.captured), ..Self::default() };
+        *self = Self {
+            key: std::mem::take(&mut self.key),
+            captured: std::mem::take(&mut self.captured),
+            ..Self::default()
+        };
     }
 
     /// Takes more of the document and adds what it says to `counts`.

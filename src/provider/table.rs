@@ -25,7 +25,12 @@ pub(super) static PROVIDERS: &[Provider] = &[
         auth: Auth::Vertex,
         dialect: Dialect::Google,
         place: Placing::Vertex,
-        ..bearer("google-vertex-ai", &["vertex", "google-vertex"], "https://{region}-aiplatform.googleapis.com", Some("v1"))
+        ..bearer(
+            "google-vertex-ai",
+            &["vertex", "google-vertex"],
+            "https://{region}-aiplatform.googleapis.com",
+            Some("v1"),
+        )
     },
     Provider {
         auth: Auth::SigV4,

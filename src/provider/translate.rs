@@ -33,7 +33,9 @@ pub(super) fn outgoing(provider: &Provider, model: &str, body: &Bytes, place: &P
     match provider.dialect {
         Dialect::OpenAi if provider.place == Placing::Azure => azure(provider, model, body, place),
         Dialect::OpenAi => {
-            let path = if provider.slug == "custom" { "v1/chat/completions" } else { "chat/completions" };
+            // Of bases that may be anywhere only the path can say the version.
+            let anywhere = matches!(provider.slug, "custom" | "workers-ai");
+            let path = if anywhere { "v1/chat/completions" } else { "chat/completions" };
             as_sent(path.to_owned(), provider.asks_usage, model, body)
         }
         Dialect::Google if provider.place == Placing::Vertex => vertex(model, body, place),
@@ -127,7 +129,8 @@ fn azure(provider: &Provider, model: &str, body: &Bytes, place: &Place) -> Resul
         (Some(resource), _) => (resource.as_str(), model),
         (None, Some((resource, model))) => (resource, model),
         (None, None) => {
-            let advice = "azure-openai needs a resource: store it with the key, or ask for azure-openai/{resource}/{deployment}";
+            let advice =
+                "azure-openai needs a resource: store it with the key, or ask for azure-openai/{resource}/{deployment}";
             return Err(Error::bad_field("model", advice));
         }
     };

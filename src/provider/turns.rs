@@ -103,9 +103,13 @@ mod tests {
 
     #[test]
     fn turns_alternate_whatever_was_sent() {
-        let call = |id: &str, name: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}});
+        let call =
+            |id: &str, name: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}});
         for (messages, expected) in [
-            (json!([{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]), "S[] U[a,b]"),
+            (
+                json!([{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}]),
+                "S[] U[a,b]",
+            ),
             (
                 json!([{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "developer", "content": "d"}, {"role": "user", "content": "b"}]),
                 "S[s,d] U[a,b]",
@@ -151,12 +155,16 @@ mod tests {
             (message(json!({"role": "user", "content": 1})), Some("messages.0.content")),
             (message(json!({"role": "user", "content": [{"type": "video"}]})), Some("messages.0.content.0")),
             (
-                message(json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,x"}}]})),
+                message(
+                    json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,x"}}]}),
+                ),
                 Some("messages.0.content.0"),
             ),
             (message(json!({"role": "tool", "content": "x"})), Some("messages.0.tool_call_id")),
             (
-                message(json!({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1]"}}]})),
+                message(
+                    json!({"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1]"}}]}),
+                ),
                 Some("messages.0.tool_calls.0.function.arguments"),
             ),
             (with("functions", json!([{}])), Some("functions")),

@@ -11,8 +11,10 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use percent_encoding::percent_decode_str;
+
 use crate::base::{Error, Result};
-use crate::provider::{Placing, Provider};
+use crate::provider::{Dialect, Placing, Provider};
 
 /// Where to send a request.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,6 +48,32 @@ pub(super) fn build(provider: &Provider, base: Option<&str>, rest: &str, query: 
         path_and_query.push_str(query);
     }
     Ok(Url { tls, authority: authority.to_owned(), path_and_query })
+}
+
+pub(super) fn model_in(provider: &Provider, rest: &str) -> Option<String> {
+    let mut segments = rest.trim_start_matches('/').split('/');
+    let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    match (provider.place, provider.dialect) {
+        (Placing::Azure, _) => segments.nth(1).map(decoded),
+        (Placing::Bedrock, _) => {
+            segments.find(|segment| *segment == "model")?;
+            segments.next().map(decoded)
+        }
+        (Placing::Vertex, _) => {
+            segments.find(|segment| *segment == "publishers")?;
+            let publisher = segments.next()?;
+            segments.next().filter(|segment| *segment == "models")?;
+            let model = segments.next()?.split(':').next()?;
+            Some(format!("{publisher}/{}", decoded(model)))
+        }
+        (Placing::Fixed, Dialect::Google) => {
+            segments.find(|segment| *segment == "models")?;
+            segments.next()?.split(':').next().map(decoded)
+        }
+        (Placing::Fixed, _) if provider.slug == "huggingface" => Some(decoded(rest.trim_matches('/'))),
+        (Placing::Fixed, _) => None,
+    }
+    .filter(|model| !model.is_empty())
 }
 
 /// One segment of a path, so that no byte of it is taken for anything else.
@@ -93,7 +121,8 @@ fn place<'a>(provider: &Provider, base: Option<&'a str>, rest: &'a str) -> Resul
     match provider.place {
         Placing::Fixed => Ok((given.into(), rest.into())),
         Placing::Azure => {
-            let form = "azure-openai paths are {resource}/{deployment}/…, for example my-resource/gpt-4o/chat/completions";
+            let form =
+                "azure-openai paths are {resource}/{deployment}/…, for example my-resource/gpt-4o/chat/completions";
             let (resource, rest) = rest.split_once('/').ok_or_else(|| Error::bad_input(form))?;
             let (deployment, rest) = rest.split_once('/').ok_or_else(|| Error::bad_input(form))?;
             check_label("resource", resource)?;
@@ -328,6 +357,27 @@ mod tests {
             assert_eq!(refused.map_err(|error| error.kind()), Err(Kind::BadInput), "{slug} {base:?} {rest}");
         }
         assert!(find("openai").unwrap().url(None, "x", Some("a b")).is_err());
+    }
+
+    #[test]
+    fn models_are_found_where_paths_name_them() {
+        for (slug, rest, model) in [
+            ("google", "v1beta/models/gemini-2.5-pro:generateContent", Some("gemini-2.5-pro")),
+            ("google", "v1beta/models", None),
+            (
+                "google-vertex-ai",
+                "v1/projects/p/locations/r/publishers/anthropic/models/claude%40x:rawPredict",
+                Some("anthropic/claude@x"),
+            ),
+            ("google-vertex-ai", "v1/projects/p/locations/r/endpoints/openapi/chat/completions", None),
+            ("bedrock", "bedrock-runtime/us-east-1/model/a.b-v1%3A0/converse", Some("a.b-v1:0")),
+            ("bedrock", "bedrock-mantle/us-east-1/anthropic/v1/messages", None),
+            ("azure", "res/gpt-4o/chat/completions?", Some("gpt-4o")),
+            ("huggingface", "org/vit", Some("org/vit")),
+            ("openai", "v1/models/gpt-4o", None),
+        ] {
+            assert_eq!(find(slug).unwrap().model_in_path(rest).as_deref(), model, "{slug} {rest}");
+        }
     }
 
     #[test]

@@ -124,9 +124,11 @@ impl<'de> Visitor<'de> for CountsWalk {
             let field = match &*key {
                 "prompt_tokens" | "promptTokenCount" => &mut counts.prompt,
                 "input_tokens" | "inputTokens" | "inputTokenCount" => &mut counts.input,
-                "completion_tokens" | "output_tokens" | "outputTokens" | "outputTokenCount" | "candidatesTokenCount" => {
-                    &mut counts.output
-                }
+                "completion_tokens"
+                | "output_tokens"
+                | "outputTokens"
+                | "outputTokenCount"
+                | "candidatesTokenCount" => &mut counts.output,
                 "thoughtsTokenCount" => &mut counts.thoughts,
                 "reasoning_tokens" => &mut counts.reasoning,
                 "total_tokens" | "totalTokens" | "totalTokenCount" => &mut counts.total,
@@ -308,12 +310,7 @@ mod tests {
     use crate::provider::frame;
 
     fn used(prompt: u32, cached: u32, completion: u32) -> Option<Usage> {
-        Some(Usage {
-            prompt_tokens: prompt,
-            cached_tokens: cached,
-            completion_tokens: completion,
-            ..Usage::default()
-        })
+        Some(Usage { prompt_tokens: prompt, cached_tokens: cached, completion_tokens: completion, ..Usage::default() })
     }
 
     fn metered(content_type: Option<&str>, bytes: &[u8], width: usize) -> Option<Usage> {
@@ -333,23 +330,50 @@ mod tests {
     fn every_spelling_of_usage_comes_to_the_same() {
         for (usage, expected) in [
             // OpenAI: chat, embeddings, Responses, images, speech by duration.
-            (r#"{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":4}}"#, used(9, 4, 12)),
+            (
+                r#"{"prompt_tokens":9,"completion_tokens":12,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":4}}"#,
+                used(9, 4, 12),
+            ),
             (r#"{"prompt_tokens":8,"total_tokens":8}"#, used(8, 0, 0)),
-            (r#"{"input_tokens":36,"input_tokens_details":{"cached_tokens":6},"output_tokens":87,"output_tokens_details":{"reasoning_tokens":3},"total_tokens":123}"#, used(36, 6, 87)),
+            (
+                r#"{"input_tokens":36,"input_tokens_details":{"cached_tokens":6},"output_tokens":87,"output_tokens_details":{"reasoning_tokens":3},"total_tokens":123}"#,
+                used(36, 6, 87),
+            ),
             (r#"{"type":"duration","seconds":3}"#, None),
             // xAI leaves reasoning out of the completion.
-            (r#"{"prompt_tokens":10,"completion_tokens":5,"total_tokens":40,"completion_tokens_details":{"reasoning_tokens":25}}"#, used(10, 0, 30)),
+            (
+                r#"{"prompt_tokens":10,"completion_tokens":5,"total_tokens":40,"completion_tokens_details":{"reasoning_tokens":25}}"#,
+                used(10, 0, 30),
+            ),
             // DeepSeek, and a proxy that adds Anthropic's fields to OpenAI's.
-            (r#"{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12,"prompt_cache_hit_tokens":6,"prompt_cache_miss_tokens":4}"#, used(10, 6, 2)),
-            (r#"{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12,"cache_read_input_tokens":6,"cache_creation_input_tokens":0}"#, used(10, 6, 2)),
+            (
+                r#"{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12,"prompt_cache_hit_tokens":6,"prompt_cache_miss_tokens":4}"#,
+                used(10, 6, 2),
+            ),
+            (
+                r#"{"prompt_tokens":10,"completion_tokens":2,"total_tokens":12,"cache_read_input_tokens":6,"cache_creation_input_tokens":0}"#,
+                used(10, 6, 2),
+            ),
             // Anthropic, Bedrock.
-            (r#"{"input_tokens":21,"cache_creation_input_tokens":100,"cache_read_input_tokens":1000,"output_tokens":393}"#, used(1121, 1000, 393)),
-            (r#"{"inputTokens":30,"outputTokens":28,"totalTokens":58,"cacheReadInputTokens":5,"cacheWriteInputTokens":2}"#, used(37, 5, 28)),
+            (
+                r#"{"input_tokens":21,"cache_creation_input_tokens":100,"cache_read_input_tokens":1000,"output_tokens":393}"#,
+                used(1121, 1000, 393),
+            ),
+            (
+                r#"{"inputTokens":30,"outputTokens":28,"totalTokens":58,"cacheReadInputTokens":5,"cacheWriteInputTokens":2}"#,
+                used(37, 5, 28),
+            ),
             // Google.
-            (r#"{"promptTokenCount":4,"candidatesTokenCount":10,"thoughtsTokenCount":50,"totalTokenCount":64,"cachedContentTokenCount":2}"#, used(4, 2, 60)),
+            (
+                r#"{"promptTokenCount":4,"candidatesTokenCount":10,"thoughtsTokenCount":50,"totalTokenCount":64,"cachedContentTokenCount":2}"#,
+                used(4, 2, 60),
+            ),
             (r#"{"promptTokenCount":4,"totalTokenCount":4}"#, used(4, 0, 0)),
             // Cohere.
-            (r#"{"billed_units":{"input_tokens":5.0,"output_tokens":418},"tokens":{"input_tokens":71,"output_tokens":418}}"#, used(5, 0, 418)),
+            (
+                r#"{"billed_units":{"input_tokens":5.0,"output_tokens":418},"tokens":{"input_tokens":71,"output_tokens":418}}"#,
+                used(5, 0, 418),
+            ),
             (r#"{"billed_units":{"search_units":1},"tokens":{"input_tokens":71}}"#, used(71, 0, 0)),
             (r#"{"prompt_tokens":"many","completion_tokens":-1}"#, None),
             ("{}", None),
@@ -398,13 +422,18 @@ mod tests {
         let aws = Some("application/vnd.amazon.eventstream");
         let converse = [
             event("contentBlockDelta", r#"{"delta":{"text":"usage"}}"#),
-            event("metadata", r#"{"usage":{"inputTokens":30,"outputTokens":28,"totalTokens":58},"metrics":{"latencyMs":9}}"#),
+            event(
+                "metadata",
+                r#"{"usage":{"inputTokens":30,"outputTokens":28,"totalTokens":58},"metrics":{"latencyMs":9}}"#,
+            ),
         ];
         check(aws, &converse.concat(), used(30, 0, 28));
         let chunk = |inner: &str| event("chunk", &format!("{{\"bytes\":\"{}\",\"p\":\"ab\"}}", STANDARD.encode(inner)));
         let invoke = [
             chunk(r#"{"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}"#),
-            chunk(r#"{"type":"message_stop","amazon-bedrock-invocationMetrics":{"inputTokenCount":25,"outputTokenCount":12,"invocationLatency":9}}"#),
+            chunk(
+                r#"{"type":"message_stop","amazon-bedrock-invocationMetrics":{"inputTokenCount":25,"outputTokenCount":12,"invocationLatency":9}}"#,
+            ),
         ];
         check(aws, &invoke.concat(), used(25, 0, 12));
         let mut damaged = converse.concat();

@@ -47,7 +47,7 @@ impl Registry {
         let folder = folder.map(|path| {
             Folder::open(path).unwrap_or_else(|error| {
                 warn!(%error, "the registry can be read and not changed");
-                Folder::peek(path)
+                Folder::peek(path, error.message())
             })
         });
         let found = folder.as_ref().map(Folder::read).transpose()?.unwrap_or_default();
@@ -120,9 +120,10 @@ impl Registry {
 
     async fn send(&self, account: &AccountId, edit: Edit, durable: bool) -> Result<Value> {
         let change = Change { account: account.clone(), edit, durable };
-        self.addr.send(change).await.map_err(|error| {
-            Error::internal("The keeper of the registry is not answering.").with_source(error)
-        })?
+        self.addr
+            .send(change)
+            .await
+            .map_err(|error| Error::internal("The keeper of the registry is not answering.").with_source(error))?
     }
 }
 
@@ -202,7 +203,9 @@ impl RegistryActor {
         };
         if let Some(reason) = self.broken.get(account) {
             error!(account, reason, "a change was refused");
-            return Err(Error::internal("what this account has told before cannot be read; the server's log says more"));
+            return Err(Error::internal(
+                "what this account has told before cannot be read; the server's log says more",
+            ));
         }
         folder.write(account, book)
     }

@@ -35,8 +35,8 @@ struct OnDisk<'a> {
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
-    /// `None`: only to read.
-    lock: Option<File>,
+    /// Or why it may only be read.
+    lock: Result<File, String>,
 }
 
 /// What was found.
@@ -60,15 +60,15 @@ impl Folder {
         let lock = File::options().create(true).truncate(false).write(true).open(path.join(LOCK));
         let lock = lock.map_err(|error| wrong(format!("cannot be locked ({error})")))?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_path_buf(), lock: Some(lock) }),
+            Ok(()) => Ok(Self { path: path.to_path_buf(), lock: Ok(lock) }),
             Err(TryLockError::WouldBlock) => Err(wrong("another neurond has it".into())),
             Err(TryLockError::Error(error)) => Err(wrong(format!("cannot be locked ({error})"))),
         }
     }
 
-    /// Only to read, whoever has it.
-    pub(super) fn peek(path: &Path) -> Self {
-        Self { path: path.to_path_buf(), lock: None }
+    /// Only to read, whoever has it; `why` is told to those who want to write.
+    pub(super) fn peek(path: &Path, why: &str) -> Self {
+        Self { path: path.to_path_buf(), lock: Err(why.to_owned()) }
     }
 
     /// All accounts.
@@ -86,7 +86,7 @@ impl Folder {
             let path = entry.map_err(|error| self.failed("cannot be listed", error))?.path();
             let Some(stem) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(ENDING)) else {
                 // Of an account that was never written before.
-                if path.extension().is_some_and(|ending| ending == "new") && self.lock.is_some() {
+                if path.extension().is_some_and(|ending| ending == "new") && self.lock.is_ok() {
                     let _ = fs::remove_file(&path);
                 }
                 continue;
@@ -110,22 +110,23 @@ impl Folder {
     /// # Errors
     /// `Unsupported` when it may not be written, `BadInput` for an account that no file can be named after, and the system's.
     pub(super) fn write(&self, account: &str, book: &Book) -> Result<()> {
-        if self.lock.is_none() {
-            let path = self.path.display();
-            return Err(Error::unsupported(format!("Nothing can be changed here: another neurond has {path}.")));
+        if let Err(why) = &self.lock {
+            return Err(Error::unsupported(format!("Nothing can be changed here: {why}")));
         }
         let name = utf8_percent_encode(account, KEPT).to_string();
         if name.is_empty() || name.len() > MOST_NAME {
             return Err(Error::bad_input("Nothing can be stored for an account with a name this long."));
         }
-        let whole = OnDisk { version: VERSION, account: AccountId::new(account), book: std::borrow::Cow::Borrowed(book) };
-        let bytes = serde_json::to_vec(&whole).map_err(|error| Error::internal("a book cannot be written").with_source(error))?;
+        let whole =
+            OnDisk { version: VERSION, account: AccountId::new(account), book: std::borrow::Cow::Borrowed(book) };
+        let bytes = serde_json::to_vec(&whole)
+            .map_err(|error| Error::internal("a book cannot be written").with_source(error))?;
         let path = self.path.join(name + ENDING);
         snapshot::write(&path, &bytes, snapshot::PRIVATE).map_err(|error| self.failed("cannot be written", error))
     }
 
     fn read_file(&self, path: &Path) -> Result<Option<OnDisk<'static>>, String> {
-        let bytes = if self.lock.is_some() { snapshot::read(path) } else { snapshot::peek(path) };
+        let bytes = if self.lock.is_ok() { snapshot::read(path) } else { snapshot::peek(path) };
         let Some(bytes) = bytes.map_err(|error| error.to_string())? else { return Ok(None) };
         let version = serde_json::from_slice::<serde_json::Value>(&bytes).map_err(|error| error.to_string())?;
         match version["version"].as_u64() {
@@ -175,12 +176,12 @@ mod tests {
         let folder = Folder::open(root.path()).unwrap();
         folder.write("acme", &book(7)).unwrap();
         assert!(Folder::open(root.path()).unwrap_err().message().contains("another neurond"));
-        let reader = Folder::peek(root.path());
+        let reader = Folder::peek(root.path(), "because");
         assert_eq!(reader.read().unwrap().books["acme"].last, 7);
-        assert!(reader.write("acme", &book(8)).is_err());
+        assert!(reader.write("acme", &book(8)).unwrap_err().message().contains("because"));
         drop(folder);
         assert!(Folder::open(root.path()).is_ok());
-        assert!(Folder::peek(&root.path().join("none")).read().unwrap().books.is_empty());
+        assert!(Folder::peek(&root.path().join("none"), "").read().unwrap().books.is_empty());
     }
 
     #[test]
@@ -188,7 +189,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let folder = Folder::open(root.path()).unwrap();
         folder.write("good", &book(1)).unwrap();
-        for (name, text) in [("cut", "{\"version\":1,\"acc"), ("later", "{\"version\":2,\"account\":\"later\",\"book\":{}}")] {
+        for (name, text) in
+            [("cut", "{\"version\":1,\"acc"), ("later", "{\"version\":2,\"account\":\"later\",\"book\":{}}")]
+        {
             fs::write(root.path().join(format!("{name}.json")), text).unwrap();
         }
         fs::write(root.path().join(".fresh.json.new"), "half").unwrap();

@@ -61,7 +61,7 @@ impl Offline {
     /// # Errors
     /// When the folder cannot be read.
     pub fn list(folder: &Path) -> Result<(Vec<KeyLine>, Vec<String>)> {
-        let found = Folder::peek(folder).read()?;
+        let found = Folder::peek(folder, "it is only listed").read()?;
         let lines = found.books.iter().flat_map(|(account, book)| {
             book.keys.iter().map(move |key| KeyLine {
                 name: KeyName {

@@ -201,7 +201,7 @@ async fn what_the_file_says_wins_and_an_own_block_before_everybodys() {
     assert_eq!((ttl(&registry, "acme"), ttl(&registry, "other")), (Some((120, false)), None));
     let everybodys = ("g", None, json!({ "cache_ttl": 7 }));
     let own = ("g", Some("acme"), json!({ "cache_ttl": 8 }));
-    registry.replace_fixed(fixed(&[everybodys.clone()], &[])).unwrap();
+    registry.replace_fixed(fixed(std::slice::from_ref(&everybodys), &[])).unwrap();
     assert_eq!((ttl(&registry, "acme"), ttl(&registry, "other")), (Some((7, true)), Some((7, true))));
     registry.replace_fixed(fixed(&[everybodys, own], &["custom-mine", "openai"])).unwrap();
     assert_eq!((ttl(&registry, "acme"), ttl(&registry, "other")), (Some((8, true)), Some((7, true))));

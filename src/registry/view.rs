@@ -142,8 +142,8 @@ impl View {
         pick(&self.fixed.providers, canonical(slug), account).cloned()
     }
 
-    /// The key that stands in for a caller's: the one of that alias; without one the one that was made the default, or else the one
-    /// whose alias is `default`. A key of the file answers to `default`.
+    /// The key that stands in for a caller's: the one of that alias; without an alias the one that was made the default, or else the
+    /// one whose alias is `default`, and with the alias `default` the other way round. A key of the file answers to both.
     pub fn secret(
         &self,
         account: &str,
@@ -152,17 +152,18 @@ impl View {
         alias: Option<&str>,
     ) -> Option<Arc<StoredKey>> {
         let provider = canonical(provider_slug);
-        let alias = alias.filter(|alias| *alias != DEFAULT);
         let stored = || {
             let keys = self.accounts.get(account)?.parts.get(gateway)?.keys.get(provider)?;
             let named = |name: &str| keys.iter().find(|key| key.alias == name);
+            let default = || keys.iter().find(|key| key.default);
             let found = match alias {
+                Some(DEFAULT) => named(DEFAULT).or_else(default),
                 Some(alias) => named(alias),
-                None => keys.iter().find(|key| key.default).or_else(|| named(DEFAULT)),
+                None => default().or_else(|| named(DEFAULT)),
             };
             found.cloned()
         };
-        if alias.is_some() {
+        if alias.is_some_and(|alias| alias != DEFAULT) {
             return stored();
         }
         let fixed = self.fixed.keys.get(provider).map(Vec::as_slice).unwrap_or_default();
@@ -424,9 +425,10 @@ fn route(record: &RouteRecord) -> Result<DeployedRoute> {
 
 fn custom(account: &str, record: &ProviderRecord, sealer: &Sealer) -> Result<CustomProvider> {
     let id = record.id.to_string();
-    let headers = record.headers.iter().map(|(name, sealed)| {
-        Ok((name.clone(), sealer.open(&header_name(account, &id, name), sealed)?))
-    });
+    let headers = record
+        .headers
+        .iter()
+        .map(|(name, sealed)| Ok((name.clone(), sealer.open(&header_name(account, &id, name), sealed)?)));
     Ok(CustomProvider {
         slug: record.slug.clone(),
         base_url: record.base_url.trim_end_matches('/').to_owned(),

@@ -349,7 +349,14 @@ mod tests {
             "messages": [{"role": "user", "content": "Hello there"}], "nothing": null});
         let metadata = json!({"plan": "paid", "user": 42, "beta": false, "a.b": "dotted", "a": {"c": "deep"}});
         let headers = [("X-Team", "blue"), ("x-level", "12"), ("x-debug", "TRUE"), ("x.y", "dots")];
-        let facts = Facts { body: &body, headers: &headers, metadata: &metadata, model: "dynamic/support", key: 0, now: Millis(0) };
+        let facts = Facts {
+            body: &body,
+            headers: &headers,
+            metadata: &metadata,
+            model: "dynamic/support",
+            key: 0,
+            now: Millis(0),
+        };
         let parsed = Condition::parse(&condition).unwrap_or_else(|why| panic!("{condition}: {why}"));
         assert_eq!(parsed.holds(&facts), expected, "{condition}");
     }

@@ -57,7 +57,8 @@ impl Split {
             }
         }
         // Shares add up to 100, so one of them is above zero.
-        best.or(self.branches.first().map(|branch| (0.0, branch))).map_or(("", 0), |(_, branch)| (&branch.name, branch.target))
+        best.or(self.branches.first().map(|branch| (0.0, branch)))
+            .map_or(("", 0), |(_, branch)| (&branch.name, branch.target))
     }
 }
 

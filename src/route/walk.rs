@@ -209,7 +209,12 @@ mod tests {
         Graph::parse(&json!([
             element("start", "start", Value::Null, "next:plan"),
             element("plan", "conditional", json!({"conditions": {"metadata.plan": "paid"}}), "true:budget false:split"),
-            element("budget", "rate", json!({"limitType": "cost", "key": "metadata.user", "limit": 5, "window": 86400}), "success:big fallback:split"),
+            element(
+                "budget",
+                "rate",
+                json!({"limitType": "cost", "key": "metadata.user", "limit": 5, "window": 86400}),
+                "success:big fallback:split"
+            ),
             element("split", "percentage", Value::Null, "100%:small else:other"),
             model("big", "success:end fallback:small"),
             model("small", "success:end fallback:last"),
@@ -222,7 +227,8 @@ mod tests {
     }
 
     fn check(metadata: Value, over: &[&str], failures: usize, expected: &str) {
-        let facts = Facts { body: &Value::Null, headers: &[], metadata: &metadata, model: "dynamic/x", key: 7, now: Millis(5) };
+        let facts =
+            Facts { body: &Value::Null, headers: &[], metadata: &metadata, model: "dynamic/x", key: 7, now: Millis(5) };
         let mut asked = Vec::new();
         let mut limits = |limit: &LimitNode, key: &str| {
             asked.push(format!("{}={key}", limit.id));
@@ -241,7 +247,12 @@ mod tests {
     #[test]
     fn a_call_goes_where_its_facts_lead_and_the_way_is_kept() {
         check(json!({}), &[], 0, "start, plan false, split 100%, small try, small answered, end |  | ");
-        check(json!({"plan": "paid", "user": 3}), &[], 0, "start, plan true, budget within, big try, big answered, end | budget=3 | ");
+        check(
+            json!({"plan": "paid", "user": 3}),
+            &[],
+            0,
+            "start, plan true, budget within, big try, big answered, end | budget=3 | ",
+        );
         check(
             json!({"plan": "paid"}),
             &["budget"],
@@ -264,7 +275,8 @@ mod tests {
 
     #[test]
     fn each_step_is_noted_with_its_time() {
-        let mut facts = Facts { body: &Value::Null, headers: &[], metadata: &Value::Null, model: "m", key: 7, now: Millis(5) };
+        let mut facts =
+            Facts { body: &Value::Null, headers: &[], metadata: &Value::Null, model: "m", key: 7, now: Millis(5) };
         let mut walk = support().walk(&facts, &mut |_, _| true);
         assert_eq!(walk.model().map(|model| &*model.model), Some("small"));
         facts.now = Millis(8);
@@ -286,7 +298,12 @@ mod tests {
             let (next, far) = (name(at + 1), later(at, one ^ two));
             let id = name(at);
             elements.push(match kind % 4 {
-                0 => element(&id, "conditional", json!({"conditions": {"body.x": {"$gt": one}}}), &format!("true:{next} false:{far}")),
+                0 => element(
+                    &id,
+                    "conditional",
+                    json!({"conditions": {"body.x": {"$gt": one}}}),
+                    &format!("true:{next} false:{far}"),
+                ),
                 1 => element(&id, "percentage", Value::Null, &format!("{}%:{next} else:{far}", one % 101)),
                 2 => element(&id, "rate", json!({"limit": 1, "window": 1}), &format!("success:{next} fallback:{far}")),
                 _ => model(&id, &format!("success:end fallback:{next}")),

@@ -62,7 +62,11 @@ impl Vault {
         let found = token.and_then(|token| find(&auth.tokens, token));
         let Some(found) = found else {
             return match &auth.anonymous {
-                Some(account) if token.is_none() || auth.tokens.is_empty() => Ok(Caller::anonymous(account.clone())),
+                Some(account) if token.is_none() || auth.tokens.is_empty() => {
+                    // Where there are tokens, what gateways are told is for who has one.
+                    let scopes = Scopes { admin: auth.tokens.is_empty(), ..Scopes::ALL };
+                    Ok(Caller { account: account.clone(), key: None, scopes })
+                }
                 _ if token.is_none() => Err(refused("no token was sent")),
                 _ => Err(refused("the token is not known")),
             };

@@ -62,7 +62,9 @@ impl MasterKey {
         }
         file.by_ref().take(256).read_to_end(&mut text).map_err(|error| wrong(format!("cannot be read ({error})")))?;
         let bytes = parse(&text).map_err(|what| {
-            wrong(format!("{what}; write 64 hex digits, or make a key with neurond keys init: openssl rand -hex 32 makes one too"))
+            wrong(format!(
+                "{what}; write 64 hex digits, or make a key with neurond keys init: openssl rand -hex 32 makes one too"
+            ))
         })?;
         Ok(Self::new(bytes))
     }
@@ -162,7 +164,9 @@ impl Sealer {
         let wrong = |words: String| Error::bad_input(format!("the secret of {} {words}", name.join("/")));
         let (id, text) = split(sealed).ok_or_else(|| wrong("is not sealed as it should be".into()))?;
         let key = self.current.get().into_iter().chain(&self.earlier).find(|key| key.id == id).ok_or_else(|| {
-            wrong(format!("was sealed under master key {id}, which is not at hand: name its file in vault.previous_key_files"))
+            wrong(format!(
+                "was sealed under master key {id}, which is not at hand: name its file in vault.previous_key_files"
+            ))
         })?;
         let whole = URL_SAFE_NO_PAD.decode(text).map_err(|_| wrong("is damaged".into()))?;
         let (nonce, msg) = whole.split_at_checked(NONCE).ok_or_else(|| wrong("is damaged".into()))?;
@@ -326,7 +330,8 @@ mod tests {
         let raw: Vec<u8> = (0..32).map(|n| n * 7).collect();
         let id = put(&raw, 0o600).unwrap().id().to_owned();
         let standard = STANDARD.encode(&raw);
-        for text in [hex(&raw), hex(&raw).to_uppercase() + "\n", standard.clone() + "\n", URL_SAFE_NO_PAD.encode(&raw)] {
+        for text in [hex(&raw), hex(&raw).to_uppercase() + "\n", standard.clone() + "\n", URL_SAFE_NO_PAD.encode(&raw)]
+        {
             assert_eq!(put(text.as_bytes(), 0o400).unwrap().id(), id, "{text}");
         }
         let refused = |bytes: &[u8], mode: u32, words: &str| {

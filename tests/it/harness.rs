@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use actix_web::dev::ServerHandle;
 use neurond::adapters::Adapters;
 use neurond::base::{AccountId, DeviceId, KeyId, ModelId, Phase};
-use neurond::config::{Binding, Config, KvType, Live, Model, Precision, Token};
+use neurond::config::{Binding, Config, KvType, Live, Model, Precision, Scopes, Token};
 use neurond::gateway::Gateway;
+use neurond::gateway::relay::{self, Parts};
 use neurond::http::{self, Batches, Listener, Services};
 use neurond::ledger::Ledger;
 use neurond::metrics::Metrics;
@@ -73,8 +74,30 @@ impl Daemon {
         Self::start_on(1, tune)
     }
 
+    /// Starts with what a file of this text says, and both models. What the API tells is kept only where the file says so.
+    pub fn written(toml: &str, keeps: bool, tune: impl FnOnce(&mut Config)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("neurond.toml");
+        std::fs::write(&path, toml).unwrap();
+        let written = neurond::config::load(Some(&path), &Default::default()).unwrap();
+        Self::serving("sim", |config| {
+            let models = std::mem::take(&mut config.models);
+            *config = Config { models, ..written };
+            config.server.workers = 2;
+            config.server.drain_timeout = Duration::from_secs(5);
+            config.lora.path = None;
+            let (registry, key_files) = (config.registry.take(), std::mem::take(&mut config.key_files));
+            alone(config);
+            if keeps {
+                (config.registry, config.key_files) = (registry, key_files);
+            }
+            tune(config);
+        })
+    }
+
     fn start_on(devices: u16, tune: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
+        alone(&mut config);
         config.server.workers = 2;
         config.server.drain_timeout = Duration::from_secs(5);
         config.lora.path = None;
@@ -107,7 +130,10 @@ impl Daemon {
                 let (fleet_view, series) = (fleet.clone(), metrics.clone());
                 let gateway = Gateway { config: config.clone(), fleet: fleet_view, adapters, ledger, metrics: series };
                 let batches = wanted.batches.as_deref().map(|folder| Batches::start(folder, gateway.clone()).unwrap());
-                let services = Services { config, gateway, batches, fleet, vault, metrics, phase: phases };
+                let relays = Parts::start(&config, &metrics).unwrap();
+                let clients = relay::clients(&wanted.upstream).unwrap();
+                let services =
+                    Services { config, gateway, relays, clients, batches, fleet, vault, metrics, phase: phases };
                 let api = http::start(services.clone(), api, Listener::Api).unwrap();
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
                 sender.send((services, vec![api.handle(), binding.handle()])).unwrap();
@@ -179,6 +205,13 @@ impl Drop for Daemon {
     }
 }
 
+/// Nothing of this machine's own daemon is touched.
+fn alone(config: &mut Config) {
+    config.cache.folder = None;
+    config.registry = None;
+    config.key_files = Default::default();
+}
+
 /// A token as the configuration holds it.
 pub fn token(id: &str, secret: &str, account: &str) -> Token {
     Token {
@@ -186,6 +219,7 @@ pub fn token(id: &str, secret: &str, account: &str) -> Token {
         sha256: Sha256::digest(secret.as_bytes()).into(),
         account: AccountId::new(account),
         any_account: false,
+        scopes: Scopes::ALL,
         expires: None,
     }
 }

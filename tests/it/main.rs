@@ -7,6 +7,7 @@ mod batch;
 mod binding;
 mod cloudflare;
 mod encode;
+mod gateway;
 mod harness;
 mod limits;
 mod lora;
@@ -14,3 +15,6 @@ mod openai;
 mod scheduling;
 mod structured;
 mod tools;
+
+#[path = "../upstream/mod.rs"]
+mod upstream;

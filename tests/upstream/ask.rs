@@ -211,7 +211,7 @@ fn tools(body: &Value) -> Vec<(&str, &Value)> {
         found.extend(flat.into_iter().find(|tool| tool["name"].is_string()));
     }
     let schema = |tool: &'_ Value| -> Option<&'static str> {
-        ["parameters", "parametersJsonSchema", "input_schema", "inputSchema"]
+        ["parameters", "parametersJsonSchema", "parameters_json_schema", "input_schema", "inputSchema"]
             .into_iter()
             .find(|key| tool.get(*key).is_some())
     };

@@ -105,7 +105,7 @@ impl Connection {
         let mut body = BytesMut::new();
         loop {
             let line = self.line().await?;
-            let size = line.split(|byte| *byte == b';').next().and_then(|size| std::str::from_utf8(size).ok());
+            let size = line[..].split(|byte| *byte == b';').next().and_then(|size| std::str::from_utf8(size).ok());
             let size = size.and_then(|size| usize::from_str_radix(size.trim(), 16).ok());
             let size = size.ok_or_else(|| bad("the size of a chunk is no number"))?;
             if size == 0 {

@@ -1,11 +1,14 @@
 //! What may be written and what is made of it, as text in and text out.
 
 use std::io;
+use std::path::Path;
+use std::time::Duration;
 
 use serde_json::json;
 
 use super::*;
 use crate::base::Millis;
+use crate::config::machine::Surroundings;
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
@@ -18,12 +21,8 @@ struct File {
 
 fn told(text: &str) -> Resolved {
     let file: File = toml::from_str(text).unwrap_or_else(|error| panic!("{text}\n{error}"));
-    let written = Sections {
-        gateway: &file.gateway,
-        provider: &file.provider,
-        vault: &file.vault,
-        registry: &file.registry,
-    };
+    let written =
+        Sections { gateway: &file.gateway, provider: &file.provider, vault: &file.vault, registry: &file.registry };
     let variable = |name: &str| match name {
         "OPENAI_API_KEY" => Some("sk-from-the-environment".to_owned()),
         "EMPTY" => Some(" \n".to_owned()),
@@ -154,7 +153,10 @@ fn everything_that_is_written_counts() {
 fn mistakes_in_gateways_are_all_told_with_what_to_do() {
     let with = |line: &str, wanted: &str| refused(&format!("[[gateway]]\nid = \"prod\"\n{line}\n"), &[wanted]);
     for (line, wanted) in [
-        ("cache_ttl = 2678401", "gateway[0] (prod).cache_ttl = 2678401: is not from 0 to 2678400 (seconds, 0 for no cache)"),
+        (
+            "cache_ttl = 2678401",
+            "gateway[0] (prod).cache_ttl = 2678401: is not from 0 to 2678400 (seconds, 0 for no cache)",
+        ),
         ("log_management = 9999", "log_management = 9999: is not from 10000 to 10000000"),
         ("log_management_strategy = \"KEEP\"", "\"STOP_INSERTING\" or \"DELETE_OLDEST\""),
         ("rate_limiting_technique = \"leaky\"", "\"leaky\": is not \"fixed\" or \"sliding\""),
@@ -165,7 +167,10 @@ fn mistakes_in_gateways_are_all_told_with_what_to_do() {
         ("fallback = [\"gpt-4.1\"]", "fallback[0] = \"gpt-4.1\": is no target"),
         ("fallback = [\"dynamic/mine\"]", "is no target"),
         ("guardrails = { prompt = { S14 = \"BLOCK\" } }", "guardrails.prompt.S14"),
-        ("guardrails = { prompt = { S1 = \"ignore\" } }", "guardrails.prompt.S1 = \"ignore\": is not \"FLAG\" or \"BLOCK\""),
+        (
+            "guardrails = { prompt = { S1 = \"ignore\" } }",
+            "guardrails.prompt.S1 = \"ignore\": is not \"FLAG\" or \"BLOCK\"",
+        ),
         ("guardrails = { promt = {} }", "guardrails.promt"),
         ("dlp = { profiles = [\"x\"] }", "dlp.action = null: is missing"),
         ("spend_limits = { rules = [{ limitType = \"cost\", window = 1 }] }", "spend_limits.rules[0].limit = null"),
@@ -175,12 +180,21 @@ fn mistakes_in_gateways_are_all_told_with_what_to_do() {
             "spend_limits = { rules = [{ limit = 1, limitType = \"cost\", window = 1, model = { mode = \"filter\" } }] }",
             "rules[0].model.values",
         ),
-        ("rules = [{ name = \"a\", pattern = \"x\" }, { name = \"a\", pattern = \"y\" }]", "rules[1].name = \"a\": is there twice"),
+        (
+            "rules = [{ name = \"a\", pattern = \"x\" }, { name = \"a\", pattern = \"y\" }]",
+            "rules[1].name = \"a\": is there twice",
+        ),
         ("rules = [{ name = \"a\", pattern = \"x\", on = \"input\" }]", "rules[0].on"),
-        ("schemas = { request = \"none.json\" }", "gateway[0] (prod).schemas.request = /etc/neurond/none.json: cannot be read"),
+        (
+            "schemas = { request = \"none.json\" }",
+            "gateway[0] (prod).schemas.request = /etc/neurond/none.json: cannot be read",
+        ),
         ("schemas = { request = \"broken.json\" }", "is not JSON"),
-        ("otel = [{ url = \"ftp://x\" }]", "otel[0].url = \"ftp://x\": is no address"),
-        ("otel = [{ url = \"https://x/\", authorization = { env = \"UNSET\" } }]", "otel[0].authorization.env = \"UNSET\""),
+        ("otel = [{ url = \"ftp://x\" }]", "otel[0].url = \"ftp://x\": is no address without"),
+        (
+            "otel = [{ url = \"https://x/\", authorization = { env = \"UNSET\" } }]",
+            "otel[0].authorization.env = \"UNSET\"",
+        ),
         ("logpush_public_key = \"short\"", "is not a text of 16 to 1024 characters"),
         ("account = \"a/b\"", "gateway[0] (prod).account = \"a/b\": is not an account"),
     ] {
@@ -191,7 +205,7 @@ fn mistakes_in_gateways_are_all_told_with_what_to_do() {
     good("[[gateway]]\nid = \"a\"\n[[gateway]]\nid = \"a\"\naccount = \"x\"\n");
     refused(
         "[[gateway]]\nid = \"a\"\ncache_ttl = 99999999\nretry_delay = 9999\n[[provider]]\nslug = \"opnai\"\n",
-        &["cache_ttl", "retry_delay", "provider[0].slug = \"opnai\": is no provider; write one of adobe-firefly, "],
+        &["retry_delay", "cache_ttl", "provider[0].slug = \"opnai\": is no provider; write one of adobe-firefly, "],
     );
     let unknown = toml::from_str::<File>("[[gateway]]\nid = \"a\"\ncache_tll = 1\n").err().unwrap().to_string();
     assert!(unknown.contains("cache_tll"), "{unknown}");
@@ -265,7 +279,10 @@ fn mistakes_in_providers_are_told_with_what_to_do() {
     custom("base_url = \"https://x.example\"\nkey = { file = \"none\" }", "cannot be read");
     custom("base_url = \"https://x.example\"\nidle_timeout_ms = 0", "is out of range");
     refused("[[provider]]\nslug = \"custom-\"\nbase_url = \"https://x\"\n", &["is no provider"]);
-    refused("[[provider]]\nslug = \"xai\"\n[[provider]]\nslug = \"grok\"\n", &["provider[1].slug = \"grok\": is written twice"]);
+    refused(
+        "[[provider]]\nslug = \"xai\"\n[[provider]]\nslug = \"grok\"\n",
+        &["provider[1].slug = \"grok\": is written twice"],
+    );
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! Requests to Anthropic and its answers, as its documentation writes them.
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -28,7 +30,7 @@ fn with(fields: Value) -> Value {
 fn a_conversation_with_tools_and_images_is_put_in_blocks() {
     let request = json!({
         "model": "anthropic/claude", "max_tokens": 100, "temperature": 1.5, "stop": ["END"], "user": "u1", "stream": true,
-        "tools": [weather(), {"type": "function", "function": {"name": "now"}}], "tool_choice": "required",
+        "tools": [weather(), {"type": "function", "function": {"name": "now", "parameters": {"properties": {}}}}], "tool_choice": "required",
         "parallel_tool_calls": false,
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -123,6 +125,8 @@ fn effort_becomes_thinking_in_the_models_own_way() {
     assert_eq!(of("claude-3-5-sonnet-20241022", high()), (Value::Null, Value::Null, true));
     assert_eq!(of(MODEL, json!({"reasoning_effort": "none"})).0, Value::Null);
     assert_eq!(of(MODEL, json!({"reasoning_effort": "high", "max_tokens": 1024})).0, Value::Null);
+    let endless = json!({"reasoning_effort": "high", "max_tokens": u64::MAX});
+    assert_eq!(of(MODEL, endless).0, budget(32_000));
     let own = json!({"thinking": {"type": "enabled", "budget_tokens": 2000}});
     assert_eq!(of(MODEL, own), (budget(2000), Value::Null, false));
     let forced = json!({"reasoning_effort": "high", "tools": [weather()], "tool_choice": "required"});
@@ -156,7 +160,10 @@ fn json_is_asked_for_as_the_model_allows() {
 
     let old = "claude-3-5-sonnet-20241022";
     let body = sent("anthropic", old, &with(json!({"response_format": format})));
-    assert_eq!((&body["tools"][0]["input_schema"], &body["tool_choice"]), (&schema, &json!({"type": "tool", "name": JSON_TOOL})));
+    assert_eq!(
+        (&body["tools"][0]["input_schema"], &body["tool_choice"]),
+        (&schema, &json!({"type": "tool", "name": JSON_TOOL}))
+    );
     let body = sent("anthropic", old, &with(json!({"response_format": format, "tools": [weather()]})));
     assert_eq!((body["tools"].as_array().unwrap().len(), &body["tool_choice"]["type"]), (2, &"any".into()));
     let body = sent("anthropic", MODEL, &with(json!({"response_format": {"type": "json_object"}})));
@@ -175,7 +182,11 @@ fn what_would_be_ignored_is_refused_by_name() {
     }
     let audio = json!([{"type": "input_audio", "input_audio": {"data": "AA", "format": "wav"}}]);
     assert_eq!(refused("anthropic", MODEL, &json!({"messages": [{"role": "user", "content": audio}]})), "messages");
-    sent("anthropic", MODEL, &with(json!({"n": 1, "presence_penalty": 0, "logprobs": false, "seed": 1, "store": true})));
+    sent(
+        "anthropic",
+        MODEL,
+        &with(json!({"n": 1, "presence_penalty": 0, "logprobs": false, "seed": 1, "store": true})),
+    );
 }
 
 #[test]
@@ -237,7 +248,10 @@ fn an_answer_through_the_json_tool_is_text() {
 }
 
 fn start() -> (&'static str, Value) {
-    ("message_start", json!({"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude", "content": [], "stop_reason": null, "usage": {"input_tokens": 25, "cache_read_input_tokens": 5, "output_tokens": 1}}}))
+    (
+        "message_start",
+        json!({"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude", "content": [], "stop_reason": null, "usage": {"input_tokens": 25, "cache_read_input_tokens": 5, "output_tokens": 1}}}),
+    )
 }
 
 fn begin(index: u32, block: Value) -> (&'static str, Value) {
@@ -254,7 +268,10 @@ fn stop(index: u32) -> (&'static str, Value) {
 
 fn end(reason: &str) -> [(&'static str, Value); 2] {
     [
-        ("message_delta", json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": null}, "usage": {"output_tokens": 15}})),
+        (
+            "message_delta",
+            json!({"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": null}, "usage": {"output_tokens": 15}}),
+        ),
         ("message_stop", json!({"type": "message_stop"})),
     ]
 }
@@ -282,21 +299,26 @@ fn a_stream_is_translated_event_by_event() {
         stop(3),
     ];
     events.extend(end("tool_use"));
-    check_stream(Dialect::Anthropic, &sse(&events), 0, &[
-        "assistant as msg_1 claude",
-        "think let me ",
-        "think see",
-        "block {\"type\":\"thinking\",\"thinking\":\"let me see\",\"signature\":\"sig\"}",
-        "text H\u{e9}llo \u{1f600}",
-        "call 0 toolu_1 weather",
-        "args 0 {\"city\": ",
-        "args 0 \"Paris\"}",
-        "call 1 toolu_2 now",
-        "args 1 {}",
-        "finish tool_calls",
-        "usage 30 (5) + 15 = 45",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Anthropic,
+        &sse(&events),
+        0,
+        &[
+            "assistant as msg_1 claude",
+            "think let me ",
+            "think see",
+            "block {\"type\":\"thinking\",\"thinking\":\"let me see\",\"signature\":\"sig\"}",
+            "text H\u{e9}llo \u{1f600}",
+            "call 0 toolu_1 weather",
+            "args 0 {\"city\": ",
+            "args 0 \"Paris\"}",
+            "call 1 toolu_2 now",
+            "args 1 {}",
+            "finish tool_calls",
+            "usage 30 (5) + 15 = 45",
+            "DONE",
+        ],
+    );
 }
 
 #[test]
@@ -308,13 +330,12 @@ fn a_stream_through_the_json_tool_is_text() {
         stop(0),
     ];
     events.extend(end("tool_use"));
-    check_stream(Dialect::Anthropic, &sse(&events), 0, &[
-        "assistant as msg_1 claude",
-        "text {\"a\":1}",
-        "finish stop",
-        "usage 30 (5) + 15 = 45",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Anthropic,
+        &sse(&events),
+        0,
+        &["assistant as msg_1 claude", "text {\"a\":1}", "finish stop", "usage 30 (5) + 15 = 45", "DONE"],
+    );
 }
 
 #[test]

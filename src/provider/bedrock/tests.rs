@@ -1,3 +1,5 @@
+//! Requests to Converse and its answers, as AWS's documentation writes them.
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -29,7 +31,7 @@ fn a_conversation_with_tools_and_images_is_put_in_blocks() {
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [
                 {"type": "text", "text": "What is this?"},
-                {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,AAAA"}},
+                {"type": "image_url", "image_url": {"url": "data:image/jpg;base64,AAAA"}},
                 {"type": "image_url", "image_url": {"url": "s3://bucket/x.png"}},
                 {"type": "file", "file": {"filename": "a b.pdf", "file_data": "data:application/pdf;base64,BBBB"}},
             ]},
@@ -74,13 +76,17 @@ fn a_conversation_with_tools_and_images_is_put_in_blocks() {
 
 #[test]
 fn families_of_models_get_their_own_fields() {
-    let extra = |model: &str, fields: Value| sent("bedrock", model, &with(fields))["additionalModelRequestFields"].clone();
+    let extra =
+        |model: &str, fields: Value| sent("bedrock", model, &with(fields))["additionalModelRequestFields"].clone();
     let thinking = extra(CLAUDE, json!({"reasoning_effort": "medium", "temperature": 0.3}));
     assert_eq!(thinking, json!({"thinking": {"type": "enabled", "budget_tokens": 4096}}));
     let body = sent("bedrock", CLAUDE, &with(json!({"reasoning_effort": "medium", "temperature": 0.3})));
     assert_eq!(body["inferenceConfig"], json!({"maxTokens": 8192}));
     assert_eq!(extra(CLAUDE, json!({"top_k": 3})), json!({"top_k": 3}));
-    assert_eq!(extra("openai.gpt-oss-120b-1:0", json!({"reasoning_effort": "minimal"})), json!({"reasoning_effort": "low"}));
+    assert_eq!(
+        extra("openai.gpt-oss-120b-1:0", json!({"reasoning_effort": "minimal"})),
+        json!({"reasoning_effort": "low"})
+    );
     assert_eq!(extra("meta.llama3-8b", json!({"reasoning_effort": "high", "top_k": 1})), Value::Null);
 }
 
@@ -123,7 +129,10 @@ fn what_cannot_be_done_is_refused_by_name() {
         (json!({"logprobs": true}), "logprobs"),
         (json!({"presence_penalty": 1}), "presence_penalty"),
         (json!({"tools": [weather()], "parallel_tool_calls": false}), "parallel_tool_calls"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]}), "messages"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]}),
+            "messages",
+        ),
     ] {
         assert_eq!(refused("bedrock", NOVA, &with(fields)), param);
     }
@@ -151,7 +160,10 @@ fn an_answer_becomes_a_completion() {
         "thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "sig"}],
         "tool_calls": [{"id": "tooluse_1", "type": "function", "function": {"name": "weather", "arguments": "{\"city\":\"Paris\"}"}}],
     });
-    assert_eq!(answer["choices"][0], json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "tool_calls"}));
+    assert_eq!(
+        answer["choices"][0],
+        json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "tool_calls"})
+    );
     assert_eq!(answer["usage"]["total_tokens"], 15);
     for (reason, finish) in [
         ("end_turn", "stop"),
@@ -176,40 +188,57 @@ fn exception(name: &str, message: &str) -> Vec<u8> {
 
 #[test]
 fn a_stream_is_translated_event_by_event() {
-    let metadata = event("metadata", json!({"usage": {"inputTokens": 10, "outputTokens": 5, "totalTokens": 15, "cacheReadInputTokens": 2}, "metrics": {"latencyMs": 9}, "p": "abc"}));
+    let metadata = event(
+        "metadata",
+        json!({"usage": {"inputTokens": 10, "outputTokens": 5, "totalTokens": 15, "cacheReadInputTokens": 2}, "metrics": {"latencyMs": 9}, "p": "abc"}),
+    );
     let events = [
         event("messageStart", json!({"role": "assistant", "p": "ab"})),
         event("contentBlockDelta", json!({"contentBlockIndex": 0, "delta": {"reasoningContent": {"text": "hm"}}})),
-        event("contentBlockDelta", json!({"contentBlockIndex": 0, "delta": {"reasoningContent": {"signature": "sig"}}})),
+        event(
+            "contentBlockDelta",
+            json!({"contentBlockIndex": 0, "delta": {"reasoningContent": {"signature": "sig"}}}),
+        ),
         event("contentBlockStop", json!({"contentBlockIndex": 0})),
         event("contentBlockDelta", json!({"contentBlockIndex": 1, "delta": {"text": "H\u{e9}"}})),
         event("contentBlockDelta", json!({"contentBlockIndex": 1, "delta": {"text": "llo"}})),
         event("contentBlockStop", json!({"contentBlockIndex": 1})),
-        event("contentBlockStart", json!({"contentBlockIndex": 2, "start": {"toolUse": {"toolUseId": "t1", "name": "weather"}}})),
+        event(
+            "contentBlockStart",
+            json!({"contentBlockIndex": 2, "start": {"toolUse": {"toolUseId": "t1", "name": "weather"}}}),
+        ),
         event("contentBlockDelta", json!({"contentBlockIndex": 2, "delta": {"toolUse": {"input": "{\"city\""}}})),
         event("contentBlockDelta", json!({"contentBlockIndex": 2, "delta": {"toolUse": {"input": ":\"Paris\"}"}}})),
         event("contentBlockStop", json!({"contentBlockIndex": 2})),
-        event("contentBlockStart", json!({"contentBlockIndex": 3, "start": {"toolUse": {"toolUseId": "t2", "name": "now"}}})),
+        event(
+            "contentBlockStart",
+            json!({"contentBlockIndex": 3, "start": {"toolUse": {"toolUseId": "t2", "name": "now"}}}),
+        ),
         event("contentBlockStop", json!({"contentBlockIndex": 3})),
         event("messageStop", json!({"stopReason": "tool_use"})),
         metadata.clone(),
     ];
     // Behind `messageStop` an answer is complete; what it used is then unknown.
-    check_stream(Dialect::Bedrock, &events.concat(), metadata.len(), &[
-        "assistant as chatcmpl-1 provider/model",
-        "think hm",
-        "block {\"type\":\"thinking\",\"thinking\":\"hm\",\"signature\":\"sig\"}",
-        "text H\u{e9}",
-        "text llo",
-        "call 0 t1 weather",
-        "args 0 {\"city\"",
-        "args 0 :\"Paris\"}",
-        "call 1 t2 now",
-        "args 1 {}",
-        "finish tool_calls",
-        "usage 12 (2) + 5 = 17",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Bedrock,
+        &events.concat(),
+        metadata.len(),
+        &[
+            "assistant as chatcmpl-1 provider/model",
+            "think hm",
+            "block {\"type\":\"thinking\",\"thinking\":\"hm\",\"signature\":\"sig\"}",
+            "text H\u{e9}",
+            "text llo",
+            "call 0 t1 weather",
+            "args 0 {\"city\"",
+            "args 0 :\"Paris\"}",
+            "call 1 t2 now",
+            "args 1 {}",
+            "finish tool_calls",
+            "usage 12 (2) + 5 = 17",
+            "DONE",
+        ],
+    );
 }
 
 #[test]
@@ -221,7 +250,10 @@ fn streams_that_fail_are_not_taken_for_complete() {
         (exception("serviceUnavailableException", "later"), Kind::Busy, "later"),
         (exception("validationException", "no"), Kind::BadInput, "no"),
         (
-            frame::encode(&[(":message-type", "error"), (":error-code", "InternalError"), (":error-message", "boom")], b""),
+            frame::encode(
+                &[(":message-type", "error"), (":error-code", "InternalError"), (":error-message", "boom")],
+                b"",
+            ),
             Kind::ModelUnavailable,
             "boom",
         ),

@@ -1,3 +1,5 @@
+//! Requests to Cohere and its answers, as its documentation writes them.
+
 use serde_json::{Value, json};
 
 use crate::base::Kind;
@@ -62,11 +64,15 @@ fn a_conversation_keeps_its_shape() {
 
 #[test]
 fn formats_and_thinking_are_switches() {
-    let format = |format: Value| sent("cohere", MODEL, &with(json!({"response_format": format})))["response_format"].clone();
+    let format =
+        |format: Value| sent("cohere", MODEL, &with(json!({"response_format": format})))["response_format"].clone();
     assert_eq!(format(json!({"type": "json_object"})), json!({"type": "json_object"}));
-    let schema = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["a"]}}});
+    let schema =
+        json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "required": ["a"]}}});
     assert_eq!(format(schema), json!({"type": "json_object", "schema": {"type": "object", "required": ["a"]}}));
-    let thinking = |model: &str, effort: &str| sent("cohere", model, &with(json!({"reasoning_effort": effort})))["thinking"].clone();
+    let thinking = |model: &str, effort: &str| {
+        sent("cohere", model, &with(json!({"reasoning_effort": effort})))["thinking"].clone()
+    };
     assert_eq!(thinking("command-a-reasoning-08-2025", "low"), json!({"type": "enabled", "token_budget": 1024}));
     assert_eq!(thinking("command-a-reasoning-08-2025", "none"), json!({"type": "disabled"}));
     assert_eq!(thinking(MODEL, "low"), Value::Null);
@@ -78,7 +84,10 @@ fn what_cannot_be_done_is_refused_by_name() {
         (json!({"n": 2}), "n"),
         (json!({"logprobs": true, "top_logprobs": 2}), "top_logprobs"),
         (json!({"tools": [tool("a")], "parallel_tool_calls": false}), "parallel_tool_calls"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "data:a/b;base64,AA"}}]}]}), "messages"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "data:a/b;base64,AA"}}]}]}),
+            "messages",
+        ),
     ] {
         assert_eq!(refused("cohere", MODEL, &with(fields)), param);
     }
@@ -94,7 +103,10 @@ fn an_answer_becomes_a_completion() {
     });
     let answer = answered(Dialect::Cohere, &response);
     let message = json!({"role": "assistant", "content": "I will look.", "refusal": null, "tool_calls": [call]});
-    assert_eq!(answer["choices"][0], json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "tool_calls"}));
+    assert_eq!(
+        answer["choices"][0],
+        json!({"index": 0, "message": message, "logprobs": null, "finish_reason": "tool_calls"})
+    );
     assert_eq!((&answer["id"], &answer["usage"]["prompt_tokens"]), (&"c1".into(), &5.into()));
 
     let response = json!({
@@ -140,25 +152,34 @@ fn a_stream_of_text_is_translated_event_by_event() {
         event("content-start", content(json!({"type": "text", "text": ""}))),
         event("content-delta", content(json!({"text": "H\u{e9}"}))),
         sure,
-        event("citation-start", json!({"index": 0, "delta": {"message": {"citations": {"start": 0, "end": 2, "text": "H\u{e9}"}}}})),
+        event(
+            "citation-start",
+            json!({"index": 0, "delta": {"message": {"citations": {"start": 0, "end": 2, "text": "H\u{e9}"}}}}),
+        ),
         event("content-end", json!({"index": 1})),
         end("COMPLETE"),
     ];
-    check_stream(Dialect::Cohere, &sse(&events), 0, &[
-        "assistant as c1 provider/model",
-        "think hm",
-        "text H\u{e9}",
-        "text ! [{\"token\":\"!\",\"logprob\":-0.5,\"bytes\":[33],\"top_logprobs\":[]}]",
-        "finish stop",
-        "usage 5 (0) + 9 = 14",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Cohere,
+        &sse(&events),
+        0,
+        &[
+            "assistant as c1 provider/model",
+            "think hm",
+            "text H\u{e9}",
+            "text ! [{\"token\":\"!\",\"logprob\":-0.5,\"bytes\":[33],\"top_logprobs\":[]}]",
+            "finish stop",
+            "usage 5 (0) + 9 = 14",
+            "DONE",
+        ],
+    );
 }
 
 #[test]
 fn a_stream_of_calls_is_translated_event_by_event() {
     let calls = |index: u32, call: Value| json!({"index": index, "delta": {"message": {"tool_calls": call}}});
-    let begin = |id: &str, name: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": ""}});
+    let begin =
+        |id: &str, name: &str| json!({"id": id, "type": "function", "function": {"name": name, "arguments": ""}});
     let more = |arguments: &str| json!({"function": {"arguments": arguments}});
     let events = [
         start(),
@@ -171,18 +192,23 @@ fn a_stream_of_calls_is_translated_event_by_event() {
         event("tool-call-end", json!({"index": 1})),
         end("TOOL_CALL"),
     ];
-    check_stream(Dialect::Cohere, &sse(&events), 0, &[
-        "assistant as c1 provider/model",
-        "text I will look.",
-        "call 0 w1 weather",
-        "args 0 {\"city\"",
-        "args 0 :\"Paris\"}",
-        "call 1 n1 now",
-        "args 1 {}",
-        "finish tool_calls",
-        "usage 5 (0) + 9 = 14",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Cohere,
+        &sse(&events),
+        0,
+        &[
+            "assistant as c1 provider/model",
+            "text I will look.",
+            "call 0 w1 weather",
+            "args 0 {\"city\"",
+            "args 0 :\"Paris\"}",
+            "call 1 n1 now",
+            "args 1 {}",
+            "finish tool_calls",
+            "usage 5 (0) + 9 = 14",
+            "DONE",
+        ],
+    );
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! Requests to Google and its answers, as its documentation writes them.
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -141,7 +143,8 @@ fn json_is_a_switch_with_or_without_a_schema() {
 fn what_cannot_be_done_is_refused_by_name() {
     let one = with(json!({"tools": [weather()], "parallel_tool_calls": false}));
     assert_eq!(refused("google", MODEL, &one), "parallel_tool_calls");
-    let orphan = json!({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "tool_call_id": "9", "content": "r"}]});
+    let orphan =
+        json!({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "tool_call_id": "9", "content": "r"}]});
     assert_eq!(refused("google", MODEL, &orphan), "messages");
 }
 
@@ -198,13 +201,18 @@ fn what_is_blocked_says_so() {
         let error = crate::provider::answer(Dialect::Google, &crate::provider::testing::meta(), body).unwrap_err();
         assert_eq!(error.kind(), Kind::ModelUnavailable);
     }
-    check_stream(Dialect::Google, &sse(&[("", prompt)]), 0, &[
-        "assistant as chatcmpl-1 provider/model",
-        "refuse The prompt was blocked: SAFETY.",
-        "finish content_filter",
-        "usage 4 (0) + 0 = 4",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Google,
+        &sse(&[("", prompt)]),
+        0,
+        &[
+            "assistant as chatcmpl-1 provider/model",
+            "refuse The prompt was blocked: SAFETY.",
+            "finish content_filter",
+            "usage 4 (0) + 0 = 4",
+            "DONE",
+        ],
+    );
 }
 
 fn piece(parts: Value, more: Value) -> (&'static str, Value) {
@@ -212,7 +220,8 @@ fn piece(parts: Value, more: Value) -> (&'static str, Value) {
     for (name, value) in more.as_object().unwrap() {
         candidate[name] = value.clone();
     }
-    let usage = json!({"promptTokenCount": 10, "candidatesTokenCount": 6, "totalTokenCount": 16, "cachedContentTokenCount": 3});
+    let usage =
+        json!({"promptTokenCount": 10, "candidatesTokenCount": 6, "totalTokenCount": 16, "cachedContentTokenCount": 3});
     ("", json!({"candidates": [candidate], "usageMetadata": usage, "modelVersion": "gemini", "responseId": "r1"}))
 }
 
@@ -221,25 +230,36 @@ fn a_stream_is_translated_as_it_comes() {
     let events = [
         piece(json!([{"text": "hm", "thought": true}]), json!({"index": 0})),
         piece(json!([{"text": "H\u{e9}l"}, {"text": "lo"}]), json!({})),
-        piece(json!([{"text": "!"}]), json!({"logprobsResult": {"chosenCandidates": [{"token": "!", "logProbability": -1.0}]}})),
-        piece(json!([{"functionCall": {"name": "weather", "args": {"city": "Paris"}}, "thoughtSignature": "sig"}]), json!({})),
+        piece(
+            json!([{"text": "!"}]),
+            json!({"logprobsResult": {"chosenCandidates": [{"token": "!", "logProbability": -1.0}]}}),
+        ),
+        piece(
+            json!([{"functionCall": {"name": "weather", "args": {"city": "Paris"}}, "thoughtSignature": "sig"}]),
+            json!({}),
+        ),
         piece(json!([{"functionCall": {"name": "now"}}]), json!({})),
         piece(json!([{"text": ""}]), json!({"finishReason": "STOP"})),
     ];
-    check_stream(Dialect::Google, &sse(&events), 0, &[
-        "assistant as r1 gemini",
-        "think hm",
-        "text H\u{e9}l",
-        "text lo",
-        "text ! [{\"token\":\"!\",\"logprob\":-1.0,\"bytes\":[33],\"top_logprobs\":[]}]",
-        "call 0 call_1_0 weather {\"google\":{\"thought_signature\":\"sig\"}}",
-        "args 0 {\"city\":\"Paris\"}",
-        "call 1 call_1_1 now",
-        "args 1 {}",
-        "finish tool_calls",
-        "usage 10 (3) + 6 = 16",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Google,
+        &sse(&events),
+        0,
+        &[
+            "assistant as r1 gemini",
+            "think hm",
+            "text H\u{e9}l",
+            "text lo",
+            "text ! [{\"token\":\"!\",\"logprob\":-1.0,\"bytes\":[33],\"top_logprobs\":[]}]",
+            "call 0 call_1_0 weather {\"google\":{\"thought_signature\":\"sig\"}}",
+            "args 0 {\"city\":\"Paris\"}",
+            "call 1 call_1_1 now",
+            "args 1 {}",
+            "finish tool_calls",
+            "usage 10 (3) + 6 = 16",
+            "DONE",
+        ],
+    );
 }
 
 #[test]
@@ -249,16 +269,21 @@ fn several_candidates_end_one_by_one() {
         piece(json!([{"text": "b"}]), json!({"index": 1, "finishReason": "STOP"})),
         piece(json!([]), json!({"index": 0, "finishReason": "MAX_TOKENS"})),
     ];
-    check_stream(Dialect::Google, &sse(&events), 0, &[
-        "assistant as r1 gemini",
-        "text a",
-        "1: assistant as r1 gemini",
-        "1: text b",
-        "1: finish stop",
-        "finish length",
-        "usage 10 (3) + 6 = 16",
-        "DONE",
-    ]);
+    check_stream(
+        Dialect::Google,
+        &sse(&events),
+        0,
+        &[
+            "assistant as r1 gemini",
+            "text a",
+            "1: assistant as r1 gemini",
+            "1: text b",
+            "1: finish stop",
+            "finish length",
+            "usage 10 (3) + 6 = 16",
+            "DONE",
+        ],
+    );
 }
 
 #[test]

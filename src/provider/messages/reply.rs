@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::base::{Error, Kind, Result};
 use crate::net::sse::{Decoder, Encoder, SseEvent};
-use crate::provider::json::Text;
+use crate::provider::json::{Maybe, Text};
 use crate::provider::usage::Counts;
 use crate::provider::{broken, failure as failures};
 use crate::task::Usage;
@@ -36,8 +36,8 @@ pub fn answer(openai: &[u8]) -> Result<Bytes> {
         choices: Vec<Value>,
         usage: Option<Counts>,
     }
-    let completion: Completion =
-        serde_json::from_slice(openai).map_err(|error| broken(format!("the answer is not a chat completion: {error}")))?;
+    let completion: Completion = serde_json::from_slice(openai)
+        .map_err(|error| broken(format!("the answer is not a chat completion: {error}")))?;
     let choice = completion.choices.first().ok_or_else(|| broken("the answer has no choices"))?;
     let message = &choice["message"];
     let mut content = Vec::new();
@@ -154,7 +154,8 @@ struct Chunk<'a> {
     model: Option<Text<'a>>,
     #[serde(borrow)]
     choices: Option<Vec<ChunkChoice<'a>>>,
-    usage: Option<Counts>,
+    #[serde(default)]
+    usage: Maybe<Counts>,
     error: Option<Value>,
 }
 
@@ -173,8 +174,11 @@ struct ChunkChoice<'a> {
 struct Delta<'a> {
     #[serde(borrow)]
     content: Option<Text<'a>>,
-    #[serde(borrow, alias = "reasoning")]
+    #[serde(borrow)]
     reasoning_content: Option<Text<'a>>,
+    /// The same by another name; some send both.
+    #[serde(borrow)]
+    reasoning: Option<Text<'a>>,
     #[serde(borrow)]
     refusal: Option<Text<'a>>,
     #[serde(borrow)]
@@ -323,7 +327,7 @@ impl Translator {
         if chunk.error.is_some() {
             return Err(failures::inside(chunk.error.as_ref()));
         }
-        self.counts.merge(&chunk.usage.unwrap_or_default());
+        self.counts.merge(&chunk.usage.0.unwrap_or_default());
         self.begin(chunk.id.as_deref().unwrap_or(""), chunk.model.as_deref(), out);
         // A message has one choice.
         for choice in chunk.choices.iter().flatten().filter(|choice| choice.index == 0) {
@@ -359,9 +363,10 @@ impl Translator {
     }
 
     fn delta(&mut self, delta: &Delta, out: &mut Encoder) -> Result<()> {
-        if let Some(text) = delta.reasoning_content.as_ref().filter(|text| !text.is_empty()) {
+        let thoughts = delta.reasoning_content.as_ref().or(delta.reasoning.as_ref());
+        if let Some(text) = thoughts.filter(|text| !text.is_empty()) {
             self.open(Open::Thinking, || json!({"type": "thinking", "thinking": "", "signature": ""}), out);
-            self.grow(Piece::ThinkingDelta { thinking: text }, out);
+            self.grow(Piece::Thinking { thinking: text }, out);
         }
         for block in delta.thinking_blocks.iter().flatten() {
             if let Some(data) = &block.data {
@@ -369,14 +374,14 @@ impl Translator {
                 self.start(&json!({"type": "redacted_thinking", "data": &**data}), out);
                 self.halt(out);
             } else if let (Some(signature), Open::Thinking) = (&block.signature, self.open) {
-                self.grow(Piece::SignatureDelta { signature }, out);
+                self.grow(Piece::Signature { signature }, out);
             }
         }
         let refusal = delta.refusal.as_ref().filter(|text| !text.is_empty());
         self.refused |= refusal.is_some();
         for text in delta.content.as_ref().filter(|text| !text.is_empty()).into_iter().chain(refusal) {
             self.open(Open::Text, || json!({"type": "text", "text": ""}), out);
-            self.grow(Piece::TextDelta { text }, out);
+            self.grow(Piece::Text { text }, out);
         }
         for call in delta.tool_calls.iter().flatten() {
             self.call(call, out)?;
@@ -400,7 +405,7 @@ impl Translator {
         let more = function.and_then(|function| function.arguments.as_deref());
         if let Some(more) = more.filter(|more| !more.is_empty()) {
             self.open = Open::Call(call.index, true);
-            self.grow(Piece::InputJsonDelta { partial_json: more }, out);
+            self.grow(Piece::InputJson { partial_json: more }, out);
         }
         Ok(())
     }
@@ -418,7 +423,7 @@ impl Translator {
         match std::mem::replace(&mut self.open, Open::Nothing) {
             Open::Nothing => {}
             Open::Call(_, false) => {
-                self.grow(Piece::InputJsonDelta { partial_json: "{}" }, out);
+                self.grow(Piece::InputJson { partial_json: "{}" }, out);
                 self.halt(out);
             }
             Open::Text | Open::Thinking | Open::Call(..) => self.halt(out),
@@ -460,10 +465,14 @@ struct Growth<'a> {
 
 /// What a block grows by.
 #[derive(Serialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type")]
 enum Piece<'a> {
-    TextDelta { text: &'a str },
-    ThinkingDelta { thinking: &'a str },
-    SignatureDelta { signature: &'a str },
-    InputJsonDelta { partial_json: &'a str },
+    #[serde(rename = "text_delta")]
+    Text { text: &'a str },
+    #[serde(rename = "thinking_delta")]
+    Thinking { thinking: &'a str },
+    #[serde(rename = "signature_delta")]
+    Signature { signature: &'a str },
+    #[serde(rename = "input_json_delta")]
+    InputJson { partial_json: &'a str },
 }

@@ -101,7 +101,10 @@ async fn create(call: &Call<'_>, fields: Map<String, Value>) -> Result<Answer> {
     must_be_ours(call, &id)?;
     let made = call.registry.change(call.account, move |book, bench| {
         if book.gateways.contains_key(&id) {
-            return Err(Error::bad_field("id", format!("gateway {id:?} is there already: update it, or choose another id")));
+            return Err(Error::bad_field(
+                "id",
+                format!("gateway {id:?} is there already: update it, or choose another id"),
+            ));
         }
         if book.gateways.len() >= MOST {
             return Err(Error::bad_input(format!("an account has at most {MOST} gateways: delete one first")));
@@ -256,9 +259,13 @@ fn settle(
     let mut open = fields.clone();
     each_secret(&mut open, |label, text| {
         match same(label, text) {
-            Some(sealed) => bench.sealer.open(&setting_name(bench.account, id, label), sealed)?.expose().clone_into(text),
+            Some(sealed) => {
+                bench.sealer.open(&setting_name(bench.account, id, label), sealed)?.expose().clone_into(text)
+            }
             None if text == MASK => {
-                return Err(Error::bad_input(format!("{label}: {MASK} keeps a secret that is there, and there is none: send it")));
+                return Err(Error::bad_input(format!(
+                    "{label}: {MASK} keeps a secret that is there, and there is none: send it"
+                )));
             }
             None => {}
         }
@@ -301,7 +308,14 @@ fn mask(fields: &mut Map<String, Value>) {
     });
 }
 
-fn whole(account: &str, id: &str, fields: Map<String, Value>, internal: Uuid, created: Millis, modified: Millis) -> Value {
+fn whole(
+    account: &str,
+    id: &str,
+    fields: Map<String, Value>,
+    internal: Uuid,
+    created: Millis,
+    modified: Millis,
+) -> Value {
     let mut whole = Map::new();
     whole.insert("id".into(), id.into());
     for key in ["account_id", "account_tag"] {

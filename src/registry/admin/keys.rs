@@ -56,7 +56,9 @@ async fn create(call: &Call<'_>, gateway: &str, fields: Map<String, Value>) -> R
         let provider = text(&fields, "provider_slug", 1..=80)?.ok_or_else(|| missing("provider_slug"))?;
         let provider = known(provider)?;
         if book.key(&gateway, provider, alias).is_some() {
-            let message = format!("a key of {provider} with alias {alias:?} is there already: update it, or choose another alias");
+            let message = format!(
+                "a key of {provider} with alias {alias:?} is there already: update it, or choose another alias"
+            );
             return Err(Error::bad_field("alias", message));
         }
         let secret = secret(&fields, book, bench)?.ok_or_else(|| missing("secret"))?;
@@ -127,7 +129,11 @@ pub(in crate::registry) fn put(
     secret: &Secret<String>,
 ) -> Result<usize> {
     if !is_slug(alias) {
-        return Err(wrong("alias", &Value::from(alias), "must be 1 to 64 letters, digits, - and _, not beginning with -"));
+        return Err(wrong(
+            "alias",
+            &Value::from(alias),
+            "must be 1 to 64 letters, digits, - and _, not beginning with -",
+        ));
     }
     let provider = known(provider)?;
     let open = secret.expose();
@@ -206,9 +212,7 @@ fn secret(fields: &Map<String, Value>, book: &Book, bench: &Bench) -> Result<Opt
 }
 
 fn limits(key: &mut KeyRecord, fields: &Map<String, Value>) -> Result<()> {
-    for (name, place) in
-        [("rate_limit", &mut key.rate_limit), ("rate_limit_period", &mut key.rate_limit_period)]
-    {
+    for (name, place) in [("rate_limit", &mut key.rate_limit), ("rate_limit_period", &mut key.rate_limit_period)] {
         match fields.get(name) {
             None => {}
             Some(Value::Null) => *place = None,

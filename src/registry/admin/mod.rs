@@ -95,7 +95,9 @@ impl Registry {
             _ => Ok(Answer::NoPath),
         };
         match answer {
-            Ok(Answer::Result(result)) => ok(json!({ "success": true, "errors": [], "messages": [], "result": result })),
+            Ok(Answer::Result(result)) => {
+                ok(json!({ "success": true, "errors": [], "messages": [], "result": result }))
+            }
             Ok(Answer::Page(list, page)) => {
                 let info = page.info(list.len());
                 ok(json!({ "success": true, "errors": [], "messages": [], "result": list, "result_info": info }))
@@ -211,9 +213,8 @@ fn text<'a>(fields: &'a Map<String, Value>, key: &str, lengths: RangeInclusive<u
     let text = value.as_str().filter(|text| lengths.contains(&text.chars().count()));
     let (least, most) = (lengths.start(), lengths.end());
     // What is too long to be right may be anything, so it is not shown.
-    text.map(Some).ok_or_else(|| {
-        Error::bad_field(key, format!("'{key}' must be a text of {least} to {most} characters"))
-    })
+    text.map(Some)
+        .ok_or_else(|| Error::bad_field(key, format!("'{key}' must be a text of {least} to {most} characters")))
 }
 
 fn flag(fields: &Map<String, Value>, key: &str) -> Result<Option<bool>> {

@@ -139,7 +139,8 @@ async fn delete(call: &Call<'_>, text: &str) -> Result<Answer> {
 fn change(record: &mut ProviderRecord, fields: &Map<String, Value>, bench: &Bench) -> Result<()> {
     if let Some(slug) = text(fields, "slug", 1..=64)? {
         if !is_slug(slug) || slug.starts_with(CUSTOM) {
-            let remedy = format!("must be 1 to 64 letters, digits, - and _, without {CUSTOM}, which goes in front by itself");
+            let remedy =
+                format!("must be 1 to 64 letters, digits, - and _, without {CUSTOM}, which goes in front by itself");
             return Err(wrong("slug", &Value::from(slug), remedy));
         }
         slug.clone_into(&mut record.slug);
@@ -209,12 +210,15 @@ fn headers(record: &ProviderRecord, written: &Value, bench: &Bench) -> Result<BT
             return Err(refused(&format!("must not set {name}")));
         }
         let printable = |text: &&str| text.len() <= 8192 && text.bytes().all(|byte| (b' '..0x7f).contains(&byte));
-        let value = value.as_str().filter(printable).ok_or_else(|| {
-            refused(&format!("must have a text of printable ASCII for {name}, at most 8192 bytes"))
-        })?;
+        let value = value
+            .as_str()
+            .filter(printable)
+            .ok_or_else(|| refused(&format!("must have a text of printable ASCII for {name}, at most 8192 bytes")))?;
         let text = match record.headers.get(&name) {
             Some(kept) if value == MASK => kept.clone(),
-            None if value == MASK => return Err(refused(&format!("keep what is there with {MASK}, but there is no {name}"))),
+            None if value == MASK => {
+                return Err(refused(&format!("keep what is there with {MASK}, but there is no {name}")));
+            }
             _ => bench.sealer.seal(&header_name(bench.account, &id, &name), value)?,
         };
         sealed.insert(name, text);

@@ -151,9 +151,7 @@ fn get_version(call: &Call, gateway: &str, text: &str, version: &str) -> Result<
 }
 
 fn list_deployments(call: &Call, gateway: &str, text: &str) -> Result<Answer> {
-    with(call, gateway, text, |route| {
-        lines(call, "deployments", route.deployments.iter().collect(), show_deployment)
-    })
+    with(call, gateway, text, |route| lines(call, "deployments", route.deployments.iter().collect(), show_deployment))
 }
 
 async fn deploy(call: &Call<'_>, gateway: &str, text_id: &str, fields: Map<String, Value>) -> Result<Answer> {

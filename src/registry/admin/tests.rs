@@ -162,7 +162,8 @@ async fn an_update_changes_what_it_names_and_nothing_else() {
     let mut fields = plain("g");
     fields["retry_max_attempts"] = json!(3);
     fields["cache_ttl"] = json!(60);
-    fields["otel"] = json!([{ "url": "https://o.example", "headers": { "x-key": "open-1" }, "authorization": "open-2" }]);
+    fields["otel"] =
+        json!([{ "url": "https://o.example", "headers": { "x-key": "open-1" }, "authorization": "open-2" }]);
     let made = peer.result(Post, "gateways", fields).await;
     let shown = json!([{ "url": "https://o.example", "headers": { "x-key": "***" }, "authorization": "***" }]);
     assert_eq!(made["otel"], shown);
@@ -348,7 +349,9 @@ async fn custom_providers_come_and_go_and_their_headers_stay_hidden() {
     peer.result(Patch, &path, json!({ "description": null })).await;
     let later = peer.registry.view().custom("acme", "mine").unwrap();
     assert!(later.generation > custom.generation, "answers of before are forgotten");
-    for (query, count) in [("search=MIN", 1), ("search=none", 0), ("enable=true", 1), ("enable=false", 0), ("beta=true", 0)] {
+    for (query, count) in
+        [("search=MIN", 1), ("search=none", 0), ("enable=true", 1), ("enable=false", 0), ("beta=true", 0)]
+    {
         let body = peer.good(Get, &format!("custom-providers?{query}"), Value::Null).await;
         assert_eq!(body["result_info"]["total_count"], count, "{query}");
     }
@@ -416,9 +419,10 @@ async fn a_stored_key_goes_in_and_never_comes_out() {
         assert_eq!(found.as_ref().map(|key| key.secret.expose().as_str()), wanted, "{alias:?}");
     };
     is(None, Some("sk-0123456789abcdefWXYZ"));
+    is(Some("default"), Some("sk-0123456789abcdefWXYZ"));
     let second = peer.result(Post, path, key("default", false, "sk-2")).await;
     is(None, Some("sk-0123456789abcdefWXYZ"));
-    is(Some("default"), Some("sk-0123456789abcdefWXYZ"));
+    is(Some("default"), Some("sk-2"));
     is(Some("first"), Some("sk-0123456789abcdefWXYZ"));
     is(Some("none"), None);
     let first = format!("{path}/{}", made["id"].as_str().unwrap());
@@ -428,13 +432,15 @@ async fn a_stored_key_goes_in_and_never_comes_out() {
     is(Some("renamed"), Some("sk-0123456789abcdefWXYZ"));
     is(Some("first"), None);
     is(None, Some("sk-2"));
-    let rotated = peer.result(Put, &first, json!({ "secret": "sk-3", "default_config": true, "rate_limit": null })).await;
+    let rotated =
+        peer.result(Put, &first, json!({ "secret": "sk-3", "default_config": true, "rate_limit": null })).await;
     assert_ne!(rotated["secret_id"], made["secret_id"]);
     assert!(rotated.get("rate_limit").is_none());
     is(None, Some("sk-3"));
     // Another gateway may use the same secret by its id.
     peer.result(Post, "gateways", plain("h")).await;
-    let same = json!({ "alias": "a", "default_config": true, "provider_slug": "openai", "secret_id": second["secret_id"] });
+    let same =
+        json!({ "alias": "a", "default_config": true, "provider_slug": "openai", "secret_id": second["secret_id"] });
     peer.result(Post, "gateways/h/provider_configs", same).await;
     assert_eq!(peer.registry.view().secret("acme", "h", "openai", None).unwrap().secret.expose(), "sk-2");
     let list = peer.good(Get, path, Value::Null).await;
@@ -504,8 +510,7 @@ async fn routes_answer_in_the_odd_shapes_that_clients_read() {
     assert_eq!(peer.result(Get, &route, Value::Null).await, made);
     let list = peer.good(Get, path, Value::Null).await;
     let page = |name: &str, list: Value| {
-        let mut data =
-            json!({ "order_by": "created_at", "order_by_direction": "desc", "page": 1, "per_page": 20 });
+        let mut data = json!({ "order_by": "created_at", "order_by_direction": "desc", "page": 1, "per_page": 20 });
         data[name] = list;
         json!({ "success": true, "data": data })
     };
@@ -515,22 +520,39 @@ async fn routes_answer_in_the_odd_shapes_that_clients_read() {
     assert_eq!(renamed.as_object().unwrap().keys().collect::<Vec<_>>(), ["success", "route"]);
     assert!(peer.registry.view().route("acme", "g", "support").is_none());
     // A new version is a draft until it is deployed.
-    let draft = peer.result(Post, &format!("{route}/versions"), json!({ "elements": elements("gpt-5"), "comment": "new" })).await;
+    let draft = peer
+        .result(Post, &format!("{route}/versions"), json!({ "elements": elements("gpt-5"), "comment": "new" }))
+        .await;
     assert_eq!((&draft["elements"], &draft["id"]), (&elements("gpt-5"), &made["id"]));
     let in_force = |peer: &Peer| peer.registry.view().route("acme", "g", "Customer support").unwrap().version.clone();
     assert_eq!(json!(in_force(&peer)), made["version"]["version_id"]);
     let versions = peer.good(Get, &format!("{route}/versions"), Value::Null).await;
     let [newest, oldest] = &versions["data"]["versions"].as_array().unwrap()[..] else { panic!("{versions}") };
-    assert_eq!((&newest["active"], &newest["comment"], &oldest["active"]), (&json!("false"), &json!("new"), &json!("true")));
+    assert_eq!(
+        (&newest["active"], &newest["comment"], &oldest["active"]),
+        (&json!("false"), &json!("new"), &json!("true"))
+    );
     let id = newest["version_id"].as_str().unwrap();
     let got = peer.result(Get, &format!("{route}/versions/{id}"), Value::Null).await;
-    for key in ["id", "active", "created_at", "data", "elements", "gateway_id", "modified_at", "name", "version_id", "is_valid"] {
+    for key in [
+        "id",
+        "active",
+        "created_at",
+        "data",
+        "elements",
+        "gateway_id",
+        "modified_at",
+        "name",
+        "version_id",
+        "is_valid",
+    ] {
         assert!(got.get(key).is_some_and(|value| !value.is_null()), "{key}: {got}");
     }
     let deployed = peer.result(Post, &format!("{route}/deployments"), json!({ "version_id": id })).await;
     assert_eq!((&deployed["elements"], &deployed["version"]["active"]), (&elements("gpt-5"), &json!("true")));
     assert_eq!(in_force(&peer), id);
-    let deployments = peer.good(Get, &format!("{route}/deployments?order_by_direction=asc&per_page=1"), Value::Null).await;
+    let deployments =
+        peer.good(Get, &format!("{route}/deployments?order_by_direction=asc&per_page=1"), Value::Null).await;
     assert_eq!(settled(deployments)["data"]["deployments"], json!([deployment]));
     // A draft that is not whole yet can be kept and not deployed.
     let half = json!({ "elements": [{ "id": "s", "type": "start", "outputs": {} }] });

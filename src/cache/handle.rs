@@ -1,0 +1,175 @@
+//! The handle that callers hold.
+//!
+//! ```text
+//!   Cache ── peek ──────────> Shared.view                      no actor, no await
+//!     ├───── lookup ─ view? ─ CacheActor: memory, disk, a fill to follow, a ticket
+//!     └───── purge ─> Shared.generations, and the actor notes it on disk
+//! ```
+//!
+//! Nothing here fails a request: what goes wrong is a miss, or [`Found::Off`].
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use actix::prelude::*;
+
+use crate::base::{Millis, Result};
+use crate::cache::actor::{Alias, CacheActor, Flush, Look, Lookup, Purged};
+use crate::cache::entry::Entry;
+use crate::cache::fill::{Fill, FillTicket, Follower};
+use crate::cache::key::{Key, RawKey, Scope};
+use crate::cache::view::Shared;
+
+/// Messages waiting at most; callers wait in line behind it.
+const MAILBOX: usize = 1024;
+/// A lookup that takes longer is given up: the disk hangs, and upstream is quicker.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the cache may take.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Memory for whole answers. Answers under way may take as much again before new ones are not stored any more.
+    pub memory_bytes: u64,
+    /// Disk for whole answers; 0 keeps them in memory only.
+    pub disk_bytes: u64,
+    /// Entries at most, in memory and on disk together.
+    pub max_entries: usize,
+    /// A larger answer is not stored.
+    pub max_entry_bytes: u64,
+    /// Where the disk tier is. `None` keeps answers in memory only.
+    pub folder: Option<PathBuf>,
+}
+
+/// How the cache is, and what it has done since its start.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Stats {
+    /// It has turned itself off after several failures, or its thread is gone.
+    pub is_off: bool,
+    /// There is a disk tier, and it is written to.
+    pub is_disk_on: bool,
+    /// Entries there are.
+    pub entries: u64,
+    /// Those of them that are in memory.
+    pub entries_in_memory: u64,
+    /// Bytes of entries in memory.
+    pub memory_bytes: u64,
+    /// Bytes of all segments.
+    pub disk_bytes: u64,
+    /// Tickets that are neither finished nor failed nor dropped.
+    pub fills_open: u64,
+    /// Bytes of answers that are under way or still being read by followers.
+    pub filling_bytes: u64,
+    /// Followers there are.
+    pub followers: u64,
+    /// Lookups and peeks that were answered.
+    pub hits: u64,
+    /// Lookups that got a ticket, refreshes included.
+    pub misses: u64,
+    /// Lookups that got a follower.
+    pub coalesced: u64,
+    /// Answers that were stored.
+    pub stores: u64,
+    /// Entries that made room in memory, or altogether.
+    pub evictions: u64,
+    /// Entries that became too old.
+    pub expired: u64,
+    /// Failures of the disk and of handlers.
+    pub failures: u64,
+}
+
+/// What a lookup finds.
+pub enum Found {
+    /// The answer.
+    Hit(Arc<Entry>),
+    /// Nothing: go upstream. Others of the same key wait for what becomes of the ticket.
+    Fill(FillTicket),
+    /// Somebody is upstream for the same already.
+    Follow(Follower),
+    /// The cache is in trouble: go upstream without it.
+    Off,
+}
+
+/// The cache's whole outside.
+#[derive(Clone)]
+pub struct Cache {
+    addr: Addr<CacheActor>,
+    shared: Arc<Shared>,
+}
+
+impl Cache {
+    /// Opens the folder and serves what is there, on a thread of its own.
+    ///
+    /// # Errors
+    /// `BadInput` when the folder cannot be made, read or written to.
+    pub fn start(settings: Settings) -> Result<Self> {
+        let actor = CacheActor::open(settings)?;
+        let shared = actor.shared().clone();
+        let arbiter = Arbiter::new();
+        let addr = CacheActor::start_in_arbiter(&arbiter.handle(), |ctx| {
+            ctx.set_mailbox_capacity(MAILBOX);
+            actor
+        });
+        Ok(Self { addr, shared })
+    }
+
+    /// The answer in memory to exactly these bytes. Neither waits nor allocates; `None` says nothing about the disk, nor
+    /// about the same request written differently: ask [`Cache::lookup`].
+    pub fn peek(&self, raw: &RawKey, now: Millis) -> Option<Arc<Entry>> {
+        self.shared.hit(&raw.0, now)
+    }
+
+    /// The answer, from memory or disk, or what is to be done for one. Never fails a request and never takes long.
+    pub async fn lookup(&self, key: Key, now: Millis) -> Found {
+        let Self { addr, shared } = self;
+        if shared.is_off() {
+            return Found::Off;
+        }
+        if let Some(entry) = shared.hit(&key.digest, now) {
+            if key.raw != key.digest && shared.view.get(&key.raw).is_none() {
+                // Lost when the actor is busy: the next one asks again.
+                let _ = addr.try_send(Alias(key));
+            }
+            return Found::Hit(entry);
+        }
+        match tokio::time::timeout(PATIENCE, addr.send(Lookup { key, now })).await {
+            Ok(Ok(Found::Fill(ticket))) => Found::Fill(ticket.accept()),
+            Ok(Ok(found)) => found,
+            Ok(Err(_)) | Err(_) => Found::Off,
+        }
+    }
+
+    /// A ticket without a look, for callers who want a fresh answer. It replaces the entry once it is whole. Nobody else
+    /// follows it, and others of the same key are answered from the old entry meanwhile.
+    pub fn refresh(&self, key: Key) -> FillTicket {
+        self.shared.counters.misses.fetch_add(1, Ordering::Relaxed);
+        Fill::new(key, self.addr.clone(), self.shared.clone(), false).ticket().accept()
+    }
+
+    /// Nothing of this scope that was stored or begun before is served from now on. It counts at once, and after a start
+    /// as well once [`Cache::flush`] has returned.
+    pub fn purge(&self, scope: Scope) {
+        let generation = self.shared.generations.raise(scope);
+        self.addr.do_send(Purged { scope, generation });
+    }
+
+    /// How it is.
+    pub async fn stats(&self) -> Stats {
+        self.addr.send(Look).await.unwrap_or(Stats { is_off: true, ..Stats::default() })
+    }
+
+    /// Waits until all that was stored and purged so far is on disk.
+    pub async fn flush(&self) {
+        // An actor that is gone has nothing to write.
+        let _ = self.addr.send(Flush).await;
+    }
+}
+
+#[cfg(test)]
+impl Cache {
+    /// Keeps the actor busy.
+    pub(super) fn occupy(&self, work: impl FnOnce() + Send + 'static) {
+        self.addr.do_send(crate::cache::actor::Occupy(Box::new(work)));
+    }
+}
