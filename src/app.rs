@@ -123,7 +123,20 @@ impl App {
         };
         let servers = listen(&live.get(), &services)?;
         let Parts { registry, cache, .. } = relays;
-        Ok(Self { options, log, servers, config: live, vault, devices, ledger, registry, cache, metrics, phase, notifier })
+        Ok(Self {
+            options,
+            log,
+            servers,
+            config: live,
+            vault,
+            devices,
+            ledger,
+            registry,
+            cache,
+            metrics,
+            phase,
+            notifier,
+        })
     }
 
     /// Listens to signals while models are loaded and reloaded beside it: neither the watchdog nor TERM waits for a model.

@@ -15,11 +15,12 @@ use neurond::config::File;
 use neurond::metrics::Metrics;
 
 const FILE: &str = include_str!("../src/config/file.rs");
+const GATEWAY: &str = include_str!("../src/config/gateway.rs");
 const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 13] = [
+const SECTIONS: [(&str, &str, bool, bool); 19] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
@@ -30,6 +31,12 @@ const SECTIONS: [(&str, &str, bool, bool); 13] = [
     ("account", "AccountSection", true, false),
     ("model", "ModelSection", true, false),
     ("lora", "LoraSection", false, true),
+    ("gateway", "GatewaySection", true, false),
+    ("provider", "ProviderSection", true, false),
+    ("vault", "VaultSection", false, true),
+    ("registry", "RegistrySection", false, true),
+    ("upstream", "UpstreamSection", false, true),
+    ("cache", "CacheSection", false, true),
     ("catalog", "CatalogSection", false, true),
     ("log", "LogSection", false, true),
     ("model (of a catalog file)", "Block", true, false),
@@ -70,7 +77,7 @@ fn the_example_configuration_reads_with_every_key_uncommented() {
             table = table.get(key).cloned().unwrap_or_else(|| panic!("no [{section}]\n{all}"));
         }
         let table = if *list { table[0].clone() } else { table };
-        for field in fields(FILE, name).iter().filter(|field| !is_section(&field.kind)) {
+        for field in fields(source(name), name).iter().filter(|field| !is_section(&field.kind)) {
             assert!(table.get(&field.name).is_some(), "{section}.{} is missing\n{all}", field.name);
         }
     }
@@ -170,8 +177,10 @@ fn about(source: &str, name: &str) -> String {
     text[..1].to_uppercase() + &text[1..]
 }
 
+/// The file that a struct is written in.
 fn source(name: &str) -> &'static str {
-    if name == "Block" { CATALOG } else { FILE }
+    let holds = |source: &&str| source.contains(&format!("pub struct {name} {{\n"));
+    [FILE, GATEWAY, CATALOG].into_iter().find(holds).unwrap_or_else(|| panic!("no struct {name}"))
 }
 
 fn is_section(kind: &str) -> bool {
@@ -242,6 +251,8 @@ fn when(section: &str, key: &str) -> Option<&'static str> {
     match (section, key) {
         ("server", "request_timeout_ms" | "max_body_bytes") => None,
         ("server" | "binding", _) | ("engine", "threads") | ("log", "format") | ("lora", "path") => Some("restart"),
+        ("vault" | "registry" | "cache", _) => Some("restart"),
+        ("upstream", "connect_timeout_ms" | "allow_private" | "proxy" | "ca_file") => Some("restart"),
         ("engine" | "model", _) => Some("swap"),
         _ => None,
     }
@@ -275,10 +286,25 @@ fn the_manual_says_of_each_key_when_a_reload_counts() {
     new.lora.max_adapters += 1;
     new.lora.cache_bytes += 1;
     new.lora.public_account = Some(neurond::base::AccountId::new("x"));
+    new.registry = Some("/elsewhere".into());
+    new.upstream.connect_timeout += second;
+    new.upstream.first_byte_timeout += second;
+    new.upstream.idle_timeout += second;
+    new.upstream.total_timeout += second;
+    new.upstream.max_retry_after += second;
+    new.upstream.allow_private ^= true;
+    new.upstream.proxy = Some("p:1".into());
+    new.upstream.authorities = Some("x".into());
+    new.upstream.max_answer_bytes += 1;
+    new.cache.memory_bytes += 1;
+    new.cache.disk_bytes += 1;
+    new.cache.max_entries += 1;
+    new.cache.max_entry_bytes += 1;
+    new.cache.folder = Some("/elsewhere".into());
     new.log.filter += "x";
     new.log.format = neurond::config::LogFormat::Json;
     let changes = diff(&old, &new);
-    assert_eq!(changes.len(), 24);
+    assert_eq!(changes.len(), 39);
     for change in changes {
         let (section, key) = change.key.split_once('.').unwrap();
         let said = when(section, key);
@@ -300,11 +326,11 @@ fn example() -> String {
     );
     for (section, name, list, present) in &SECTIONS[..SECTIONS.len() - 1] {
         out.push('\n');
-        prose(&mut out, &about(FILE, name));
+        prose(&mut out, &about(source(name), name));
         let mark = if *present { "" } else { "#" };
         let (open, close) = if *list { ("[[", "]]") } else { ("[", "]") };
         writeln!(out, "{mark}{open}{section}{close}").unwrap();
-        for field in fields(FILE, name).iter().filter(|field| !is_section(&field.kind)) {
+        for field in fields(source(name), name).iter().filter(|field| !is_section(&field.kind)) {
             out.push('\n');
             prose(&mut out, &field.doc);
             match (default_of(section, field), &field.example) {

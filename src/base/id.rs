@@ -70,10 +70,12 @@ impl LogId {
         if text.len() != 26 || !matches!(text.as_bytes()[0], b'0'..=b'7') {
             return None;
         }
-        text.bytes().try_fold(0u128, |value, letter| {
-            let digit = Self::DIGITS.iter().position(|digit| *digit == letter.to_ascii_uppercase())?;
-            Some((value << 5) | digit as u128)
-        }).map(Self)
+        text.bytes()
+            .try_fold(0u128, |value, letter| {
+                let digit = Self::DIGITS.iter().position(|digit| *digit == letter.to_ascii_uppercase())?;
+                Some((value << 5) | digit as u128)
+            })
+            .map(Self)
     }
 
     /// When the record was begun.

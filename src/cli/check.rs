@@ -10,6 +10,7 @@ use crate::base::{Millis, Result};
 use crate::config::{self, Config, Model, synthetic};
 use crate::kernel::gpu;
 use crate::model::Division;
+use crate::registry;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,6 +37,8 @@ pub struct Args {
 /// Prints what the configuration means, and what may not be meant.
 pub fn run(args: Args) -> Result<ExitCode> {
     let config = config::load(args.config.as_deref(), &args.over.into())?;
+    // Patterns and schemas of gateways are compiled by whoever serves them, and so here.
+    registry::check(&config.fixed)?;
     for model in config.models.iter().filter(|model| model.tensor_parallel > 1) {
         check_ranks(&config, model).map_err(|error| error.context(&model.id))?;
     }

@@ -152,7 +152,7 @@ pub struct GatewaySection {
     /// Example: `"exponential"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_backoff: Option<String>,
-    /// Milliseconds for a whole answer of a provider. Left out: the provider's, or `server.request_timeout_ms`.
+    /// Milliseconds for a whole answer of a provider, however it comes; then it is cut off. Left out: the provider's.
     /// Example: `120000`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_timeout_ms: Option<u64>,
@@ -303,7 +303,7 @@ pub struct ProviderSection {
     /// Example: `{ env = "VLLM_API_KEY" }`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<SecretRef>,
-    /// Milliseconds for a whole answer. Left out: `server.request_timeout_ms`.
+    /// Milliseconds for a whole answer, however it comes; then it is cut off. Left out: no bound on answers that go on coming.
     /// Example: `120000`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_timeout_ms: Option<u64>,

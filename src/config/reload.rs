@@ -375,8 +375,8 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use super::super::{KvType, Precision, Token};
     use super::super::Scopes;
+    use super::super::{KvType, Precision, Token};
     use super::*;
     use crate::base::{AccountId, KeyId, Millis, ModelId};
     use crate::task::Task;

@@ -13,15 +13,15 @@ use sha2::{Digest, Sha256};
 
 use super::catalog::{Block, Builder, Catalog, is_unpinned};
 use super::file::{
-    AccountSection, CacheSection, EngineSection, File, GpuSection, LogSection, LoraSection, ModelSection, ServerSection,
-    TokenSection, UpstreamSection,
+    AccountSection, CacheSection, EngineSection, File, GpuSection, LogSection, LoraSection, ModelSection,
+    ServerSection, TokenSection, UpstreamSection,
 };
 use super::gateway;
 use super::machine::Surroundings;
 use super::value::{ByteSize, Written};
 use super::{
-    Account, Auth, Binding, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision, Price,
-    Scopes, Server, Spill, Token, Upstream,
+    Account, Auth, Binding, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision,
+    Price, Scopes, Server, Spill, Token, Upstream,
 };
 use super::{simulated, synthetic};
 use crate::base::{AccountId, Error, KeyId, Millis, Result};
@@ -342,9 +342,14 @@ fn upstream(check: &mut Check, section: &UpstreamSection, folder: &Path, machine
     let idle_timeout = time("upstream.idle_timeout_ms", section.idle_timeout_ms);
     let total_timeout = time("upstream.total_timeout_ms", section.total_timeout_ms);
     if let Some(proxy) = &section.proxy {
-        let port = proxy.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>().ok())?);
+        let port =
+            proxy.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>().ok())?);
         if port.is_none() || proxy.contains('/') {
-            check.wrong("upstream.proxy", format_args!("{proxy:?}"), "is not HOST:PORT, such as \"proxy.internal:3128\"");
+            check.wrong(
+                "upstream.proxy",
+                format_args!("{proxy:?}"),
+                "is not HOST:PORT, such as \"proxy.internal:3128\"",
+            );
         }
     }
     let authorities = section.ca_file.as_ref().and_then(|path| {
@@ -377,7 +382,9 @@ fn upstream(check: &mut Check, section: &UpstreamSection, folder: &Path, machine
 }
 
 fn cache(check: &mut Check, section: &CacheSection, folder: &Path, machine: &Surroundings) -> Cache {
-    for (key, bytes) in [("cache.memory_bytes", section.memory_bytes), ("cache.max_entry_bytes", section.max_entry_bytes)] {
+    for (key, bytes) in
+        [("cache.memory_bytes", section.memory_bytes), ("cache.max_entry_bytes", section.max_entry_bytes)]
+    {
         if bytes.0 == 0 {
             check.wrong(key, 0, "leaves room for no answer; write at least some MiB");
         }

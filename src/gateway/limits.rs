@@ -106,9 +106,23 @@ mod tests {
                 assert_eq!(limits.pass("r", &limit, key, Millis(at * 1000)), *within, "{technique} {key} at {at}");
             }
         };
-        check("fixed", &[(1, "a", true), (2, "a", true), (3, "a", false), (3, "b", true), (60, "a", true), (119, "a", true), (119, "a", false)]);
+        check(
+            "fixed",
+            &[
+                (1, "a", true),
+                (2, "a", true),
+                (3, "a", false),
+                (3, "b", true),
+                (60, "a", true),
+                (119, "a", true),
+                (119, "a", false),
+            ],
+        );
         // Of two in the window before, one and a half still count a quarter into the next.
-        check("sliding", &[(10, "a", true), (20, "a", true), (75, "a", false), (91, "a", true), (92, "a", false), (300, "a", true)]);
+        check(
+            "sliding",
+            &[(10, "a", true), (20, "a", true), (75, "a", false), (91, "a", true), (92, "a", false), (300, "a", true)],
+        );
     }
 
     #[test]

@@ -281,7 +281,8 @@ fn metadata(value: &str) -> Option<Map<String, Value>> {
 
 fn custom_cost(value: &str) -> Option<CustomCost> {
     let Ok(Value::Object(cost)) = serde_json::from_str(value) else { return None };
-    let dollars = |name: &str| cost.get(name).and_then(Value::as_f64).filter(|value| value.is_finite() && *value >= 0.0);
+    let dollars =
+        |name: &str| cost.get(name).and_then(Value::as_f64).filter(|value| value.is_finite() && *value >= 0.0);
     if let Some(total) = dollars("total_cost") {
         return Some(CustomCost::Total(total));
     }

@@ -355,9 +355,9 @@ impl Pipe {
 fn poll_source(source: &mut Source, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
     match source {
         Source::Upstream(body) => body.poll_chunk(cx),
-        Source::Local(body) => Pin::new(body).poll_next(cx).map(|chunk| {
-            chunk.map(|chunk| chunk.map_err(|error| Fault::Broken(error.to_string())))
-        }),
+        Source::Local(body) => Pin::new(body)
+            .poll_next(cx)
+            .map(|chunk| chunk.map(|chunk| chunk.map_err(|error| Fault::Broken(error.to_string())))),
         Source::Whole(bytes) => Poll::Ready(bytes.take().filter(|bytes| !bytes.is_empty()).map(Ok)),
         Source::Chunks(chunks) => Poll::Ready(chunks.next().map(Ok)),
         Source::Shared(chunks) => chunks

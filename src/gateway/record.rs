@@ -129,7 +129,15 @@ impl Record {
     }
 
     /// The answer has begun.
-    pub fn begun(&mut self, status: StatusCode, cache: CacheUse, provider: &str, model: &str, step: usize, trail: &str) {
+    pub fn begun(
+        &mut self,
+        status: StatusCode,
+        cache: CacheUse,
+        provider: &str,
+        model: &str,
+        step: usize,
+        trail: &str,
+    ) {
         let taken = self.received.elapsed();
         self.metrics.gateway_overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
         self.metrics.gateway_cache.with_label_values(&[cache.as_str()]).inc();

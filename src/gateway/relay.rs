@@ -266,7 +266,14 @@ impl Relay {
         record.waited(trail.elsewhere);
         match outcome {
             Ok((mut headers, upgraded, target)) => {
-                record.begun(StatusCode::SWITCHING_PROTOCOLS, CacheUse::Off, &target.provider, &target.model, 0, &trail.text);
+                record.begun(
+                    StatusCode::SWITCHING_PROTOCOLS,
+                    CacheUse::Off,
+                    &target.provider,
+                    &target.model,
+                    0,
+                    &trail.text,
+                );
                 headers.insert("cf-aig-step", HeaderValue::from_static("0"));
                 if let Some(log) = record.log
                     && let Ok(value) = HeaderValue::from_str(&log.to_string())
@@ -305,12 +312,7 @@ impl Relay {
         Ok((headers, upgraded, step.target))
     }
 
-    async fn answer(
-        self: &Rc<Self>,
-        ask: Ask,
-        record: &mut Record,
-        trail: &mut Trail,
-    ) -> Result<(Begun, CacheUse)> {
+    async fn answer(self: &Rc<Self>, ask: Ask, record: &mut Record, trail: &mut Trail) -> Result<(Begun, CacheUse)> {
         let verdict = ask.gateway.guard.request(&ask.body, ask.content_type.as_deref().unwrap_or_default());
         record.flags(&verdict.flags);
         if let Some(finding) = verdict.blocked {
@@ -474,8 +476,10 @@ impl Relay {
                 break;
             }
         }
-        last.unwrap_or_else(|| Err(Error::new(Kind::Unreachable, "All targets rest after failures; try again in a moment.")
-            .with_retry_after(Duration::from_secs(5))))
+        last.unwrap_or_else(|| {
+            Err(Error::new(Kind::Unreachable, "All targets rest after failures; try again in a moment.")
+                .with_retry_after(Duration::from_secs(5)))
+        })
     }
 
     /// One step, as often as it may be tried.
@@ -568,7 +572,8 @@ impl Relay {
                 };
                 let Answer { status, headers, body } = answer.map_err(Failure::Fault)?;
                 let idle = gateway.settings.timeouts.idle.or(step.timeouts.idle).unwrap_or(upstream.idle_timeout);
-                (status, headers, Source::Upstream(body.with_patience(idle)))
+                let whole = gateway.settings.timeouts.request.or(step.timeouts.request);
+                (status, headers, Source::Upstream(body.with_patience(idle, whole)))
             }
         };
         cleanse(&mut headers);
@@ -612,7 +617,7 @@ impl Relay {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
             let to_messages = speech.to_messages.then(|| messages::Translator::new(meta.model.clone()));
             let to_openai = speech.to_openai.then(|| Translator::new(step.dialect, meta, speech.include_usage));
-            
+
             return Ok(pipe.translated(to_openai, to_messages));
         }
         let body = collect(&mut pipe, limit).await;
@@ -730,6 +735,9 @@ impl Begun {
         say("cf-aig-provider", &step.target.provider);
         say("cf-aig-model", &step.target.model);
         say("cf-aig-attempts", &trail.text);
+        if let Some(route) = &step.route {
+            say("cf-aig-routing-reason", route);
+        }
         self
     }
 }
@@ -782,6 +790,7 @@ impl Keying {
 /// The reply to a call, with what the gateway says in its headers.
 fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
     let Begun { status, mut headers, pipe } = begun;
+    record.flags(pipe.flags());
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
     let (provider, model, trail) = (text("cf-aig-provider"), text("cf-aig-model"), text("cf-aig-attempts"));
     let step = text("cf-aig-step").parse().unwrap_or(0);
@@ -807,14 +816,16 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
 fn hit(entry: Arc<Entry>, words: Words) -> Begun {
     let (status, headers) = known_head(entry.head());
     let events = is_events(&headers);
-    let source = if events { Source::Chunks(Box::new(entry.chunks())) } else { Source::Whole(Some(entry.body().clone())) };
+    let source =
+        if events { Source::Chunks(Box::new(entry.chunks())) } else { Source::Whole(Some(entry.body().clone())) };
     Begun { status, headers, pipe: Pipe::new(source, words, events) }
 }
 
 /// Status and headers as the cache keeps them.
 fn cached_head(begun: &Begun) -> cache::Head {
     let headers = begun.headers.iter();
-    let headers = headers.map(|(name, value)| (name.as_str().into(), Bytes::copy_from_slice(value.as_bytes()))).collect();
+    let headers =
+        headers.map(|(name, value)| (name.as_str().into(), Bytes::copy_from_slice(value.as_bytes()))).collect();
     cache::Head { status: begun.status.as_u16(), headers }
 }
 

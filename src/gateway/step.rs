@@ -49,6 +49,8 @@ pub struct Step {
     pub timeouts: Timeouts,
     /// Its credentials are ours: what is wrong with them is wrong for everybody.
     pub stored_key: bool,
+    /// The way that led to it, if a route decided.
+    pub route: Option<String>,
     /// Its number among the caller's own steps.
     pub index: usize,
 }
@@ -182,6 +184,7 @@ impl Steps<'_> {
             options,
             timeouts: known.timeouts,
             stored_key: !brought && self.trusted,
+            route: None,
             index: 0,
         })
     }
@@ -228,6 +231,7 @@ impl Steps<'_> {
             options,
             timeouts: known.timeouts,
             stored_key,
+            route: None,
             index: 0,
         })
     }
@@ -309,6 +313,7 @@ impl Steps<'_> {
             options,
             timeouts: Timeouts::default(),
             stored_key: false,
+            route: None,
             index: 0,
         })
     }
@@ -337,6 +342,7 @@ impl Steps<'_> {
             options,
             timeouts: Timeouts::default(),
             stored_key: false,
+            route: None,
             index: 0,
         }
     }
@@ -428,7 +434,9 @@ impl Steps<'_> {
             Auth::SigV4 if secret.expose().trim_start().starts_with('{') => {
                 let (credentials, own) = sigv4::Credentials::parse(secret.expose())?;
                 let region = region.map(str::to_owned).or(own).ok_or_else(|| {
-                    Error::bad_input("Neither the path nor the stored AWS key names a region: add \"region\" to the key.")
+                    Error::bad_input(
+                        "Neither the path nor the stored AWS key names a region: add \"region\" to the key.",
+                    )
                 })?;
                 Ok(Sign::Aws { credentials, region })
             }
@@ -494,8 +502,9 @@ fn target(provider: &str, model: &str) -> Target {
 }
 
 fn insert(headers: &mut HeaderMap, name: &'static str, value: &str) -> Result<()> {
-    let mut value = HeaderValue::from_str(value)
-        .map_err(|_| Error::bad_input(format!("The key cannot be sent in a header ({name}): it holds control characters.")))?;
+    let mut value = HeaderValue::from_str(value).map_err(|_| {
+        Error::bad_input(format!("The key cannot be sent in a header ({name}): it holds control characters."))
+    })?;
     value.set_sensitive(true);
     headers.insert(HeaderName::from_static(name), value);
     Ok(())

@@ -94,7 +94,9 @@ pub(super) fn status(surface: Surface, error: &Error) -> StatusCode {
         _ if is_lora(error) && !matches!(surface, Surface::OpenAi | Surface::Messages) => 405,
         Surface::OpenAi | Surface::Messages => wire.openai_status,
         Surface::Management if error.kind() == Kind::BadInput => 400,
-        Surface::CloudflareV1 | Surface::Native | Surface::Binding | Surface::Gateway | Surface::Management => wire.status,
+        Surface::CloudflareV1 | Surface::Native | Surface::Binding | Surface::Gateway | Surface::Management => {
+            wire.status
+        }
     };
     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }

@@ -174,10 +174,11 @@ async fn enter(
     let headers = request.headers();
     let token = headers.get("cf-aig-authorization").and_then(|value| value.to_str().ok()).map(auth::bare);
     let token = token.or_else(|| socket::token(request).map(|(token, _)| token));
-    let admitted = services.vault.admit(token, Some(account), now).and_then(|caller| match caller.scopes.opens(gateway) {
-        true => Ok(caller),
-        false => Err(Error::new(Kind::Forbidden, "This token does not open this gateway.")),
-    });
+    let admitted =
+        services.vault.admit(token, Some(account), now).and_then(|caller| match caller.scopes.opens(gateway) {
+            true => Ok(caller),
+            false => Err(Error::new(Kind::Forbidden, "This token does not open this gateway.")),
+        });
     let account = AccountId::new(account);
     let known = admitted.as_ref().is_ok_and(|caller| caller.key.is_some());
     let gateway = find(relay, &account, gateway, known).await?;
@@ -301,7 +302,8 @@ impl Entrance {
             };
         }
         let method = call.method.clone();
-        let step = self.steps().native(slug, &method, rest, &call.query, &call.headers, &call.body, call.options.clone())?;
+        let step =
+            self.steps().native(slug, &method, rest, &call.query, &call.headers, &call.body, call.options.clone())?;
         let words = Words::Native(step.dialect);
         self.ask(call, Plan::list(vec![Ok(step)]), words, slug)
     }
@@ -451,7 +453,8 @@ impl Entrance {
             return Err(Error::new(Kind::NoSuchModel, message).with_param("model"));
         };
         let asked = Asked::read(call, &self.who)?;
-        let (limits, counters) = (relay.parts.limits.clone(), format!("{}/{}/{}", self.account, self.gateway.id, route.id));
+        let (limits, counters) =
+            (relay.parts.limits.clone(), format!("{}/{}/{}", self.account, self.gateway.id, route.id));
         let mut within = move |limit: &LimitNode, key: &str| limits.pass(&counters, limit, key, Millis::now());
         let most = route.graph.models().count();
         let mut walk = asked.with(|facts| route.graph.walk(facts, &mut within));
@@ -483,7 +486,7 @@ impl Entrance {
             };
             index += 1;
             Some(step.map(|mut step| {
-                step.index = index - 1;
+                (step.index, step.route) = (index - 1, Some(walk.to_string()));
                 step
             }))
         };
@@ -507,7 +510,8 @@ impl Entrance {
         };
         let (slug, model) = step::divide_name(&name)?;
         let (slug, model) = (slug.to_owned(), model.to_owned());
-        call.body = Bytes::from(run.input.map_or_else(|| "{}".to_owned(), |input| String::from(Box::<str>::from(input))));
+        call.body =
+            Bytes::from(run.input.map_or_else(|| "{}".to_owned(), |input| String::from(Box::<str>::from(input))));
         call.method = actix_web::http::Method::POST;
         let ask = if slug == step::LOCAL {
             self.native(call, &slug, &format!("run/{model}"))?
@@ -625,7 +629,8 @@ async fn enveloped(reply: Reply, provider: &str, model: &str, limit: usize) -> R
         }
         all.extend_from_slice(&chunk);
     }
-    let answer: Value = serde_json::from_slice(&all).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&all).into()));
+    let answer: Value =
+        serde_json::from_slice(&all).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&all).into()));
     let body = if status.is_success() {
         let result = answer.get("result").filter(|_| answer.get("success").is_some()).cloned().unwrap_or(answer);
         serde_json::json!({ "state": "Completed", "result": result, "provider": provider, "model": model })

@@ -7,8 +7,8 @@ use std::rc::Rc;
 use actix_web::HttpResponse;
 use actix_web::web;
 use futures_util::FutureExt;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::StatusCode;
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::base::{Error, Kind, Result};
 use crate::gateway::relay::{Local, LocalAnswer, Who};

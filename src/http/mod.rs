@@ -194,8 +194,7 @@ async fn dispatch(
             let (limit, patience) = (server.max_body_bytes, server.read_timeout);
             let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
             if route.surface != Surface::Binding && gateway::is_meant(request.headers(), endpoint, &body) {
-                let outcome =
-                    gateway::serve_named(&door.relay, request, body, endpoint, caller, id, received).await;
+                let outcome = gateway::serve_named(&door.relay, request, body, endpoint, caller, id, received).await;
                 trail.served = outcome.is_ok();
                 return outcome;
             }
@@ -275,9 +274,7 @@ async fn answer(services: &Services, ask: &Ask, endpoint: &Endpoint) -> Result<H
         | Endpoint::CompatChat { .. }
         | Endpoint::CompatEmbeddings { .. }
         | Endpoint::CompatModels { .. }
-        | Endpoint::GatewayRun { .. } => {
-            Err(Error::internal("an endpoint that was answered before"))
-        }
+        | Endpoint::GatewayRun { .. } => Err(Error::internal("an endpoint that was answered before")),
     }
 }
 

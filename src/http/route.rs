@@ -77,13 +77,23 @@ pub(super) enum Endpoint {
         rest: String,
     },
     /// A list of steps, through a gateway.
-    Universal { gateway: String },
+    Universal {
+        gateway: String,
+    },
     /// A chat in OpenAI's words with any provider's model, through a gateway.
-    CompatChat { gateway: String },
-    CompatEmbeddings { gateway: String },
-    CompatModels { gateway: String },
+    CompatChat {
+        gateway: String,
+    },
+    CompatEmbeddings {
+        gateway: String,
+    },
+    CompatModels {
+        gateway: String,
+    },
     /// A model and its native input in the body, through a gateway.
-    GatewayRun { gateway: String },
+    GatewayRun {
+        gateway: String,
+    },
     /// Gateways, stored keys, custom providers, routes: what follows `ai-gateway/` in the path, decoded.
     Management(Vec<String>),
     /// Known to clients, not to this build.
@@ -404,7 +414,11 @@ mod tests {
         for (path, slug, rest) in [
             ("openai/chat/completions", "openai", "chat/completions"),
             ("workers-ai/@cf%2Fmeta%2Fllama", "workers-ai", "@cf%2Fmeta%2Fllama"),
-            ("aws-bedrock/bedrock-runtime/us-east-1/model/a%3A0/invoke", "aws-bedrock", "bedrock-runtime/us-east-1/model/a%3A0/invoke"),
+            (
+                "aws-bedrock/bedrock-runtime/us-east-1/model/a%3A0/invoke",
+                "aws-bedrock",
+                "bedrock-runtime/us-east-1/model/a%3A0/invoke",
+            ),
             ("custom%2Dx/a//b/", "custom-x", "a//b/"),
             ("openai", "openai", ""),
         ] {

@@ -47,19 +47,19 @@ pub fn start(services: Services, socket: TcpListener, listener: Listener) -> Res
         let door = Door { services, relay, listener, in_flight: in_flight.clone() };
         App::new().app_data(web::Data::new(door)).default_service(web::to(handle))
     })
-        .workers(workers)
-        // Counted by worker; more wait in the accept queue.
-        .max_connections(config.max_connections.div_ceil(workers).max(1))
-        .keep_alive(KEEP_ALIVE)
-        .client_request_timeout(config.read_timeout)
-        .client_disconnect_timeout(LAST_BYTES)
-        // A client that closes its side is gone: its call is cancelled, whether it was waiting or streaming.
-        .h1_allow_half_closed(false)
-        .on_connect(move |socket, extensions| connections.opened(socket, extensions))
-        .shutdown_timeout(config.drain_timeout.as_secs_f64().ceil() as u64)
-        .disable_signals()
-        .listen(socket)
-        .map_err(|error| Error::internal("the HTTP socket cannot be used").with_source(error))?;
+    .workers(workers)
+    // Counted by worker; more wait in the accept queue.
+    .max_connections(config.max_connections.div_ceil(workers).max(1))
+    .keep_alive(KEEP_ALIVE)
+    .client_request_timeout(config.read_timeout)
+    .client_disconnect_timeout(LAST_BYTES)
+    // A client that closes its side is gone: its call is cancelled, whether it was waiting or streaming.
+    .h1_allow_half_closed(false)
+    .on_connect(move |socket, extensions| connections.opened(socket, extensions))
+    .shutdown_timeout(config.drain_timeout.as_secs_f64().ceil() as u64)
+    .disable_signals()
+    .listen(socket)
+    .map_err(|error| Error::internal("the HTTP socket cannot be used").with_source(error))?;
     Ok(server.run())
 }
 

@@ -27,8 +27,8 @@ use crate::base::{Error, RequestId, Result};
 use crate::gateway::pipe::End;
 use crate::gateway::record::Record;
 use crate::gateway::relay::{Relay, Reply};
-use crate::http::gateway::{Entrance, Incoming};
 use crate::http::error;
+use crate::http::gateway::{Entrance, Incoming};
 use crate::http::route::Surface;
 use crate::net::sse;
 
@@ -132,7 +132,9 @@ async fn answer(
     let event = step["eventId"].as_str().map(str::to_owned);
     let metadata = json!({ "eventId": event });
     let outcome = if written["type"] != "universal.create" || !step.is_object() {
-        Err(Error::bad_input("a message is {\"type\":\"universal.create\",\"request\":{\"eventId\",\"provider\",\"endpoint\",\"headers\",\"query\"}}"))
+        Err(Error::bad_input(
+            "a message is {\"type\":\"universal.create\",\"request\":{\"eventId\",\"provider\",\"endpoint\",\"headers\",\"query\"}}",
+        ))
     } else {
         call.body = Bytes::from(step.to_string());
         call.options.event_id = event.or(call.options.event_id);
@@ -145,7 +147,9 @@ async fn answer(
         Ok(reply) => reply,
         Err(error) => {
             let refusal = error::value(Surface::Gateway, id, &error);
-            return session.text(json!({ "type": "universal.error", "metadata": metadata, "error": refusal }).to_string()).await;
+            return session
+                .text(json!({ "type": "universal.error", "metadata": metadata, "error": refusal }).to_string())
+                .await;
         }
     };
     let Reply { status, headers, mut pipe, mut record } = reply;
@@ -187,7 +191,8 @@ async fn answer(
     if streams {
         return session.text(json!({ "type": "universal.done", "metadata": metadata }).to_string()).await;
     }
-    let response = serde_json::from_slice(&whole).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&whole).into()));
+    let response =
+        serde_json::from_slice(&whole).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&whole).into()));
     session.text(json!({ "type": "universal.created", "metadata": about, "response": response }).to_string()).await
 }
 

@@ -284,8 +284,9 @@ impl Client {
             if !call.origin.tls {
                 return Ok((spoken(stream).await?, private));
             }
-            let name = ServerName::try_from(call.origin.host().to_owned())
-                .map_err(|_| Fault::Refused(format!("`{}` is no name that a certificate can have", call.origin.host())))?;
+            let name = ServerName::try_from(call.origin.host().to_owned()).map_err(|_| {
+                Fault::Refused(format!("`{}` is no name that a certificate can have", call.origin.host()))
+            })?;
             let stream = TlsConnector::from(settings.tls.0.clone())
                 .connect(name, stream)
                 .await
@@ -316,11 +317,8 @@ impl Client {
         };
         // Judged by the very address that is connected to: a name that changes its mind in between changes nothing.
         let allowed = addresses.iter().filter(|address| allow_private || !is_private(address.ip()));
-        let mut last = if addresses.is_empty() {
-            Fault::Connect(format!("{host} has no address"))
-        } else {
-            private_address(host)
-        };
+        let mut last =
+            if addresses.is_empty() { Fault::Connect(format!("{host} has no address")) } else { private_address(host) };
         for address in allowed {
             match TcpStream::connect(address).await {
                 Ok(stream) => {
@@ -455,14 +453,19 @@ pub struct AnswerBody {
 struct Patience {
     limit: Duration,
     heard: TokioInstant,
+    /// When it has to be whole.
+    until: Option<TokioInstant>,
     alarm: Pin<Box<Sleep>>,
 }
 
 impl AnswerBody {
-    /// Fails with a timeout when nothing comes for `limit`, counted from now and from every chunk.
-    pub fn with_patience(mut self, limit: Duration) -> Self {
+    /// Fails with a timeout when nothing comes for `limit`, counted from now and from every chunk, or when it is not whole
+    /// within `whole`.
+    pub fn with_patience(mut self, limit: Duration, whole: Option<Duration>) -> Self {
         let now = TokioInstant::now();
-        self.patience = Some(Patience { limit, heard: now, alarm: Box::pin(sleep_until(now + limit)) });
+        let until = whole.map(|whole| now + whole);
+        let first = until.map_or(now + limit, |until| until.min(now + limit));
+        self.patience = Some(Patience { limit, heard: now, until, alarm: Box::pin(sleep_until(first)) });
         self
     }
 
@@ -478,6 +481,10 @@ impl AnswerBody {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Some(patience) = &mut self.patience {
                         patience.heard = TokioInstant::now();
+                        if patience.until.is_some_and(|until| until <= patience.heard) {
+                            self.lease = None;
+                            return Poll::Ready(Some(Err(Fault::Timeout("the whole answer"))));
+                        }
                     }
                     self.settle();
                     // Trailers are nobody's business here.
@@ -532,12 +539,14 @@ impl AnswerBody {
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
         let Some(patience) = &mut self.patience else { return Poll::Pending };
         while patience.alarm.as_mut().poll(cx).is_ready() {
-            let end = patience.heard + patience.limit;
-            if end <= TokioInstant::now() {
+            let (now, end) = (TokioInstant::now(), patience.heard + patience.limit);
+            let late = patience.until.is_some_and(|until| until <= now);
+            if late || end <= now {
                 self.lease = None;
-                return Poll::Ready(Some(Err(Fault::Timeout("between two chunks"))));
+                let what = if late { "the whole answer" } else { "between two chunks" };
+                return Poll::Ready(Some(Err(Fault::Timeout(what))));
             }
-            patience.alarm.as_mut().reset(end);
+            patience.alarm.as_mut().reset(patience.until.map_or(end, |until| until.min(end)));
         }
         Poll::Pending
     }
@@ -641,11 +650,9 @@ mod tests {
 
     #[test]
     fn a_host_is_an_origin_and_a_user_in_it_is_refused() {
-        for (authority, host, port) in [
-            ("api.openai.com", "api.openai.com", 443),
-            ("localhost:8080", "localhost", 8080),
-            ("[::1]:9", "::1", 9),
-        ] {
+        for (authority, host, port) in
+            [("api.openai.com", "api.openai.com", 443), ("localhost:8080", "localhost", 8080), ("[::1]:9", "::1", 9)]
+        {
             let origin = Origin::new(true, authority).unwrap();
             assert_eq!((origin.host(), origin.port()), (host, port), "{authority}");
         }

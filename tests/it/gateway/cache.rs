@@ -142,14 +142,26 @@ async fn a_stream_is_kept_and_replayed_as_a_stream() {
     let two = [0, 1].map(|_| rig.chat(&[KEEP, ("x-fake", "chunks=8; gap=40")], &streamed("together")));
     let two = join_all(two.map(Answer::of)).await;
     assert_eq!(two[0].text, two[1].text);
-    assert_eq!(rig.upstream.requests().iter().filter(|seen| seen.json()["messages"][0]["content"] == "together").count(), 1);
+    assert_eq!(
+        rig.upstream.requests().iter().filter(|seen| seen.json()["messages"][0]["content"] == "together").count(),
+        1
+    );
     rig.is_clean().await;
 }
 
 #[actix_web::test]
 async fn nothing_partial_failed_or_large_is_kept() {
     let rig = Rig::start();
-    for fake in ["500", "429", "404", "chunks=9; reset-after=4", "chunks=9; close-after=4", "short=3", "huge=30m", "bad-json; until-close"] {
+    for fake in [
+        "500",
+        "429",
+        "404",
+        "chunks=9; reset-after=4",
+        "chunks=9; close-after=4",
+        "short=3",
+        "huge=30m",
+        "bad-json; until-close",
+    ] {
         let body = if fake.contains("after") { streamed(fake) } else { question(fake) };
         let sent = rig.chat(&[KEEP, ("x-fake", fake)], &body).send().await.unwrap();
         let mut rest = sent.bytes_stream();

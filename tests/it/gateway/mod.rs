@@ -3,6 +3,8 @@
 mod cache;
 mod passing;
 mod retry;
+mod soak;
+mod socket;
 mod told;
 mod unified;
 
@@ -39,7 +41,9 @@ impl Rig {
     fn made(more: &str, keeps: bool) -> Self {
         let upstream = Upstream::start();
         let mut toml = String::from("[auth]\nanonymous = \"local\"\n[upstream]\nmax_retry_after_ms = 1500\n");
-        for slug in ["openai", "anthropic", "google-ai-studio", "cohere", "aws-bedrock", "azure-openai", "mistral", "groq"] {
+        for slug in
+            ["openai", "anthropic", "google-ai-studio", "cohere", "aws-bedrock", "azure-openai", "mistral", "groq"]
+        {
             let base = upstream.base(slug);
             toml += &format!("[[provider]]\nslug = \"{slug}\"\nbase_url = \"{base}\"\nallow_private = true\n");
         }

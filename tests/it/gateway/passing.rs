@@ -48,7 +48,9 @@ async fn a_request_passes_byte_for_byte_but_for_what_is_ours() {
 #[actix_web::test]
 async fn an_answer_says_who_answered_and_carries_what_the_upstream_said() {
     let rig = Rig::start();
-    let answer = Answer::of(rig.chat(&[("x-fake", "header=x-theirs: 1; header=set-cookie: a=b")], &question("hello there"))).await;
+    let answer =
+        Answer::of(rig.chat(&[("x-fake", "header=x-theirs: 1; header=set-cookie: a=b")], &question("hello there")))
+            .await;
     assert_eq!(answer.status, 200, "{answer:?}");
     let body: Value = serde_json::from_str(&answer.text).unwrap();
     assert!(body["choices"][0]["message"]["content"].as_str().unwrap().contains("hello there"), "{body}");
@@ -65,7 +67,8 @@ async fn an_answer_says_who_answered_and_carries_what_the_upstream_said() {
     }
     assert_eq!(answer.header("cf-aig-log-id").len(), 26);
     assert_eq!(answer.header("cf-aig-log-id"), answer.header("cf-aig-request-id"));
-    let silent = Answer::of(rig.chat(&[("cf-aig-collect-log", "false"), ("cf-aig-event-id", "mine")], &question("x"))).await;
+    let silent =
+        Answer::of(rig.chat(&[("cf-aig-collect-log", "false"), ("cf-aig-event-id", "mine")], &question("x"))).await;
     assert_eq!((silent.header("cf-aig-log-id"), silent.header("cf-aig-event-id")), ("", "mine"));
 }
 
@@ -78,7 +81,10 @@ async fn every_providers_own_path_leads_to_its_own_upstream() {
         ("groq/chat/completions", "/groq/v1/chat/completions"),
         ("mistral/v1/chat/completions", "/mistral/v1/chat/completions"),
         ("anthropic/v1/messages", "/anthropic/v1/messages"),
-        ("google-ai-studio/v1beta/models/gemini-pro:generateContent", "/google-ai-studio/v1beta/models/gemini-pro:generateContent"),
+        (
+            "google-ai-studio/v1beta/models/gemini-pro:generateContent",
+            "/google-ai-studio/v1beta/models/gemini-pro:generateContent",
+        ),
         ("google/v1/models/gemini-pro:generateContent", "/google-ai-studio/v1/models/gemini-pro:generateContent"),
         ("cohere/v2/chat", "/cohere/v2/chat"),
     ] {
@@ -155,7 +161,12 @@ async fn the_engine_is_a_provider_like_all_others() {
 #[actix_web::test]
 async fn a_stream_passes_chunk_by_chunk() {
     let rig = Rig::start();
-    let mut answer = rig.chat(&[("x-fake", "chunks=5; gap=60")], &streamed("one two three four five")).send().await.unwrap().bytes_stream();
+    let mut answer = rig
+        .chat(&[("x-fake", "chunks=5; gap=60")], &streamed("one two three four five"))
+        .send()
+        .await
+        .unwrap()
+        .bytes_stream();
     let (began, mut times) = (Instant::now(), Vec::new());
     while let Some(chunk) = answer.next().await {
         chunk.unwrap();
@@ -208,7 +219,11 @@ async fn a_stream_that_breaks_off_says_so_and_never_says_done() {
         let all = events(&answer);
         let last: Value = serde_json::from_str(&all.last().unwrap().data).unwrap();
         assert!(last["error"]["message"].is_string(), "{fake}: {last}");
-        assert!(!answer.text.contains("[DONE]") && !answer.text.contains("\"finish_reason\":\"stop\""), "{fake}: {}", answer.text);
+        assert!(
+            !answer.text.contains("[DONE]") && !answer.text.contains("\"finish_reason\":\"stop\""),
+            "{fake}: {}",
+            answer.text
+        );
     }
     rig.is_clean().await;
     assert_eq!(rig.daemon.services.metrics.gateway_calls.with_label_values(&["failed"]).get(), 2);
@@ -216,10 +231,16 @@ async fn a_stream_that_breaks_off_says_so_and_never_says_done() {
 
 #[actix_web::test]
 async fn what_an_upstream_does_wrong_costs_one_call_and_has_a_reason() {
-    let rig = Rig::with("[[gateway]]\nid = \"quick\"\nauthentication = false\nfirst_byte_timeout_ms = 300\nidle_timeout_ms = 300\n");
+    let rig = Rig::with(
+        "[[gateway]]\nid = \"quick\"\nauthentication = false\nfirst_byte_timeout_ms = 300\nidle_timeout_ms = 300\n",
+    );
     let url = rig.daemon.url("/v1/acme/quick/openai/chat/completions");
     let ask = |fake: &str| {
-        reqwest::Client::new().post(&url).header("x-fake", fake).header("cf-aig-request-timeout", "300").json(&question("q"))
+        reqwest::Client::new()
+            .post(&url)
+            .header("x-fake", fake)
+            .header("cf-aig-request-timeout", "300")
+            .json(&question("q"))
     };
     for (fake, status, code) in [("reset", 502, 2005), ("garbage", 502, 2005), ("close-early", 502, 2005)] {
         let answer = Answer::of(ask(fake)).await;
@@ -268,7 +289,8 @@ async fn usage_is_counted_whatever_shape_it_has_even_compressed() {
     };
     let plain = Answer::of(rig.chat(&[], &question("one two three"))).await;
     let usage: Value = serde_json::from_str(&plain.text).unwrap();
-    let (prompt, completion) = (usage["usage"]["prompt_tokens"].as_u64().unwrap(), usage["usage"]["completion_tokens"].as_u64().unwrap());
+    let (prompt, completion) =
+        (usage["usage"]["prompt_tokens"].as_u64().unwrap(), usage["usage"]["completion_tokens"].as_u64().unwrap());
     rig.is_clean().await;
     assert_eq!((counted("prompt")[0], counted("completion")[0]), (prompt, completion));
     Answer::of(rig.chat(&[], &streamed("one two three"))).await;

@@ -26,7 +26,11 @@ async fn what_may_do_better_is_tried_again_and_what_cannot_is_not() {
         rig.upstream.script("/openai", [first, "ok"]);
         let headers = [("cf-aig-max-attempts", "3"), ("cf-aig-retry-delay", "1"), ("cf-aig-backoff", "constant")];
         let answer = Answer::of(rig.chat(&headers, &question("q"))).await;
-        assert_eq!((answer.status == 200, rig.upstream.count()), (worth, if worth { 2 } else { 1 }), "{first}: {answer:?}");
+        assert_eq!(
+            (answer.status == 200, rig.upstream.count()),
+            (worth, if worth { 2 } else { 1 }),
+            "{first}: {answer:?}"
+        );
         // Where nothing at all was heard on a kept connection, the try is not even counted.
         if worth && first != "reset" {
             let trail = answer.header("cf-aig-attempts");
@@ -61,7 +65,8 @@ async fn retry_after_is_obeyed_up_to_a_cap() {
         rig.upstream.clear();
         rig.upstream.script("/openai", [format!("429; {advice}").as_str(), "ok"]);
         let began = Instant::now();
-        let answer = Answer::of(rig.chat(&[("cf-aig-max-attempts", "2"), ("cf-aig-retry-delay", "1")], &question("q"))).await;
+        let answer =
+            Answer::of(rig.chat(&[("cf-aig-max-attempts", "2"), ("cf-aig-retry-delay", "1")], &question("q"))).await;
         let taken = began.elapsed().as_millis();
         assert_eq!(answer.status, 200, "{answer:?}");
         assert!((at_least..at_most).contains(&taken), "{advice}: {taken} ms");
@@ -84,13 +89,21 @@ async fn steps_are_taken_in_order_until_one_answers() {
         step("anthropic", "v1/messages", "ok", json!({})),
     ]);
     let answer = ask(steps).await;
-    assert_eq!((answer.status, answer.header("cf-aig-step"), answer.header("cf-aig-provider")), (200, "2", "anthropic"), "{answer:?}");
+    assert_eq!(
+        (answer.status, answer.header("cf-aig-step"), answer.header("cf-aig-provider")),
+        (200, "2", "anthropic"),
+        "{answer:?}"
+    );
     assert_eq!(answer.header("cf-aig-attempts"), "openai/m=500, openai/m=500, groq/m=timeout, anthropic/m=200");
     let seen = rig.upstream.requests();
     assert_eq!(seen.last().unwrap().header("x-number"), Some("7"));
     assert!(seen.iter().all(|seen| seen.header("cf-aig-cache-ttl").is_none()));
     // All fail: the last one's own words.
-    let answer = ask(json!([step("openai", "chat/completions", "500", json!({})), step("groq", "chat/completions", "429", json!({}))])).await;
+    let answer = ask(json!([
+        step("openai", "chat/completions", "500", json!({})),
+        step("groq", "chat/completions", "429", json!({}))
+    ]))
+    .await;
     assert_eq!((answer.status, answer.header("cf-aig-step")), (429, "1"), "{answer:?}");
     // One object is a list of one.
     assert_eq!(ask(step("openai", "chat/completions", "ok", json!({}))).await.header("cf-aig-step"), "0");
@@ -103,7 +116,12 @@ async fn steps_are_taken_in_order_until_one_answers() {
 #[actix_web::test]
 async fn nothing_is_tried_again_once_the_caller_has_read_a_byte() {
     let rig = Rig::start();
-    let headers = [("cf-aig-max-attempts", "5"), ("cf-aig-retry-delay", "1"), ("x-fake", "chunks=9; reset-after=3"), ("cf-aig-fallback", "groq/m")];
+    let headers = [
+        ("cf-aig-max-attempts", "5"),
+        ("cf-aig-retry-delay", "1"),
+        ("x-fake", "chunks=9; reset-after=3"),
+        ("cf-aig-fallback", "groq/m"),
+    ];
     let answer = Answer::of(rig.chat(&headers, &streamed("q"))).await;
     assert_eq!((answer.status, rig.upstream.count()), (200, 1));
     assert!(!answer.text.contains("[DONE]"), "{answer:?}");
@@ -136,16 +154,26 @@ async fn a_chain_ends_at_the_engine_of_this_process() {
     let url = rig.daemon.url("/v1/acme/safe/compat/chat/completions");
     let ask = || {
         let request = reqwest::Client::new().post(&url).header("cf-aig-authorization", "secret");
-        request.json(&json!({ "model": "openai/gpt-4o", "max_tokens": 5, "messages": [{ "role": "user", "content": "q" }] }))
+        request.json(
+            &json!({ "model": "openai/gpt-4o", "max_tokens": 5, "messages": [{ "role": "user", "content": "q" }] }),
+        )
     };
     rig.upstream.script("/openai", ["500"]);
     let second = Answer::of(ask()).await;
-    assert_eq!((second.status, second.header("cf-aig-provider"), second.header("cf-aig-step")), (200, "anthropic", "1"), "{second:?}");
+    assert_eq!(
+        (second.status, second.header("cf-aig-provider"), second.header("cf-aig-step")),
+        (200, "anthropic", "1"),
+        "{second:?}"
+    );
     assert_eq!(second.json()["object"], "chat.completion");
     rig.upstream.script("/openai", ["503"]);
     rig.upstream.script("/anthropic", ["529"]);
     let last = Answer::of(ask()).await;
-    assert_eq!((last.status, last.header("cf-aig-provider"), last.header("cf-aig-step")), (200, "workers-ai", "2"), "{last:?}");
+    assert_eq!(
+        (last.status, last.header("cf-aig-provider"), last.header("cf-aig-step")),
+        (200, "workers-ai", "2"),
+        "{last:?}"
+    );
     assert_eq!(last.json()["object"], "chat.completion");
     rig.is_clean().await;
 }
@@ -164,7 +192,11 @@ async fn a_target_that_keeps_failing_rests_and_comes_back() {
     let resting = ask().await;
     assert_eq!(resting.header("cf-aig-attempts"), "openai/gpt-4o-mini=resting, groq/m=200");
     let metrics = rig.daemon.get("/metrics").await;
-    assert!(metrics.text.contains("neurond_breakers_open{provider=\"openai\"} 1"), "{}", metrics.text.lines().filter(|line| line.contains("breakers")).collect::<Vec<_>>().join("\n"));
+    assert!(
+        metrics.text.contains("neurond_breakers_open{provider=\"openai\"} 1"),
+        "{}",
+        metrics.text.lines().filter(|line| line.contains("breakers")).collect::<Vec<_>>().join("\n")
+    );
     tokio::time::sleep(Duration::from_millis(900)).await;
     assert_eq!(ask().await.header("cf-aig-provider"), "openai", "its rest is over");
 }

@@ -16,7 +16,8 @@ async fn manage(rig: &Rig, method: Method, path: &str, body: Value) -> Answer {
 fn folders(rig: &str) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().display();
-    let more = format!("[registry]\nfolder = \"{path}/registry\"\n[vault]\nmaster_key_file = \"{path}/master.key\"\n{rig}");
+    let more =
+        format!("[registry]\nfolder = \"{path}/registry\"\n[vault]\nmaster_key_file = \"{path}/master.key\"\n{rig}");
     std::fs::write(folder.path().join("master.key"), "11".repeat(32)).unwrap();
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(folder.path().join("master.key"), std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -27,14 +28,26 @@ fn folders(rig: &str) -> (tempfile::TempDir, String) {
 async fn a_gateway_made_by_the_api_serves_and_a_stored_key_stands_in_for_the_callers() {
     let (folder, more) = folders("");
     let rig = Rig::kept(&more);
-    let made = manage(&rig, Method::POST, "gateways", json!({
-        "id": "made", "cache_invalidate_on_update": true, "cache_ttl": 300, "collect_logs": true,
-        "rate_limiting_interval": 0, "rate_limiting_limit": 0, "rate_limiting_technique": "fixed",
-    })).await;
+    let made = manage(
+        &rig,
+        Method::POST,
+        "gateways",
+        json!({
+            "id": "made", "cache_invalidate_on_update": true, "cache_ttl": 300, "collect_logs": true,
+            "rate_limiting_interval": 0, "rate_limiting_limit": 0, "rate_limiting_technique": "fixed",
+        }),
+    )
+    .await;
     assert_eq!((made.status, made.json()["result"]["id"].clone()), (200, json!("made")), "{made:?}");
-    let key = manage(&rig, Method::POST, "gateways/made/provider_configs", json!({
-        "alias": "default", "provider_slug": "openai", "default_config": true, "secret": "sk-stored-key-of-acme",
-    })).await;
+    let key = manage(
+        &rig,
+        Method::POST,
+        "gateways/made/provider_configs",
+        json!({
+            "alias": "default", "provider_slug": "openai", "default_config": true, "secret": "sk-stored-key-of-acme",
+        }),
+    )
+    .await;
     assert_eq!(key.status, 200, "{key:?}");
     assert!(!key.text.contains("sk-stored-key-of-acme"), "write-only: {key:?}");
     let ask = async || {
@@ -45,15 +58,24 @@ async fn a_gateway_made_by_the_api_serves_and_a_stored_key_stands_in_for_the_cal
     assert_eq!(rig.upstream.requests()[0].header("authorization"), Some("Bearer sk-stored-key-of-acme"));
     assert_eq!(ask().await.header("cf-aig-cache-status"), "HIT", "the gateway's own setting");
     // An update empties the cache, as it was told to.
-    let put = manage(&rig, Method::PUT, "gateways/made", json!({
-        "cache_invalidate_on_update": true, "cache_ttl": 600, "collect_logs": false,
-        "rate_limiting_interval": 0, "rate_limiting_limit": 0, "rate_limiting_technique": "fixed",
-    })).await;
+    let put = manage(
+        &rig,
+        Method::PUT,
+        "gateways/made",
+        json!({
+            "cache_invalidate_on_update": true, "cache_ttl": 600, "collect_logs": false,
+            "rate_limiting_interval": 0, "rate_limiting_limit": 0, "rate_limiting_technique": "fixed",
+        }),
+    )
+    .await;
     assert_eq!(put.status, 200, "{put:?}");
     let after = ask().await;
     assert_eq!((after.header("cf-aig-cache-status"), after.header("cf-aig-log-id")), ("MISS", ""), "and logs are off");
     // Sealed on disk, and nowhere readable.
-    let files: String = walk(folder.path()).iter().map(|path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()).collect();
+    let files: String = walk(folder.path())
+        .iter()
+        .map(|path| String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned())
+        .collect();
     assert!(files.contains("made") && !files.contains("sk-stored-key-of-acme"));
     let listed = manage(&rig, Method::GET, "gateways", Value::Null).await.json();
     assert!(listed["result"].as_array().unwrap().iter().any(|gateway| gateway["id"] == "made"), "{listed}");
@@ -70,12 +92,22 @@ fn walk(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
 async fn the_file_wins_and_cannot_be_changed_by_the_api() {
     let (_folder, more) = folders("");
     let rig = Rig::kept(&more);
-    let put = manage(&rig, Method::PUT, "gateways/g", json!({ "cache_ttl": 600, "cache_invalidate_on_update": false, "collect_logs": true,
-        "rate_limiting_interval": 0, "rate_limiting_limit": 0 })).await;
+    let put = manage(
+        &rig,
+        Method::PUT,
+        "gateways/g",
+        json!({ "cache_ttl": 600, "cache_invalidate_on_update": false, "collect_logs": true,
+        "rate_limiting_interval": 0, "rate_limiting_limit": 0 }),
+    )
+    .await;
     assert_eq!((put.status, put.json()["errors"][0]["code"].clone()), (400, json!(7001)), "{put:?}");
     for (path, status, code) in [("gateways/none", 404, 7002), ("nothing", 404, 7000)] {
         let answer = manage(&rig, Method::GET, path, Value::Null).await;
-        assert_eq!((answer.status, answer.json()["errors"][0]["code"].clone()), (status, json!(code)), "{path}: {answer:?}");
+        assert_eq!(
+            (answer.status, answer.json()["errors"][0]["code"].clone()),
+            (status, json!(code)),
+            "{path}: {answer:?}"
+        );
     }
     let url = rig.daemon.url("/client/v4/accounts/acme/ai-gateway/gateways");
     assert_eq!(Answer::of(reqwest::Client::new().get(url).bearer_auth("wrong")).await.status, 401);
@@ -84,7 +116,10 @@ async fn the_file_wins_and_cannot_be_changed_by_the_api() {
 #[actix_web::test]
 async fn a_custom_provider_is_called_like_any_other() {
     let upstream = crate::upstream::Upstream::start();
-    let more = format!("[[provider]]\nslug = \"custom-mine\"\nbase_url = \"{}\"\nallow_private = true\n", upstream.base("openai"));
+    let more = format!(
+        "[[provider]]\nslug = \"custom-mine\"\nbase_url = \"{}\"\nallow_private = true\n",
+        upstream.base("openai")
+    );
     let rig = Rig::with(&more);
     let answer = Answer::of(rig.post("custom-mine/v1/chat/completions", &[], &question("q"))).await;
     assert_eq!((answer.status, answer.header("cf-aig-provider")), (200, "custom-mine"), "{answer:?}");
@@ -115,20 +150,25 @@ async fn a_route_decides_who_answers_and_turns_to_another() {
           "outputs": { "success": to("e"), "fallback": to("e") } },
         { "id": "e", "type": "end" },
     ]);
-    let made = manage(&rig, Method::POST, "gateways/made/routes", json!({ "name": "support", "elements": elements })).await;
+    let made =
+        manage(&rig, Method::POST, "gateways/made/routes", json!({ "name": "support", "elements": elements })).await;
     assert_eq!(made.status, 200, "{made:?}");
     let ask = async |metadata: Value| {
         let url = rig.daemon.url("/v1/acme/made/compat/chat/completions");
         let request = reqwest::Client::new().post(url).header("cf-aig-authorization", "secret");
         let request = request.header("cf-aig-metadata", metadata.to_string());
-        let body = json!({ "model": "dynamic/support", "max_tokens": 9, "messages": [{ "role": "user", "content": "q" }] });
+        let body =
+            json!({ "model": "dynamic/support", "max_tokens": 9, "messages": [{ "role": "user", "content": "q" }] });
         Answer::of(request.json(&body)).await
     };
-    let model = |answer: &Answer| format!("{} {}/{}", answer.status, answer.header("cf-aig-provider"), answer.header("cf-aig-model"));
+    let model = |answer: &Answer| {
+        format!("{} {}/{}", answer.status, answer.header("cf-aig-provider"), answer.header("cf-aig-model"))
+    };
     assert_eq!(model(&ask(json!({ "plan": "paid" })).await), "200 anthropic/claude-big");
     rig.upstream.script("/anthropic", ["500"]);
     let turned = ask(json!({ "plan": "paid" })).await;
     assert_eq!((model(&turned).as_str(), turned.header("cf-aig-step")), ("200 openai/gpt-small", "1"), "{turned:?}");
+    assert!(turned.header("cf-aig-routing-reason").contains("big failed, small try"), "{turned:?}");
     for expected in [200, 200, 429] {
         let answer = ask(json!({ "plan": "free", "user_id": "u1" })).await;
         assert_eq!(answer.status, expected, "{answer:?}");

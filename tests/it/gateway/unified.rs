@@ -34,8 +34,15 @@ async fn every_provider_answers_in_openais_words() {
         let answer = Answer::of(rig.post("compat/chat/completions", &[key(model)], &ask(model, json!({})))).await;
         assert_eq!(answer.status, 200, "{model}: {answer:?}");
         let body: Value = serde_json::from_str(&answer.text).unwrap();
-        assert_eq!((&body["object"], &body["choices"][0]["message"]["role"]), (&json!("chat.completion"), &json!("assistant")), "{model}: {body}");
-        assert!(body["choices"][0]["finish_reason"].is_string() && body["usage"]["total_tokens"].as_u64() > Some(0), "{model}: {body}");
+        assert_eq!(
+            (&body["object"], &body["choices"][0]["message"]["role"]),
+            (&json!("chat.completion"), &json!("assistant")),
+            "{model}: {body}"
+        );
+        assert!(
+            body["choices"][0]["finish_reason"].is_string() && body["usage"]["total_tokens"].as_u64() > Some(0),
+            "{model}: {body}"
+        );
         let streamed = ask(model, json!({ "stream": true, "stream_options": { "include_usage": true } }));
         let answer = Answer::of(rig.post("compat/chat/completions", &[key(model)], &streamed)).await;
         let all = events(&answer);
@@ -69,7 +76,8 @@ async fn tools_go_there_and_calls_come_back() {
         streamed["stream"] = json!(true);
         let all = events(&Answer::of(rig.post("compat/chat/completions", &[key(model)], &streamed)).await);
         let chunks: Vec<Value> = all.iter().filter_map(|event| serde_json::from_str(&event.data).ok()).collect();
-        let deltas = || chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"][0]["function"].as_object());
+        let deltas =
+            || chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"][0]["function"].as_object());
         let name: String = deltas().filter_map(|function| function.get("name")?.as_str()).collect();
         let arguments: String = deltas().filter_map(|function| function.get("arguments")?.as_str()).collect();
         assert_eq!(name, "weather", "{model}: {chunks:?}");
@@ -95,7 +103,9 @@ async fn errors_keep_their_status_and_get_openais_shape() {
 #[actix_web::test]
 async fn anthropics_words_reach_any_model() {
     let rig = Rig::start();
-    for model in ["claude-x", "openai/gpt-4o", "google-ai-studio/gemini-pro", "workers-ai/@cf/meta/llama-3.2-1b-instruct"] {
+    for model in
+        ["claude-x", "openai/gpt-4o", "google-ai-studio/gemini-pro", "workers-ai/@cf/meta/llama-3.2-1b-instruct"]
+    {
         let ask = async |stream: bool| {
             let body = json!({ "model": model, "max_tokens": 30, "stream": stream, "system": "be short",
                 "messages": [{ "role": "user", "content": [{ "type": "text", "text": "lorem ipsum" }] }] });
@@ -106,10 +116,15 @@ async fn anthropics_words_reach_any_model() {
         let whole = ask(false).await;
         assert_eq!(whole.status, 200, "{model}: {whole:?}");
         let body: Value = serde_json::from_str(&whole.text).unwrap();
-        assert_eq!((&body["type"], &body["role"], &body["content"][0]["type"]), (&json!("message"), &json!("assistant"), &json!("text")), "{model}: {body}");
+        assert_eq!(
+            (&body["type"], &body["role"], &body["content"][0]["type"]),
+            (&json!("message"), &json!("assistant"), &json!("text")),
+            "{model}: {body}"
+        );
         assert!(body["usage"]["output_tokens"].as_u64() > Some(0), "{model}: {body}");
         let streamed = ask(true).await;
-        let names: Vec<_> = events(&streamed).into_iter().filter_map(|event| event.name).filter(|name| name != "ping").collect();
+        let names: Vec<_> =
+            events(&streamed).into_iter().filter_map(|event| event.name).filter(|name| name != "ping").collect();
         assert_eq!(names.first().map(String::as_str), Some("message_start"), "{model}: {streamed:?}");
         assert_eq!(names.last().map(String::as_str), Some("message_stop"), "{model}: {streamed:?}");
         assert!(names.iter().any(|name| name == "content_block_delta"), "{model}: {names:?}");
@@ -134,8 +149,13 @@ async fn cloudflares_surface_leads_to_any_provider_as_well() {
     let run = rig.daemon.url("/client/v4/accounts/acme/ai/run/@cf/meta/llama-3.2-1b-instruct");
     let request = reqwest::Client::new().post(run).bearer_auth("secret").header("cf-aig-gateway-id", "g");
     let answer = Answer::of(request.json(&json!({ "prompt": "x", "max_tokens": 4 }))).await;
-    assert_eq!((answer.json()["success"].clone(), answer.header("cf-aig-provider")), (json!(true), "workers-ai"), "{answer:?}");
-    let absent = reqwest::Client::new().post(&url).bearer_auth("secret").header("cf-aig-gateway-id", "absent").json(&local);
+    assert_eq!(
+        (answer.json()["success"].clone(), answer.header("cf-aig-provider")),
+        (json!(true), "workers-ai"),
+        "{answer:?}"
+    );
+    let absent =
+        reqwest::Client::new().post(&url).bearer_auth("secret").header("cf-aig-gateway-id", "absent").json(&local);
     assert_eq!(Answer::of(absent).await.status, 400);
 }
 
