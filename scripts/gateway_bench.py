@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--upstream", type=Path, default=ROOT / "target/release/examples/fake_upstream")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one measurement")
+    parser.add_argument("--seconds", type=int, default=4, help="of one measurement")
     parser.add_argument("--connections", default="1,16,128")
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="requests for the memory figure, such as 1000000")
@@ -259,7 +259,7 @@ class Peer(Side):
 def load(side: Side, lua: Path, connections: int, seconds: float) -> dict:
     headers = "".join(f'wrk.headers["{name}"] = "{value}"\n' for name, value in side.headers.items())
     lua.write_text(f'wrk.method = "POST"\nwrk.body = [==[{BODY}]==]\nwrk.headers["content-type"] = "application/json"\n{headers}')
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(lua), f"http://127.0.0.1:{side.port}{side.path}"]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(int(seconds), 1)}s", "--latency", "-s", str(lua), f"http://127.0.0.1:{side.port}{side.path}"]
     subprocess.run([*command[:3], "-d1s", *command[4:]], capture_output=True, check=True)
     before = side.cpu()
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -63,11 +63,13 @@ pub enum Ended {
 pub fn run(options: Options) -> Result<Ended> {
     let config = config::load(options.config.as_deref(), &options.overrides)?;
     let log = telemetry::init(&config.log)?;
-    rt::System::new().block_on(async move {
+    let ended = rt::System::new().block_on(async move {
         let signals =
             Signals::new().map_err(|error| Error::internal("signals cannot be handled").with_source(error))?;
         App::build(options, config, log)?.run(signals).await
-    })
+    });
+    telemetry::flush();
+    ended
 }
 
 /// The house: every floor's handle, top to bottom.

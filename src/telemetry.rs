@@ -4,10 +4,13 @@
 //! itself. Spans, metrics and trace context are made elsewhere; this only writes what is logged.
 
 use std::fmt;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
+use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::{Format, Writer};
@@ -85,10 +88,108 @@ fn next_step(filters: &Filters) -> String {
 /// `BadInput` when the filter is not one, `Internal` when logging has begun already.
 pub fn init(log: &Log) -> Result<LogControl> {
     let style = Style::of_stderr(log.format);
-    let (subscriber, control) = build(log, style, std::io::stderr)?;
+    let (subscriber, control) = build(log, style, Lines::start(std::io::stderr())?)?;
     subscriber.try_init().map_err(|error| Error::internal("logging has begun already").with_source(error))?;
     std::panic::set_hook(Box::new(log_panic));
     Ok(control)
+}
+
+/// Waits until what was logged so far has been written, for a second at most: before the process ends.
+pub fn flush() {
+    let Some(queue) = QUEUE.get() else { return };
+    let (done, written) = crossbeam_channel::bounded(1);
+    if queue.send_timeout(Entry::Flush(done), LAST_LINES).is_ok() {
+        let _ = written.recv_timeout(LAST_LINES);
+    }
+}
+
+/// Lines on their way to whoever reads them. A thread of its own writes them, many at once: a reader that is slow holds up
+/// no request. When too many wait, new ones are dropped and the next that is written says how many.
+#[derive(Clone)]
+struct Lines {
+    queue: Sender<Entry>,
+    dropped: Arc<AtomicU64>,
+}
+
+enum Entry {
+    Line(Vec<u8>),
+    /// Everything before it is written when this is answered.
+    Flush(Sender<()>),
+}
+
+static QUEUE: OnceLock<Sender<Entry>> = OnceLock::new();
+/// Lines that wait at most.
+const MAX_LINES: usize = 16 * 1024;
+/// Bytes written at once.
+const MAX_WRITE: usize = 256 * 1024;
+/// How long the end of the process waits for its last lines.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+impl Lines {
+    fn start(mut out: impl Write + Send + 'static) -> Result<Self> {
+        let (queue, lines) = crossbeam_channel::bounded(MAX_LINES);
+        let lines = Self { queue, dropped: Arc::default() }.spawn(lines, move |bytes| {
+            // Nobody is left to tell where stderr is gone.
+            let _ = out.write_all(bytes).and_then(|()| out.flush());
+        })?;
+        let _ = QUEUE.set(lines.queue.clone());
+        Ok(lines)
+    }
+
+    fn spawn(self, lines: Receiver<Entry>, mut write: impl FnMut(&[u8]) + Send + 'static) -> Result<Self> {
+        let dropped = self.dropped.clone();
+        let work = move || {
+            let mut bytes = Vec::new();
+            while let Ok(first) = lines.recv() {
+                let mut asked = None;
+                for entry in std::iter::once(first).chain(lines.try_iter()) {
+                    match entry {
+                        Entry::Line(line) => bytes.extend_from_slice(&line),
+                        Entry::Flush(done) => asked = Some(done),
+                    }
+                    if asked.is_some() || bytes.len() >= MAX_WRITE {
+                        break;
+                    }
+                }
+                if let lost @ 1.. = dropped.swap(0, Ordering::Relaxed) {
+                    bytes.extend_from_slice(
+                        format!("{lost} log lines were dropped: whoever reads them is too slow\n").as_bytes(),
+                    );
+                }
+                write(&bytes);
+                bytes.clear();
+                if let Some(done) = asked {
+                    let _ = done.send(());
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("log".into())
+            .spawn(work)
+            .map_err(|error| Error::internal("the log's thread cannot be started").with_source(error))?;
+        Ok(self)
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.queue.try_send(Entry::Line(bytes.to_vec())).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
 }
 
 /// How lines are dressed for where they go.

@@ -153,7 +153,7 @@ pub struct Ask {
     /// What is tried, one after the other. Asked for the next when the last one failed.
     pub plan: Plan,
     /// What was said for all of them.
-    pub options: Options,
+    pub options: Rc<Options>,
     /// A step that is refused as a bad request is not the end either: the caller lists steps of its own.
     pub tries_all: bool,
     /// How the caller reads.
@@ -791,23 +791,26 @@ impl Keying {
 fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
     let Begun { status, mut headers, pipe } = begun;
     record.flags(pipe.flags());
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
-    let (provider, model, trail) = (text("cf-aig-provider"), text("cf-aig-model"), text("cf-aig-attempts"));
-    let step = text("cf-aig-step").parse().unwrap_or(0);
-    record.begun(status, cache, &provider, &model, step, &trail);
-    headers.insert("cf-aig-cache-status", HeaderValue::from_static(if cache.is_hit() { "HIT" } else { "MISS" }));
+    {
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let step = text("cf-aig-step").parse().unwrap_or(0);
+        record.begun(status, cache, text("cf-aig-provider"), text("cf-aig-model"), step, text("cf-aig-attempts"));
+    }
+    let hit = if cache.is_hit() { "HIT" } else { "MISS" };
+    headers.insert(HeaderName::from_static("cf-aig-cache-status"), HeaderValue::from_static(hit));
     let mut say = |name: &'static str, value: &str| {
-        if let Ok(value) = HeaderValue::from_str(value) {
-            headers.insert(HeaderName::from_static(name), value);
-        }
+        let value = HeaderValue::from_str(value).ok()?;
+        headers.insert(HeaderName::from_static(name), value.clone());
+        Some(value)
     };
     say("cf-aig-event-id", &record.event);
-    if let Some(log) = record.log {
-        say("cf-aig-log-id", &log.to_string());
-        say("cf-aig-request-id", &log.to_string());
-    }
     if let Some(found) = record.dlp() {
         say("cf-aig-dlp", &found);
+    }
+    if let Some(log) = record.log
+        && let Some(value) = say("cf-aig-log-id", &log.to_string())
+    {
+        headers.insert(HeaderName::from_static("cf-aig-request-id"), value);
     }
     Reply { status, headers, pipe, record }
 }

@@ -7,6 +7,7 @@
 //!
 //! Decides nothing about when and how often: `relay.rs` does.
 
+use std::rc::Rc;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -44,7 +45,7 @@ pub struct Step {
     /// The caller wants a stream, as far as the body tells.
     pub stream: bool,
     /// What the caller wants for this step, defaults of its gateway included.
-    pub options: Options,
+    pub options: Rc<Options>,
     /// How long its provider may take, where that is said.
     pub timeouts: Timeouts,
     /// Its credentials are ours: what is wrong with them is wrong for everybody.
@@ -153,21 +154,20 @@ impl Steps<'_> {
         method: &ServerMethod,
         rest: &str,
         query: &str,
-        headers: &HeaderMap,
+        mut headers: HeaderMap,
         body: &Bytes,
-        options: Options,
+        options: Rc<Options>,
     ) -> Result<Step> {
         let facts = provider::facts(body);
         let stream = facts.as_ref().is_some_and(|facts| facts.stream);
         let asked = facts.and_then(|facts| facts.model).unwrap_or_default();
         if slug == LOCAL && self.is_here() {
-            return self.local_native(rest, query, headers, body, asked, options);
+            return self.local_native(rest, query, &headers, body, stream, asked, options);
         }
         let known = self.known(slug)?;
         let query = (!query.is_empty()).then_some(query);
         let url = known.provider.url(known.base.as_deref(), rest, query)?;
         let model = if asked.is_empty() { known.provider.model_in_path(rest).unwrap_or_default() } else { asked };
-        let mut headers = headers.clone();
         narrow_encodings(&mut headers);
         let brought = known.provider.credential_headers().iter().any(|name| headers.contains_key(*name))
             || query.is_some_and(|query| carries(query, known.provider.credential_query()));
@@ -193,7 +193,7 @@ impl Steps<'_> {
     ///
     /// # Errors
     /// As [`Steps::native`], and `BadInput` for what the provider cannot be asked.
-    pub fn chat(&self, name: &str, headers: &HeaderMap, body: &Bytes, options: Options) -> Result<Step> {
+    pub fn chat(&self, name: &str, headers: &HeaderMap, body: &Bytes, options: Rc<Options>) -> Result<Step> {
         let (slug, model) = divide_name(name)?;
         let stream = provider::facts(body).is_some_and(|facts| facts.stream);
         if slug == LOCAL && self.is_here() {
@@ -240,11 +240,11 @@ impl Steps<'_> {
     ///
     /// # Errors
     /// As [`Steps::chat`].
-    pub fn messages(&self, name: &str, headers: &HeaderMap, body: &Bytes, options: Options) -> Result<Step> {
+    pub fn messages(&self, name: &str, headers: &HeaderMap, body: &Bytes, options: Rc<Options>) -> Result<Step> {
         let (slug, model) = divide_name(name)?;
         if provider::find(slug).is_some_and(|provider| provider.slug == "anthropic") {
             let body = provider::splice_model(body, model)?;
-            return self.native(slug, &ServerMethod::POST, "v1/messages", "", headers, &body, options);
+            return self.native(slug, &ServerMethod::POST, "v1/messages", "", headers.clone(), &body, options);
         }
         let body = provider::messages::to_openai(body)?;
         let mut step = self.chat(name, headers, &body, options)?;
@@ -258,7 +258,7 @@ impl Steps<'_> {
     ///
     /// # Errors
     /// As [`Steps::chat`].
-    pub fn embeddings(&self, name: &str, headers: &HeaderMap, body: &Bytes, options: Options) -> Result<Step> {
+    pub fn embeddings(&self, name: &str, headers: &HeaderMap, body: &Bytes, options: Rc<Options>) -> Result<Step> {
         let (slug, model) = divide_name(name)?;
         let body = provider::splice_model(body, model)?;
         if slug == LOCAL {
@@ -269,7 +269,7 @@ impl Steps<'_> {
             let message = format!("{slug} has no embeddings in OpenAI's words: call it natively, under /{slug}/.");
             return Err(Error::unsupported(message).with_param("model"));
         }
-        self.native(slug, &ServerMethod::POST, "embeddings", "", headers, &body, options)
+        self.native(slug, &ServerMethod::POST, "embeddings", "", headers.clone(), &body, options)
     }
 
     fn local_native(
@@ -278,11 +278,11 @@ impl Steps<'_> {
         query: &str,
         headers: &HeaderMap,
         body: &Bytes,
+        stream: bool,
         asked: String,
-        options: Options,
+        options: Rc<Options>,
     ) -> Result<Step> {
         let rest = rest.trim_start_matches('/');
-        let stream = provider::facts(body).is_some_and(|facts| facts.stream);
         if let Some(path) = rest.strip_prefix("v1/") {
             let mut step = self.local_openai(path, &asked, headers, body.clone(), stream, options);
             if let Way::Local(call) = &mut step.way {
@@ -325,7 +325,7 @@ impl Steps<'_> {
         headers: &HeaderMap,
         body: Bytes,
         stream: bool,
-        options: Options,
+        options: Rc<Options>,
     ) -> Step {
         Step {
             target: target(LOCAL, model),
@@ -549,6 +549,12 @@ fn region(rest: &str) -> Option<&str> {
 }
 
 /// What a native call's answer is written in: some providers serve others' models in others' words.
+///
+/// Unknown providers have the custom ones' until they are refused.
+pub fn dialect_of(slug: &str, rest: &str) -> Dialect {
+    dialect(provider::find(slug).unwrap_or_else(provider::custom), rest)
+}
+
 fn dialect(provider: &Provider, rest: &str) -> Dialect {
     if rest.contains("publishers/anthropic/") || rest.contains("/anthropic/v1/") {
         return Dialect::Anthropic;

@@ -217,7 +217,7 @@ pub(super) struct Incoming {
     path: String,
     query: String,
     headers: Forwarded,
-    pub(super) options: Options,
+    pub(super) options: Rc<Options>,
     pub(super) body: Bytes,
     content_type: Option<String>,
     credentials: Vec<u8>,
@@ -244,7 +244,7 @@ impl Incoming {
             query: request.query_string().to_owned(),
             content_type: text("content-type"),
             headers: forwarded,
-            options,
+            options: Rc::new(options),
             body,
             credentials,
         }
@@ -302,8 +302,15 @@ impl Entrance {
             };
         }
         let method = call.method.clone();
-        let step =
-            self.steps().native(slug, &method, rest, &call.query, &call.headers, &call.body, call.options.clone())?;
+        let step = self.steps().native(
+            slug,
+            &method,
+            rest,
+            &call.query,
+            call.headers.clone(),
+            &call.body,
+            call.options.clone(),
+        )?;
         let words = Words::Native(step.dialect);
         self.ask(call, Plan::list(vec![Ok(step)]), words, slug)
     }
@@ -340,21 +347,28 @@ impl Entrance {
         })
     }
 
-    fn native(self, call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
-        let step = self.steps().native(
-            slug,
-            &call.method,
-            rest,
-            &call.query,
-            &call.headers,
-            &call.body,
-            call.options.clone(),
-        )?;
-        let words = Words::Native(step.dialect);
+    fn native(self, mut call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
+        let dialect = step::dialect_of(slug, rest);
         // What OpenAI's words ask of one can be asked of another.
-        let chat = step.dialect == Dialect::OpenAi && rest.trim_end_matches('/').ends_with("chat/completions");
-        let plan = if chat { self.with_fallbacks(step, &call) } else { Plan::list(vec![Ok(step)]) };
-        self.ask(call, plan, words, slug)
+        let chat = dialect == Dialect::OpenAi && rest.trim_end_matches('/').ends_with("chat/completions");
+        if chat && (call.options.fallback.is_some() || !self.gateway.settings.fallback.is_empty()) {
+            let (headers, options) = (call.headers.clone(), call.options.clone());
+            let first = self.steps().native(slug, &call.method, rest, &call.query, headers, &call.body, options)?;
+            let plan = self.with_fallbacks(first, &call);
+            return self.ask(call, plan, Words::Native(dialect), slug);
+        }
+        // Made when it is taken: an answer from the cache needs no step.
+        let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
+        let (trusted, id) = (self.trusted, self.who.id);
+        let mut parts = Some((std::mem::take(&mut call.headers), slug.to_owned(), rest.to_owned()));
+        let (method, query, body) = (call.method.clone(), call.query.clone(), call.body.clone());
+        let options = call.options.clone();
+        let next = move || {
+            let (headers, slug, rest) = parts.take()?;
+            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
+            Some(steps.native(&slug, &method, &rest, &query, headers, &body, options.clone()))
+        };
+        self.ask(call, Plan { next: Box::new(next), most: 1 }, Words::Native(dialect), slug)
     }
 
     /// A path of OpenAI's own surface, for `provider/model` in the body.
@@ -477,8 +491,9 @@ impl Entrance {
             let options = Options {
                 request_timeout: node.timeout_ms.map(Duration::from_millis).or(options.request_timeout),
                 max_attempts: node.retries.map(|retries| u32::from(retries) + 1).or(options.max_attempts),
-                ..options.clone()
+                ..(*options).clone()
             };
+            let options = Rc::new(options);
             let step = if messages {
                 steps.messages(&name, &headers, &body, options)
             } else {
@@ -599,12 +614,12 @@ fn universal_step(
     let (path, query) = written.endpoint.split_once('?').unwrap_or((&written.endpoint, ""));
     let body = written.query.map_or_else(Bytes::new, |query| Bytes::from(String::from(Box::<str>::from(query))));
     let post = actix_web::http::Method::POST;
-    let options = options.or(request);
+    let options = Rc::new(options.or(request));
     let path = path.trim_start_matches('/');
     let mut step = if written.provider == "compat" {
         steps.chat(&model(&body)?, &headers, &body, options)?
     } else {
-        steps.native(&written.provider, &post, path, query, &headers, &body, options)?
+        steps.native(&written.provider, &post, path, query, headers, &body, options)?
     };
     step.index = index;
     Ok(step)

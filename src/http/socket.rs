@@ -137,7 +137,9 @@ async fn answer(
         ))
     } else {
         call.body = Bytes::from(step.to_string());
-        call.options.event_id = event.or(call.options.event_id);
+        if event.is_some() {
+            Rc::make_mut(&mut call.options).event_id = event;
+        }
         match entrance.universal(call) {
             Ok(ask) => relay.serve(ask).await,
             Err(error) => Err(error),
