@@ -30,7 +30,17 @@ stage_cuda() { scripts/fetch_cuda.sh; }
 stage_clippy() { NEUROND_CUDA_CHIPS='' cargo clippy --locked --all-targets --features cuda,emulate -- -D warnings; }
 # Compiles the kernels for every GPU, and fails where one spills. The generated documents, the floors, the goldens and GPU
 # kernels run by a host are tests like any other. The daemon that they start could use a GPU, and there is none.
-stage_test() { cargo test --locked --features cuda,emulate; }
+stage_test() {
+    cargo test --locked --features cuda,emulate --no-run
+    # Emulated GPUs take turns and leave a core idle, so the other tests run beside the library's own.
+    cargo test --locked --features cuda,emulate --lib --bins >"$target/tests-lib.log" 2>&1 &
+    local lib=$! status=0
+    cargo test --locked --features cuda,emulate --test '*' --examples || status=$?
+    wait $lib || status=$?
+    grep -E '^test result|^test .*FAILED|^failures|panicked' "$target/tests-lib.log" || true
+    [[ $status -eq 0 ]] || tail -n 60 "$target/tests-lib.log"
+    return $status
+}
 stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 
 # What users run: the optimised build, a real model against its goldens.
@@ -38,6 +48,7 @@ stage_release() {
     stage_model
     cargo test --release --locked --test model --test encode -- --nocapture
     cargo build --release --locked
+    cargo build --release --locked --example fake_upstream
 }
 
 # The README's first command, and the official SDKs against the daemon that it starts, on a free port.
@@ -51,6 +62,8 @@ stage_sdk() {
     trap 'scripts/quickstart.sh --stop' EXIT
     python3 scripts/sdk_test.py "http://127.0.0.1:$port/v1" ||
         { tail -n 30 "$NEUROND_STATE/neurond.log"; return 1; }
+    # OpenAI's, Anthropic's and Google's SDKs through a gateway, in front of an upstream that answers as those do.
+    python3 scripts/gateway_sdk_test.py --neurond "$target/release/neurond" --fake "$target/release/examples/fake_upstream"
 }
 
 # The SDKs live in a folder of their own, fetched once: no virtual environment, which some systems package separately.

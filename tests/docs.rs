@@ -374,6 +374,7 @@ fn series() -> Vec<Series> {
         (".counters(", "counter"),
         (".gauge(", "gauge"),
         (".gauges(", "gauge"),
+        (".histogram(", "histogram"),
         (".histograms(", "histogram"),
     ] {
         for (at, _) in METRICS.match_indices(method) {

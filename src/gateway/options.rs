@@ -303,7 +303,9 @@ mod tests {
         let mut options = Options::default();
         let pairs: Vec<(&str, &[u8])> = headers.iter().map(|(name, value)| (*name, value.as_bytes())).collect();
         let forwarded = divide(pairs.into_iter(), &mut options);
-        let forwarded = forwarded.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+        let forwarded = forwarded.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap()));
+        let mut forwarded: Vec<String> = forwarded.collect();
+        forwarded.sort();
         (options, forwarded)
     }
 

@@ -127,6 +127,7 @@ async fn a_gateway_with_authentication_wants_a_token_of_ours() {
     for (token, status) in [
         (Some("Bearer secret"), 200),
         (Some("secret"), 200),
+        (None, 401),
         (Some("Bearer wrong"), 401),
         // Of another account.
         (Some("Bearer other"), 401),

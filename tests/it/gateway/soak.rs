@@ -35,7 +35,7 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
                 json!({ "model": "@cf/meta/llama-3.2-1b-instruct", "max_tokens": 3, "messages": [{ "role": "user", "content": text }] }),
             ),
         };
-        body["user"] = json!(number % 13);
+        body["user"] = json!(format!("u{}", number % 13));
         let fake = match number % 11 {
             0 => "429; retry-after-ms=5",
             1 => "500",

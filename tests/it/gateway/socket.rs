@@ -40,7 +40,7 @@ fn create(event: &str, stream: bool, fake: &str) -> Message {
 async fn calls_share_a_socket_and_are_told_apart_by_their_event() {
     let rig = Rig::with("[[gateway]]\nid = \"closed\"\n");
     let mut socket = open(&rig, "/v1/acme/closed", &[("cf-aig-authorization", "Bearer secret")]).await.unwrap();
-    socket.send(create("slow", true, "chunks=4; gap=30; delay=100")).await.unwrap();
+    socket.send(create("slow", true, "gap=30; delay=100")).await.unwrap();
     socket.send(create("quick", false, "ok")).await.unwrap();
     let mut heard = Vec::new();
     while !heard.iter().any(|message: &Value| message["type"] == "universal.done") || heard.len() < 3 {
