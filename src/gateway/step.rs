@@ -129,6 +129,28 @@ pub enum LocalEndpoint {
     Run(String),
 }
 
+/// A provider's own call as it was sent.
+pub struct Native<'a> {
+    /// As sent.
+    pub method: &'a ServerMethod,
+    /// The path behind the provider, as sent.
+    pub rest: &'a str,
+    /// Without `?`.
+    pub query: &'a str,
+    /// Without what is ours.
+    pub headers: HeaderMap,
+    /// As sent.
+    pub body: &'a Bytes,
+    /// What is ours.
+    pub options: Rc<Options>,
+}
+
+impl<'a> Native<'a> {
+    fn post(rest: &'a str, headers: HeaderMap, body: &'a Bytes, options: Rc<Options>) -> Self {
+        Self { method: &ServerMethod::POST, rest, query: "", headers, body, options }
+    }
+}
+
 /// Makes the steps of one call.
 pub struct Steps<'a> {
     /// Whose call.
@@ -148,21 +170,14 @@ impl Steps<'_> {
     ///
     /// # Errors
     /// `NoSuchProvider`, `NoStoredKey`, and `BadInput` for paths that lead nowhere.
-    pub fn native(
-        &self,
-        slug: &str,
-        method: &ServerMethod,
-        rest: &str,
-        query: &str,
-        mut headers: HeaderMap,
-        body: &Bytes,
-        options: Rc<Options>,
-    ) -> Result<Step> {
+    pub fn native(&self, slug: &str, sent: Native<'_>) -> Result<Step> {
+        let Native { method, rest, query, mut headers, body, options } = sent;
         let facts = provider::facts(body);
         let stream = facts.as_ref().is_some_and(|facts| facts.stream);
         let asked = facts.and_then(|facts| facts.model).unwrap_or_default();
         if slug == LOCAL && self.is_here() {
-            return self.local_native(rest, query, &headers, body, stream, asked, options);
+            let sent = Native { method, rest, query, headers, body, options };
+            return self.local_native(sent, stream, asked);
         }
         let known = self.known(slug)?;
         let query = (!query.is_empty()).then_some(query);
@@ -244,7 +259,7 @@ impl Steps<'_> {
         let (slug, model) = divide_name(name)?;
         if provider::find(slug).is_some_and(|provider| provider.slug == "anthropic") {
             let body = provider::splice_model(body, model)?;
-            return self.native(slug, &ServerMethod::POST, "v1/messages", "", headers.clone(), &body, options);
+            return self.native(slug, Native::post("v1/messages", headers.clone(), &body, options));
         }
         let body = provider::messages::to_openai(body)?;
         let mut step = self.chat(name, headers, &body, options)?;
@@ -269,19 +284,11 @@ impl Steps<'_> {
             let message = format!("{slug} has no embeddings in OpenAI's words: call it natively, under /{slug}/.");
             return Err(Error::unsupported(message).with_param("model"));
         }
-        self.native(slug, &ServerMethod::POST, "embeddings", "", headers.clone(), &body, options)
+        self.native(slug, Native::post("embeddings", headers.clone(), &body, options))
     }
 
-    fn local_native(
-        &self,
-        rest: &str,
-        query: &str,
-        headers: &HeaderMap,
-        body: &Bytes,
-        stream: bool,
-        asked: String,
-        options: Rc<Options>,
-    ) -> Result<Step> {
+    fn local_native(&self, sent: Native<'_>, stream: bool, asked: String) -> Result<Step> {
+        let Native { rest, query, ref headers, body, options, .. } = sent;
         let rest = rest.trim_start_matches('/');
         if let Some(path) = rest.strip_prefix("v1/") {
             let mut step = self.local_openai(path, &asked, headers, body.clone(), stream, options);

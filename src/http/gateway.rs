@@ -27,9 +27,9 @@ use crate::gateway::pipe::{self, End, Pipe, Words};
 use crate::gateway::record::Record;
 use crate::gateway::relay::{Ask, Plan, Relay, Reply, Who};
 use crate::gateway::route;
-use crate::gateway::step::{self, Step, Steps};
+use crate::gateway::step::{self, Native, Step, Steps};
 use crate::http::route::{Endpoint, Route};
-use crate::http::{Services, ask, auth, models, socket};
+use crate::http::{Door, Services, ask, auth, models, socket};
 use crate::net::client::Fault;
 use crate::provider::{self, Dialect};
 use crate::registry::{Gateway, View};
@@ -56,8 +56,7 @@ pub(super) struct Entrance {
 
 /// Serves a call of one of the gateway's own addresses.
 pub(super) async fn serve(
-    services: &Services,
-    relay: &Rc<Relay>,
+    door: &Door,
     request: &HttpRequest,
     payload: web::Payload,
     route: &Route,
@@ -65,6 +64,7 @@ pub(super) async fn serve(
     id: RequestId,
     received: Instant,
 ) -> Result<HttpResponse> {
+    let Door { services, relay, .. } = door;
     let gateway = match endpoint {
         Endpoint::Provider { gateway, .. }
         | Endpoint::Universal { gateway }
@@ -303,15 +303,9 @@ impl Entrance {
             };
         }
         let method = call.method.clone();
-        let step = self.steps().native(
-            slug,
-            &method,
-            rest,
-            &call.query,
-            call.headers.clone(),
-            &call.body,
-            call.options.clone(),
-        )?;
+        let headers = std::mem::take(&mut call.headers);
+        let (query, body, options) = (call.query.as_str(), &call.body, call.options.clone());
+        let step = self.steps().native(slug, Native { method: &method, rest, query, headers, body, options })?;
         let words = Words::Native(step.dialect);
         self.ask(call, Plan::list(vec![Ok(step)]), words, slug)
     }
@@ -354,7 +348,9 @@ impl Entrance {
         let chat = dialect == Dialect::OpenAi && rest.trim_end_matches('/').ends_with("chat/completions");
         if chat && (call.options.fallback.is_some() || !self.gateway.settings.fallback.is_empty()) {
             let (headers, options) = (call.headers.clone(), call.options.clone());
-            let first = self.steps().native(slug, &call.method, rest, &call.query, headers, &call.body, options)?;
+            let (method, query, body) = (&call.method, call.query.as_str(), &call.body);
+            let sent = Native { method, rest, query, headers, body, options };
+            let first = self.steps().native(slug, sent)?;
             let plan = self.with_fallbacks(first, &call);
             return self.ask(call, plan, Words::Native(dialect), slug);
         }
@@ -367,7 +363,8 @@ impl Entrance {
         let next = move || {
             let (headers, slug, rest) = parts.take()?;
             let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
-            Some(steps.native(&slug, &method, &rest, &query, headers, &body, options.clone()))
+            let (method, query, body, options) = (&method, query.as_str(), &body, options.clone());
+            Some(steps.native(&slug, Native { method, rest: &rest, query, headers, body, options }))
         };
         self.ask(call, Plan { next: Box::new(next), most: 1 }, Words::Native(dialect), slug)
     }
@@ -620,7 +617,7 @@ fn universal_step(
     let mut step = if written.provider == "compat" {
         steps.chat(&model(&body)?, &headers, &body, options)?
     } else {
-        steps.native(&written.provider, &post, path, query, headers, &body, options)?
+        steps.native(&written.provider, Native { method: &post, rest: path, query, headers, body: &body, options })?
     };
     step.index = index;
     Ok(step)

@@ -33,8 +33,10 @@ pub(super) async fn serve(
     let body = if body.is_empty() { None } else { Some(ask::plain_json(request.headers(), body).await?) };
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     // Addresses in answers are those that the caller used.
-    let connection = request.connection_info();
-    let base = format!("{}://{}", connection.scheme(), connection.host());
+    let base = {
+        let connection = request.connection_info();
+        format!("{}://{}", connection.scheme(), connection.host())
+    };
     let Reply { status, body } =
         services.relays.registry.serve(&caller.account, method, &path, &query, body, &base).await;
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

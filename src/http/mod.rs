@@ -166,7 +166,7 @@ async fn dispatch(
         return Err(Error::new(Kind::ShuttingDown, "This server is shutting down; try again in a moment."));
     }
     if route.surface == Surface::Gateway {
-        let outcome = gateway::serve(services, &door.relay, request, payload, route, endpoint, id, received).await;
+        let outcome = gateway::serve(door, request, payload, route, endpoint, id, received).await;
         trail.served = outcome.is_ok();
         return outcome;
     }

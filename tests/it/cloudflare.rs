@@ -100,8 +100,11 @@ async fn the_compatible_routes_answer_errors_with_both_keys() {
     let answer = daemon.post(&format!("{AI}/v1/chat/completions"), json!({"model": "x", "messages": []})).await;
     assert_eq!((answer.status, &answer.json()["errors"][0]["code"]), (400, &json!(5007)));
     assert_eq!(answer.json()["error"]["code"], "model_not_found");
-    let answer = daemon.post(&format!("{AI}/v1/v1/messages"), json!({})).await;
+    let answer = daemon.post(&format!("{AI}/v1/moderations"), json!({})).await;
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (400, &json!("unsupported")));
+    // Anthropic's clients read errors in their own words, and may put `/v1` twice.
+    let answer = daemon.post(&format!("{AI}/v1/v1/messages"), json!({})).await;
+    assert_eq!((answer.status, &answer.json()["error"]["type"]), (400, &json!("invalid_request_error")), "{answer:?}");
 }
 
 #[tokio::test]

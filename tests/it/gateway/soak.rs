@@ -49,18 +49,18 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
         };
         let token = if number % 5 == 4 { "Bearer secret" } else { "Bearer k" };
         let mut headers = vec![("authorization", token), ("x-fake", fake), ("cf-aig-retry-delay", "1")];
-        if number % 3 == 0 {
+        if number.is_multiple_of(3) {
             headers.push(("cf-aig-cache-ttl", "60"));
         }
-        if number % 4 == 0 {
+        if number.is_multiple_of(4) {
             headers.push(("cf-aig-max-attempts", "2"));
         }
-        if number % 7 == 0 {
+        if number.is_multiple_of(7) {
             headers.push(("cf-aig-fallback", "groq/m"));
         }
         let request = rig.post(path, &headers, &body);
         // Some leave before, some in the middle.
-        if number % 17 == 0 {
+        if number.is_multiple_of(17) {
             let _ = tokio::time::timeout(Duration::from_millis(2), request.send()).await;
             left.fetch_add(1, Ordering::Relaxed);
             return;
@@ -70,7 +70,7 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
             return;
         };
         let mut chunks = response.bytes_stream();
-        if number % 19 == 0 {
+        if number.is_multiple_of(19) {
             let _ = chunks.next().await;
             left.fetch_add(1, Ordering::Relaxed);
             return;

@@ -104,6 +104,7 @@ async fn a_providers_own_socket_passes_both_ways() {
         while let Ok((stream, _)) = listener.accept().await {
             let paths = paths.clone();
             actix_web::rt::spawn(async move {
+                #[allow(clippy::result_large_err)]
                 let callback = |request: &tokio_tungstenite::tungstenite::handshake::server::Request, response| {
                     paths.send((request.uri().to_string(), request.headers().clone())).unwrap();
                     Ok(response)

@@ -56,7 +56,7 @@ async fn every_provider_answers_in_openais_words() {
     assert_eq!(anthropic.header("x-api-key"), Some("k"), "the key rides where this provider wants it");
     assert_eq!(anthropic.header("authorization"), None);
     assert!(anthropic.header("anthropic-version").is_some());
-    assert_eq!(anthropic.json()["system"].to_string().contains("be short"), true);
+    assert!(anthropic.json()["system"].to_string().contains("be short"));
     rig.is_clean().await;
 }
 
