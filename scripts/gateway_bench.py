@@ -7,7 +7,7 @@ For each side at 1, 16 and 128 connections: requests a second, latency p50 and p
 and CPU time of the side's processes a request. neurond is measured with key check, metering and its log record on, passing
 through and answering from its cache. Medians over rounds; the goals are printed beside them.
 
-Then streams: 200 at once, each of 50 chunks 20 ms apart: what is added to the first chunk, and how far gaps between chunks
+Then streams: 200 at once, each of 60 chunks 50 ms apart: what is added to the first chunk, and how far gaps between chunks
 are from the upstream's. And memory after the first and the last of many requests.
 
     scripts/gateway_bench.py                       3 rounds, some minutes
@@ -40,6 +40,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TICK = os.sysconf("SC_CLK_TCK")
 TOKEN = "bench-token"
+# Streams: all are open at once for a second, and none has to wait for the client to open the others.
+CHUNKS, GAP_MS, START_S = 60, 50, 2.0
 BODY = json.dumps({
     "model": "gpt-4o-mini",
     "temperature": 0.7,
@@ -291,7 +293,7 @@ def soak(side: Side, lua: Path, total: int) -> dict:
 async def streams(side: Side, count: int) -> dict:
     """Time to the first chunk, and gaps between chunks, of streams that all run at once."""
     body = json.dumps({"model": "gpt-4o-mini", "stream": True, "messages": [{"role": "user", "content": "x"}]})
-    headers = {"host": "bench", "content-type": "application/json", "content-length": str(len(body)), "x-fake": "chunks=50; gap=20", **side.headers}
+    headers = {"host": "bench", "content-type": "application/json", "content-length": str(len(body)), "x-fake": f"chunks={CHUNKS}; gap={GAP_MS}", **side.headers}
     head = f"POST {side.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
 
     async def one(delay: float) -> tuple[float, list[float]]:
@@ -311,7 +313,7 @@ async def streams(side: Side, count: int) -> dict:
         writer.close()
         return times[0] - began, [b - a for a, b in zip(times, times[1:])]
 
-    all_streams = await asyncio.gather(*(one(number * 0.02 / count) for number in range(count)))
+    all_streams = await asyncio.gather(*(one(number * START_S / count) for number in range(count)))
     first = [first * 1000 for first, _ in all_streams]
     gaps = [gap * 1000 for _, gaps in all_streams for gap in gaps]
     at = lambda values, share: sorted(values)[int(share * (len(values) - 1))]
