@@ -6,6 +6,7 @@
 //! Up to the first event everything that goes wrong is an ordinary error; afterwards the answer has begun and the
 //! [`Delivery`] carries on alone.
 
+pub mod asked;
 pub mod limits;
 pub mod options;
 pub mod pipe;

@@ -11,9 +11,9 @@ use serde_json::json;
 use tracing::info;
 
 use crate::base::{AccountId, Error, KeyId, LogId, Millis, RequestId};
+use crate::gateway::asked::Ask;
 use crate::gateway::options::CustomCost;
 use crate::gateway::pipe::End;
-use crate::gateway::relay::Ask;
 use crate::guard::{Check, Finding};
 use crate::metrics::Metrics;
 use crate::task::Usage;

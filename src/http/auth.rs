@@ -1,11 +1,15 @@
 //! Credentials out of a request's headers. Who they belong to is the vault's business.
 
-use actix_web::http::header::{AUTHORIZATION, HeaderMap};
+use actix_web::HttpRequest;
+use actix_web::http::header::{AUTHORIZATION, HeaderMap, SEC_WEBSOCKET_PROTOCOL};
 
 use crate::base::{Millis, Result};
 use crate::http::Services;
 use crate::http::route::{Listener, Route, Surface};
 use crate::vault::Caller;
+
+/// In front of a token in a subprotocol, where browsers can set no header.
+const TOKEN_PROTOCOL: &str = "cf-aig-authorization.";
 
 /// Says who sent this request; a refusal is counted.
 ///
@@ -51,6 +55,14 @@ pub(super) fn bare(value: &str) -> &str {
         Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
         _ => value,
     }
+}
+
+/// The token that a browser hides in a subprotocol, and the protocol that says so.
+pub(super) fn hidden(request: &HttpRequest) -> Option<(&str, &str)> {
+    let offered = request.headers().get(SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
+    let mut protocols = offered.split(',').map(str::trim);
+    let protocol = protocols.find(|protocol| protocol.starts_with(TOKEN_PROTOCOL))?;
+    Some((&protocol[TOKEN_PROTOCOL.len()..], protocol))
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use http::StatusCode;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::base::{Error, Kind, Result};
-use crate::gateway::relay::{Local, LocalAnswer, Who};
+use crate::gateway::asked::Who;
+use crate::gateway::relay::{Local, LocalAnswer};
 use crate::gateway::step::{LocalCall, LocalEndpoint};
 use crate::http::ask::{self, Ask};
 use crate::http::route::{Endpoint, Surface, openai};

@@ -16,6 +16,7 @@ mod binding;
 mod chat;
 mod completions;
 mod encode;
+mod entrance;
 mod error;
 mod fields;
 mod finetunes;

@@ -27,30 +27,20 @@ use crate::base::{Error, RequestId, Result};
 use crate::gateway::pipe::End;
 use crate::gateway::record::Record;
 use crate::gateway::relay::{Relay, Reply};
-use crate::http::error;
-use crate::http::gateway::{Entrance, Incoming};
+use crate::http::entrance::{Entrance, Incoming};
 use crate::http::route::Surface;
+use crate::http::{auth, error};
 use crate::net::sse;
 
 /// Requests of one universal socket that are served at the same time; the next is read when one is done.
 const MAX_OPEN: usize = 32;
 /// Largest message.
 const MAX_MESSAGE: usize = 16 << 20;
-/// In front of a token in a subprotocol, where browsers can set no header.
-const TOKEN_PROTOCOL: &str = "cf-aig-authorization.";
 
 /// Whether a request wants to become a WebSocket.
 pub(super) fn is_wanted(request: &HttpRequest) -> bool {
     let upgrade = request.headers().get(UPGRADE).and_then(|value| value.to_str().ok());
     upgrade.is_some_and(|value| value.eq_ignore_ascii_case("websocket"))
-}
-
-/// The token that a browser hides in a subprotocol, and the protocol that says so.
-pub(super) fn token(request: &HttpRequest) -> Option<(&str, &str)> {
-    let offered = request.headers().get(SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
-    let mut protocols = offered.split(',').map(str::trim);
-    let protocol = protocols.find(|protocol| protocol.starts_with(TOKEN_PROTOCOL))?;
-    Some((&protocol[TOKEN_PROTOCOL.len()..], protocol))
 }
 
 /// Opens a universal socket.
@@ -62,7 +52,7 @@ pub(super) fn universal(
 ) -> Result<HttpResponse> {
     let (mut response, session, messages) = actix_ws::handle(request, payload)
         .map_err(|error| Error::bad_input(format!("this is no WebSocket handshake: {error}")))?;
-    if let Some((_, protocol)) = token(request)
+    if let Some((_, protocol)) = auth::hidden(request)
         && let Ok(value) = HeaderValue::from_str(protocol)
     {
         response.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, value);

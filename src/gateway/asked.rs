@@ -1,0 +1,75 @@
+//! A call through a gateway, parsed and authenticated: who asks, through what, and what is to be tried.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::Method;
+
+use crate::base::{AccountId, RequestId, Result};
+use crate::gateway::options::Options;
+use crate::gateway::pipe::Words;
+use crate::gateway::step::Step;
+use crate::registry::Gateway;
+use crate::vault::Caller;
+
+/// Who is asking.
+#[derive(Clone)]
+pub struct Who {
+    /// This request.
+    pub id: RequestId,
+    /// With which rights.
+    pub caller: Caller,
+    /// On whose bill the engine computes; `None`: it does not.
+    pub engine: Option<Caller>,
+    /// When its head arrived.
+    pub received: Instant,
+}
+
+/// A call, parsed and authenticated.
+pub struct Ask {
+    /// Who asks.
+    pub who: Who,
+    /// Whose gateway.
+    pub account: AccountId,
+    /// Through which.
+    pub gateway: Arc<Gateway>,
+    /// What is tried, one after the other. Asked for the next when the last one failed.
+    pub plan: Plan,
+    /// What was said for all of them.
+    pub options: Rc<Options>,
+    /// A step that is refused as a bad request is not the end either: the caller lists steps of its own.
+    pub tries_all: bool,
+    /// How the caller reads.
+    pub words: Words,
+    /// The provider in the address, or the name of the form.
+    pub provider: Box<str>,
+    /// What identifies the request: its method, path and query, and its body.
+    pub method: Method,
+    /// See `method`.
+    pub endpoint: String,
+    /// See `method`.
+    pub body: Bytes,
+    /// Of the body.
+    pub content_type: Option<String>,
+    /// The caller's own credentials for providers: part of what identifies the request.
+    pub credentials: Vec<u8>,
+}
+
+/// The steps of a call.
+pub struct Plan {
+    /// The next one; an error is a step that cannot be taken.
+    pub next: Box<dyn FnMut() -> Option<Result<Step>>>,
+    /// How many there are at most.
+    pub most: usize,
+}
+
+impl Plan {
+    /// One step after the other.
+    pub fn list(steps: Vec<Result<Step>>) -> Self {
+        let most = steps.len();
+        let mut steps = steps.into_iter();
+        Self { next: Box::new(move || steps.next()), most }
+    }
+}

@@ -1,0 +1,444 @@
+//! Trying: steps in order, each as often as it may be, until one answers; and what an answer goes through before anybody
+//! reads it.
+//!
+//!     step --breaker--> try --head--> good: translate, check by rules --> Begun
+//!                        ^              '-- failed: class, advice --> wait and again | the next step
+//!                        '---------------------------------------------'
+
+use std::fmt::Write;
+use std::future::poll_fn;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::StatusCode;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use tokio::time::{sleep, timeout};
+
+use super::Relay;
+use crate::base::{Error, Kind, Millis, RequestId, Result};
+use crate::config;
+use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
+use crate::gateway::asked::Ask;
+use crate::gateway::pipe::{End, Pipe, Source, Words};
+use crate::gateway::record::label;
+use crate::gateway::step::{Step, Way};
+use crate::guard;
+use crate::net::client::{Answer, Fault};
+use crate::provider::{self, Meta, Meter, Translator, messages};
+use crate::registry::Gateway;
+
+/// Before a second attempt, where nobody says otherwise.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
+/// How long a failed answer may take to say what failed.
+const FAILURE_PATIENCE: Duration = Duration::from_secs(10);
+/// Most of a failed answer that is kept, to be judged and to be handed on if nothing better comes.
+pub(super) const MAX_FAILURE_BYTES: usize = 256 * 1024;
+
+/// What attempts came to.
+pub(super) struct Begun {
+    pub(super) status: StatusCode,
+    /// What the upstream said, and who answered.
+    pub(super) headers: HeaderMap,
+    pub(super) pipe: Pipe,
+}
+
+/// What was tried, for the log and for a header.
+#[derive(Default)]
+pub(super) struct Trail {
+    pub(super) text: String,
+    tried: usize,
+    /// Waited for others.
+    pub(super) elsewhere: Duration,
+}
+
+impl Trail {
+    pub(super) fn note(&mut self, target: &Target, what: impl std::fmt::Display) {
+        self.tried += 1;
+        // A caller's model names are not trusted with a header's length.
+        if self.text.len() < 1024 {
+            let gap = if self.text.is_empty() { "" } else { ", " };
+            let model: String = target.model.chars().filter(char::is_ascii_graphic).take(96).collect();
+            let _ = write!(self.text, "{gap}{}/{model}={what}", target.provider);
+        }
+    }
+}
+
+impl Relay {
+    /// Steps in order, each as often as it may, until one answers.
+    pub(super) async fn attempts(&self, mut ask: Ask, trail: &mut Trail) -> Result<Begun> {
+        let upstream = self.parts.config.get().upstream.clone();
+        let deadline = Instant::now() + upstream.total_timeout;
+        let mut last: Option<Result<Begun>> = None;
+        let mut taken = 0;
+        while let Some(step) = (ask.plan.next)() {
+            let step = match step {
+                Ok(step) => step,
+                // The caller's own step that cannot be taken is the caller's mistake; a fallback that cannot is skipped.
+                Err(error) if taken == 0 && last.is_none() && ask.plan.most == 1 => return Err(error),
+                Err(error) => {
+                    taken += 1;
+                    last = Some(last.unwrap_or(Err(error)));
+                    continue;
+                }
+            };
+            taken += 1;
+            let is_last = taken >= ask.plan.most;
+            if taken > 1 {
+                self.parts.metrics.gateway_fallbacks.with_label_values(&[label(&step.target.provider)]).inc();
+            }
+            let watched = watched(&ask, &step);
+            let pass = self.parts.fallback.probe(&watched, Millis::now()).await;
+            // When nothing else is left, a target that rests is better than none.
+            let Some(pass) = pass.or(is_last.then_some(Pass::Anyway)) else {
+                trail.note(&step.target, "resting");
+                continue;
+            };
+            let turn = Turn { step: &step, watched, is_last, deadline, upstream: &upstream };
+            match self.take(&ask, turn, pass, trail).await {
+                Ok(begun) if begun.status.is_success() || is_last => return Ok(begun),
+                // What is wrong with the request is wrong with it everywhere, unless the caller lists steps to be tried.
+                Ok(begun) if begun.status.as_u16() == 400 && !ask.tries_all => return Ok(begun),
+                outcome => last = Some(outcome),
+            }
+            if deadline <= Instant::now() {
+                break;
+            }
+        }
+        last.unwrap_or_else(|| {
+            Err(Error::new(Kind::Unreachable, "All targets rest after failures; try again in a moment.")
+                .with_retry_after(Duration::from_secs(5)))
+        })
+    }
+
+    /// One step, as often as it may be tried.
+    async fn take(&self, ask: &Ask, turn: Turn<'_>, pass: Pass, trail: &mut Trail) -> Result<Begun> {
+        let Turn { step, watched, is_last, deadline, upstream } = turn;
+        let metrics = &self.parts.metrics;
+        let provider = label(&step.target.provider);
+        let (settings, options) = (&ask.gateway.settings, &step.options);
+        let most = options.max_attempts.or(settings.retry.max_attempts).unwrap_or(1);
+        let delay = options.retry_delay.or(settings.retry.delay).unwrap_or(RETRY_DELAY);
+        let growth = options.backoff.or(settings.retry.backoff.map(growth)).unwrap_or_default();
+        let backoff = Backoff::new(u64::from(most), delay.as_millis() as u64, growth);
+        let first_byte = options.request_timeout.or(settings.timeouts.first_byte);
+        let mut pass = Some(pass);
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let left = deadline.saturating_duration_since(Instant::now());
+            // The very last try waits as long as a provider may take at all.
+            let patience = match first_byte {
+                Some(limit) if !(is_last && attempt == backoff.attempts()) => limit,
+                _ => step.timeouts.first_byte.unwrap_or(upstream.first_byte_timeout),
+            };
+            let sent = Instant::now();
+            let outcome = timeout(patience.min(left), self.try_once(ask, step, upstream)).await;
+            let outcome = outcome.unwrap_or(Err(Failure::Fault(Fault::Timeout("the first byte"))));
+            let taken = sent.elapsed();
+            trail.elsewhere += taken;
+            let now = Millis::now();
+            let pass = pass.take().unwrap_or(Pass::Closed);
+            let (class, asked_ms, outcome) = match outcome {
+                Ok(begun) if begun.status.as_u16() < 400 => {
+                    metrics.upstream_attempts.with_label_values(&[provider, "ok"]).inc();
+                    metrics.upstream_first_byte.with_label_values(&[provider]).observe(taken.as_secs_f64());
+                    self.parts.fallback.settle(&watched, pass, Outcome::Answered, now);
+                    trail.note(&step.target, begun.status.as_u16());
+                    return Ok(begun.signed(step, trail));
+                }
+                Ok(mut begun) => {
+                    let body = timeout(FAILURE_PATIENCE, collect(&mut begun.pipe, MAX_FAILURE_BYTES)).await;
+                    let body = body.ok().flatten().unwrap_or_default();
+                    let status = begun.status.as_u16();
+                    let class = classify(fallback::Failure::Answer { status, head: &body });
+                    let header = |name: &str| begun.headers.get(name).and_then(|value| value.to_str().ok());
+                    let asked_ms = fallback::retry_after_ms(header, now);
+                    trail.note(&step.target, status);
+                    begun.pipe = Pipe::new(Source::Whole(Some(body)), ask.words, false);
+                    (class, asked_ms, Ok(begun))
+                }
+                Err(Failure::Ours(error)) => {
+                    self.parts.fallback.settle(&watched, pass, Outcome::Abandoned, now);
+                    trail.note(&step.target, error.kind().as_str());
+                    return Err(error);
+                }
+                Err(Failure::Fault(fault)) => {
+                    trail.note(&step.target, word(&fault));
+                    (class(&fault), None, Err(no_answer(&step.target, &fault)))
+                }
+            };
+            metrics.upstream_attempts.with_label_values(&[provider, class.as_str()]).inc();
+            // A caller's own bad key says nothing of the target.
+            let theirs = matches!(class, Class::Credential | Class::Billing) && !step.stored_key;
+            let told = if theirs { Outcome::Abandoned } else { Outcome::Failed(class) };
+            self.parts.fallback.settle(&watched, pass, told, now);
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis() as u64;
+            let asked_ms = asked_ms.map(|asked| asked.min(upstream.max_retry_after.as_millis() as u64));
+            let after = match backoff.next(attempt, class, asked_ms, Some(left), chance()) {
+                Next::Retry { after_ms } if self.parts.fallback.may_retry(&watched, now) => after_ms,
+                _ => return outcome.map(|begun| begun.signed(step, trail)),
+            };
+            metrics.gateway_retries.with_label_values(&[provider]).inc();
+            let pause = Duration::from_millis(after);
+            trail.elsewhere += pause;
+            sleep(pause).await;
+        }
+    }
+
+    /// One attempt, up to the head of an answer.
+    async fn try_once(&self, ask: &Ask, step: &Step, upstream: &config::Upstream) -> Result<Begun, Failure> {
+        let gateway = &ask.gateway;
+        let (status, mut headers, source) = match &step.way {
+            Way::Local(call) => {
+                let answer = (self.local)(call.clone(), ask.who.clone()).await;
+                (answer.status, answer.headers, Source::Local(answer.body))
+            }
+            Way::Upstream { attempt, sign } => {
+                let answer = match self.signed(attempt, sign, gateway).await? {
+                    Some(signed) => self.client.send(&signed).await,
+                    None => self.client.send(attempt).await,
+                };
+                let Answer { status, headers, body } = answer.map_err(Failure::Fault)?;
+                let idle = gateway.settings.timeouts.idle.or(step.timeouts.idle).unwrap_or(upstream.idle_timeout);
+                let whole = gateway.settings.timeouts.request.or(step.timeouts.request);
+                (status, headers, Source::Upstream(body.with_patience(idle, whole)))
+            }
+        };
+        cleanse(&mut headers);
+        let events = is_events(&headers);
+        let limit = upstream.max_answer_bytes;
+        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let (encoding, kind) = (text(header::CONTENT_ENCODING), text(header::CONTENT_TYPE));
+        let mut pipe = Pipe::new(source, ask.words, events);
+        if !matches!(step.way, Way::Local(_)) && status.is_success() {
+            let meter = Meter::new(kind.as_deref());
+            pipe = pipe.metered(meter, encoding.as_deref(), limit);
+        }
+        if !step.speech.is_verbatim() {
+            pipe = self.translated(ask, step, status, &mut headers, pipe, limit).await?;
+        }
+        if !gateway.guard.ignores_responses() && status.is_success() {
+            pipe = checked(gateway, &mut headers, pipe, ask.words, limit).await?;
+        }
+        Ok(Begun { status, headers, pipe })
+    }
+
+    /// Puts an answer into the caller's words.
+    async fn translated(
+        &self,
+        ask: &Ask,
+        step: &Step,
+        status: StatusCode,
+        headers: &mut HeaderMap,
+        mut pipe: Pipe,
+        limit: usize,
+    ) -> Result<Pipe, Failure> {
+        let speech = step.speech;
+        headers.remove(header::CONTENT_ENCODING);
+        let meta = Meta {
+            id: format!("chatcmpl-{}", ask.who.id.simple()),
+            created: Millis::now().seconds(),
+            model: format!("{}/{}", step.target.provider, step.target.model),
+        };
+        let streams = is_events(headers) || is_frames(headers);
+        if status.is_success() && streams {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+            let to_messages = speech.to_messages.then(|| messages::Translator::new(meta.model.clone()));
+            let to_openai = speech.to_openai.then(|| Translator::new(step.dialect, meta, speech.include_usage));
+
+            return Ok(pipe.translated(to_openai, to_messages));
+        }
+        let body = collect(&mut pipe, limit).await;
+        let Some(mut body) = body else {
+            return Err(Failure::Fault(Fault::Broken("the answer broke off, or is too large to be translated".into())));
+        };
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if status.is_success() {
+            let unreadable = |error: Error| Failure::Fault(Fault::Broken(error.message().to_owned()));
+            if speech.to_openai {
+                body = provider::answer(step.dialect, &meta, &body).map_err(unreadable)?;
+            }
+            if speech.to_messages {
+                body = messages::answer(&body).map_err(unreadable)?;
+            }
+        } else {
+            if speech.to_openai {
+                (_, body) = provider::failure(step.dialect, status.as_u16(), &body);
+            }
+            if speech.to_messages {
+                (_, body) = messages::failure(status.as_u16(), &body);
+            }
+        }
+        let usage = pipe.usage();
+        let words = ask.words;
+        Ok(Pipe::new(Source::Whole(Some(body)), words, false).with_usage(usage))
+    }
+}
+
+/// A step when its turn has come.
+struct Turn<'a> {
+    step: &'a Step,
+    /// The target as breakers know it.
+    watched: Target,
+    /// Nothing comes behind it.
+    is_last: bool,
+    deadline: Instant,
+    upstream: &'a config::Upstream,
+}
+
+/// Why an attempt brought no answer.
+pub(super) enum Failure {
+    /// Of the way there.
+    Fault(Fault),
+    /// Of ours: trying again changes nothing.
+    Ours(Error),
+}
+
+impl Begun {
+    /// Says who answered and what was tried before.
+    fn signed(mut self, step: &Step, trail: &Trail) -> Self {
+        let mut say = |name: &'static str, value: &str| {
+            if let Ok(value) = HeaderValue::from_str(value) {
+                self.headers.insert(HeaderName::from_static(name), value);
+            }
+        };
+        say("cf-aig-step", &step.index.to_string());
+        say("cf-aig-provider", &step.target.provider);
+        say("cf-aig-model", &step.target.model);
+        say("cf-aig-attempts", &trail.text);
+        if let Some(route) = &step.route {
+            say("cf-aig-routing-reason", route);
+        }
+        self
+    }
+}
+
+/// Takes out what belongs to the upstream's connection, or to nobody but its own site.
+fn cleanse(headers: &mut HeaderMap) {
+    const NOT_OURS: [HeaderName; 8] = [
+        header::CONNECTION,
+        header::TRANSFER_ENCODING,
+        header::CONTENT_LENGTH,
+        header::TE,
+        header::TRAILER,
+        header::UPGRADE,
+        header::PROXY_AUTHENTICATE,
+        header::SET_COOKIE,
+    ];
+    for name in NOT_OURS {
+        headers.remove(name);
+    }
+    headers.remove("keep-alive");
+}
+
+pub(super) fn content_type(headers: &HeaderMap) -> &str {
+    headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
+pub(super) fn is_events(headers: &HeaderMap) -> bool {
+    content_type(headers).starts_with("text/event-stream")
+}
+
+/// Bedrock's streams.
+pub(super) fn is_frames(headers: &HeaderMap) -> bool {
+    content_type(headers).starts_with("application/vnd.amazon.eventstream")
+}
+
+/// Lets rules look at an answer: at a stream as it goes by, at anything else before any of it is seen.
+async fn checked(
+    gateway: &Gateway,
+    headers: &mut HeaderMap,
+    mut pipe: Pipe,
+    words: Words,
+    limit: usize,
+) -> Result<Pipe, Failure> {
+    let kind = content_type(headers).to_owned();
+    if is_events(headers) || is_frames(headers) {
+        return Ok(pipe.guarded(gateway.guard.stream(&kind, guard::HOLD)));
+    }
+    let Some(body) = collect(&mut pipe, limit).await else {
+        return Err(Failure::Fault(Fault::Broken("the answer broke off, or is too large to be checked".into())));
+    };
+    let verdict = gateway.guard.response(&body, &kind);
+    if let Some(finding) = verdict.blocked {
+        let message = format!("The response was blocked by the rule `{}` ({})", finding.rule, finding.what);
+        return Err(Failure::Ours(Error::new(Kind::AnswerBlocked, message)));
+    }
+    let usage = pipe.usage();
+    Ok(Pipe::new(Source::Whole(Some(body)), words, false).with_usage(usage).with_flags(verdict.flags))
+}
+
+/// All that is left, if it comes whole and is not more than `limit` bytes.
+pub(super) async fn collect(pipe: &mut Pipe, limit: usize) -> Option<Bytes> {
+    let mut first = Bytes::new();
+    let mut all = Vec::new();
+    while let Some(chunk) = poll_fn(|cx| pipe.poll_chunk(cx)).await {
+        let chunk = chunk.ok()?;
+        if first.len() + all.len() + chunk.len() > limit {
+            return None;
+        }
+        // Most answers come in one piece, which is handed on as it is.
+        if first.is_empty() && all.is_empty() {
+            first = chunk;
+            continue;
+        }
+        if all.is_empty() {
+            all.extend_from_slice(&std::mem::take(&mut first));
+        }
+        all.extend_from_slice(&chunk);
+    }
+    matches!(pipe.end(), Some(End::Whole)).then(|| if all.is_empty() { first } else { all.into() })
+}
+
+fn growth(written: config::gateway::Backoff) -> Growth {
+    match written {
+        config::gateway::Backoff::Constant => Growth::Constant,
+        config::gateway::Backoff::Linear => Growth::Linear,
+        config::gateway::Backoff::Exponential => Growth::Exponential,
+    }
+}
+
+/// The target as breakers know it: two accounts' custom providers may share a name and nothing else.
+fn watched(ask: &Ask, step: &Step) -> Target {
+    let Target { provider, model } = &step.target;
+    if !provider.starts_with("custom-") {
+        return step.target.clone();
+    }
+    Target { provider: format!("{}:{provider}", ask.account).into(), model: model.clone() }
+}
+
+pub(super) fn no_answer(target: &Target, fault: &Fault) -> Error {
+    let provider = &target.provider;
+    match fault {
+        Fault::Timeout(what) => {
+            Error::new(Kind::UpstreamTimeout, format!("{provider} did not answer in time ({what})."))
+        }
+        Fault::Refused(why) => Error::new(Kind::NoSuchProvider, format!("{provider} is not called: {why}")),
+        Fault::Connect(why) | Fault::Broken(why) => {
+            Error::new(Kind::Unreachable, format!("No answer from {provider}: {why}"))
+        }
+    }
+}
+
+/// For the trail of a call.
+pub(super) fn word(fault: &Fault) -> &'static str {
+    match fault {
+        Fault::Refused(_) => "refused",
+        Fault::Connect(_) => "unreachable",
+        Fault::Broken(_) => "broken",
+        Fault::Timeout(_) => "timeout",
+    }
+}
+
+fn class(fault: &Fault) -> Class {
+    match fault {
+        Fault::Refused(_) => Class::Caller,
+        Fault::Connect(_) | Fault::Broken(_) => classify(fallback::Failure::Transport),
+        Fault::Timeout(_) => classify(fallback::Failure::Timeout),
+    }
+}
+
+/// A number for jitter.
+fn chance() -> u64 {
+    RequestId::random().low_bits()
+}

@@ -1,0 +1,106 @@
+//! Credentials that depend on the moment: signatures, and access tokens that are kept while they are good.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::Method;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+
+use super::Relay;
+use super::attempt::{Failure, MAX_FAILURE_BYTES};
+use crate::base::{Error, Millis, Result};
+use crate::gateway::step::Sign;
+use crate::net::client::{Attempt, Origin};
+use crate::net::sigv4;
+use crate::net::vertex::{AccessToken, Age, ServiceAccount};
+use crate::registry::Gateway;
+
+impl Relay {
+    /// The attempt with credentials of this moment; `None`: it has all it needs.
+    pub(super) async fn signed(
+        &self,
+        attempt: &Attempt,
+        sign: &Sign,
+        gateway: &Gateway,
+    ) -> Result<Option<Attempt>, Failure> {
+        let mut signed = match sign {
+            Sign::Ready if gateway.guard.ignores_responses() => return Ok(None),
+            _ => attempt.clone(),
+        };
+        if !gateway.guard.ignores_responses() {
+            // What rules are to read must be readable.
+            signed.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        }
+        match sign {
+            Sign::Ready => {}
+            Sign::Aws { credentials, region } => {
+                // What a signature does not cover must not be there twice.
+                signed.headers.remove(header::AUTHORIZATION);
+                let path = attempt.path.path();
+                let host = attempt.origin.authority.as_str();
+                let kind = attempt.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+                let mut covered = vec![("host", host)];
+                covered.extend(kind.map(|kind| ("content-type", kind)));
+                let request = sigv4::Request {
+                    method: attempt.method.as_str(),
+                    path,
+                    query: attempt.path.query().unwrap_or_default(),
+                    headers: &covered,
+                    payload: sigv4::Payload::Bytes(&attempt.body),
+                };
+                let scope = sigv4::Scope { region, service: "bedrock" };
+                for (name, value) in sigv4::sign(credentials, scope, &request, Millis::now()) {
+                    set(&mut signed.headers, name, &value)?;
+                }
+            }
+            Sign::Google(account) => {
+                let token = self.google_token(account).await?;
+                set(&mut signed.headers, "authorization", &format!("Bearer {token}"))?;
+            }
+        }
+        Ok(Some(signed))
+    }
+
+    /// An access token, from memory or from Google.
+    async fn google_token(&self, account: &Arc<ServiceAccount>) -> Result<String, Failure> {
+        let now = Millis::now();
+        if let Some(token) = self.tokens.borrow().get(account.email()).filter(|token| token.age(now) == Age::Fresh) {
+            return Ok(token.bearer.expose().clone());
+        }
+        let form = account.form(now).map_err(Failure::Ours)?;
+        let attempt = token_request(account.token_uri(), form).map_err(Failure::Ours)?;
+        let answer = self.client.send(&attempt).await.map_err(Failure::Fault)?;
+        let status = answer.status.as_u16();
+        let body = answer.body.collect(MAX_FAILURE_BYTES).await.map_err(Failure::Fault)?;
+        let token = AccessToken::read(status, &body, now).map_err(Failure::Ours)?;
+        let bearer = token.bearer.expose().clone();
+        self.tokens.borrow_mut().insert(account.email().to_owned(), token);
+        Ok(bearer)
+    }
+}
+
+fn set(headers: &mut HeaderMap, name: &str, value: &str) -> Result<(), Failure> {
+    let unusable = || Failure::Ours(Error::bad_input("The stored key cannot be sent: it holds control characters."));
+    let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| unusable())?;
+    let mut value = HeaderValue::from_str(value).map_err(|_| unusable())?;
+    value.set_sensitive(true);
+    headers.insert(name, value);
+    Ok(())
+}
+
+/// A POST of a form, for an access token.
+fn token_request(uri: &str, form: String) -> Result<Attempt> {
+    let unusable = || Error::bad_input("The service account's token_uri is no https address.");
+    let (tls, rest) = match (uri.strip_prefix("https://"), uri.strip_prefix("http://")) {
+        (Some(rest), _) => (true, rest),
+        (None, Some(rest)) => (false, rest),
+        (None, None) => return Err(unusable()),
+    };
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let origin = Origin::new(tls, authority).map_err(|_| unusable())?;
+    let path = format!("/{path}").parse().map_err(|_| unusable())?;
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+    let (origin, body) = (Arc::new(origin), Bytes::from(form));
+    Ok(Attempt { origin, method: Method::POST, path, headers, body, allow_private: false })
+}
