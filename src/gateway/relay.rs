@@ -79,7 +79,12 @@ impl Parts {
         let sealer = Sealer::open_files(named.as_deref(), default.as_deref(), previous)?;
         let registry = Registry::start(config.registry.as_deref(), config.fixed.clone(), sealer)?;
         let config::Cache { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder } = config.cache.clone();
-        let cache = Cache::start(cache::Settings { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder })?;
+        let settings = |folder| cache::Settings { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder };
+        let cache = Cache::start(settings(folder)).or_else(|error| {
+            // A service's user may have no home to write to; answers that are lost at a restart are no reason not to start.
+            tracing::warn!(%error, "answers are kept in memory only");
+            Cache::start(settings(None))
+        })?;
         let fallback = Fallback::start(Policy::default());
         let limits = RouteLimits::default();
         Ok(Self { config: live.clone(), registry, cache, fallback, limits, metrics: metrics.clone() })
