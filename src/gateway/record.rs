@@ -175,9 +175,8 @@ impl Record {
         self.bytes += bytes as u64;
     }
 
-    /// There was no answer but our own refusal.
+    /// There was no answer but our own refusal, which whoever tells the caller counts as an error.
     pub fn refused(&mut self, error: &Error, trail: &str) {
-        self.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
         self.trail = trail.into();
         self.close("refused", Some(error.kind().as_str()), None);
     }

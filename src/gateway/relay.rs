@@ -112,7 +112,8 @@ pub struct Relay {
     pub parts: Parts,
     client: Client,
     local: Local,
-    tokens: RefCell<HashMap<String, AccessToken>>,
+    /// Google's access tokens, by the hash of the secret they were made from.
+    tokens: RefCell<HashMap<[u8; 32], AccessToken>>,
 }
 
 /// The engine of this process, as the HTTP floor serves it.

@@ -19,7 +19,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::PathAndQuery;
 use serde_json::Value;
 
-use crate::base::{AccountId, Error, Kind, RequestId, Result, Secret};
+use crate::base::{AccountId, Error, Kind, Result, Secret};
 use crate::config::gateway::{CUSTOM, Timeouts};
 use crate::fallback::Target;
 use crate::gateway::options::Options;
@@ -81,7 +81,12 @@ pub enum Sign {
         region: String,
     },
     /// An access token of a Google service account.
-    Google(Arc<ServiceAccount>),
+    Google {
+        /// Whose.
+        account: Box<ServiceAccount>,
+        /// A hash of all of its secret: whoever brings only its name gets no token of its.
+        secret: [u8; 32],
+    },
 }
 
 /// What becomes of an answer before the caller sees it.
@@ -161,8 +166,6 @@ pub struct Steps<'a> {
     pub view: &'a View,
     /// Whether the caller may use stored keys.
     pub trusted: bool,
-    /// For ids that answers lack.
-    pub id: RequestId,
 }
 
 impl Steps<'_> {
@@ -448,7 +451,10 @@ impl Steps<'_> {
                 Ok(Sign::Aws { credentials, region })
             }
             Auth::Vertex => match ServiceAccount::parse(secret.expose()) {
-                Ok(account) => Ok(Sign::Google(Arc::new(account))),
+                Ok(account) => {
+                    let hash = blake3::hash(secret.expose().as_bytes());
+                    Ok(Sign::Google { account: Box::new(account), secret: *hash.as_bytes() })
+                }
                 Err(error) if secret.expose().trim_start().starts_with('{') => Err(error),
                 // Not a service account: an access token as it is.
                 Err(_) => {

@@ -226,16 +226,10 @@ impl Entrance {
 
     /// What steps are made with.
     fn steps(&self) -> Steps<'_> {
-        Steps {
-            account: &self.account,
-            gateway: &self.gateway,
-            view: &self.view,
-            trusted: self.trusted,
-            id: self.who.id,
-        }
+        Steps { account: &self.account, gateway: &self.gateway, view: &self.view, trusted: self.trusted }
     }
 
-    fn ask(self, call: Incoming, plan: Plan, words: Words, provider: &str) -> Result<Ask> {
+    fn ask(self, mut call: Incoming, plan: Plan, words: Words, provider: &str) -> Result<Ask> {
         let query = if call.query.is_empty() { String::new() } else { format!("?{}", call.query) };
         let method = http::Method::from_bytes(call.method.as_str().as_bytes())
             .map_err(|_| Error::bad_input("the method is none that HTTP knows"))?;
@@ -252,7 +246,11 @@ impl Entrance {
             endpoint: call.path + &query,
             body: call.body,
             content_type: call.content_type,
-            credentials: call.credentials,
+            credentials: {
+                // What a stored key was spent on is not for somebody who could not have used it.
+                call.credentials.push(u8::from(self.trusted));
+                call.credentials
+            },
         })
     }
 
@@ -270,13 +268,13 @@ impl Entrance {
         }
         // Made when it is taken: an answer from the cache needs no step.
         let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
-        let (trusted, id) = (self.trusted, self.who.id);
+        let trusted = self.trusted;
         let mut parts = Some((std::mem::take(&mut call.headers), slug.to_owned(), rest.to_owned()));
         let (method, query, body) = (call.method.clone(), call.query.clone(), call.body.clone());
         let options = call.options.clone();
         let next = move || {
             let (headers, slug, rest) = parts.take()?;
-            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
+            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
             let (method, query, body, options) = (&method, query.as_str(), &body, options.clone());
             Some(steps.native(&slug, Native { method, rest: &rest, query, headers, body, options }))
         };
@@ -362,11 +360,11 @@ impl Entrance {
         let request = call.options.clone();
         let outer = call.headers.clone();
         let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
-        let (trusted, id) = (self.trusted, self.who.id);
+        let trusted = self.trusted;
         let mut written = written.into_iter().enumerate();
         let next = move || {
             let (index, step) = written.next()?;
-            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
+            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
             Some(universal_step(&steps, index, step, &request, &outer))
         };
         self.ask(call, Plan { next: Box::new(next), most }, Words::OpenAi, UNIVERSAL)
@@ -390,7 +388,7 @@ impl Entrance {
             return Err(Error::new(Kind::RateLimited, message));
         }
         let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
-        let (trusted, id) = (self.trusted, self.who.id);
+        let trusted = self.trusted;
         let (headers, body, options) = (call.headers.clone(), call.body.clone(), call.options.clone());
         let mut index = 0;
         let next = move || {
@@ -398,7 +396,7 @@ impl Entrance {
                 asked.with(|facts| walk.failed(facts, &mut within).is_some());
             }
             let node = walk.model()?;
-            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted, id };
+            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
             let name = format!("{}/{}", node.provider, node.model);
             let options = Options {
                 request_timeout: node.timeout_ms.map(Duration::from_millis).or(options.request_timeout),

@@ -138,6 +138,7 @@ async fn answer(
     let reply = match outcome {
         Ok(reply) => reply,
         Err(error) => {
+            relay.parts.metrics.errors.with_label_values(&[error.kind().as_str()]).inc();
             let refusal = error::value(Surface::Gateway, id, &error);
             return session
                 .text(json!({ "type": "universal.error", "metadata": metadata, "error": refusal }).to_string())

@@ -15,6 +15,9 @@ use crate::net::sigv4;
 use crate::net::vertex::{AccessToken, Age, ServiceAccount};
 use crate::registry::Gateway;
 
+/// Access tokens kept at most; one more and those that are old go, or all.
+const MAX_TOKENS: usize = 1024;
+
 impl Relay {
     /// The attempt with credentials of this moment; `None`: it has all it needs.
     pub(super) async fn signed(
@@ -53,8 +56,8 @@ impl Relay {
                     set(&mut signed.headers, name, &value)?;
                 }
             }
-            Sign::Google(account) => {
-                let token = self.google_token(account).await?;
+            Sign::Google { account, secret } => {
+                let token = self.google_token(account, *secret).await?;
                 set(&mut signed.headers, "authorization", &format!("Bearer {token}"))?;
             }
         }
@@ -62,9 +65,9 @@ impl Relay {
     }
 
     /// An access token, from memory or from Google.
-    async fn google_token(&self, account: &Arc<ServiceAccount>) -> Result<String, Failure> {
+    async fn google_token(&self, account: &ServiceAccount, secret: [u8; 32]) -> Result<String, Failure> {
         let now = Millis::now();
-        if let Some(token) = self.tokens.borrow().get(account.email()).filter(|token| token.age(now) == Age::Fresh) {
+        if let Some(token) = self.tokens.borrow().get(&secret).filter(|token| token.age(now) == Age::Fresh) {
             return Ok(token.bearer.expose().clone());
         }
         let form = account.form(now).map_err(Failure::Ours)?;
@@ -74,7 +77,15 @@ impl Relay {
         let body = answer.body.collect(MAX_FAILURE_BYTES).await.map_err(Failure::Fault)?;
         let token = AccessToken::read(status, &body, now).map_err(Failure::Ours)?;
         let bearer = token.bearer.expose().clone();
-        self.tokens.borrow_mut().insert(account.email().to_owned(), token);
+        let mut tokens = self.tokens.borrow_mut();
+        // Callers may bring accounts of their own, and as many as they like.
+        if tokens.len() >= MAX_TOKENS {
+            tokens.retain(|_, token| token.age(now) == Age::Fresh);
+            if tokens.len() >= MAX_TOKENS {
+                tokens.clear();
+            }
+        }
+        tokens.insert(secret, token);
         Ok(bearer)
     }
 }

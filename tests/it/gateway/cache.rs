@@ -76,6 +76,14 @@ async fn accounts_do_not_see_each_others_answers() {
 }
 
 #[actix_web::test]
+async fn who_has_no_token_gets_nothing_that_a_stored_key_paid_for() {
+    let rig = Rig::start();
+    let with = Answer::of(rig.chat(&[KEEP, ("cf-aig-authorization", "secret")], &question("q"))).await;
+    let without = Answer::of(rig.chat(&[KEEP], &question("q"))).await;
+    assert_eq!((status(&with), status(&without)), ("MISS", "MISS"));
+}
+
+#[actix_web::test]
 async fn a_hundred_equal_requests_at_once_are_one_upstream() {
     let rig = Rig::start();
     let asks = (0..100).map(|_| Answer::of(rig.chat(&[KEEP, ("x-fake", "delay=300")], &question("same"))));
