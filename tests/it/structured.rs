@@ -82,7 +82,8 @@ async fn sequences_that_lose_their_blocks_keep_to_their_grammar() {
 async fn a_document_that_can_be_guessed_is_the_same_in_fewer_steps() {
     let document = json!({"kind": "cat", "legs": 4, "names": ["Minka", "Mau"]}).to_string();
     let say: String = document.bytes().map(|byte| format!("%{byte:02x}")).collect();
-    let daemon = Daemon::serving(&format!("sim:end_in=0,say={say}"), |_| {});
+    // A step has to cost something, or rows that verify guesses look as dear as steps.
+    let daemon = Daemon::serving(&format!("sim:end_in=0,step_us=2000,say={say}"), |_| {});
     let ask = async |more: Value| {
         let words = format!("Say this again: {document}");
         let body = json!({"model": CLASSIC, "messages": [{"role": "user", "content": words}], "max_tokens": 400});
