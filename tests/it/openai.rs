@@ -541,7 +541,7 @@ async fn the_best_of_several_answers_is_given_and_all_are_counted() {
 async fn a_draft_model_guesses_and_changes_no_answer() {
     // Devices of the same kind think alike, and one that repeats itself thinks like one that does not now and then.
     let serving = |period: u32, lookup: bool| {
-        Daemon::serving("sim:end_in=0,step_us=300", move |config| {
+        Daemon::serving("sim:end_in=0,step_us=1000", move |config| {
             config.engine.prompt_lookup = lookup;
             for model in &mut config.models {
                 let path = format!("sim:end_in=0,period={period}").into();
@@ -578,7 +578,7 @@ async fn a_draft_model_guesses_and_changes_no_answer() {
 #[tokio::test]
 async fn guessing_ahead_shows_in_usage_and_never_in_the_text() {
     // Answers repeat themselves, so what was said before is a good guess.
-    let daemon = Daemon::serving("sim:period=8,end_in=0", |_| {});
+    let daemon = Daemon::serving("sim:period=8,end_in=0,step_us=1000", |_| {});
     let ask = async |more: Value| {
         let mut body = json!({"model": CLASSIC, "prompt": "once upon a time there was", "max_tokens": 120, "seed": 5});
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
