@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Uses the gateway through the official SDKs of OpenAI, Anthropic and Google, as its users do, and says what does not hold.
+"""Uses the gateway through the official SDKs of OpenAI, Anthropic, Google and AWS, and manages it through
+Cloudflare's, as its users do, and says what does not hold.
 
     scripts/gateway_sdk_test.py
     scripts/gateway_sdk_test.py --neurond target/release/neurond --fake target/release/examples/fake_upstream
@@ -10,6 +11,7 @@ loopback, with a configuration of its own in a temporary folder. The SDKs are in
 versions below. Each check is a function whose name is what it proves: a line each, exit code 1 if one does not hold.
 
     SDK --> neurond /v1/{account}/{gateway}/{provider} --> fake upstream: answers `{provider} {model} heard: {last words}`
+    cloudflare --> neurond /client/v4/accounts/{account}/ai-gateway: an answer that is not of the SDK's types fails
 
 What a provider does wrong is told to the fake by the header `x-fake` of native calls, and by scripts for all others
 (`tests/upstream/behaviour.rs`).
@@ -18,6 +20,7 @@ What a provider does wrong is told to the fake by the header `x-fake` of native 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -32,10 +35,13 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SDKS = ["openai==3.57.0", "anthropic==2.14.0", "google-genai==3.6.1"]
+SDKS = ["openai==3.57.0", "anthropic==2.14.0", "google-genai==3.6.1", "botocore==1.44.8", "cloudflare==5.9.0"]
 
 ACCOUNT = "0123456789abcdef0123456789abcdef"
 TOKEN = "token-of-the-gateway"
+# Of one who may call models and manage nothing, and of another account.
+SMALL_TOKEN, OTHER_TOKEN = "token-without-admin", "token-of-somebody-else"
+OTHER = "fedcba9876543210fedcba9876543210"
 # What callers bring themselves, and what the gateway has stored for those who bring nothing.
 OWN, STORED = "key-of-the-caller", "key-in-the-config"
 PROVIDERS = ["openai", "anthropic", "google-ai-studio", "cohere", "groq", "mistral", "deepseek", "perplexity-ai", "azure-openai"]
@@ -74,10 +80,20 @@ if __name__ == "__main__":
     run_with_sdks()
 
 import anthropic  # noqa: E402
+import botocore  # noqa: E402
+import botocore.session  # noqa: E402
+import cloudflare  # noqa: E402
 import openai  # noqa: E402
+from botocore.auth import SigV4Auth  # noqa: E402
+from botocore.awsrequest import AWSRequest  # noqa: E402
+from botocore.config import Config  # noqa: E402
+from botocore.credentials import Credentials  # noqa: E402
+from botocore.eventstream import ChecksumMismatch  # noqa: E402
+from botocore.exceptions import ClientError, EventStreamError  # noqa: E402
 from google import genai  # noqa: E402
 from google.genai import errors as google_errors  # noqa: E402
 from google.genai import types as google_types  # noqa: E402
+from urllib3.exceptions import ProtocolError  # noqa: E402
 
 
 class Process:
@@ -151,6 +167,7 @@ class Daemon(Process):
     """neurond, with every provider's address at the fake."""
 
     def __init__(self, program: Path, folder: Path, fake: Fake) -> None:
+        self.again = lambda: Daemon(program, folder, fake)
         config = folder / "neurond.toml"
         config.write_text(self.config(fake.url))
         bedrock = {"accessKeyId": "AKIDEXAMPLE", "secretAccessKey": STORED, "region": "us-east-1"}
@@ -163,11 +180,19 @@ class Daemon(Process):
         self.root = f"http://{self.wait_for('listening')['address']}"
         self.wait_for("ready")
 
+    def killed(self) -> Daemon:
+        """Another one in its place, with what is on the disk: this one gets no time to write anything."""
+        self.child.kill()
+        self.child.wait()
+        return self.again()
+
     @staticmethod
     def config(upstream: str) -> str:
         parts = [
             '[server]\nlisten = "127.0.0.1:0"\n[log]\nformat = "json"\n',
-            f'[[auth.token]]\nid = "test"\nsha256 = "{hashlib.sha256(TOKEN.encode()).hexdigest()}"\naccount = "{ACCOUNT}"\n',
+            token("test", TOKEN, ACCOUNT),
+            token("small", SMALL_TOKEN, ACCOUNT) + 'scopes = ["run", "gateway"]\n',
+            token("other", OTHER_TOKEN, OTHER),
             f'[[model]]\nid = "{LOCAL}"\npath = "sim:end_in=0,step_us=200"\ncontext = 4096\n',
             # The second one tries once more when a provider fails.
             f'[[gateway]]\nid = "plain"\n[[gateway]]\nid = "tries"\nretry_max_attempts = 3\nretry_delay = 1\nretry_backoff = "constant"\n',
@@ -195,12 +220,17 @@ class Daemon(Process):
         raise AssertionError
 
 
+def token(id: str, secret: str, account: str) -> str:
+    return f'[[auth.token]]\nid = "{id}"\nsha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"\naccount = "{account}"\n'
+
+
 class Bench:
     """What a check needs: clients of all kinds, and a look at what reached the upstream."""
 
     def __init__(self, daemon: Daemon, fake: Fake) -> None:
         self.daemon, self.fake = daemon, fake
         self.auth = {"cf-aig-authorization": f"Bearer {TOKEN}"}
+        self.management = self.managed_by(TOKEN).ai_gateway
         self.openai = self.openai_at("openai")
         self.compat = self.openai_at("compat")
         self.unkeyed = self.openai_at("compat")
@@ -212,6 +242,26 @@ class Bench:
                 retry_options=google_types.HttpRetryOptions(attempts=1),
             ),
         )
+
+    def restart(self) -> None:
+        self.__init__(self.daemon.killed(), self.fake)
+
+    def managed_by(self, token: str) -> cloudflare.Cloudflare:
+        base = f"{self.daemon.root}/client/v4"
+        return cloudflare.Cloudflare(api_token=token, base_url=base, max_retries=0, timeout=30, _strict_response_validation=True)
+
+    def plain_http(self, method: str, path: str, body: dict | None = None) -> dict:
+        """What the SDK has no function for, over its own connection and with its errors."""
+        call = getattr(self.managed_by(TOKEN), method)
+        return call(f"/accounts/{ACCOUNT}/ai-gateway/{path}", cast_to=object, **({} if body is None else {"body": body}))["result"]
+
+    @contextlib.contextmanager
+    def gateway(self, id: str, **fields):
+        """A gateway for the time of a check."""
+        try:
+            yield self.management.create(account_id=ACCOUNT, id=id, **PLAIN | fields)
+        finally:
+            self.management.delete(id, account_id=ACCOUNT)
 
     def base(self, provider: str, gateway: str = "plain") -> str:
         return f"{self.daemon.root}/v1/{ACCOUNT}/{gateway}/{provider}"
@@ -239,8 +289,30 @@ class Bench:
         fields = {"model": "claude-x", "max_tokens": 100, "messages": MESSAGES} | fields
         return (client or self.anthropic).messages.create(**fields)
 
+    def bedrock(self, own: bool = False, fake: str = ""):
+        """botocore's client, which signs with a key of its own or not at all."""
+        config = Config(retries={"total_max_attempts": 1}, proxies={}, signature_version=None if own else botocore.UNSIGNED)
+        client = botocore.session.Session().create_client(
+            "bedrock-runtime", region_name="us-east-1", endpoint_url=f"{self.base('aws-bedrock')}/bedrock-runtime/us-east-1",
+            aws_access_key_id="AKIDTHEIRS", aws_secret_access_key=OWN, config=config,
+        )
+
+        def add(request, **_) -> None:
+            for name, value in {**self.auth, "x-fake": fake or "ok"}.items():
+                request.headers[name] = value
+
+        # Behind the signature, which must not be over them.
+        client.meta.events.register("before-send.bedrock-runtime", add)
+        return client
+
     def google_headers(self, fake: str) -> google_types.GenerateContentConfig:
         return google_types.GenerateContentConfig(http_options=google_types.HttpOptions(headers={"x-fake": fake}))
+
+
+# What every gateway has to say.
+PLAIN = {
+    "cache_invalidate_on_update": True, "cache_ttl": 0, "collect_logs": True, "rate_limiting_interval": 0, "rate_limiting_limit": 0,
+}
 
 
 def fetch(url: str, body: dict | None = None) -> dict:
@@ -568,6 +640,98 @@ def google_errors_are_those_of_the_provider(bench: Bench) -> None:
         same(error.code, status)
 
 
+# AWS's SDK on Bedrock's surface.
+
+CLAUDE = "anthropic.claude-x-v1:0"
+CONVERSE = {"modelId": CLAUDE, "messages": [{"role": "user", "content": [{"text": ASK}]}]}
+
+
+def stream_text(events) -> str:
+    return "".join(event["contentBlockDelta"]["delta"].get("text", "") for event in events if "contentBlockDelta" in event)
+
+
+def bedrock_converses_streams_and_invokes_for_who_signs_and_who_does_not(bench: Bench) -> None:
+    for own in (False, True):
+        client = bench.bedrock(own)
+        answer = client.converse(**CONVERSE, inferenceConfig={"maxTokens": 100})
+        same(answer["output"]["message"]["content"], [{"text": said("aws-bedrock", CLAUDE)}])
+        same((answer["stopReason"], answer["usage"]["inputTokens"]), ("end_turn", len(ASK.split())))
+        events = list(client.converse_stream(**CONVERSE)["stream"])
+        same(stream_text(events), said("aws-bedrock", CLAUDE))
+        same([event["messageStop"]["stopReason"] for event in events if "messageStop" in event], ["end_turn"])
+        body = json.dumps({"anthropic_version": "bedrock-2023-05-31", "max_tokens": 100, "messages": MESSAGES})
+        answer = json.loads(client.invoke_model(modelId=CLAUDE, body=body)["body"].read())
+        same(answer["content"][0]["text"], said("aws-bedrock", CLAUDE))
+        pieces = client.invoke_model_with_response_stream(modelId=CLAUDE, body=body)["body"]
+        pieces = [json.loads(event["chunk"]["bytes"]) for event in pieces]
+        same("".join(piece["delta"].get("text", "") for piece in pieces if piece["type"] == "content_block_delta"), answer["content"][0]["text"])
+        for request in bench.fake.requests():
+            headers = {name.lower(): value for name, value in request["headers"]}
+            assert f"Credential={'AKIDTHEIRS' if own else 'AKIDEXAMPLE'}/" in headers["authorization"], headers
+            same([name for name in headers if name.startswith("cf-")], [])
+        bench.fake.clear()
+
+
+def bedrock_hears_signatures_as_botocore_makes_them(bench: Bench) -> None:
+    client = bench.bedrock()
+    arn = "arn:aws:bedrock:us-east-1:123456789012:inference-profile/us.x-v1:0"
+    client.converse(**CONVERSE)
+    client.converse(**{**CONVERSE, "modelId": arn})
+    client.converse_stream(**CONVERSE)
+    client.invoke_model(modelId=CLAUDE, body=b'{"prompt": "\\u00e9"}', trace="ENABLED")
+    bench.chat(bench.unkeyed, model=f"aws-bedrock/{CLAUDE}", max_tokens=10)
+    requests = bench.fake.requests()
+    same(len(requests), 5)
+    for request in requests:
+        headers = {name.lower(): value for name, value in request["headers"]}
+        covered = headers["authorization"].split("SignedHeaders=")[1].split(",")[0].split(";")
+        assert {"host", "x-amz-date"} <= set(covered), covered
+        again = AWSRequest(
+            method=request["method"], url=f"http://{headers['host']}{request['path']}", data=request["body"].encode(),
+            headers={name: headers[name] for name in covered if name != "host"},
+        )
+        again.context["timestamp"] = headers["x-amz-date"]
+        signer = SigV4Auth(Credentials("AKIDEXAMPLE", STORED), "bedrock", "us-east-1")
+        signature = signer.signature(signer.string_to_sign(again, signer.canonical_request(again)), again)
+        same((request["path"], headers["authorization"].split("Signature=")[1]), (request["path"], signature))
+
+
+def bedrock_errors_are_those_of_the_provider(bench: Bench) -> None:
+    for status, word in [
+        (400, "ValidationException"),
+        (403, "UnrecognizedClientException"),
+        (404, "ResourceNotFoundException"),
+        (429, "ThrottlingException"),
+        (500, "InternalServerException"),
+        (503, "ServiceUnavailableException"),
+    ]:
+        client = bench.bedrock(fake=str(status))
+        for call in (client.converse, client.converse_stream):
+            answer = raised_by_aws(lambda: call(**CONVERSE))
+            same((answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]), (status, word))
+
+
+def bedrock_hears_of_a_stream_that_breaks_off(bench: Bench) -> None:
+    for fake in ["error-after=3", "garbage-after=3", "reset-after=3"]:
+        events = []
+
+        def read() -> None:
+            for event in bench.bedrock(fake=fake).converse_stream(**CONVERSE)["stream"]:
+                events.append(event)
+
+        raised(read, EventStreamError, ChecksumMismatch, ProtocolError)
+        same((fake, stream_text(events)), (fake, f"aws-bedrock {CLAUDE} heard: "))
+        assert not any("messageStop" in event for event in events), events
+
+
+def raised_by_aws(call) -> dict:
+    try:
+        call()
+    except ClientError as error:
+        return error.response
+    raise AssertionError("it answered")
+
+
 # OpenAI's SDK for everybody's models.
 
 
@@ -721,6 +885,316 @@ def messages_stream_and_call_tools_for_everybodys_models(bench: Bench) -> None:
             raise AssertionError(f"{name}: {error}") from error
 
 
+# Cloudflare's SDK on the management API. What is made there serves at once, and is on the disk when it is answered.
+
+
+def cloudflare_gateways_are_made_read_changed_and_deleted(bench: Bench) -> None:
+    api = bench.management
+    settings = {
+        "authentication": True, "cache_ttl": 300, "retry_max_attempts": 3, "retry_delay": 10, "retry_backoff": "linear",
+        "rate_limiting_interval": 60, "rate_limiting_limit": 1000, "rate_limiting_technique": "sliding", "log_management": 20_000,
+        "log_management_strategy": "DELETE_OLDEST", "log_classification": True, "zdr": True, "byok_only": True,
+        "dlp": {"enabled": True, "action": "FLAG", "profiles": ["names"]},
+        "spend_limits": {"enabled": True, "rules": [{
+            "id": "r", "enabled": True, "limit": 5, "limitType": "cost", "window": 3600, "technique": "fixed",
+            "model": {"mode": "filter", "values": ["gpt-x"]},
+        }]},
+    }
+    made = api.create(account_id=ACCOUNT, id="shop", **PLAIN | settings)
+    have = made.to_dict(mode="json")
+    for key, value in settings.items():
+        same((key, have[key]), (key, value))
+    same((made.id, made.is_default, made.created_at), ("shop", False, made.modified_at))
+    same(api.get("shop", account_id=ACCOUNT).to_dict(), made.to_dict())
+    changed = api.update("shop", account_id=ACCOUNT, **PLAIN | {"cache_ttl": 120})
+    # What an older client does not know, and leaves out, it does not switch off.
+    same((changed.cache_ttl, changed.retry_max_attempts, changed.authentication), (120, 3, True))
+    same(changed.created_at, made.created_at)
+    assert changed.modified_at >= made.modified_at, changed
+    same([gateway.to_dict() for gateway in api.list(account_id=ACCOUNT) if gateway.id == "shop"], [changed.to_dict()])
+    same(api.delete("shop", account_id=ACCOUNT).id, "shop")
+    raised(lambda: api.get("shop", account_id=ACCOUNT), cloudflare.NotFoundError)
+    assert "shop" not in [gateway.id for gateway in api.list(account_id=ACCOUNT)]
+
+
+def cloudflare_keeps_the_secrets_of_settings_to_itself(bench: Bench) -> None:
+    trace = {"url": "https://traces.example/v1", "headers": {"x-key": "hush-1"}, "authorization": "hush-2", "content_type": "json"}
+    with bench.gateway("traced", otel=[trace]) as made:
+        got = bench.management.get("traced", account_id=ACCOUNT)
+        shown = json.dumps([made.to_dict(mode="json"), got.to_dict(mode="json")])
+        assert "hush" not in shown and trace["url"] in shown, shown
+
+
+def cloudflare_lists_come_page_by_page(bench: Bench) -> None:
+    names = [f"page-{number:02}" for number in range(11)]
+    found = lambda **query: bench.management.list(account_id=ACCOUNT, **query)
+    with contextlib.ExitStack() as stack:
+        for name in reversed(names):
+            stack.enter_context(bench.gateway(name))
+        first = found(per_page=4, search="PAGE-")
+        same([gateway.id for gateway in first.result], names[:4])
+        info = first.result_info.to_dict()
+        same([info[key] for key in ("page", "per_page", "count", "total_count")], [1, 4, 4, 11])
+        # The SDK goes on to the other pages by itself.
+        same([gateway.id for gateway in first], names)
+        same([gateway.id for gateway in found(page=3, per_page=4, search="page-").result], names[8:])
+        same([gateway.id for gateway in found(search="page-07")], ["page-07"])
+    same(list(found(search="page-")), [])
+
+
+def cloudflare_shows_the_gateways_of_the_file_as_well(bench: Bench) -> None:
+    assert {"plain", "tries"} <= {gateway.id for gateway in bench.management.list(account_id=ACCOUNT)}
+    same(bench.management.get("tries", account_id=ACCOUNT).retry_max_attempts, 3)
+
+
+def a_gateway_serves_from_its_making_to_its_end(bench: Bench) -> None:
+    with_token, without = bench.openai_at("openai", "brief"), bench.openai_at("openai", "brief", headers={})
+    error = raised(lambda: bench.chat(with_token), openai.BadRequestError)
+    same(error.response.json()["internalCode"], 2001)
+    with bench.gateway("brief", authentication=True):
+        same(bench.chat(with_token).choices[0].message.content, said("openai", "gpt-x"))
+        raised(lambda: bench.chat(without), openai.AuthenticationError)
+        bench.management.update("brief", account_id=ACCOUNT, **PLAIN, authentication=False)
+        same(bench.chat(without).choices[0].message.content, said("openai", "gpt-x"))
+    raised(lambda: bench.chat(with_token), openai.BadRequestError)
+
+
+def a_gateways_update_empties_its_cache(bench: Bench) -> None:
+    def status() -> str:
+        chat = bench.openai_at("openai", "kept").chat.completions.with_raw_response
+        return chat.create(model="gpt-x", messages=MESSAGES).headers["cf-aig-cache-status"]
+
+    def update(**fields) -> None:
+        bench.management.update("kept", account_id=ACCOUNT, **PLAIN | {"cache_ttl": 600} | fields)
+
+    with bench.gateway("kept", cache_ttl=600):
+        same([status(), status()], ["MISS", "HIT"])
+        update()
+        same([status(), status()], ["MISS", "HIT"])
+        update(cache_invalidate_on_update=False)
+        same(status(), "HIT")
+        update(cache_ttl=0)
+        same(status(), "MISS")
+
+
+def urls_of_gateways_are_what_sdks_are_pointed_at(bench: Bench) -> None:
+    url = bench.management.urls.get("openai", account_id=ACCOUNT, gateway_id="plain")
+    same(url, bench.base("openai"))
+    client = openai.OpenAI(base_url=url, api_key=OWN, default_headers=bench.auth, max_retries=0, timeout=30)
+    same(bench.chat(client).choices[0].message.content, said("openai", "gpt-x"))
+
+
+def provider_keys_go_in_stand_in_and_never_come_out(bench: Bench) -> None:
+    first, second, third = "sk-first-of-the-test-0001", "sk-second-of-the-test-0002", "sk-third-of-the-test-0003"
+    where = {"gateway_id": "keys", "account_id": ACCOUNT}
+    to_openai = {**where, "provider_slug": "openai"}
+
+    def sent(**headers: str) -> str:
+        """The key that the provider gets when the caller brings none."""
+        bench.chat(bench.openai_at("openai", "keys"), extra_headers={"Authorization": openai.Omit()} | headers)
+        return bench.fake.last()["headers"]["authorization"].removeprefix("Bearer ")
+
+    with bench.gateway("keys", authentication=True):
+        same(sent(), STORED)
+        keys = bench.management.provider_configs
+        create = keys.with_raw_response.create
+        raw = create(**to_openai, alias="first", default_config=True, secret=first, rate_limit=1000, rate_limit_period=60)
+        made = raw.parse()
+        same((made.alias, made.gateway_id, made.provider_slug, made.default_config), ("first", "keys", "openai", True))
+        same((made.secret_preview, made.rate_limit, made.rate_limit_period), ("***0001", 1000, 60))
+        keys.create(**to_openai, alias="second", default_config=False, secret=second)
+        path = f"gateways/keys/provider_configs/{made.id}"
+        shown = [raw.text(), keys.with_raw_response.list(**where).text(), json.dumps(bench.plain_http("get", path))]
+        assert not any("of-the-test" in text for text in shown), shown
+        same([key.alias for key in keys.list(**where, per_page=1)], ["first", "second"])
+        same((sent(), sent(**{"cf-aig-byok-alias": "second"})), (first, second))
+        error = raised(lambda: sent(**{"cf-aig-byok-alias": "third"}), openai.BadRequestError)
+        same(error.response.json()["internalCode"], 2040)
+        # The same secret under another name, by its id.
+        keys.create(**to_openai, alias="third", default_config=False, secret_id=made.secret_id)
+        same(sent(**{"cf-aig-byok-alias": "third"}), first)
+        # The SDK cannot change or delete keys.
+        bench.plain_http("put", path, {"secret": third})
+        same((sent(), sent(**{"cf-aig-byok-alias": "third"})), (third, first))
+        # A caller's own key goes before all of them.
+        bench.chat(bench.openai_at("openai", "keys"), extra_headers={"cf-aig-byok-alias": "second"})
+        same(bench.fake.last()["headers"]["authorization"], f"Bearer {OWN}")
+        bench.plain_http("delete", path)
+        same(sent(), STORED)
+    # With a gateway its keys are gone.
+    with bench.gateway("keys"):
+        same(list(bench.management.provider_configs.list(**where)), [])
+
+
+def custom_providers_are_made_read_changed_and_deleted(bench: Bench) -> None:
+    api = bench.management.custom_providers
+
+    def refusal() -> str:
+        error = raised(lambda: bench.chat(bench.openai_at("custom-ours")), openai.BadRequestError).response.json()
+        same((error["internalCode"], bench.fake.requests()), (2008, []))
+        return error["message"]
+
+    # The fake's own address: a call that went there would be seen.
+    about = {
+        "name": "Of ours", "slug": "ours", "base_url": bench.fake.url.replace("http://", "https://") + "/v1",
+        "description": "Runs below the stairs.", "link": "https://ours.example",
+    }
+    made = api.create(account_id=ACCOUNT, **about, headers='{"x-key": "hush"}')
+    have = made.to_dict(mode="json")
+    same({key: have[key] for key in about}, about)
+    same((made.enable, json.loads(made.headers)), (False, {"x-key": "***"}))
+    same(api.get(made.id, account_id=ACCOUNT).to_dict(), made.to_dict())
+    for query, count in [
+        ({"search": "ours"}, 1), ({"search": "OF OURS"}, 1), ({"search": made.id}, 1), ({"search": "theirs"}, 0),
+        ({"enable": True}, 0), ({"enable": False}, 1), ({"beta": True}, 0),
+    ]:
+        same((query, len(list(api.list(account_id=ACCOUNT, **query)))), (query, count))
+    # As long as it is switched off, nobody can call it.
+    assert "private" not in refusal(), refusal()
+    # The SDK cannot change them.
+    changed = bench.plain_http("patch", f"custom-providers/{made.id}", {"enable": True, "description": "Moved upstairs."})
+    same((changed["enable"], changed["description"], changed["name"]), (True, "Moved upstairs.", "Of ours"))
+    # It is looked for now, but at a private address, which only the file can allow.
+    assert "is on a private address" in refusal(), refusal()
+    same(api.delete(made.id, account_id=ACCOUNT).slug, "ours")
+    raised(lambda: api.get(made.id, account_id=ACCOUNT), cloudflare.NotFoundError)
+    assert "private" not in refusal(), refusal()
+
+
+def routes_answer_with_the_version_that_is_deployed(bench: Bench) -> None:
+    api, where = bench.management.dynamic_routing, {"gateway_id": "routed", "account_id": ACCOUNT}
+
+    def answers(name: str = "support") -> str:
+        return bench.chat(bench.openai_at("compat", "routed"), model=f"dynamic/{name}").choices[0].message.content
+
+    with bench.gateway("routed"):
+        route = api.create(**where, name="support", elements=route_to("gpt-one"))
+        one = route.version.version_id
+        same((route.name, route.gateway_id, route.deployment.version_id, route.version.active), ("support", "routed", one, "true"))
+        same(json.loads(route.version.data), route_to("gpt-one"))
+        same(answers(), said("openai", "gpt-one"))
+        same(api.get(route.id, **where).to_dict(), route.to_dict())
+        # A new version counts when it is deployed, not before.
+        draft = api.create_version(route.id, **where, elements=route_to("gpt-two"))
+        same([element.id for element in draft.elements], ["begin", "ask", "end"])
+        versions = api.list_versions(route.id, **where).data.versions
+        same([version.active for version in versions], ["false", "true"])
+        two = versions[0].version_id
+        got = api.get_version(two, **where, id=route.id)
+        same((got.version_id, got.active, json.loads(got.data)), (two, "false", route_to("gpt-two")))
+        same(answers(), said("openai", "gpt-one"))
+        api.create_deployment(route.id, **where, version_id=two)
+        same(answers(), said("openai", "gpt-two"))
+        api.create_deployment(route.id, **where, version_id=one)
+        same(answers(), said("openai", "gpt-one"))
+        deployments = api.list_deployments(route.id, **where).data.deployments
+        same([deployment.version_id for deployment in deployments], [one, two, one])
+        renamed = api.update(route.id, **where, name="help").route
+        same((renamed.id, renamed.name, answers("help")), (route.id, "help", said("openai", "gpt-one")))
+        raised(answers, openai.BadRequestError)
+        other = api.create(**where, name="other", elements=route_to("gpt-three"))
+        same([route.name for route in api.list(**where).data.routes], ["other", "help"])
+        same([route.id for route in api.list(**where, page=2, per_page=1).data.routes], [route.id])
+        same(api.delete(route.id, **where).id, route.id)
+        same([route.id for route in api.list(**where).data.routes], [other.id])
+        raised(lambda: answers("help"), openai.BadRequestError)
+
+
+def route_to(model: str) -> list[dict]:
+    asked = {"provider": "openai", "model": model, "timeout": 10_000, "retries": 1}
+    end = {"elementId": "end"}
+    return [
+        {"id": "begin", "type": "start", "outputs": {"next": {"elementId": "ask"}}},
+        {"id": "ask", "type": "model", "properties": asked, "outputs": {"success": end, "fallback": end}},
+        {"id": "end", "type": "end", "outputs": {}},
+    ]
+
+
+def management_errors_are_the_exceptions_of_their_status(bench: Bench) -> None:
+    api, us, nobody = bench.management, {"account_id": ACCOUNT}, "00000000-0000-4000-8000-000000000000"
+    small, wrong, other = (bench.managed_by(token).ai_gateway for token in (SMALL_TOKEN, "wrong", OTHER_TOKEN))
+    key = {**us, "alias": "a", "default_config": True, "provider_slug": "openai", "secret": "sk-1"}
+    provider = {**us, "name": "x", "slug": "x"}
+    not_there, bad = (cloudflare.NotFoundError, 7002), (cloudflare.BadRequestError, 7001)
+    unknown, forbidden = (cloudflare.AuthenticationError, 10000), (cloudflare.PermissionDeniedError, 10000)
+    with bench.gateway("taken"):
+        routes, way = api.dynamic_routing, {**us, "gateway_id": "taken"}
+        route = routes.create(**way, name="way", elements=route_to("gpt-x"))
+        cases = [
+            (not_there, lambda: api.get("nowhere", **us)),
+            (not_there, lambda: api.update("nowhere", **us, **PLAIN)),
+            (not_there, lambda: api.delete("nowhere", **us)),
+            (not_there, lambda: api.urls.get("openai", **us, gateway_id="nowhere")),
+            (not_there, lambda: api.provider_configs.create("nowhere", **key)),
+            (not_there, lambda: api.custom_providers.get(nobody, **us)),
+            (not_there, lambda: api.custom_providers.delete(nobody, **us)),
+            (not_there, lambda: routes.get(nobody, **way)),
+            (not_there, lambda: routes.get_version(nobody, **way, id=route.id)),
+            (not_there, lambda: routes.create_deployment(route.id, **way, version_id=nobody)),
+            # A name that is taken is a bad one: there is no 409.
+            (bad, lambda: api.create(**us, id="taken", **PLAIN)),
+            (bad, lambda: routes.create(**way, name="way", elements=route_to("gpt-x"))),
+            (bad, lambda: api.create(**us, id="two words", **PLAIN)),
+            (bad, lambda: api.create(**us, id="x", **PLAIN | {"cache_ttl": -1})),
+            (bad, lambda: api.create(**us, id="x", **PLAIN, retry_max_attempts=6)),
+            (bad, lambda: api.create(**us, id="x", **PLAIN, retry_backoff="random")),
+            # What the file says is changed there.
+            (bad, lambda: api.update("plain", **us, **PLAIN)),
+            (bad, lambda: api.delete("plain", **us)),
+            (bad, lambda: api.custom_providers.create(**provider, base_url="http://x.example")),
+            (bad, lambda: api.provider_configs.create("taken", **key | {"provider_slug": "nobodys"})),
+            (bad, lambda: routes.create(**way, name="half", elements=route_to("gpt-x")[:1])),
+            (bad, lambda: api.list(**us, page=0)),
+            (unknown, lambda: wrong.list(**us)),
+            (forbidden, lambda: small.list(**us)),
+            (forbidden, lambda: small.create(**us, id="x", **PLAIN)),
+            # A token of another account is as good as none.
+            (unknown, lambda: other.list(**us)),
+        ]
+        for number, ((kind, code), call) in enumerate(cases):
+            try:
+                error = raised(call, kind)
+                same([entry.code for entry in error.errors], [code])
+                assert error.errors[0].message, error.response.text
+            except AssertionError as problem:
+                raise AssertionError(f"case {number}: {problem}") from problem
+        # Another account does not see it.
+        raised(lambda: other.get("taken", account_id=OTHER), cloudflare.NotFoundError)
+
+
+def what_was_made_is_there_when_the_daemon_was_killed(bench: Bench) -> None:
+    where = {"gateway_id": "lasting", "account_id": ACCOUNT}
+    secret, unkeyed = "sk-lasting-0123456789", {"Authorization": openai.Omit()}
+
+    def shown() -> list[dict]:
+        api = bench.management
+        return [
+            api.get("lasting", account_id=ACCOUNT).to_dict(),
+            *(provider.to_dict() for provider in api.custom_providers.list(account_id=ACCOUNT, search="lasting")),
+            *(key.to_dict() for key in api.provider_configs.list(**where)),
+            *(route.to_dict() for route in api.dynamic_routing.list(**where).data.routes),
+        ]
+
+    with bench.gateway("lasting", cache_ttl=120):
+        api = bench.management
+        provider = api.custom_providers.create(account_id=ACCOUNT, name="L", slug="lasting", base_url="https://ours.example")
+        api.provider_configs.create(**where, alias="a", default_config=True, provider_slug="openai", secret=secret)
+        route = api.dynamic_routing.create(**where, name="way", elements=route_to("gpt-one"))
+        api.dynamic_routing.create_version(route.id, **where, elements=route_to("gpt-two"))
+        before = shown()
+        same(len(before), 4)
+        bench.restart()
+        same(shown(), before)
+        answer = bench.chat(bench.openai_at("compat", "lasting"), model="dynamic/way", extra_headers=unkeyed)
+        same(answer.choices[0].message.content, said("openai", "gpt-one"))
+        same(bench.fake.last()["headers"]["authorization"], f"Bearer {secret}")
+        bench.management.custom_providers.delete(provider.id, account_id=ACCOUNT)
+    # And what was deleted stays so.
+    bench.restart()
+    raised(lambda: bench.management.get("lasting", account_id=ACCOUNT), cloudflare.NotFoundError)
+    same(list(bench.management.custom_providers.list(account_id=ACCOUNT, search="lasting")), [])
+
+
 CHECKS = [
     openai_chat_is_passed_on_and_the_gateways_headers_are_not,
     openai_streams_come_in_pieces_and_say_the_same,
@@ -746,6 +1220,10 @@ CHECKS = [
     google_calls_tools,
     google_embeds_and_counts,
     google_errors_are_those_of_the_provider,
+    bedrock_converses_streams_and_invokes_for_who_signs_and_who_does_not,
+    bedrock_hears_signatures_as_botocore_makes_them,
+    bedrock_errors_are_those_of_the_provider,
+    bedrock_hears_of_a_stream_that_breaks_off,
     compat_says_the_same_for_every_provider_whole_and_streamed,
     compat_gives_each_provider_its_key_in_its_own_header,
     compat_calls_tools_of_every_provider,
@@ -757,6 +1235,18 @@ CHECKS = [
     rest_chat_uses_stored_keys,
     messages_speak_anthropic_for_everybodys_models,
     messages_stream_and_call_tools_for_everybodys_models,
+    cloudflare_gateways_are_made_read_changed_and_deleted,
+    cloudflare_keeps_the_secrets_of_settings_to_itself,
+    cloudflare_lists_come_page_by_page,
+    cloudflare_shows_the_gateways_of_the_file_as_well,
+    a_gateway_serves_from_its_making_to_its_end,
+    a_gateways_update_empties_its_cache,
+    urls_of_gateways_are_what_sdks_are_pointed_at,
+    provider_keys_go_in_stand_in_and_never_come_out,
+    custom_providers_are_made_read_changed_and_deleted,
+    routes_answer_with_the_version_that_is_deployed,
+    management_errors_are_the_exceptions_of_their_status,
+    what_was_made_is_there_when_the_daemon_was_killed,
 ]
 
 
@@ -775,8 +1265,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         fake = Fake(args.fake.resolve())
-        daemon = Daemon(args.neurond.resolve(), Path(folder), fake)
-        bench = Bench(daemon, fake)
+        bench = Bench(Daemon(args.neurond.resolve(), Path(folder), fake), fake)
         for check in checks:
             fake.clear()
             started = time.monotonic()
@@ -789,11 +1278,11 @@ def main() -> int:
                 traceback.print_exc()
             print(f"{word} {time.monotonic() - started:6.2f} s  {check.__name__}", flush=True)
         if failed:
-            print("neurond's last lines:", *daemon.log[-20:], sep="\n  ", file=sys.stderr)
-        daemon.stop()
+            print("neurond's last lines:", *bench.daemon.log[-20:], sep="\n  ", file=sys.stderr)
+        bench.daemon.stop()
         fake.stop()
-    print(f"{len(checks) - failed} of {len(checks)} checks hold with openai {openai.__version__}, "
-          f"anthropic {anthropic.__version__}, google-genai {genai.__version__}")
+    print(f"{len(checks) - failed} of {len(checks)} checks hold with openai {openai.__version__}, anthropic {anthropic.__version__}, "
+          f"google-genai {genai.__version__}, botocore {botocore.__version__}, cloudflare {cloudflare.__version__}")
     return 1 if failed or not checks else 0
 
 

@@ -79,6 +79,8 @@ pub enum Sign {
         credentials: sigv4::Credentials,
         /// For this region.
         region: String,
+        /// The name that the service has in signatures.
+        service: &'static str,
     },
     /// An access token of a Google service account.
     Google {
@@ -186,10 +188,15 @@ impl Steps<'_> {
         let query = (!query.is_empty()).then_some(query);
         let url = known.provider.url(known.base.as_deref(), rest, query)?;
         let model = if asked.is_empty() { known.provider.model_in_path(rest).unwrap_or_default() } else { asked };
-        narrow_encodings(&mut headers);
+        if !covers_encodings(&headers) {
+            narrow_encodings(&mut headers);
+        }
         let brought = known.provider.credential_headers().iter().any(|name| headers.contains_key(*name))
             || query.is_some_and(|query| carries(query, known.provider.credential_query()));
-        let sign = if brought { Sign::Ready } else { self.sign(&known, &options, &mut headers, region(rest))? };
+        let sign = match brought {
+            true => brought_sign(&known, &headers)?,
+            false => self.sign(&known, &options, &mut headers, rest)?,
+        };
         let method = http::Method::from_bytes(method.as_str().as_bytes())
             .map_err(|_| Error::bad_input("the method is none that HTTP knows"))?;
         let attempt = attempt(&known, &url, method, headers, body.clone())?;
@@ -227,11 +234,13 @@ impl Steps<'_> {
             headers.remove(name);
         }
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        // Whoever is not told may compress, and what is to be translated must be readable.
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         for (name, value) in &chat.headers {
             headers.entry(*name).or_insert(HeaderValue::from_static(value));
         }
         let sign = match secret {
-            Some(secret) => self.credentials(&known, &secret, &mut headers, region(&chat.path))?,
+            Some(secret) => self.credentials(&known, &secret, &mut headers, &chat.path)?,
             None => Sign::Ready,
         };
         let attempt = attempt(&known, &url, http::Method::POST, headers, chat.body)?;
@@ -390,9 +399,9 @@ impl Steps<'_> {
 
     /// A stored key for a native call that brought none. Without one the call goes out as it is: some upstreams want none,
     /// and the others say so themselves.
-    fn sign(&self, known: &Known, options: &Options, headers: &mut HeaderMap, region: Option<&str>) -> Result<Sign> {
+    fn sign(&self, known: &Known, options: &Options, headers: &mut HeaderMap, path: &str) -> Result<Sign> {
         match self.stored(known, options)? {
-            Some(secret) => self.credentials(known, &secret, headers, region),
+            Some(secret) => self.credentials(known, &secret, headers, path),
             None => Ok(Sign::Ready),
         }
     }
@@ -433,28 +442,19 @@ impl Steps<'_> {
         }
     }
 
-    fn credentials(
-        &self,
-        known: &Known,
-        secret: &Secret<String>,
-        headers: &mut HeaderMap,
-        region: Option<&str>,
-    ) -> Result<Sign> {
+    fn credentials(&self, known: &Known, secret: &Secret<String>, headers: &mut HeaderMap, path: &str) -> Result<Sign> {
         match known.provider.auth {
             Auth::SigV4 if secret.expose().trim_start().starts_with('{') => {
                 let (credentials, own) = sigv4::Credentials::parse(secret.expose())?;
-                let region = region.map(str::to_owned).or(own).ok_or_else(|| {
+                let region = region(path).map(str::to_owned).or(own).ok_or_else(|| {
                     Error::bad_input(
                         "Neither the path nor the stored AWS key names a region: add \"region\" to the key.",
                     )
                 })?;
-                Ok(Sign::Aws { credentials, region })
+                Ok(Sign::Aws { credentials, region, service: service(path) })
             }
             Auth::Vertex => match ServiceAccount::parse(secret.expose()) {
-                Ok(account) => {
-                    let hash = blake3::hash(secret.expose().as_bytes());
-                    Ok(Sign::Google { account: Box::new(account), secret: *hash.as_bytes() })
-                }
+                Ok(account) => Ok(google(account, secret.expose())),
                 Err(error) if secret.expose().trim_start().starts_with('{') => Err(error),
                 // Not a service account: an access token as it is.
                 Err(_) => {
@@ -552,6 +552,37 @@ fn narrow_encodings(headers: &mut HeaderMap) {
         matches!(name.trim(), "gzip" | "*") && !matches!(weight.trim(), "q=0" | "q=0.0")
     });
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(if gzip { "gzip" } else { "identity" }));
+}
+
+/// What a caller brought goes along as it is, but for a service account: Google takes none, only tokens of it.
+fn brought_sign(known: &Known, headers: &HeaderMap) -> Result<Sign> {
+    if known.provider.auth != Auth::Vertex {
+        return Ok(Sign::Ready);
+    }
+    let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default().trim();
+    let (scheme, token) = value.split_once(' ').unwrap_or_default();
+    let secret = if scheme.eq_ignore_ascii_case("bearer") { token.trim() } else { value };
+    match ServiceAccount::parse(secret) {
+        Ok(account) => Ok(google(account, secret)),
+        Err(error) if secret.starts_with('{') => Err(error),
+        Err(_) => Ok(Sign::Ready),
+    }
+}
+
+fn google(account: ServiceAccount, secret: &str) -> Sign {
+    Sign::Google { account: Box::new(account), secret: *blake3::hash(secret.as_bytes()).as_bytes() }
+}
+
+/// Whether a caller's own signature (AWS) is over `accept-encoding` as well, so that it must stay as it is.
+fn covers_encodings(headers: &HeaderMap) -> bool {
+    let proof = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let names = proof.and_then(|proof| proof.split_once("SignedHeaders=")?.1.split([',', ' ']).next());
+    names.is_some_and(|names| names.split(';').any(|name| name == "accept-encoding"))
+}
+
+/// What the service behind a path of Bedrock's is called in signatures.
+fn service(rest: &str) -> &'static str {
+    if rest.trim_start_matches('/').starts_with("bedrock-mantle/") { "bedrock-mantle" } else { "bedrock" }
 }
 
 /// The region in a path of Bedrock's.

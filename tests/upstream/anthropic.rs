@@ -13,7 +13,7 @@ pub fn messages(ask: &Ask<'_>) -> Answer {
             opening: wire(opening),
             chunks: wire(chunks),
             closing: wire(closing),
-            error: event(Some("error"), &error_value(529)),
+            error: event(Some("error"), &error_value(ask.failing.unwrap_or(529))),
             ..Stream::default()
         })
     } else {

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use serde_json::{Map, Value, json};
 
-use super::behaviour::Behaviour;
+use super::behaviour::{Behaviour, Fault};
 
 /// Bytes of arguments in a chunk of a streamed call.
 const ARGUMENT_BYTES: usize = 10;
@@ -24,6 +24,10 @@ pub struct Ask<'a> {
     pub calls: Vec<Call>,
     pub end: End,
     pub usage: Option<Usage>,
+    /// The status of the error in a stream, where it is not what this provider fails with.
+    pub failing: Option<u16>,
+    /// Seconds that an access token is good for, where that is not what it always is.
+    pub expires: Option<usize>,
     id: u64,
 }
 
@@ -76,7 +80,11 @@ impl<'a> Ask<'a> {
         let prompt = prompt_words(body);
         let usage = Usage { prompt, cached: behaviour.cached.min(prompt), output: spoken + called };
         let usage = (!behaviour.no_usage).then_some(usage);
-        Self { by, model, body, stream, text, calls, end, usage, id }
+        let failing = match behaviour.fault {
+            Some(Fault::ErrorEvent { status, .. }) => status,
+            _ => None,
+        };
+        Self { by, model, body, stream, text, calls, end, usage, failing, expires: behaviour.expires, id }
     }
 
     /// All that is said.
@@ -123,7 +131,8 @@ fn text(by: &str, model: &str, body: &Value, behaviour: &Behaviour) -> (Vec<Stri
         piece.push(' ');
         return (vec![piece; behaviour.chunks.unwrap_or(8)], End::Stop);
     }
-    let whole = format!("{by} {model} heard: {}", heard(body));
+    let repeated = || format!("{by} {model} heard: {}", heard(body));
+    let whole = behaviour.says.clone().unwrap_or_else(repeated);
     let pieces: Vec<String> = whole.split_inclusive(' ').map(str::to_owned).collect();
     match max_tokens(body) {
         Some(most) if most < pieces.len() => (pieces[..most].to_vec(), End::Length),

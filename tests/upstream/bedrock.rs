@@ -35,7 +35,7 @@ pub fn converse_stream(ask: &Ask<'_>) -> Answer {
         event("contentBlockDelta", json!({"contentBlockIndex": index, "delta": delta, "p": "abcdefghij"}))
     };
     let stop = |index: usize| event("contentBlockStop", json!({"contentBlockIndex": index, "p": "abcdef"}));
-    let mut stream = stream_of_errors();
+    let mut stream = stream_of_errors(ask);
     stream.opening.push(event("messageStart", json!({"p": "abcd", "role": "assistant"})));
     let mut index = 0;
     if !ask.text.is_empty() {
@@ -74,7 +74,7 @@ pub fn invoke(ask: &Ask<'_>) -> Answer {
     let mut answer = with_id(Answer::json(&answer), ask);
     if let Some(usage) = &ask.usage {
         answer = answer
-            .header("x-amzn-bedrock-input-token-count", usage.prompt.to_string())
+            .header("x-amzn-bedrock-input-token-count", (usage.prompt - usage.cached).to_string())
             .header("x-amzn-bedrock-output-token-count", usage.output.to_string())
             .header("x-amzn-bedrock-invocation-latency", "1");
     }
@@ -88,13 +88,14 @@ pub fn invoke_stream(ask: &Ask<'_>) -> Answer {
     let anthropic::Events { opening, chunks, mut closing } = anthropic::events(ask);
     if let (Some(usage), Some(last)) = (&ask.usage, closing.last_mut()) {
         last["amazon-bedrock-invocationMetrics"] = json!({
-            "inputTokenCount": usage.prompt,
+            "inputTokenCount": usage.prompt - usage.cached,
             "outputTokenCount": usage.output,
+            "cacheReadInputTokenCount": usage.cached,
             "invocationLatency": 2,
             "firstByteLatency": 1,
         });
     }
-    let mut stream = stream_of_errors();
+    let mut stream = stream_of_errors(ask);
     stream.opening = opening.iter().map(wire).collect();
     stream.chunks = chunks.iter().map(wire).collect();
     stream.closing = closing.iter().map(wire).collect();
@@ -106,10 +107,16 @@ fn event(kind: &str, payload: Value) -> Bytes {
     frames::event(&headers, payload.to_string().as_bytes())
 }
 
-fn stream_of_errors() -> Stream {
-    let kind = "modelStreamErrorException";
-    let headers = [(":exception-type", kind), (":content-type", "application/json"), (":message-type", "exception")];
-    let message = json!({"message": "The model failed.", "originalStatusCode": 500});
+fn stream_of_errors(ask: &Ask<'_>) -> Stream {
+    let (kind, message) = match ask.failing.map(error_words) {
+        // In a stream their names begin small.
+        Some((kind, message)) => (kind[..1].to_lowercase() + &kind[1..], json!({"message": message})),
+        None => {
+            let message = json!({"message": "The model failed.", "originalStatusCode": 500});
+            ("modelStreamErrorException".to_owned(), message)
+        }
+    };
+    let headers = [(":exception-type", &*kind), (":content-type", "application/json"), (":message-type", "exception")];
     let error = frames::event(&headers, message.to_string().as_bytes());
     // A frame whose last sum is wrong.
     let mut garbage = event("contentBlockDelta", json!({})).to_vec();
@@ -141,7 +148,13 @@ fn stop_reason(end: End) -> &'static str {
 }
 
 pub fn error(status: u16) -> Answer {
-    let (kind, message) = match status {
+    let (kind, message) = error_words(status);
+    let kind = format!("{kind}:http://internal.amazon.com/coral/com.amazon.bedrock/");
+    Answer::json(&json!({"message": message})).header("x-amzn-errortype", kind).header("x-amzn-requestid", "fake-error")
+}
+
+fn error_words(status: u16) -> (&'static str, &'static str) {
+    match status {
         401 | 403 => ("UnrecognizedClientException", "The security token included in the request is invalid."),
         404 => ("ResourceNotFoundException", "Could not resolve the foundation model from the provided identifier."),
         408 => ("ModelTimeoutException", "Model has timed out."),
@@ -150,9 +163,7 @@ pub fn error(status: u16) -> Answer {
         503 | 529 => ("ServiceUnavailableException", "Bedrock is unable to process your request."),
         500.. => ("InternalServerException", "The system encountered an unexpected error."),
         _ => ("ValidationException", "The request is wrong."),
-    };
-    let kind = format!("{kind}:http://internal.amazon.com/coral/com.amazon.bedrock/");
-    Answer::json(&json!({"message": message})).header("x-amzn-errortype", kind).header("x-amzn-requestid", "fake-error")
+    }
 }
 
 fn with_id(answer: Answer, ask: &Ask<'_>) -> Answer {

@@ -10,11 +10,15 @@
 //! | `delay=MS`, `pause=MS`, `gap=MS` | before the first byte; between head and body; between two chunks |
 //! | `chunks=N`, `size=BYTES` | how many chunks of text a stream has, and how long each is |
 //! | `calls=N`, `talk` | tools are called so often; and something is said before |
+//! | `says=TEXT` | this is said, whatever was heard; no `;` in it |
+//! | `expires=S` | an access token is good for so many seconds |
 //! | `cached=N`, `no-usage` | prompt tokens that count as cached; usage is left out |
 //! | `hang`, `reset`, `close-early`, `garbage` | instead of an answer: nothing ever, RST, FIN, bytes that are not HTTP |
 //! | `hang-after=N`, `reset-after=N`, `close-after=N`, `half-close-after=N` | the same behind so many chunks of text, or behind half of an answer that is no stream; the last closes one way only |
+//! | `bad-chunk-after=N` | the same with a chunk whose size is no number, so that the framing itself is broken |
 //! | `error-after=N`, `garbage-after=N` | an error event in a stream of status 200, or an event that is none |
-//! | `bad-json` | half of the JSON, as if it were whole |
+//! | `error-event=N`, `error-event=N/STATUS` | the same before any text: so many events that say nothing yet, then the error, or the one of this status |
+//! | `bad-json`, `html` | half of the JSON, as if it were whole; a web page of status 200, as proxies answer |
 //! | `huge=BYTES`, `short=BYTES`, `drip=BYTES/MS` | a long body; one that lacks so much of its content-length; a little at a time |
 //! | `chunked`, `until-close` | framing of answers that are no streams; the end of the connection is the end of any answer |
 //! | `gzip`, `bomb=BYTES` | a compressed body; one of zeros that is small until it is unpacked |
@@ -36,6 +40,8 @@ pub struct Behaviour {
     pub size: Option<usize>,
     pub calls: Option<usize>,
     pub talk: bool,
+    pub says: Option<String>,
+    pub expires: Option<usize>,
     pub cached: usize,
     pub no_usage: bool,
     pub fault: Option<Fault>,
@@ -56,9 +62,16 @@ pub enum Fault {
     ResetAfter(usize),
     CloseAfter(usize),
     HalfCloseAfter(usize),
+    BadChunkAfter(usize),
     ErrorAfter(usize),
+    /// So many events that say nothing were sent; the error is the one that the status would have.
+    ErrorEvent {
+        after: usize,
+        status: Option<u16>,
+    },
     GarbageAfter(usize),
     BadJson,
+    Html,
     /// Bytes of the body.
     Huge(usize),
     /// Bytes that are announced and not sent.
@@ -122,9 +135,16 @@ impl Behaviour {
             "reset-after" => Some(Fault::ResetAfter(number(value)?)),
             "close-after" => Some(Fault::CloseAfter(number(value)?)),
             "half-close-after" => Some(Fault::HalfCloseAfter(number(value)?)),
+            "bad-chunk-after" => Some(Fault::BadChunkAfter(number(value)?)),
             "error-after" => Some(Fault::ErrorAfter(number(value)?)),
+            "error-event" => {
+                let (after, status) = value.split_once('/').map_or((value, None), |(n, status)| (n, Some(status)));
+                let status = status.map(|status| number(status).map(|status| status as u16)).transpose()?;
+                Some(Fault::ErrorEvent { after: number(after)?, status })
+            }
             "garbage-after" => Some(Fault::GarbageAfter(number(value)?)),
             "bad-json" => Some(Fault::BadJson),
+            "html" => Some(Fault::Html),
             "huge" => Some(Fault::Huge(number(value)?)),
             "short" => Some(Fault::Short(number(value)?)),
             "drip" => {
@@ -164,6 +184,8 @@ impl Behaviour {
             "size" => self.size = Some(number(value)?.max(1)),
             "calls" => self.calls = Some(number(value)?),
             "talk" => self.talk = true,
+            "says" => self.says = Some(value.to_owned()),
+            "expires" => self.expires = Some(number(value)?),
             "cached" => self.cached = number(value)?,
             "no-usage" => self.no_usage = true,
             "chunked" => self.framing = Framing::Chunked,

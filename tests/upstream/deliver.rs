@@ -57,6 +57,8 @@ impl Delivery<'_> {
         let answer = shape(answer, behaviour);
         let framing = match (&answer.body, behaviour.framing) {
             (Body::Stream(_), Framing::Length) => Framing::Chunked,
+            // Only a body in chunks can have a chunk that is none.
+            _ if matches!(behaviour.fault, Some(Fault::BadChunkAfter(_))) => Framing::Chunked,
             (_, framing) => framing,
         };
         let head = head(&answer, framing, behaviour, self.last);
@@ -142,6 +144,15 @@ impl Delivery<'_> {
         }
         self.connection.send(&head).await?;
         self.connection.stay(self.behaviour.pause).await?;
+        if let Some(Fault::ErrorEvent { after, .. }) = self.behaviour.fault {
+            // Where there are too few of them, the last one over and over.
+            let opening = stream.opening.iter().chain(stream.opening.last().into_iter().cycle());
+            for piece in opening.take(after).chain([&stream.error]) {
+                self.connection.send(&wire.piece(piece)).await?;
+            }
+            self.connection.send(wire.last()).await?;
+            return Ok(None);
+        }
         for piece in &stream.opening {
             self.connection.send(&wire.piece(piece)).await?;
         }
@@ -192,6 +203,7 @@ impl Delivery<'_> {
                 | Fault::ResetAfter(after)
                 | Fault::CloseAfter(after)
                 | Fault::HalfCloseAfter(after)
+                | Fault::BadChunkAfter(after)
                 | Fault::ErrorAfter(after),
             ) => Some(after),
             _ => None,
@@ -203,6 +215,7 @@ impl Delivery<'_> {
             Some(Fault::ResetAfter(_)) => return Ok(Some(End::Reset)),
             Some(Fault::CloseAfter(_)) => return Ok(Some(End::Close)),
             Some(Fault::HalfCloseAfter(_)) => self.connection.finish().await,
+            Some(Fault::BadChunkAfter(_)) => self.connection.send(b"no size\r\nno chunk\r\n").await?,
             _ => {}
         }
         self.hang().await.map(Some)
@@ -250,6 +263,7 @@ fn shape(mut answer: Answer, behaviour: &Behaviour) -> Answer {
     let gzip = |answer: Answer| answer.header("content-encoding", "gzip");
     answer = match (&behaviour.fault, answer.body) {
         (Some(Fault::Redirect(url)), _) => Answer::bytes("text/plain", "elsewhere").status(307).header("location", url),
+        (Some(Fault::Html), _) => Answer::bytes("text/html", "<!doctype html><title>All is well</title>"),
         (Some(Fault::Huge(bytes)), _) => Answer { body: Body::Filler(*bytes), ..Answer::bytes("application/json", "") },
         (Some(Fault::Bomb(bytes)), _) => gzip(Answer::bytes("application/json", frames::bomb(*bytes))),
         (Some(Fault::Gzip), Body::Whole(body)) => {

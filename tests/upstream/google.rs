@@ -20,7 +20,7 @@ pub fn stream(ask: &Ask<'_>) -> Answer {
     Answer::events(Stream {
         chunks: chunks.iter().map(event).collect(),
         closing: vec![event(&last)],
-        error: event(&error_value(503)),
+        error: event(&error_value(ask.failing.unwrap_or(503))),
         ..Stream::default()
     })
 }

@@ -307,6 +307,8 @@ fn connections_end_as_they_are_told_to() {
         (CHAT, "close; redirect=http://elsewhere/", None, "location: http://elsewhere/\r\n", "heard"),
         (CHAT, "close; long-headers=9k", None, &"l".repeat(9 << 10), "nothing"),
         (CHAT, "close; drip=7/0", None, "heard: one two three", "nothing"),
+        (CHAT, "close; says={\"a\": 1}", None, "{\\\"a\\\": 1}", "heard"),
+        (CHAT, "close; html", None, "content-type: text/html\r\n", "heard"),
         (&stream, "reset-after=2", Some(ErrorKind::ConnectionReset), "\"m \"", "heard"),
         (&stream, "close-after=2", None, "\"m \"", "heard"),
         (&stream, "close; error-after=2", None, "server_error", "[DONE]"),
@@ -328,6 +330,38 @@ fn connections_end_as_they_are_told_to() {
     let (bytes, _) = raw(upstream.address, CHAT, "close; bad-json");
     let (_, body) = std::str::from_utf8(&bytes).unwrap().split_once("\r\n\r\n").unwrap();
     assert!(serde_json::from_str::<Value>(body).unwrap_err().is_eof());
+}
+
+#[tokio::test]
+async fn a_stream_can_fail_before_it_says_anything() {
+    let upstream = Upstream::start();
+    let google = "/google-ai-studio/v1beta/models/m:streamGenerateContent?alt=sse";
+    for (path, fake, before, word) in [
+        (CHAT, "error-event=0", 0, "server_error"),
+        (CHAT, "error-event=1/429", 1, "rate_limit_exceeded"),
+        (CHAT, "error-event=70/400", 70, "The request is wrong."),
+        ("/openai/v1/responses", "error-event=2/429", 2, "rate_limit_exceeded"),
+        ("/openai/v1/responses", "error-event=4", 4, "server_error"),
+        ("/anthropic/v1/messages", "error-event=3", 3, "overloaded_error"),
+        (google, "error-event=2", 0, "UNAVAILABLE"),
+        ("/cohere/v2/chat", "error-event=2", 2, "the generation failed"),
+        ("/cohere/v2/chat", "error-event=1/500", 1, "internal server error"),
+    ] {
+        let answer = post(&upstream, path, fake, &with(chat("hello"), json!({"stream": true}))).await;
+        assert_eq!(answer.status().as_u16(), 200, "{path}");
+        let events = events(&answer.bytes().await.unwrap());
+        let (last, opening) = events.split_last().unwrap();
+        assert_eq!(opening.len(), before, "{path} {fake}");
+        assert!(last.data.contains(word), "{path} {fake}: {last:?}");
+        assert!(opening.iter().all(|event| !event.data.contains("hello")), "{path}: {opening:?}");
+    }
+    let converse = json!({"messages": [{"role": "user", "content": [{"text": "hello"}]}]});
+    for (fake, name) in [("error-event=1", "modelStreamErrorException"), ("error-event=1/429", "throttlingException")] {
+        let answer = post(&upstream, "/aws-bedrock/model/m/converse-stream", fake, &converse).await;
+        let frames = unframe(&answer.bytes().await.unwrap());
+        let names: Vec<&str> = frames.iter().map(|(headers, _)| headers[0].1.as_str()).collect();
+        assert_eq!(names, ["messageStart", name]);
+    }
 }
 
 #[tokio::test]
@@ -382,7 +416,7 @@ async fn a_client_that_hangs_up_is_seen_with_the_moment_and_the_chunks() {
     assert!(seen.at >= asked && closed.at >= seen.at && closed.at >= left, "{closed:?}");
 
     // Behind some chunks, and before the first byte.
-    for fake in ["hang-after=3", "half-close-after=3"] {
+    for fake in ["hang-after=3", "half-close-after=3", "bad-chunk-after=3"] {
         upstream.clear();
         let mut stream = post(&upstream, CHAT, fake, &body).await;
         let mut bytes = Vec::new();
@@ -400,6 +434,15 @@ async fn a_client_that_hangs_up_is_seen_with_the_moment_and_the_chunks() {
             _ = upstream.until("asked", |seen| seen.len() == 1) => {}
         }
         assert_eq!(upstream.until_closed_early(1).await[0].closed_early.unwrap().chunks, 0, "{fake}");
+    }
+}
+
+#[tokio::test]
+async fn a_chunk_without_a_size_is_no_end_of_an_answer() {
+    let upstream = Upstream::start();
+    for (fake, stream) in [("bad-chunk-after=0", false), ("bad-chunk-after=2", true)] {
+        let broken = post(&upstream, CHAT, fake, &with(chat("x"), json!({"stream": stream}))).await;
+        assert!(broken.status() == 200 && broken.bytes().await.is_err(), "{fake}");
     }
 }
 
@@ -515,10 +558,10 @@ async fn another_program_reads_and_scripts_it_over_http() {
 #[tokio::test]
 async fn a_fixed_answer_comes_from_every_thread_and_a_dropped_server_frees_its_port() {
     let upstream =
-        Upstream::with(Options { threads: 2, fixed: Some(64), record: false, ..Options::default() }).unwrap();
+        Upstream::with(Options { threads: 2, fixed: Some(300), record: false, ..Options::default() }).unwrap();
     for _ in 0..8 {
         let answer = post(&upstream, "/any/thing", "500", &chat("x")).await;
-        assert_eq!(answer.bytes().await.unwrap().len(), 64);
+        assert_eq!(answer.bytes().await.unwrap().len(), 300);
     }
     assert_eq!((upstream.count(), upstream.accepted()), (0, 8));
     let address = upstream.address;

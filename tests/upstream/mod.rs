@@ -35,7 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::TcpListener;
@@ -302,14 +302,18 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener
     Ok(socket.into())
 }
 
+/// A chat completion with as much text as makes it so long.
 fn fixed_answer(bytes: usize) -> Bytes {
-    let mut answer = BytesMut::new();
-    answer.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n");
-    answer.extend_from_slice(format!("content-length: {bytes}\r\n\r\n").as_bytes());
-    let filler = bytes.saturating_sub(b"{\"x\":\"\"}".len());
-    let body = format!("{{\"x\":\"{}\"}}", "x".repeat(filler));
-    answer.extend_from_slice(&body.as_bytes()[..bytes.min(body.len())]);
-    answer.freeze()
+    let body = |text: &str| {
+        format!(
+            "{{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1,\"model\":\"gpt-4o-mini\",\"choices\":[{{\
+             \"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":\"{text}\"}},\"finish_reason\":\"stop\"}}],\
+             \"usage\":{{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2}}}}"
+        )
+    };
+    let body = body(&"x".repeat(bytes.saturating_sub(body("").len())));
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+    Bytes::from(head + &body)
 }
 
 /// Accepts until it is told to stop; then all its connections are dropped with the runtime.

@@ -49,7 +49,8 @@ fn chat_stream(ask: &Ask<'_>) -> Answer {
         }
         chunk
     };
-    let mut stream = Stream { error: event(None, &error_value(500)), ..Stream::default() };
+    let error = event(None, &error_value(ask.failing.unwrap_or(500)));
+    let mut stream = Stream { error, ..Stream::default() };
     stream.opening.push(event(None, &chunk(json!({"role": "assistant", "content": "", "refusal": null}), None)));
     stream.chunks.extend(ask.text.iter().map(|piece| event(None, &chunk(json!({"content": piece}), None))));
     for (index, call) in ask.calls.iter().enumerate() {
@@ -125,7 +126,7 @@ pub fn completion(ask: &Ask<'_>) -> Answer {
     let stream = Stream {
         chunks: ask.text.iter().map(|piece| event(None, &object(piece, None))).collect(),
         closing: vec![event(None, &last("")), Bytes::from_static(DONE)],
-        error: event(None, &error_value(500)),
+        error: event(None, &error_value(ask.failing.unwrap_or(500))),
         ..Stream::default()
     };
     with_id(Answer::events(stream), ask)
@@ -215,7 +216,9 @@ pub fn responses(ask: &Ask<'_>) -> Answer {
         stream.closing_of_item(done, ask);
     }
     stream.closing.push(events.next(&format!("response.{status}"), json!({"response": whole})));
-    let failure = json!({"code": "server_error", "message": "The fake upstream failed.", "param": null});
+    let code = ask.failing.map(|status| error_value(status)["error"]["code"].take()).filter(Value::is_string);
+    let code = code.unwrap_or_else(|| json!("server_error"));
+    let failure = json!({"code": code, "message": "The fake upstream failed.", "param": null});
     stream.error = events.next("error", failure);
     with_id(Answer::events(stream), ask)
 }

@@ -62,7 +62,10 @@ fn cohere_stream(ask: &Ask<'_>) -> Answer {
     stream.closing.push(Bytes::from_static(b"data: [DONE]\n\n"));
     // It ends a stream that fails as it ends others.
     let failed = json!({"finish_reason": "ERROR", "error": "the generation failed"});
-    stream.error = say("message-end", json!({"delta": failed}));
+    stream.error = match ask.failing {
+        Some(status) => event(None, &json!({"id": ask.id(""), "message": cohere_message(status)})),
+        None => say("message-end", json!({"delta": failed})),
+    };
     Answer::events(stream)
 }
 
@@ -105,14 +108,17 @@ pub fn cohere_embed(ask: &Ask<'_>) -> Answer {
 
 /// Cohere's errors are a sentence.
 pub fn cohere_error(status: u16) -> Answer {
-    let message = match status {
+    Answer::json(&json!({"id": "fake-error", "message": cohere_message(status)}))
+}
+
+fn cohere_message(status: u16) -> &'static str {
+    match status {
         401 => "invalid api token",
         402 => "Please add or update your payment method.",
         429 => "You are using a Trial key, which is limited to 20 API calls / minute.",
         500.. => "internal server error",
         _ => "invalid request",
-    };
-    Answer::json(&json!({"id": "fake-error", "message": message}))
+    }
 }
 
 /// A prediction that has begun; whole already if the caller waits for it.
@@ -162,7 +168,8 @@ pub fn hugging_face_error(status: u16) -> Answer {
 /// Google's token endpoint. The token says how many were given, so that a test sees which one is used.
 pub fn token(ask: &Ask<'_>) -> Answer {
     let token = ask.id("ya29.fake");
-    Answer::json(&json!({"access_token": token, "expires_in": 3599, "token_type": "Bearer"}))
+    let life = ask.expires.unwrap_or(3599);
+    Answer::json(&json!({"access_token": token, "expires_in": life, "token_type": "Bearer"}))
 }
 
 pub fn token_error(status: u16) -> Answer {

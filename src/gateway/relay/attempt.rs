@@ -234,7 +234,11 @@ impl Relay {
         limit: usize,
     ) -> Result<Pipe, Failure> {
         let speech = step.speech;
-        headers.remove(header::CONTENT_ENCODING);
+        let encoding = headers.remove(header::CONTENT_ENCODING);
+        if status.is_success() && encoding.is_some_and(|encoding| encoding != "identity") {
+            let why = "the answer is compressed, which it was asked not to be";
+            return Err(Failure::Fault(Fault::Broken(why.into())));
+        }
         let meta = Meta {
             id: format!("chatcmpl-{}", ask.who.id.simple()),
             created: Millis::now().seconds(),

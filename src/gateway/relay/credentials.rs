@@ -36,9 +36,11 @@ impl Relay {
         }
         match sign {
             Sign::Ready => {}
-            Sign::Aws { credentials, region } => {
-                // What a signature does not cover must not be there twice.
-                signed.headers.remove(header::AUTHORIZATION);
+            Sign::Aws { credentials, region, service } => {
+                // What is left of another signature would not be covered by this one.
+                for name in ["authorization", "x-amz-content-sha256", "x-amz-date", "x-amz-security-token"] {
+                    signed.headers.remove(name);
+                }
                 let path = attempt.path.path();
                 let host = attempt.origin.authority.as_str();
                 let kind = attempt.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
@@ -51,7 +53,7 @@ impl Relay {
                     headers: &covered,
                     payload: sigv4::Payload::Bytes(&attempt.body),
                 };
-                let scope = sigv4::Scope { region, service: "bedrock" };
+                let scope = sigv4::Scope { region, service };
                 for (name, value) in sigv4::sign(credentials, scope, &request, Millis::now()) {
                     set(&mut signed.headers, name, &value)?;
                 }
@@ -67,15 +69,16 @@ impl Relay {
     /// An access token, from memory or from Google.
     async fn google_token(&self, account: &ServiceAccount, secret: [u8; 32]) -> Result<String, Failure> {
         let now = Millis::now();
-        if let Some(token) = self.tokens.borrow().get(&secret).filter(|token| token.age(now) == Age::Fresh) {
+        let kept = self.tokens.borrow().get(&secret).cloned();
+        if let Some(token) = kept.as_ref().filter(|token| token.age(now) == Age::Fresh) {
             return Ok(token.bearer.expose().clone());
         }
-        let form = account.form(now).map_err(Failure::Ours)?;
-        let attempt = token_request(account.token_uri(), form).map_err(Failure::Ours)?;
-        let answer = self.client.send(&attempt).await.map_err(Failure::Fault)?;
-        let status = answer.status.as_u16();
-        let body = answer.body.collect(MAX_FAILURE_BYTES).await.map_err(Failure::Fault)?;
-        let token = AccessToken::read(status, &body, now).map_err(Failure::Ours)?;
+        let token = match (self.new_google_token(account, now).await, kept) {
+            (Ok(token), _) => token,
+            // It is good for some minutes yet, and by then there may be another.
+            (Err(_), Some(token)) if token.age(now) == Age::Ageing => return Ok(token.bearer.expose().clone()),
+            (Err(failure), _) => return Err(failure),
+        };
         let bearer = token.bearer.expose().clone();
         let mut tokens = self.tokens.borrow_mut();
         // Callers may bring accounts of their own, and as many as they like.
@@ -87,6 +90,15 @@ impl Relay {
         }
         tokens.insert(secret, token);
         Ok(bearer)
+    }
+
+    async fn new_google_token(&self, account: &ServiceAccount, now: Millis) -> Result<AccessToken, Failure> {
+        let form = account.form(now).map_err(Failure::Ours)?;
+        let attempt = token_request(account.token_uri(), form).map_err(Failure::Ours)?;
+        let answer = self.client.send(&attempt).await.map_err(Failure::Fault)?;
+        let status = answer.status.as_u16();
+        let body = answer.body.collect(MAX_FAILURE_BYTES).await.map_err(Failure::Fault)?;
+        AccessToken::read(status, &body, now).map_err(Failure::Ours)
     }
 }
 

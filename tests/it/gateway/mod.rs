@@ -1,15 +1,23 @@
 //! Calls through gateways, to a fake upstream that answers as providers do and misbehaves as they do.
 
+mod aws;
 mod cache;
+mod checklist;
+mod clouds;
+mod misbehaving;
 mod passing;
+mod providers;
 mod retry;
+mod schemas;
 mod soak;
 mod socket;
 mod told;
 mod unified;
+mod world;
 
 use std::time::Duration;
 
+use neurond::config::Config;
 use neurond::net::sse::{Decoder, SseEvent};
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -28,17 +36,23 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// With one more text for the configuration, which has a gateway `g` that wants no token of its own.
+    /// With one more text for the configuration, in which `{upstream}` is the address of the fake, and which has a gateway `g` that
+    /// wants no token of its own.
     pub fn with(more: &str) -> Self {
-        Self::made(more, false)
+        Self::made(more, false, |_| {})
     }
 
     /// With the registry's folder and master key that `more` names; without it, there are none.
     pub fn kept(more: &str) -> Self {
-        Self::made(more, true)
+        Self::made(more, true, |_| {})
     }
 
-    fn made(more: &str, keeps: bool) -> Self {
+    /// With settings that the text for all has already, or that are not written in a file.
+    pub fn tuned(tune: impl FnOnce(&mut Config)) -> Self {
+        Self::made("", false, tune)
+    }
+
+    fn made(more: &str, keeps: bool, tune: impl FnOnce(&mut Config)) -> Self {
         let upstream = Upstream::start();
         let mut toml = String::from("[auth]\nanonymous = \"local\"\n[upstream]\nmax_retry_after_ms = 1500\n");
         for slug in
@@ -48,9 +62,10 @@ impl Rig {
             toml += &format!("[[provider]]\nslug = \"{slug}\"\nbase_url = \"{base}\"\nallow_private = true\n");
         }
         toml += "[[gateway]]\nid = \"g\"\nauthentication = false\n";
-        toml += more;
+        toml += &more.replace("{upstream}", &upstream.url());
         let daemon = Daemon::written(&toml, keeps, |config| {
             config.auth.tokens = vec![token("ada", "secret", ACCOUNT), token("bob", "other", "bobs")];
+            tune(config);
         });
         let client = reqwest::Client::builder().timeout(Duration::from_secs(30)).build().unwrap();
         Self { upstream, daemon, client }
