@@ -7,6 +7,7 @@
 //! [`Delivery`] carries on alone.
 
 pub mod asked;
+pub mod counts;
 pub mod limits;
 pub mod options;
 pub mod pipe;

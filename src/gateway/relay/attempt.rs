@@ -9,9 +9,9 @@ use std::fmt::Write;
 use std::future::poll_fn;
 use std::time::{Duration, Instant};
 
+use actix_web::http::StatusCode;
+use actix_web::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use bytes::Bytes;
-use http::StatusCode;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use tokio::time::{sleep, timeout};
 
 use super::Relay;
@@ -21,7 +21,7 @@ use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target,
 use crate::gateway::asked::Ask;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
-use crate::gateway::step::{Step, Way};
+use crate::gateway::step::{Sign, Step, Way};
 use crate::guard;
 use crate::net::client::{Answer, Fault};
 use crate::provider::{self, Meta, Meter, Translator, messages};
@@ -140,8 +140,9 @@ impl Relay {
             let pass = pass.take().unwrap_or(Pass::Closed);
             let (class, asked_ms, outcome) = match outcome {
                 Ok(begun) if begun.status.as_u16() < 400 => {
-                    metrics.upstream_attempts.with_label_values(&[provider, "ok"]).inc();
-                    metrics.upstream_first_byte.with_label_values(&[provider]).observe(taken.as_secs_f64());
+                    let counts = self.counts.provider(provider);
+                    counts.answered.inc();
+                    counts.first_byte.observe(taken.as_secs_f64());
                     self.parts.fallback.settle(&watched, pass, Outcome::Answered, now);
                     trail.note(&step.target, begun.status.as_u16());
                     return Ok(begun.signed(step, trail));
@@ -190,21 +191,21 @@ impl Relay {
         let gateway = &ask.gateway;
         let (status, mut headers, source) = match &step.way {
             Way::Local(call) => {
-                let answer = (self.local)(call.clone(), ask.who.clone()).await;
+                let mut answer = (self.local)(call.clone(), ask.who.clone()).await;
+                answer.headers.retain(|name, _| !is_connections(name.as_str()));
                 (answer.status, answer.headers, Source::Local(answer.body))
             }
             Way::Upstream { attempt, sign } => {
-                let answer = match self.signed(attempt, sign, gateway).await? {
-                    Some(signed) => self.client.send(&signed).await,
-                    None => self.client.send(attempt).await,
-                };
+                let is_ready = matches!(sign, Sign::Ready) && gateway.guard.ignores_responses();
+                let signed = if is_ready { None } else { Box::pin(self.signed(attempt, sign, gateway)).await? };
+                let answer = self.client.send(signed.as_ref().unwrap_or(attempt)).await;
                 let Answer { status, headers, body } = answer.map_err(Failure::Fault)?;
                 let idle = gateway.settings.timeouts.idle.or(step.timeouts.idle).unwrap_or(upstream.idle_timeout);
                 let whole = gateway.settings.timeouts.request.or(step.timeouts.request);
-                (status, headers, Source::Upstream(body.with_patience(idle, whole)))
+                let status = StatusCode::from_u16(status.as_u16()).unwrap_or(StatusCode::BAD_GATEWAY);
+                (status, callers(&headers), Source::Upstream(body.with_patience(idle, whole)))
             }
         };
-        cleanse(&mut headers);
         let events = is_events(&headers);
         let limit = upstream.max_answer_bytes;
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
@@ -215,10 +216,10 @@ impl Relay {
             pipe = pipe.metered(meter, encoding.as_deref(), limit);
         }
         if !step.speech.is_verbatim() {
-            pipe = self.translated(ask, step, status, &mut headers, pipe, limit).await?;
+            pipe = Box::pin(self.translated(ask, step, status, &mut headers, pipe, limit)).await?;
         }
         if !gateway.guard.ignores_responses() && status.is_success() {
-            pipe = checked(gateway, &mut headers, pipe, ask.words, limit).await?;
+            pipe = Box::pin(checked(gateway, &mut headers, pipe, ask.words, limit)).await?;
         }
         Ok(Begun { status, headers, pipe })
     }
@@ -313,22 +314,31 @@ impl Begun {
     }
 }
 
-/// Takes out what belongs to the upstream's connection, or to nobody but its own site.
-fn cleanse(headers: &mut HeaderMap) {
-    const NOT_OURS: [HeaderName; 8] = [
-        header::CONNECTION,
-        header::TRANSFER_ENCODING,
-        header::CONTENT_LENGTH,
-        header::TE,
-        header::TRAILER,
-        header::UPGRADE,
-        header::PROXY_AUTHENTICATE,
-        header::SET_COOKIE,
-    ];
-    for name in NOT_OURS {
-        headers.remove(name);
+/// An upstream's headers for the caller: without what belongs to its connection, or to nobody but its own site.
+fn callers(theirs: &http::HeaderMap) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(theirs.len() + 8);
+    for (name, value) in theirs.iter().filter(|(name, _)| !is_connections(name.as_str())) {
+        let name = HeaderName::from_bytes(name.as_str().as_bytes());
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value.as_bytes())) {
+            headers.append(name, value);
+        }
     }
-    headers.remove("keep-alive");
+    headers
+}
+
+fn is_connections(name: &str) -> bool {
+    matches!(
+        name,
+        "connection"
+            | "keep-alive"
+            | "transfer-encoding"
+            | "content-length"
+            | "te"
+            | "trailer"
+            | "upgrade"
+            | "proxy-authenticate"
+            | "set-cookie"
+    )
 }
 
 pub(super) fn content_type(headers: &HeaderMap) -> &str {
