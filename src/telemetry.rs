@@ -124,6 +124,8 @@ static QUEUE: OnceLock<Sender<Entry>> = OnceLock::new();
 const MAX_LINES: usize = 16 * 1024;
 /// Bytes written at once.
 const MAX_WRITE: usize = 256 * 1024;
+/// How long lines are gathered. To wake the thread for each of many costs its sender more than the line does.
+const GATHERED: Duration = Duration::from_millis(4);
 /// How long the end of the process waits for its last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
@@ -160,8 +162,11 @@ impl Lines {
                 }
                 write(&bytes);
                 bytes.clear();
-                if let Some(done) = asked {
-                    let _ = done.send(());
+                match asked {
+                    Some(done) => {
+                        let _ = done.send(());
+                    }
+                    None => std::thread::sleep(GATHERED),
                 }
             }
         };

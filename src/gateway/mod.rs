@@ -8,6 +8,7 @@
 
 pub mod asked;
 pub mod counts;
+pub mod headers;
 pub mod limits;
 pub mod options;
 pub mod pipe;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::BoxBody;
 use actix_web::http::StatusCode;
-use actix_web::http::header::{CACHE_CONTROL, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
@@ -38,6 +38,7 @@ use crate::config::{self, Live};
 use crate::fallback::{Fallback, Policy, Target};
 use crate::gateway::asked::{Ask, Who};
 use crate::gateway::counts::Counts;
+use crate::gateway::headers::Headers;
 use crate::gateway::limits::RouteLimits;
 use crate::gateway::pipe::{End, Pipe, Source, Words, broke_off};
 use crate::gateway::record::{CacheUse, Record};
@@ -127,7 +128,7 @@ pub struct LocalAnswer {
     /// Its status.
     pub status: StatusCode,
     /// Its headers.
-    pub headers: HeaderMap,
+    pub headers: Headers,
     /// What follows.
     pub body: BoxBody,
 }
@@ -137,7 +138,7 @@ pub struct Reply {
     /// Its status.
     pub status: StatusCode,
     /// What the upstream said, without what belongs to its connection, and what the gateway says.
-    pub headers: HeaderMap,
+    pub headers: Headers,
     /// What follows.
     pub pipe: Pipe,
     /// Closes with it.
@@ -402,15 +403,15 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
     let Begun { status, mut headers, pipe } = begun;
     record.flags(pipe.flags());
     {
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let step = text("cf-aig-step").parse().unwrap_or(0);
-        record.begun(status, cache, text("cf-aig-provider"), text("cf-aig-model"), step, text("cf-aig-attempts"));
+        let step = headers.text("cf-aig-step").parse().unwrap_or(0);
+        let (provider, model) = (headers.text("cf-aig-provider"), headers.text("cf-aig-model"));
+        record.begun(status, cache, provider, model, step, headers.text("cf-aig-attempts"));
     }
     let hit = if cache.is_hit() { "HIT" } else { "MISS" };
-    headers.insert(HeaderName::from_static("cf-aig-cache-status"), HeaderValue::from_static(hit));
+    headers.insert("cf-aig-cache-status", HeaderValue::from_static(hit));
     let mut say = |name: &'static str, value: &str| {
         let value = HeaderValue::from_str(value).ok()?;
-        headers.insert(HeaderName::from_static(name), value.clone());
+        headers.insert(name, value.clone());
         Some(value)
     };
     say("cf-aig-event-id", &record.event);
@@ -420,7 +421,7 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
     if let Some(log) = record.log
         && let Some(value) = say("cf-aig-log-id", &log.to_string())
     {
-        headers.insert(HeaderName::from_static("cf-aig-request-id"), value);
+        headers.insert("cf-aig-request-id", value);
     }
     Reply { status, headers, pipe, record }
 }
@@ -437,13 +438,12 @@ fn hit(entry: Arc<Entry>, words: Words) -> Begun {
 /// Status and headers as the cache keeps them.
 fn cached_head(begun: &Begun) -> cache::Head {
     let headers = begun.headers.iter();
-    let headers =
-        headers.map(|(name, value)| (name.as_str().into(), Bytes::copy_from_slice(value.as_bytes()))).collect();
+    let headers = headers.map(|(name, value)| (name.into(), Bytes::copy_from_slice(value.as_bytes()))).collect();
     cache::Head { status: begun.status.as_u16(), headers }
 }
 
-fn known_head(head: &cache::Head) -> (StatusCode, HeaderMap) {
-    let mut headers = HeaderMap::with_capacity(head.headers.len() + 8);
+fn known_head(head: &cache::Head) -> (StatusCode, Headers) {
+    let mut headers = Headers::with_capacity(head.headers.len() + 8);
     for (name, value) in &head.headers {
         let name = HeaderName::from_bytes(name.as_bytes());
         if let (Ok(name), Ok(value)) = (name, HeaderValue::from_maybe_shared(value.clone())) {
@@ -454,11 +454,10 @@ fn known_head(head: &cache::Head) -> (StatusCode, HeaderMap) {
 }
 
 /// Text and images may be kept; what an upstream marks as not to be stored may not.
-fn is_keepable(headers: &HeaderMap) -> bool {
+fn is_keepable(headers: &Headers) -> bool {
     let kind = content_type(headers);
     let kind = kind.split(';').next().unwrap_or_default().trim();
     let fits = kind.starts_with("text/") || kind.starts_with("image/") || kind.ends_with("json") || is_frames(headers);
-    let control = headers.get(CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
     // Providers say `no-cache` of every stream; `no-store` is meant.
-    fits && !control.split(',').any(|word| word.trim().eq_ignore_ascii_case("no-store"))
+    fits && !headers.text("cache-control").split(',').any(|word| word.trim().eq_ignore_ascii_case("no-store"))
 }

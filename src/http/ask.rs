@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -12,7 +13,6 @@ use actix_web::web;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use futures_util::future::try_join_all;
-use futures_util::poll;
 use serde_json::Value;
 
 use crate::base::{Error, Kind, ModelId, RequestId, Result};
@@ -211,8 +211,17 @@ pub(super) async fn read_bytes(
         }
         Ok(if body.is_empty() { whole } else { body.freeze() })
     });
-    // Most bodies came with their heads: no clock is wound up for them.
-    if let Poll::Ready(body) = poll!(read.as_mut()) {
+    // Most bodies come with their heads, right behind this first look: no clock is wound up for them.
+    let mut looked = false;
+    let there = poll_fn(|cx| match read.as_mut().poll(cx) {
+        Poll::Ready(body) => Poll::Ready(Some(body)),
+        Poll::Pending if std::mem::replace(&mut looked, true) => Poll::Ready(None),
+        Poll::Pending => {
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    });
+    if let Some(body) = there.await {
         return body;
     }
     tokio::time::timeout(patience, read).await.map_err(|_| {

@@ -170,7 +170,9 @@ async fn enveloped(mut reply: Reply, provider: &str, model: &str, limit: usize) 
 /// A reply as a response.
 pub(super) fn render(mut reply: Reply) -> HttpResponse {
     let mut response = HttpResponse::new(reply.status);
-    *response.headers_mut() = std::mem::take(&mut reply.headers);
+    for (name, value) in std::mem::take(&mut reply.headers) {
+        response.headers_mut().append(name, value);
+    }
     response.set_body(BoxBody::new(RelayBody::new(reply)))
 }
 

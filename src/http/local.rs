@@ -10,6 +10,7 @@ use futures_util::FutureExt;
 
 use crate::base::{Error, Kind, Result};
 use crate::gateway::asked::Who;
+use crate::gateway::headers::Headers;
 use crate::gateway::relay::{Local, LocalAnswer};
 use crate::gateway::step::{LocalCall, LocalEndpoint};
 use crate::http::ask::{self, Ask};
@@ -63,6 +64,6 @@ async fn serve(services: &Services, surface: Surface, call: LocalCall, who: Who)
 
 fn divided(response: HttpResponse) -> LocalAnswer {
     let status = response.status();
-    let (mut head, body) = response.into_parts();
-    LocalAnswer { status, headers: std::mem::take(head.headers_mut()), body }
+    let headers = Headers::from(response.headers());
+    LocalAnswer { status, headers, body: response.into_body() }
 }

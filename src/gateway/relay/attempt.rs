@@ -10,7 +10,7 @@ use std::future::poll_fn;
 use std::time::{Duration, Instant};
 
 use actix_web::http::StatusCode;
-use actix_web::http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
 use tokio::time::{sleep, timeout};
 
@@ -19,6 +19,7 @@ use crate::base::{Error, Kind, Millis, RequestId, Result};
 use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::Ask;
+use crate::gateway::headers::Headers;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
 use crate::gateway::step::{Sign, Step, Way};
@@ -38,7 +39,7 @@ pub(super) const MAX_FAILURE_BYTES: usize = 256 * 1024;
 pub(super) struct Begun {
     pub(super) status: StatusCode,
     /// What the upstream said, and who answered.
-    pub(super) headers: HeaderMap,
+    pub(super) headers: Headers,
     pub(super) pipe: Pipe,
 }
 
@@ -191,8 +192,7 @@ impl Relay {
         let gateway = &ask.gateway;
         let (status, mut headers, source) = match &step.way {
             Way::Local(call) => {
-                let mut answer = (self.local)(call.clone(), ask.who.clone()).await;
-                answer.headers.retain(|name, _| !is_connections(name.as_str()));
+                let answer = (self.local)(call.clone(), ask.who.clone()).await;
                 (answer.status, answer.headers, Source::Local(answer.body))
             }
             Way::Upstream { attempt, sign } => {
@@ -208,12 +208,12 @@ impl Relay {
         };
         let events = is_events(&headers);
         let limit = upstream.max_answer_bytes;
-        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let (encoding, kind) = (text(header::CONTENT_ENCODING), text(header::CONTENT_TYPE));
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        let (encoding, kind) = (text("content-encoding"), text("content-type"));
         let mut pipe = Pipe::new(source, ask.words, events);
         if !matches!(step.way, Way::Local(_)) && status.is_success() {
-            let meter = Meter::new(kind.as_deref());
-            pipe = pipe.metered(meter, encoding.as_deref(), limit);
+            let meter = Meter::new(kind);
+            pipe = pipe.metered(meter, encoding, limit);
         }
         if !step.speech.is_verbatim() {
             pipe = Box::pin(self.translated(ask, step, status, &mut headers, pipe, limit)).await?;
@@ -230,12 +230,12 @@ impl Relay {
         ask: &Ask,
         step: &Step,
         status: StatusCode,
-        headers: &mut HeaderMap,
+        headers: &mut Headers,
         mut pipe: Pipe,
         limit: usize,
     ) -> Result<Pipe, Failure> {
         let speech = step.speech;
-        headers.remove(header::CONTENT_ENCODING);
+        headers.remove("content-encoding");
         let meta = Meta {
             id: format!("chatcmpl-{}", ask.who.id.simple()),
             created: Millis::now().seconds(),
@@ -243,7 +243,7 @@ impl Relay {
         };
         let streams = is_events(headers) || is_frames(headers);
         if status.is_success() && streams {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+            headers.insert("content-type", HeaderValue::from_static("text/event-stream"));
             let to_messages = speech.to_messages.then(|| messages::Translator::new(meta.model.clone()));
             let to_openai = speech.to_openai.then(|| Translator::new(step.dialect, meta, speech.include_usage));
 
@@ -253,7 +253,7 @@ impl Relay {
         let Some(mut body) = body else {
             return Err(Failure::Fault(Fault::Broken("the answer broke off, or is too large to be translated".into())));
         };
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert("content-type", HeaderValue::from_static("application/json"));
         if status.is_success() {
             let unreadable = |error: Error| Failure::Fault(Fault::Broken(error.message().to_owned()));
             if speech.to_openai {
@@ -300,7 +300,7 @@ impl Begun {
     fn signed(mut self, step: &Step, trail: &Trail) -> Self {
         let mut say = |name: &'static str, value: &str| {
             if let Ok(value) = HeaderValue::from_str(value) {
-                self.headers.insert(HeaderName::from_static(name), value);
+                self.headers.insert(name, value);
             }
         };
         say("cf-aig-step", &step.index.to_string());
@@ -315,8 +315,8 @@ impl Begun {
 }
 
 /// An upstream's headers for the caller: without what belongs to its connection, or to nobody but its own site.
-fn callers(theirs: &http::HeaderMap) -> HeaderMap {
-    let mut headers = HeaderMap::with_capacity(theirs.len() + 8);
+fn callers(theirs: &http::HeaderMap) -> Headers {
+    let mut headers = Headers::with_capacity(theirs.len() + 8);
     for (name, value) in theirs.iter().filter(|(name, _)| !is_connections(name.as_str())) {
         let name = HeaderName::from_bytes(name.as_str().as_bytes());
         if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value.as_bytes())) {
@@ -341,23 +341,23 @@ fn is_connections(name: &str) -> bool {
     )
 }
 
-pub(super) fn content_type(headers: &HeaderMap) -> &str {
-    headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default()
+pub(super) fn content_type(headers: &Headers) -> &str {
+    headers.text("content-type")
 }
 
-pub(super) fn is_events(headers: &HeaderMap) -> bool {
+pub(super) fn is_events(headers: &Headers) -> bool {
     content_type(headers).starts_with("text/event-stream")
 }
 
 /// Bedrock's streams.
-pub(super) fn is_frames(headers: &HeaderMap) -> bool {
+pub(super) fn is_frames(headers: &Headers) -> bool {
     content_type(headers).starts_with("application/vnd.amazon.eventstream")
 }
 
 /// Lets rules look at an answer: at a stream as it goes by, at anything else before any of it is seen.
 async fn checked(
     gateway: &Gateway,
-    headers: &mut HeaderMap,
+    headers: &mut Headers,
     mut pipe: Pipe,
     words: Words,
     limit: usize,
