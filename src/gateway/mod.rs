@@ -7,6 +7,8 @@
 //! [`Delivery`] carries on alone.
 
 pub mod asked;
+pub mod counts;
+pub mod headers;
 pub mod limits;
 pub mod options;
 pub mod pipe;

@@ -83,15 +83,24 @@ impl CustomCost {
 }
 
 impl Options {
-    /// Takes in one header. `false`: it is none of ours and belongs to the upstream.
-    pub fn take(&mut self, name: &str, value: &str) -> bool {
+    /// What a request's headers say.
+    pub fn read<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>) -> Self {
+        let mut options = Self::default();
+        for (name, value) in headers.filter(|(name, _)| is_ours(name)) {
+            // What is no text makes no sense either.
+            options.take(name, std::str::from_utf8(value).unwrap_or("\u{0}"));
+        }
+        options
+    }
+
+    fn take(&mut self, name: &str, value: &str) {
         let Some(rest) = name.strip_prefix("cf-aig-") else {
+            // Their older names.
             match name {
                 "cf-cache-ttl" => self.cache_ttl = self.cache_ttl.or(self.checked("cf-cache-ttl", ttl(value))),
-                "cf-skip-cache" => self.skip_cache = self.skip_cache.or(self.checked("cf-skip-cache", flag(value))),
-                _ => return false,
+                _ => self.skip_cache = self.skip_cache.or(self.checked("cf-skip-cache", flag(value))),
             }
-            return true;
+            return;
         };
         match rest {
             "skip-cache" => self.skip_cache = self.checked("cf-aig-skip-cache", flag(value)),
@@ -112,10 +121,8 @@ impl Options {
             "backoff" => self.backoff = self.checked("cf-aig-backoff", Growth::parse(value.trim())),
             "fallback" => self.fallback = self.checked("cf-aig-fallback", names(value)),
             "byok-alias" => self.byok_alias = self.checked("cf-aig-byok-alias", text(value)),
-            // Ours as well, whether or not this build acts on it: it is nobody else's business.
             _ => {}
         }
-        true
     }
 
     /// The `config` of a universal step.
@@ -177,8 +184,8 @@ impl Options {
     }
 }
 
-/// Divides the headers of a request: ours into `options`, what belongs to the upstream is returned.
-pub fn divide<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>, options: &mut Options) -> HeaderMap {
+/// What of a request's headers belongs to the upstream.
+pub fn forwarded<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>) -> HeaderMap {
     let mut forwarded = HeaderMap::with_capacity(16);
     let mut named: Vec<String> = Vec::new();
     for (name, value) in headers {
@@ -187,14 +194,8 @@ pub fn divide<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>, options: &
             let words = words.map(|word| word.trim().to_ascii_lowercase());
             named.extend(words.filter(|word| !matches!(word.as_str(), "close" | "keep-alive" | "upgrade" | "")));
         }
-        if is_hop_by_hop(name) {
+        if is_hop_by_hop(name) || is_ours(name) {
             continue;
-        }
-        if name.starts_with("cf-") {
-            // What is no text makes no sense either.
-            if options.take(name, std::str::from_utf8(value).unwrap_or("\u{0}")) {
-                continue;
-            }
         }
         if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(value)) {
             forwarded.append(name, value);
@@ -205,6 +206,11 @@ pub fn divide<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>, options: &
         forwarded.remove(name.as_str());
     }
     forwarded
+}
+
+/// Headers that are for the gateway, whether or not this build acts on them: they are nobody else's business.
+fn is_ours(name: &str) -> bool {
+    name.starts_with("cf-aig-") || matches!(name, "cf-cache-ttl" | "cf-skip-cache")
 }
 
 /// Headers that say something about one connection, and those that are made anew for the next.
@@ -300,9 +306,8 @@ mod tests {
     use super::*;
 
     fn read(headers: &[(&str, &str)]) -> (Options, Vec<String>) {
-        let mut options = Options::default();
-        let pairs: Vec<(&str, &[u8])> = headers.iter().map(|(name, value)| (*name, value.as_bytes())).collect();
-        let forwarded = divide(pairs.into_iter(), &mut options);
+        let pairs = || headers.iter().map(|(name, value)| (*name, value.as_bytes()));
+        let (options, forwarded) = (Options::read(pairs()), forwarded(pairs()));
         let forwarded = forwarded.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap()));
         let mut forwarded: Vec<String> = forwarded.collect();
         forwarded.sort();

@@ -64,8 +64,8 @@ pub enum End {
 pub struct Pipe {
     source: Source,
     meter: Reading,
-    translation: Option<Translation>,
-    guard: Option<StreamGuard>,
+    translation: Option<Box<Translation>>,
+    guard: Option<Box<StreamGuard>>,
     flags: Vec<Finding>,
     words: Words,
     /// The caller reads events: it can be told what went wrong.
@@ -175,7 +175,7 @@ impl Pipe {
     pub fn translated(mut self, to_openai: Option<Translator>, to_messages: Option<messages::Translator>) -> Self {
         if to_openai.is_some() || to_messages.is_some() {
             let (between, out) = (sse::Encoder::default(), sse::Encoder::default());
-            self.translation = Some(Translation { to_openai, to_messages, between, out });
+            self.translation = Some(Box::new(Translation { to_openai, to_messages, between, out }));
             self.events = true;
         }
         self
@@ -183,7 +183,7 @@ impl Pipe {
 
     /// Checks a stream by rules on the way.
     pub fn guarded(mut self, guard: StreamGuard) -> Self {
-        self.guard = (!guard.is_idle()).then_some(guard);
+        self.guard = (!guard.is_idle()).then(|| Box::new(guard));
         self
     }
 
@@ -203,7 +203,7 @@ impl Pipe {
 
     /// What rules found without blocking it.
     pub fn flags(&self) -> &[Finding] {
-        self.guard.as_ref().map_or(&self.flags, StreamGuard::flags)
+        self.guard.as_ref().map_or(&self.flags, |guard| guard.flags())
     }
 
     /// How many bytes will come, if that is known and nothing on the way changes it.

@@ -3,19 +3,21 @@
 //! A record ends exactly once: with its answer, with a refusal, or because it was dropped, which is how a caller leaves.
 
 use std::fmt::Write;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::StatusCode;
+use actix_web::http::StatusCode;
 use serde_json::json;
 use tracing::info;
 
 use crate::base::{AccountId, Error, KeyId, LogId, Millis, RequestId};
 use crate::gateway::asked::Ask;
+use crate::gateway::counts::Counts;
 use crate::gateway::options::CustomCost;
 use crate::gateway::pipe::End;
 use crate::guard::{Check, Finding};
-use crate::metrics::Metrics;
+use crate::registry::Gateway;
 use crate::task::Usage;
 
 /// What the cache did for a call.
@@ -32,7 +34,11 @@ pub enum CacheUse {
 }
 
 impl CacheUse {
-    fn as_str(self) -> &'static str {
+    /// All there are, in order.
+    pub const ALL: [Self; 4] = [Self::Off, Self::Miss, Self::Hit, Self::Coalesced];
+
+    /// Its name in metrics and the log.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Off => "off",
             Self::Miss => "miss",
@@ -47,6 +53,34 @@ impl CacheUse {
     }
 }
 
+/// How a call ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// With a whole answer.
+    Done,
+    /// With an answer that is a failure, or broke off.
+    Failed,
+    /// The caller left before.
+    Cancelled,
+    /// With a refusal of ours.
+    Refused,
+}
+
+impl Outcome {
+    /// All there are, in order.
+    pub const ALL: [Self; 4] = [Self::Done, Self::Failed, Self::Cancelled, Self::Refused];
+
+    /// Its name in metrics and the log.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// See the top of this file.
 pub struct Record {
     /// Its id; `None`: this call is not to be logged.
@@ -56,8 +90,8 @@ pub struct Record {
     request: RequestId,
     account: AccountId,
     key: Option<KeyId>,
-    gateway: Box<str>,
-    metrics: Arc<Metrics>,
+    gateway: Arc<Gateway>,
+    counts: Rc<Counts>,
     received: Instant,
     /// Spent on upstreams and between attempts, up to the head of the answer.
     elsewhere: Duration,
@@ -79,8 +113,8 @@ pub struct Record {
 
 impl Record {
     /// Begins with a call.
-    pub fn begin(metrics: &Arc<Metrics>, ask: &Ask) -> Self {
-        metrics.gateway_in_flight.inc();
+    pub fn begin(counts: &Rc<Counts>, ask: &Ask) -> Self {
+        counts.metrics.gateway_in_flight.inc();
         let collect = ask.options.collect_log.unwrap_or(ask.gateway.settings.collect_logs);
         let log = collect.then(|| LogId::at(Millis::now()));
         let event = ask.options.event_id.clone();
@@ -90,8 +124,8 @@ impl Record {
             request: ask.who.id,
             account: ask.account.clone(),
             key: ask.who.caller.key.clone(),
-            gateway: ask.gateway.id.as_str().into(),
-            metrics: metrics.clone(),
+            gateway: ask.gateway.clone(),
+            counts: counts.clone(),
             received: ask.who.received,
             elsewhere: Duration::ZERO,
             trail: String::new(),
@@ -113,14 +147,14 @@ impl Record {
     /// Notes what rules found without blocking.
     pub fn flags(&mut self, flags: &[Finding]) {
         for flag in flags {
-            self.metrics.gateway_findings.with_label_values(&[&flag.check.to_string(), "FLAG"]).inc();
+            self.counts.metrics.gateway_findings.with_label_values(&[&flag.check.to_string(), "FLAG"]).inc();
         }
         self.flags.extend_from_slice(flags);
     }
 
     /// Notes what a rule blocked.
     pub fn blocked(&self, finding: &Finding) {
-        self.metrics.gateway_findings.with_label_values(&[&finding.check.to_string(), "BLOCK"]).inc();
+        self.counts.metrics.gateway_findings.with_label_values(&[&finding.check.to_string(), "BLOCK"]).inc();
     }
 
     /// Time that somebody else took.
@@ -139,8 +173,8 @@ impl Record {
         trail: &str,
     ) {
         let taken = self.received.elapsed();
-        self.metrics.gateway_overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
-        self.metrics.gateway_cache.with_label_values(&[cache.as_str()]).inc();
+        self.counts.metrics.gateway_overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
+        self.counts.cache(cache).inc();
         self.first_byte = Some(taken);
         (self.status, self.cache, self.step) = (status.as_u16(), cache, step);
         (self.provider, self.model, self.trail) = (provider.into(), model.into(), trail.into());
@@ -178,53 +212,44 @@ impl Record {
     /// There was no answer but our own refusal, which whoever tells the caller counts as an error.
     pub fn refused(&mut self, error: &Error, trail: &str) {
         self.trail = trail.into();
-        self.close("refused", Some(error.kind().as_str()), None);
+        self.close(Outcome::Refused, Some(error.kind().as_str()), None);
     }
 
     /// The answer has ended.
     pub fn ended(&mut self, end: &End, usage: Option<Usage>) {
         match end {
-            End::Whole if self.status < 400 => self.close("done", None, usage),
-            End::Whole => self.close("failed", Some("upstream_status"), usage),
-            End::Broken(_) => self.close("failed", Some("upstream_broke"), usage),
+            End::Whole if self.status < 400 => self.close(Outcome::Done, None, usage),
+            End::Whole => self.close(Outcome::Failed, Some("upstream_status"), usage),
+            End::Broken(_) => self.close(Outcome::Failed, Some("upstream_broke"), usage),
             End::Blocked(finding) => {
                 self.blocked(finding);
                 self.flags.push(finding.clone());
-                self.close("failed", Some("answer_blocked"), usage);
+                self.close(Outcome::Failed, Some("answer_blocked"), usage);
             }
         }
     }
 
     /// The caller left.
     pub fn left(&mut self, usage: Option<Usage>) {
-        self.close("cancelled", None, usage);
+        self.close(Outcome::Cancelled, None, usage);
     }
 
-    fn close(&mut self, outcome: &'static str, why: Option<&'static str>, usage: Option<Usage>) {
+    fn close(&mut self, outcome: Outcome, why: Option<&'static str>, usage: Option<Usage>) {
         if !std::mem::take(&mut self.open) {
             return;
         }
-        self.metrics.gateway_in_flight.dec();
-        self.metrics.gateway_calls.with_label_values(&[outcome]).inc();
+        self.counts.metrics.gateway_in_flight.dec();
+        self.counts.outcome(outcome).inc();
         // A hit used nothing of the upstream.
         let usage = usage.filter(|_| !self.cache.is_hit());
         if let Some(usage) = &usage {
-            let provider = label(&self.provider);
-            for (kind, tokens) in [
-                ("prompt", usage.prompt_tokens),
-                ("cached", usage.cached_tokens),
-                ("completion", usage.completion_tokens),
-            ] {
-                if tokens > 0 {
-                    self.metrics.upstream_tokens.with_label_values(&[provider, kind]).inc_by(u64::from(tokens));
-                }
-            }
+            self.counts.provider(label(&self.provider)).used(usage);
         }
         let Some(log) = self.log else { return };
         if !tracing::enabled!(target: "neurond::gateway", tracing::Level::INFO) {
             return;
         }
-        let line = self.line(log, outcome, why, usage.as_ref());
+        let line = self.line(log, outcome.as_str(), why, usage.as_ref());
         info!(target: "neurond::gateway", "{line}");
     }
 
@@ -248,7 +273,7 @@ impl Record {
         text("event", &self.event);
         text("account", self.account.as_str());
         text("key", self.key.as_ref().map_or("-", KeyId::as_str));
-        text("gateway", &self.gateway);
+        text("gateway", &self.gateway.id);
         text("provider", &self.provider);
         text("model", &self.model);
         text("step", itoa::Buffer::new().format(self.step));

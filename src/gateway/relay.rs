@@ -21,12 +21,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::body::BoxBody;
+use actix_web::http::StatusCode;
+use actix_web::http::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::unfold;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Method, StatusCode};
+use http::{Method, header};
 use hyper::upgrade::Upgraded;
 use tokio::time::timeout;
 
@@ -36,6 +37,8 @@ use crate::config::gateway::KeyFiles;
 use crate::config::{self, Live};
 use crate::fallback::{Fallback, Policy, Target};
 use crate::gateway::asked::{Ask, Who};
+use crate::gateway::counts::Counts;
+use crate::gateway::headers::Headers;
 use crate::gateway::limits::RouteLimits;
 use crate::gateway::pipe::{End, Pipe, Source, Words, broke_off};
 use crate::gateway::record::{CacheUse, Record};
@@ -110,6 +113,7 @@ pub fn clients(upstream: &config::Upstream) -> Result<client::Settings> {
 pub struct Relay {
     /// What it has in common with others.
     pub parts: Parts,
+    counts: Rc<Counts>,
     client: Client,
     local: Local,
     /// Google's access tokens, by the hash of the secret they were made from.
@@ -124,7 +128,7 @@ pub struct LocalAnswer {
     /// Its status.
     pub status: StatusCode,
     /// Its headers.
-    pub headers: HeaderMap,
+    pub headers: Headers,
     /// What follows.
     pub body: BoxBody,
 }
@@ -134,7 +138,7 @@ pub struct Reply {
     /// Its status.
     pub status: StatusCode,
     /// What the upstream said, without what belongs to its connection, and what the gateway says.
-    pub headers: HeaderMap,
+    pub headers: Headers,
     /// What follows.
     pub pipe: Pipe,
     /// Closes with it.
@@ -144,7 +148,8 @@ pub struct Reply {
 impl Relay {
     /// A relay with a client of its own.
     pub fn new(parts: Parts, client: Client, local: Local) -> Self {
-        Self { parts, client, local, tokens: RefCell::default() }
+        let counts = Rc::new(Counts::new(parts.metrics.clone()));
+        Self { parts, counts, client, local, tokens: RefCell::default() }
     }
 
     /// Serves a call up to the head of its answer.
@@ -153,7 +158,7 @@ impl Relay {
     /// The gateway's own refusals, and `Unreachable` or `UpstreamTimeout` where nobody answered. Whatever an upstream says
     /// itself is a reply.
     pub async fn serve(self: &Rc<Self>, ask: Ask) -> Result<Reply> {
-        let mut record = Record::begin(&self.parts.metrics, &ask);
+        let mut record = Record::begin(&self.counts, &ask);
         let mut trail = Trail::default();
         let outcome = self.answer(ask, &mut record, &mut trail).await;
         record.waited(trail.elsewhere);
@@ -170,8 +175,8 @@ impl Relay {
     ///
     /// # Errors
     /// As [`Relay::serve`].
-    pub async fn upgrade(&self, mut ask: Ask) -> Result<(HeaderMap, Upgraded, Record)> {
-        let mut record = Record::begin(&self.parts.metrics, &ask);
+    pub async fn upgrade(&self, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Record)> {
+        let mut record = Record::begin(&self.counts, &ask);
         let mut trail = Trail::default();
         let outcome = self.handshake(&mut ask, &mut trail).await;
         record.waited(trail.elsewhere);
@@ -185,9 +190,9 @@ impl Relay {
                     0,
                     &trail.text,
                 );
-                headers.insert("cf-aig-step", HeaderValue::from_static("0"));
+                headers.insert("cf-aig-step", http::HeaderValue::from_static("0"));
                 if let Some(log) = record.log
-                    && let Ok(value) = HeaderValue::from_str(&log.to_string())
+                    && let Ok(value) = http::HeaderValue::from_str(&log.to_string())
                 {
                     headers.insert("cf-aig-log-id", value);
                 }
@@ -200,7 +205,7 @@ impl Relay {
         }
     }
 
-    async fn handshake(&self, ask: &mut Ask, trail: &mut Trail) -> Result<(HeaderMap, Upgraded, Target)> {
+    async fn handshake(&self, ask: &mut Ask, trail: &mut Trail) -> Result<(http::HeaderMap, Upgraded, Target)> {
         let step = (ask.plan.next)().unwrap_or_else(|| Err(Error::internal("a call without steps")))?;
         let Way::Upstream { attempt, sign } = &step.way else {
             return Err(Error::unsupported("The models of this server have no realtime sockets."));
@@ -211,8 +216,8 @@ impl Relay {
         };
         let signed = self.signed(attempt, sign, &ask.gateway).await.map_err(failed)?;
         let mut attempt = signed.unwrap_or_else(|| attempt.clone());
-        attempt.headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
-        attempt.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        attempt.headers.insert(header::CONNECTION, http::HeaderValue::from_static("Upgrade"));
+        attempt.headers.insert(header::UPGRADE, http::HeaderValue::from_static("websocket"));
         let patience = self.parts.config.get().upstream.first_byte_timeout;
         let began = Instant::now();
         let outcome = timeout(patience, self.client.upgrade(&attempt)).await;
@@ -232,7 +237,7 @@ impl Relay {
             return Err(Error::new(Kind::PromptBlocked, message));
         }
         let Some(keep) = kept_for(&ask) else {
-            return Ok((self.attempts(ask, trail).await?, CacheUse::Off));
+            return Ok((Box::pin(self.attempts(ask, trail)).await?, CacheUse::Off));
         };
         let keying = Keying::of(&ask);
         let auth = [ask.credentials.as_slice()];
@@ -246,19 +251,19 @@ impl Relay {
             Found::Hit(entry)
         } else {
             // Only now: a key over what the bytes mean takes reading them.
-            cache.lookup(material.key(&raw), now).await
+            Box::pin(cache.lookup(material.key(&raw), now)).await
         };
         match found {
             Found::Hit(entry) => Ok((hit(entry, ask.words), CacheUse::Hit)),
-            Found::Off => Ok((self.attempts(ask, trail).await?, CacheUse::Off)),
+            Found::Off => Ok((Box::pin(self.attempts(ask, trail)).await?, CacheUse::Off)),
             Found::Fill(ticket) => {
                 let (follower, words) = (ticket.follow(), ask.words);
                 self.fill(ticket, ask, keep);
-                self.follow(follower, None, words, keep, trail).await
+                Box::pin(self.follow(follower, None, words, keep, trail)).await
             }
             Found::Follow(follower) => {
                 let words = ask.words;
-                self.follow(follower, Some(ask), words, keep, trail).await
+                Box::pin(self.follow(follower, Some(ask), words, keep, trail)).await
             }
         }
     }
@@ -398,15 +403,15 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
     let Begun { status, mut headers, pipe } = begun;
     record.flags(pipe.flags());
     {
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let step = text("cf-aig-step").parse().unwrap_or(0);
-        record.begun(status, cache, text("cf-aig-provider"), text("cf-aig-model"), step, text("cf-aig-attempts"));
+        let step = headers.text("cf-aig-step").parse().unwrap_or(0);
+        let (provider, model) = (headers.text("cf-aig-provider"), headers.text("cf-aig-model"));
+        record.begun(status, cache, provider, model, step, headers.text("cf-aig-attempts"));
     }
     let hit = if cache.is_hit() { "HIT" } else { "MISS" };
-    headers.insert(HeaderName::from_static("cf-aig-cache-status"), HeaderValue::from_static(hit));
+    headers.insert("cf-aig-cache-status", HeaderValue::from_static(hit));
     let mut say = |name: &'static str, value: &str| {
         let value = HeaderValue::from_str(value).ok()?;
-        headers.insert(HeaderName::from_static(name), value.clone());
+        headers.insert(name, value.clone());
         Some(value)
     };
     say("cf-aig-event-id", &record.event);
@@ -416,7 +421,7 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
     if let Some(log) = record.log
         && let Some(value) = say("cf-aig-log-id", &log.to_string())
     {
-        headers.insert(HeaderName::from_static("cf-aig-request-id"), value);
+        headers.insert("cf-aig-request-id", value);
     }
     Reply { status, headers, pipe, record }
 }
@@ -433,13 +438,12 @@ fn hit(entry: Arc<Entry>, words: Words) -> Begun {
 /// Status and headers as the cache keeps them.
 fn cached_head(begun: &Begun) -> cache::Head {
     let headers = begun.headers.iter();
-    let headers =
-        headers.map(|(name, value)| (name.as_str().into(), Bytes::copy_from_slice(value.as_bytes()))).collect();
+    let headers = headers.map(|(name, value)| (name.into(), Bytes::copy_from_slice(value.as_bytes()))).collect();
     cache::Head { status: begun.status.as_u16(), headers }
 }
 
-fn known_head(head: &cache::Head) -> (StatusCode, HeaderMap) {
-    let mut headers = HeaderMap::with_capacity(head.headers.len() + 6);
+fn known_head(head: &cache::Head) -> (StatusCode, Headers) {
+    let mut headers = Headers::with_capacity(head.headers.len() + 8);
     for (name, value) in &head.headers {
         let name = HeaderName::from_bytes(name.as_bytes());
         if let (Ok(name), Ok(value)) = (name, HeaderValue::from_maybe_shared(value.clone())) {
@@ -450,11 +454,10 @@ fn known_head(head: &cache::Head) -> (StatusCode, HeaderMap) {
 }
 
 /// Text and images may be kept; what an upstream marks as not to be stored may not.
-fn is_keepable(headers: &HeaderMap) -> bool {
+fn is_keepable(headers: &Headers) -> bool {
     let kind = content_type(headers);
     let kind = kind.split(';').next().unwrap_or_default().trim();
     let fits = kind.starts_with("text/") || kind.starts_with("image/") || kind.ends_with("json") || is_frames(headers);
-    let control = headers.get(header::CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
     // Providers say `no-cache` of every stream; `no-store` is meant.
-    fits && !control.split(',').any(|word| word.trim().eq_ignore_ascii_case("no-store"))
+    fits && !headers.text("cache-control").split(',').any(|word| word.trim().eq_ignore_ascii_case("no-store"))
 }

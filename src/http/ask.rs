@@ -2,7 +2,10 @@
 
 use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap};
@@ -185,7 +188,7 @@ pub(super) async fn read_bytes(
     if announced.is_some_and(|length| length > limit) {
         return Err(too_large());
     }
-    let read = async {
+    let mut read = pin!(async {
         let mut whole = Bytes::new();
         let mut body = BytesMut::new();
         while let Some(chunk) = payload.next().await {
@@ -207,7 +210,20 @@ pub(super) async fn read_bytes(
             body.extend_from_slice(&chunk);
         }
         Ok(if body.is_empty() { whole } else { body.freeze() })
-    };
+    });
+    // Most bodies come with their heads, right behind this first look: no clock is wound up for them.
+    let mut looked = false;
+    let there = poll_fn(|cx| match read.as_mut().poll(cx) {
+        Poll::Ready(body) => Poll::Ready(Some(body)),
+        Poll::Pending if std::mem::replace(&mut looked, true) => Poll::Ready(None),
+        Poll::Pending => {
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+    });
+    if let Some(body) = there.await {
+        return body;
+    }
     tokio::time::timeout(patience, read).await.map_err(|_| {
         let message = format!("The request body was not complete within {} s.", patience.as_secs_f64());
         Error::new(Kind::Timeout, message)

@@ -2,6 +2,7 @@
 //!
 //!     request --token, gateway--> Entrance --native | chat | messages | embeddings | universal | run | realtime--> Ask
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -93,7 +94,7 @@ async fn find(relay: &Relay, account: &AccountId, id: &str, known: bool) -> Resu
         return Ok(gateway);
     }
     if id == DEFAULT && known {
-        return relay.parts.registry.ensure_default(account).await;
+        return Box::pin(relay.parts.registry.ensure_default(account)).await;
     }
     Err(Error::new(Kind::NoSuchGateway, format!("There is no gateway `{id}` in this account: create it first.")))
 }
@@ -121,30 +122,32 @@ pub(super) async fn enter_named(
 /// A request, divided into what is ours and what is the upstream's.
 pub(super) struct Incoming {
     method: actix_web::http::Method,
-    path: String,
     query: String,
-    headers: Forwarded,
+    headers: Theirs,
     pub(super) options: Rc<Options>,
     pub(super) body: Bytes,
-    content_type: Option<String>,
-    credentials: Vec<u8>,
 }
 
 impl Incoming {
     /// Takes out the token of ours that came where providers' keys are; Anthropic's clients may send it in a header of theirs.
     pub(super) fn forget_token(&mut self, as_key: bool) {
-        self.headers.remove(http::header::AUTHORIZATION);
-        if as_key {
-            self.headers.remove("x-api-key");
-        }
+        self.headers.without = if as_key { &["authorization", "x-api-key"] } else { &["authorization"] };
     }
 
     pub(super) fn read(request: &HttpRequest, body: Bytes) -> Self {
-        let mut options = Options::default();
-        let headers = request.headers();
-        let pairs = headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
-        let forwarded = options::divide(pairs, &mut options);
-        let text = |name: &str| forwarded.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let headers = Theirs { request: request.clone(), without: &[], made: OnceCell::new() };
+        Self {
+            method: request.method().clone(),
+            query: request.query_string().to_owned(),
+            options: Rc::new(Options::read(pairs(request))),
+            headers,
+            body,
+        }
+    }
+
+    /// The caller's own credentials for providers, whatever header they are in.
+    fn credentials(&self) -> Vec<u8> {
+        let headers = self.headers.request.headers();
         let mut credentials = Vec::new();
         for name in ["authorization", "x-api-key", "api-key", "x-goog-api-key", "cf-aig-byok-alias"] {
             if let Some(value) = headers.get(name) {
@@ -153,17 +156,37 @@ impl Incoming {
                 credentials.push(0);
             }
         }
-        Self {
-            method: request.method().clone(),
-            path: request.uri().path().to_owned(),
-            query: request.query_string().to_owned(),
-            content_type: text("content-type"),
-            headers: forwarded,
-            options: Rc::new(options),
-            body,
-            credentials,
-        }
+        credentials
     }
+}
+
+/// The upstream's part of a request's headers, put together when a step wants it: an answer from the cache never does.
+#[derive(Clone)]
+struct Theirs {
+    request: HttpRequest,
+    without: &'static [&'static str],
+    made: OnceCell<Forwarded>,
+}
+
+impl Theirs {
+    fn get(&self) -> &Forwarded {
+        self.made.get_or_init(|| {
+            let mut headers = options::forwarded(pairs(&self.request));
+            for name in self.without {
+                headers.remove(*name);
+            }
+            headers
+        })
+    }
+
+    fn take(self) -> Forwarded {
+        self.get();
+        self.made.into_inner().unwrap_or_default()
+    }
+}
+
+fn pairs(request: &HttpRequest) -> impl Iterator<Item = (&str, &[u8])> {
+    request.headers().iter().map(|(name, value)| (name.as_str(), value.as_bytes()))
 }
 
 /// A universal step as it is written.
@@ -205,19 +228,19 @@ impl Entrance {
     }
 
     /// A provider's WebSocket.
-    pub(super) fn realtime(self, mut call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
+    pub(super) fn realtime(self, call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
         // A token of ours among the protocols is nobody else's.
-        let protocols = call.headers.get("sec-websocket-protocol").and_then(|value| value.to_str().ok());
+        let mut headers = call.headers.get().clone();
+        let protocols = headers.get("sec-websocket-protocol").and_then(|value| value.to_str().ok());
         if let Some(protocols) = protocols {
             let theirs: Vec<&str> =
                 protocols.split(',').map(str::trim).filter(|name| !name.starts_with("cf-aig-authorization.")).collect();
             match http::HeaderValue::from_str(&theirs.join(", ")) {
-                Ok(value) if !theirs.is_empty() => call.headers.insert("sec-websocket-protocol", value),
-                _ => call.headers.remove("sec-websocket-protocol"),
+                Ok(value) if !theirs.is_empty() => headers.insert("sec-websocket-protocol", value),
+                _ => headers.remove("sec-websocket-protocol"),
             };
         }
         let method = call.method.clone();
-        let headers = std::mem::take(&mut call.headers);
         let (query, body, options) = (call.query.as_str(), &call.body, call.options.clone());
         let step = self.steps().native(slug, Native { method: &method, rest, query, headers, body, options })?;
         let words = Words::Native(step.dialect);
@@ -229,10 +252,22 @@ impl Entrance {
         Steps { account: &self.account, gateway: &self.gateway, view: &self.view, trusted: self.trusted }
     }
 
-    fn ask(self, mut call: Incoming, plan: Plan, words: Words, provider: &str) -> Result<Ask> {
-        let query = if call.query.is_empty() { String::new() } else { format!("?{}", call.query) };
-        let method = http::Method::from_bytes(call.method.as_str().as_bytes())
-            .map_err(|_| Error::bad_input("the method is none that HTTP knows"))?;
+    fn ask(self, call: Incoming, plan: Plan, words: Words, provider: &str) -> Result<Ask> {
+        let request = &call.headers.request;
+        let (path, query) = (request.uri().path(), call.query.as_str());
+        let endpoint = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
+        let method = match call.method.as_str() {
+            "POST" => http::Method::POST,
+            other => http::Method::from_bytes(other.as_bytes())
+                .map_err(|_| Error::bad_input("the method is none that HTTP knows"))?,
+        };
+        let mut credentials = Vec::new();
+        if self.gateway.settings.cache_per_account {
+            credentials = call.credentials();
+            // What a stored key was spent on is not for somebody who could not have used it.
+            credentials.push(u8::from(self.trusted));
+        }
+        let content_type = request.headers().get("content-type").and_then(|value| value.to_str().ok());
         Ok(Ask {
             who: self.who,
             account: self.account,
@@ -240,26 +275,22 @@ impl Entrance {
             plan,
             tries_all: provider == UNIVERSAL,
             provider: provider.into(),
-            options: call.options,
             words,
             method,
-            endpoint: call.path + &query,
+            endpoint,
+            content_type: content_type.map(str::to_owned),
+            options: call.options,
             body: call.body,
-            content_type: call.content_type,
-            credentials: {
-                // What a stored key was spent on is not for somebody who could not have used it.
-                call.credentials.push(u8::from(self.trusted));
-                call.credentials
-            },
+            credentials,
         })
     }
 
-    pub(super) fn native(self, mut call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
+    pub(super) fn native(self, call: Incoming, slug: &str, rest: &str) -> Result<Ask> {
         let dialect = step::dialect_of(slug, rest);
         // What OpenAI's words ask of one can be asked of another.
         let chat = dialect == Dialect::OpenAi && rest.trim_end_matches('/').ends_with("chat/completions");
         if chat && (call.options.fallback.is_some() || !self.gateway.settings.fallback.is_empty()) {
-            let (headers, options) = (call.headers.clone(), call.options.clone());
+            let (headers, options) = (call.headers.get().clone(), call.options.clone());
             let (method, query, body) = (&call.method, call.query.as_str(), &call.body);
             let sent = Native { method, rest, query, headers, body, options };
             let first = self.steps().native(slug, sent)?;
@@ -269,11 +300,12 @@ impl Entrance {
         // Made when it is taken: an answer from the cache needs no step.
         let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
         let trusted = self.trusted;
-        let mut parts = Some((std::mem::take(&mut call.headers), slug.to_owned(), rest.to_owned()));
+        let mut parts = Some((call.headers.clone(), slug.to_owned(), rest.to_owned()));
         let (method, query, body) = (call.method.clone(), call.query.clone(), call.body.clone());
         let options = call.options.clone();
         let next = move || {
             let (headers, slug, rest) = parts.take()?;
+            let headers = headers.take();
             let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
             let (method, query, body, options) = (&method, query.as_str(), &body, options.clone());
             Some(steps.native(&slug, Native { method, rest: &rest, query, headers, body, options }))
@@ -296,7 +328,7 @@ impl Entrance {
             let plan = self.routed(relay, route, &call, false)?;
             return self.ask(call, plan, Words::OpenAi, COMPAT);
         }
-        let step = self.steps().chat(&name, &call.headers, &call.body, call.options.clone())?;
+        let step = self.steps().chat(&name, call.headers.get(), &call.body, call.options.clone())?;
         let plan = self.with_fallbacks(step, &call);
         self.ask(call, plan, Words::OpenAi, COMPAT)
     }
@@ -313,14 +345,14 @@ impl Entrance {
             None if name.starts_with("claude-") => format!("anthropic/{name}"),
             None => format!("{}/{name}", step::LOCAL),
         };
-        let step = self.steps().messages(&whole, &call.headers, &call.body, call.options.clone())?;
+        let step = self.steps().messages(&whole, call.headers.get(), &call.body, call.options.clone())?;
         let plan = Plan::list(vec![Ok(step)]);
         self.ask(call, plan, Words::Messages, COMPAT)
     }
 
     pub(super) fn embeddings(self, call: Incoming) -> Result<Ask> {
         let name = model(&call.body)?;
-        let step = self.steps().embeddings(&name, &call.headers, &call.body, call.options.clone())?;
+        let step = self.steps().embeddings(&name, call.headers.get(), &call.body, call.options.clone())?;
         self.ask(call, Plan::list(vec![Ok(step)]), Words::OpenAi, COMPAT)
     }
 
@@ -334,7 +366,7 @@ impl Entrance {
         let mut steps = vec![Ok(first)];
         for (at, name) in names.iter().enumerate() {
             // Credentials were brought for the first.
-            let mut headers = call.headers.clone();
+            let mut headers = call.headers.get().clone();
             for name in ["authorization", "x-api-key", "api-key", "x-goog-api-key"] {
                 headers.remove(name);
             }
@@ -358,7 +390,7 @@ impl Entrance {
         }
         let most = written.len();
         let request = call.options.clone();
-        let outer = call.headers.clone();
+        let outer = call.headers.get().clone();
         let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
         let trusted = self.trusted;
         let mut written = written.into_iter().enumerate();
@@ -389,7 +421,7 @@ impl Entrance {
         }
         let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
         let trusted = self.trusted;
-        let (headers, body, options) = (call.headers.clone(), call.body.clone(), call.options.clone());
+        let (headers, body, options) = (call.headers.get().clone(), call.body.clone(), call.options.clone());
         let mut index = 0;
         let next = move || {
             if index > 0 {
@@ -461,14 +493,14 @@ impl Asked {
     fn read(call: &Incoming, who: &Who) -> Result<Self> {
         let body: Value = serde_json::from_slice(&call.body)
             .map_err(|error| Error::bad_input(format!("the request body is not JSON: {error}")))?;
-        let headers = call.headers.iter();
+        let headers = call.headers.get().iter();
         let headers: Vec<(String, String)> = headers
             .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
             .collect();
         let metadata = call.options.metadata.clone().map_or(Value::Null, Value::Object);
         let model = body.get("model").and_then(Value::as_str).unwrap_or_default().to_owned();
         // Who can be told apart takes the same branch each time; everybody else takes any.
-        let session = call.headers.get("x-session-affinity").and_then(|value| value.to_str().ok());
+        let session = call.headers.get().get("x-session-affinity").and_then(|value| value.to_str().ok());
         let user = session
             .or_else(|| body.get("user").and_then(Value::as_str))
             .map(str::to_owned)
@@ -498,7 +530,6 @@ fn universal_step(
     request: &Options,
     outer: &Forwarded,
 ) -> Result<Step> {
-    let mut options = Options::default();
     let texts: Vec<(String, String)> = written
         .headers
         .iter()
@@ -508,7 +539,8 @@ fn universal_step(
         })
         .collect();
     let pairs = texts.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
-    let mut headers = options::divide(pairs, &mut options);
+    let mut options = Options::read(pairs.clone());
+    let mut headers = options::forwarded(pairs);
     options.take_config(&written.config);
     if !headers.contains_key(http::header::CONTENT_TYPE) {
         headers.insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/json"));

@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use actix_web::body::{BodySize, BoxBody, MessageBody};
-use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+use actix_web::http::header::HeaderMap;
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
 use serde_json::Value;
@@ -55,7 +55,7 @@ pub(super) async fn serve(
             Endpoint::Universal { .. } => socket::universal(relay, request, payload, entrance),
             Endpoint::Provider { slug, rest, .. } => {
                 let call = Incoming::read(request, Bytes::new());
-                socket::realtime(relay, payload, entrance, call, slug, rest).await
+                Box::pin(socket::realtime(relay, payload, entrance, call, slug, rest)).await
             }
             _ => Err(Error::bad_input("there is no WebSocket at this path")),
         };
@@ -71,7 +71,7 @@ pub(super) async fn serve(
         Endpoint::Universal { .. } => entrance.universal(call),
         Endpoint::CompatChat { .. } => entrance.chat(relay, call),
         Endpoint::CompatEmbeddings { .. } => entrance.embeddings(call),
-        Endpoint::GatewayRun { .. } => return run(relay, entrance, call).await,
+        Endpoint::GatewayRun { .. } => return Box::pin(run(relay, entrance, call)).await,
         _ => return models::list(services),
     }?;
     Ok(render(relay.serve(ask).await?))
@@ -133,8 +133,8 @@ async fn run(relay: &Rc<Relay>, entrance: Entrance, call: Incoming) -> Result<Ht
 }
 
 /// The run API's own envelope around a whole answer.
-async fn enveloped(reply: Reply, provider: &str, model: &str, limit: usize) -> Result<HttpResponse> {
-    let (status, headers) = (reply.status, reply.headers.clone());
+async fn enveloped(mut reply: Reply, provider: &str, model: &str, limit: usize) -> Result<HttpResponse> {
+    let (status, headers) = (reply.status, std::mem::take(&mut reply.headers));
     let mut body = RelayBody::new(reply);
     let mut all = Vec::new();
     while let Some(chunk) = std::future::poll_fn(|cx| Pin::new(&mut body).poll_next(cx)).await {
@@ -160,25 +160,18 @@ async fn enveloped(reply: Reply, provider: &str, model: &str, limit: usize) -> R
         });
         serde_json::json!({ "state": "Failed", "error": error, "provider": provider, "model": model })
     };
-    let status = actix_web::http::StatusCode::from_u16(status.as_u16()).unwrap_or_default();
     let mut response = HttpResponse::build(status);
-    for (name, value) in headers.iter().filter(|(name, _)| name.as_str().starts_with("cf-aig-")) {
-        response.append_header((name.as_str(), value.as_bytes()));
+    for header in headers.into_iter().filter(|(name, _)| name.as_str().starts_with("cf-aig-")) {
+        response.append_header(header);
     }
     Ok(response.content_type("application/json").body(body.to_string()))
 }
 
 /// A reply as a response.
-pub(super) fn render(reply: Reply) -> HttpResponse {
-    let status = actix_web::http::StatusCode::from_u16(reply.status.as_u16())
-        .unwrap_or(actix_web::http::StatusCode::BAD_GATEWAY);
-    let mut response = HttpResponse::new(status);
-    let headers = response.headers_mut();
-    for (name, value) in &reply.headers {
-        let name = HeaderName::from_bytes(name.as_str().as_bytes());
-        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value.as_bytes())) {
-            headers.append(name, value);
-        }
+pub(super) fn render(mut reply: Reply) -> HttpResponse {
+    let mut response = HttpResponse::new(reply.status);
+    for (name, value) in std::mem::take(&mut reply.headers) {
+        response.headers_mut().append(name, value);
     }
     response.set_body(BoxBody::new(RelayBody::new(reply)))
 }

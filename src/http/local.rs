@@ -7,11 +7,10 @@ use std::rc::Rc;
 use actix_web::HttpResponse;
 use actix_web::web;
 use futures_util::FutureExt;
-use http::StatusCode;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::base::{Error, Kind, Result};
 use crate::gateway::asked::Who;
+use crate::gateway::headers::Headers;
 use crate::gateway::relay::{Local, LocalAnswer};
 use crate::gateway::step::{LocalCall, LocalEndpoint};
 use crate::http::ask::{self, Ask};
@@ -64,13 +63,7 @@ async fn serve(services: &Services, surface: Surface, call: LocalCall, who: Who)
 }
 
 fn divided(response: HttpResponse) -> LocalAnswer {
-    let status = StatusCode::from_u16(response.status().as_u16()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut headers = HeaderMap::with_capacity(response.headers().len());
-    for (name, value) in response.headers() {
-        let name = HeaderName::from_bytes(name.as_str().as_bytes());
-        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value.as_bytes())) {
-            headers.append(name, value);
-        }
-    }
+    let status = response.status();
+    let headers = Headers::from(response.headers());
     LocalAnswer { status, headers, body: response.into_body() }
 }

@@ -66,7 +66,7 @@ use crate::supervisor::FleetView;
 use crate::vault::Vault;
 
 use ask::Ask;
-use observe::{InFlight, Observation};
+use observe::{InFlight, Observation, Requests};
 use route::{Endpoint, Route, Surface};
 
 /// What handlers reach for.
@@ -98,6 +98,7 @@ struct Door {
     relay: Rc<Relay>,
     listener: Listener,
     in_flight: InFlight,
+    requests: Rc<Requests>,
 }
 
 /// What the log wants to know of a refused request.
@@ -116,7 +117,7 @@ async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Doo
     let route = Route::find(door.listener, request.method(), request.uri().path());
     let sent = request.headers().get("x-request-id").and_then(|id| RequestId::parse(id.to_str().ok()?));
     let id = door.in_flight.enter(sent);
-    let mut observation = Observation::begin(&services.metrics, &route, request.method(), received);
+    let mut observation = Observation::begin(&door.requests, &route, request.method(), received);
 
     let mut trail = Trail::default();
     let outcome = dispatch(&door, &request, payload, &route, *id, received, &mut trail).await;
@@ -160,7 +161,7 @@ async fn dispatch(
     match endpoint {
         Endpoint::Live => return health::live(),
         Endpoint::Ready => return health::ready(services),
-        Endpoint::Metrics => return Ok(health::metrics(services).await),
+        Endpoint::Metrics => return Ok(Box::pin(health::metrics(services)).await),
         _ => {}
     }
     if *services.phase.borrow() == Phase::Draining {
@@ -175,7 +176,7 @@ async fn dispatch(
     trail.account = Some(caller.account.clone());
 
     if let Endpoint::Management(path) = endpoint {
-        return management::serve(services, request, payload, &caller, path).await;
+        return Box::pin(management::serve(services, request, payload, &caller, path)).await;
     }
     // Who may come in through a gateway need not be one who may come in here.
     let may_run = caller.scopes.run;
@@ -187,7 +188,7 @@ async fn dispatch(
         return Err(Error::unsupported(format!("{what} not available in this build.")));
     }
     if let Endpoint::FinetuneAssets(key) = endpoint {
-        return finetunes::upload(services, &caller.account, key, request.headers(), payload).await;
+        return Box::pin(finetunes::upload(services, &caller.account, key, request.headers(), payload)).await;
     }
     let body = match takes_body(endpoint) {
         true => {
@@ -195,14 +196,15 @@ async fn dispatch(
             let (limit, patience) = (server.max_body_bytes, server.read_timeout);
             let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
             if route.surface != Surface::Binding && gateway::is_meant(request.headers(), endpoint, &body) {
-                let outcome = gateway::serve_named(&door.relay, request, body, endpoint, caller, id, received).await;
+                let named = gateway::serve_named(&door.relay, request, body, endpoint, caller, id, received);
+                let outcome = Box::pin(named).await;
                 trail.served = outcome.is_ok();
                 return outcome;
             }
             if !may_run {
                 return Err(refused());
             }
-            ask::plain_json(request.headers(), body).await?
+            Box::pin(ask::plain_json(request.headers(), body)).await?
         }
         false => Value::Null,
     };
@@ -221,7 +223,8 @@ async fn dispatch(
         model: OnceCell::new(),
         served: Cell::new(false),
     };
-    let outcome = answer(services, &ask, endpoint).await;
+    // A future is as large as its largest branch and is moved once: what is large or seldom has a place of its own.
+    let outcome = Box::pin(answer(services, &ask, endpoint)).await;
     trail.served = ask.served.get();
     trail.model = ask.model.into_inner();
     outcome

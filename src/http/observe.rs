@@ -1,8 +1,10 @@
 //! Counts a request from its head to the last byte of its answer, or to the moment its client left.
 
-use std::collections::HashSet;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
@@ -11,6 +13,7 @@ use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::http::Method;
 use bytes::Bytes;
 use parking_lot::Mutex;
+use prometheus::{Histogram, IntCounter};
 
 use crate::base::RequestId;
 use crate::http::route::Route;
@@ -19,9 +22,37 @@ use crate::metrics::Metrics;
 /// What nginx calls a request whose client left before there was an answer.
 const CLIENT_LEFT: u16 = 499;
 
+/// A worker's handles of the series that requests count in: to find one by its labels takes longer than to count.
+pub(super) struct Requests {
+    metrics: Arc<Metrics>,
+    /// By route, method and status.
+    known: RefCell<HashMap<(&'static str, &'static str, u16), Rc<Series>>>,
+}
+
+struct Series {
+    requests: IntCounter,
+    duration: Histogram,
+}
+
+impl Requests {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics, known: RefCell::default() }
+    }
+
+    fn series(&self, route: &'static str, method: &'static str, status: u16) -> Rc<Series> {
+        let mut known = self.known.borrow_mut();
+        let found = known.entry((route, method, status)).or_insert_with(|| {
+            let requests = self.metrics.http_requests.with_label_values(&[route, method, &status.to_string()]);
+            let duration = self.metrics.http_duration.with_label_values(&[route]);
+            Rc::new(Series { requests, duration })
+        });
+        found.clone()
+    }
+}
+
 /// A request being answered. Counted when it is dropped.
 pub(super) struct Observation {
-    metrics: Arc<Metrics>,
+    requests: Rc<Requests>,
     route: &'static str,
     method: &'static str,
     received: Instant,
@@ -30,24 +61,24 @@ pub(super) struct Observation {
 }
 
 impl Observation {
-    pub(super) fn begin(metrics: &Arc<Metrics>, route: &Route, method: &Method, received: Instant) -> Self {
-        metrics.http_in_flight.inc();
+    pub(super) fn begin(requests: &Rc<Requests>, route: &Route, method: &Method, received: Instant) -> Self {
+        requests.metrics.http_in_flight.inc();
         let method = match method.as_str() {
             "GET" => "GET",
             "POST" => "POST",
             "HEAD" => "HEAD",
             _ => "other",
         };
-        Self { metrics: metrics.clone(), route: route.label, method, received, status: CLIENT_LEFT }
+        Self { requests: requests.clone(), route: route.label, method, received, status: CLIENT_LEFT }
     }
 }
 
 impl Drop for Observation {
     fn drop(&mut self) {
-        self.metrics.http_in_flight.dec();
-        let status = self.status.to_string();
-        self.metrics.http_requests.with_label_values(&[self.route, self.method, &status]).inc();
-        self.metrics.http_duration.with_label_values(&[self.route]).observe(self.received.elapsed().as_secs_f64());
+        self.requests.metrics.http_in_flight.dec();
+        let series = self.requests.series(self.route, self.method, self.status);
+        series.requests.inc();
+        series.duration.observe(self.received.elapsed().as_secs_f64());
     }
 }
 

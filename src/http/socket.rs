@@ -146,7 +146,7 @@ async fn answer(
         }
     };
     let Reply { status, headers, mut pipe, mut record } = reply;
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     let kind = text("content-type").unwrap_or_default().to_owned();
     let streams = kind.starts_with("text/event-stream");
     let about = json!({

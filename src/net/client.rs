@@ -214,7 +214,7 @@ impl Client {
                 outcome => return outcome.map_err(Lost::fault),
             }
         }
-        let (sender, private) = self.connect(call).await?;
+        let (sender, private) = Box::pin(self.connect(call)).await?;
         self.exchange(sender, private, call).await.map_err(Lost::fault)
     }
 

@@ -9,9 +9,9 @@ use std::fmt::Write;
 use std::future::poll_fn;
 use std::time::{Duration, Instant};
 
+use actix_web::http::StatusCode;
+use actix_web::http::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
-use http::StatusCode;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use tokio::time::{sleep, timeout};
 
 use super::Relay;
@@ -19,9 +19,10 @@ use crate::base::{Error, Kind, Millis, RequestId, Result};
 use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::Ask;
+use crate::gateway::headers::Headers;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
-use crate::gateway::step::{Step, Way};
+use crate::gateway::step::{Sign, Step, Way};
 use crate::guard;
 use crate::net::client::{Answer, Fault};
 use crate::provider::{self, Meta, Meter, Translator, messages};
@@ -38,7 +39,7 @@ pub(super) const MAX_FAILURE_BYTES: usize = 256 * 1024;
 pub(super) struct Begun {
     pub(super) status: StatusCode,
     /// What the upstream said, and who answered.
-    pub(super) headers: HeaderMap,
+    pub(super) headers: Headers,
     pub(super) pipe: Pipe,
 }
 
@@ -140,8 +141,9 @@ impl Relay {
             let pass = pass.take().unwrap_or(Pass::Closed);
             let (class, asked_ms, outcome) = match outcome {
                 Ok(begun) if begun.status.as_u16() < 400 => {
-                    metrics.upstream_attempts.with_label_values(&[provider, "ok"]).inc();
-                    metrics.upstream_first_byte.with_label_values(&[provider]).observe(taken.as_secs_f64());
+                    let counts = self.counts.provider(provider);
+                    counts.answered.inc();
+                    counts.first_byte.observe(taken.as_secs_f64());
                     self.parts.fallback.settle(&watched, pass, Outcome::Answered, now);
                     trail.note(&step.target, begun.status.as_u16());
                     return Ok(begun.signed(step, trail));
@@ -194,31 +196,30 @@ impl Relay {
                 (answer.status, answer.headers, Source::Local(answer.body))
             }
             Way::Upstream { attempt, sign } => {
-                let answer = match self.signed(attempt, sign, gateway).await? {
-                    Some(signed) => self.client.send(&signed).await,
-                    None => self.client.send(attempt).await,
-                };
+                let is_ready = matches!(sign, Sign::Ready) && gateway.guard.ignores_responses();
+                let signed = if is_ready { None } else { Box::pin(self.signed(attempt, sign, gateway)).await? };
+                let answer = self.client.send(signed.as_ref().unwrap_or(attempt)).await;
                 let Answer { status, headers, body } = answer.map_err(Failure::Fault)?;
                 let idle = gateway.settings.timeouts.idle.or(step.timeouts.idle).unwrap_or(upstream.idle_timeout);
                 let whole = gateway.settings.timeouts.request.or(step.timeouts.request);
-                (status, headers, Source::Upstream(body.with_patience(idle, whole)))
+                let status = StatusCode::from_u16(status.as_u16()).unwrap_or(StatusCode::BAD_GATEWAY);
+                (status, callers(&headers), Source::Upstream(body.with_patience(idle, whole)))
             }
         };
-        cleanse(&mut headers);
         let events = is_events(&headers);
         let limit = upstream.max_answer_bytes;
-        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let (encoding, kind) = (text(header::CONTENT_ENCODING), text(header::CONTENT_TYPE));
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        let (encoding, kind) = (text("content-encoding"), text("content-type"));
         let mut pipe = Pipe::new(source, ask.words, events);
         if !matches!(step.way, Way::Local(_)) && status.is_success() {
-            let meter = Meter::new(kind.as_deref());
-            pipe = pipe.metered(meter, encoding.as_deref(), limit);
+            let meter = Meter::new(kind);
+            pipe = pipe.metered(meter, encoding, limit);
         }
         if !step.speech.is_verbatim() {
-            pipe = self.translated(ask, step, status, &mut headers, pipe, limit).await?;
+            pipe = Box::pin(self.translated(ask, step, status, &mut headers, pipe, limit)).await?;
         }
         if !gateway.guard.ignores_responses() && status.is_success() {
-            pipe = checked(gateway, &mut headers, pipe, ask.words, limit).await?;
+            pipe = Box::pin(checked(gateway, &mut headers, pipe, ask.words, limit)).await?;
         }
         Ok(Begun { status, headers, pipe })
     }
@@ -229,12 +230,12 @@ impl Relay {
         ask: &Ask,
         step: &Step,
         status: StatusCode,
-        headers: &mut HeaderMap,
+        headers: &mut Headers,
         mut pipe: Pipe,
         limit: usize,
     ) -> Result<Pipe, Failure> {
         let speech = step.speech;
-        let encoding = headers.remove(header::CONTENT_ENCODING);
+        let encoding = headers.remove("content-encoding");
         if status.is_success() && encoding.is_some_and(|encoding| encoding != "identity") {
             let why = "the answer is compressed, which it was asked not to be";
             return Err(Failure::Fault(Fault::Broken(why.into())));
@@ -246,7 +247,7 @@ impl Relay {
         };
         let streams = is_events(headers) || is_frames(headers);
         if status.is_success() && streams {
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+            headers.insert("content-type", HeaderValue::from_static("text/event-stream"));
             let to_messages = speech.to_messages.then(|| messages::Translator::new(meta.model.clone()));
             let to_openai = speech.to_openai.then(|| Translator::new(step.dialect, meta, speech.include_usage));
 
@@ -256,7 +257,7 @@ impl Relay {
         let Some(mut body) = body else {
             return Err(Failure::Fault(Fault::Broken("the answer broke off, or is too large to be translated".into())));
         };
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert("content-type", HeaderValue::from_static("application/json"));
         if status.is_success() {
             let unreadable = |error: Error| Failure::Fault(Fault::Broken(error.message().to_owned()));
             if speech.to_openai {
@@ -303,7 +304,7 @@ impl Begun {
     fn signed(mut self, step: &Step, trail: &Trail) -> Self {
         let mut say = |name: &'static str, value: &str| {
             if let Ok(value) = HeaderValue::from_str(value) {
-                self.headers.insert(HeaderName::from_static(name), value);
+                self.headers.insert(name, value);
             }
         };
         say("cf-aig-step", &step.index.to_string());
@@ -317,41 +318,50 @@ impl Begun {
     }
 }
 
-/// Takes out what belongs to the upstream's connection, or to nobody but its own site.
-fn cleanse(headers: &mut HeaderMap) {
-    const NOT_OURS: [HeaderName; 8] = [
-        header::CONNECTION,
-        header::TRANSFER_ENCODING,
-        header::CONTENT_LENGTH,
-        header::TE,
-        header::TRAILER,
-        header::UPGRADE,
-        header::PROXY_AUTHENTICATE,
-        header::SET_COOKIE,
-    ];
-    for name in NOT_OURS {
-        headers.remove(name);
+/// An upstream's headers for the caller: without what belongs to its connection, or to nobody but its own site.
+fn callers(theirs: &http::HeaderMap) -> Headers {
+    let mut headers = Headers::with_capacity(theirs.len() + 8);
+    for (name, value) in theirs.iter().filter(|(name, _)| !is_connections(name.as_str())) {
+        let name = HeaderName::from_bytes(name.as_str().as_bytes());
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(value.as_bytes())) {
+            headers.append(name, value);
+        }
     }
-    headers.remove("keep-alive");
+    headers
 }
 
-pub(super) fn content_type(headers: &HeaderMap) -> &str {
-    headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default()
+fn is_connections(name: &str) -> bool {
+    matches!(
+        name,
+        "connection"
+            | "keep-alive"
+            | "transfer-encoding"
+            | "content-length"
+            | "te"
+            | "trailer"
+            | "upgrade"
+            | "proxy-authenticate"
+            | "set-cookie"
+    )
 }
 
-pub(super) fn is_events(headers: &HeaderMap) -> bool {
+pub(super) fn content_type(headers: &Headers) -> &str {
+    headers.text("content-type")
+}
+
+pub(super) fn is_events(headers: &Headers) -> bool {
     content_type(headers).starts_with("text/event-stream")
 }
 
 /// Bedrock's streams.
-pub(super) fn is_frames(headers: &HeaderMap) -> bool {
+pub(super) fn is_frames(headers: &Headers) -> bool {
     content_type(headers).starts_with("application/vnd.amazon.eventstream")
 }
 
 /// Lets rules look at an answer: at a stream as it goes by, at anything else before any of it is seen.
 async fn checked(
     gateway: &Gateway,
-    headers: &mut HeaderMap,
+    headers: &mut Headers,
     mut pipe: Pipe,
     words: Words,
     limit: usize,

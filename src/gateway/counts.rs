@@ -1,0 +1,79 @@
+//! The series that every call through a gateway counts in. A worker resolves them once: to find one by its labels takes
+//! longer than to count.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use prometheus::{Histogram, IntCounter};
+
+use crate::gateway::record::{CacheUse, Outcome};
+use crate::metrics::Metrics;
+use crate::task::Usage;
+
+/// See the top of this file.
+pub struct Counts {
+    /// All series, for what happens seldom.
+    pub metrics: Arc<Metrics>,
+    outcomes: [IntCounter; Outcome::ALL.len()],
+    caches: [IntCounter; CacheUse::ALL.len()],
+    providers: RefCell<HashMap<Box<str>, Rc<Provider>>>,
+}
+
+/// Those of one provider.
+pub struct Provider {
+    /// Attempts that were answered.
+    pub answered: IntCounter,
+    /// Seconds to the head of an answer.
+    pub first_byte: Histogram,
+    prompt: IntCounter,
+    cached: IntCounter,
+    completion: IntCounter,
+}
+
+impl Provider {
+    /// What an answer used.
+    pub fn used(&self, usage: &Usage) {
+        self.prompt.inc_by(u64::from(usage.prompt_tokens));
+        self.cached.inc_by(u64::from(usage.cached_tokens));
+        self.completion.inc_by(u64::from(usage.completion_tokens));
+    }
+}
+
+impl Counts {
+    /// Resolves what is known beforehand.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        let outcomes = Outcome::ALL.map(|outcome| metrics.gateway_calls.with_label_values(&[outcome.as_str()]));
+        let caches = CacheUse::ALL.map(|cache| metrics.gateway_cache.with_label_values(&[cache.as_str()]));
+        Self { metrics, outcomes, caches, providers: RefCell::default() }
+    }
+
+    /// Calls that ended so.
+    pub fn outcome(&self, outcome: Outcome) -> &IntCounter {
+        &self.outcomes[outcome as usize]
+    }
+
+    /// Calls that the cache did this for.
+    pub fn cache(&self, cache: CacheUse) -> &IntCounter {
+        &self.caches[cache as usize]
+    }
+
+    /// A provider's; `name` is of a closed set ([`label`](crate::gateway::record::label)).
+    pub fn provider(&self, name: &str) -> Rc<Provider> {
+        if let Some(known) = self.providers.borrow().get(name) {
+            return known.clone();
+        }
+        let metrics = &self.metrics;
+        let tokens = |kind| metrics.upstream_tokens.with_label_values(&[name, kind]);
+        let provider = Rc::new(Provider {
+            answered: metrics.upstream_attempts.with_label_values(&[name, "ok"]),
+            first_byte: metrics.upstream_first_byte.with_label_values(&[name]),
+            prompt: tokens("prompt"),
+            cached: tokens("cached"),
+            completion: tokens("completion"),
+        });
+        self.providers.borrow_mut().insert(name.into(), provider.clone());
+        provider
+    }
+}

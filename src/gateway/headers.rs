@@ -1,0 +1,87 @@
+//! The headers of an answer on its way: a short list in the order they came in. There are a dozen, so looking through them
+//! takes less than a map of them takes to be made.
+
+use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+
+/// See the top of this file.
+#[derive(Default)]
+pub struct Headers(Vec<(HeaderName, HeaderValue)>);
+
+impl Headers {
+    /// None yet, with room for so many.
+    pub fn with_capacity(count: usize) -> Self {
+        Self(Vec::with_capacity(count))
+    }
+
+    /// The first of this name, in small letters.
+    pub fn get(&self, name: &str) -> Option<&HeaderValue> {
+        self.0.iter().find(|(known, _)| known.as_str() == name).map(|(_, value)| value)
+    }
+
+    /// The same as text; empty where there is none.
+    pub fn text(&self, name: &str) -> &str {
+        self.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+
+    /// One more, whether or not there are others of its name.
+    pub fn append(&mut self, name: HeaderName, value: HeaderValue) {
+        self.0.push((name, value));
+    }
+
+    /// This one in place of all of its name, which is in small letters.
+    pub fn insert(&mut self, name: &'static str, value: HeaderValue) {
+        self.remove(name);
+        self.append(HeaderName::from_static(name), value);
+    }
+
+    /// Takes out all of this name; returns the first.
+    pub fn remove(&mut self, name: &str) -> Option<HeaderValue> {
+        let mut found = None;
+        self.0.retain_mut(|(known, value)| {
+            let keep = known.as_str() != name;
+            if !keep && found.is_none() {
+                found = Some(value.clone());
+            }
+            keep
+        });
+        found
+    }
+
+    /// Each in turn.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &HeaderValue)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value))
+    }
+}
+
+impl From<&HeaderMap> for Headers {
+    fn from(map: &HeaderMap) -> Self {
+        Self(map.iter().map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+}
+
+impl IntoIterator for Headers {
+    type Item = (HeaderName, HeaderValue);
+    type IntoIter = std::vec::IntoIter<(HeaderName, HeaderValue)>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_inserted_stands_alone_and_what_is_appended_beside_others() {
+        let mut headers = Headers::with_capacity(2);
+        for value in ["a", "b"] {
+            headers.append(HeaderName::from_static("x-many"), HeaderValue::from_static(value));
+        }
+        assert_eq!((headers.text("x-many"), headers.iter().count()), ("a", 2));
+        headers.insert("x-many", HeaderValue::from_static("c"));
+        assert_eq!((headers.text("x-many"), headers.iter().count()), ("c", 1));
+        assert_eq!(headers.remove("x-many"), Some(HeaderValue::from_static("c")));
+        assert_eq!((headers.text("x-many"), headers.remove("x-many")), ("", None));
+    }
+}
