@@ -104,13 +104,14 @@ pub struct Error {
     message: String,
     param: Option<String>,
     retry_after: Option<Duration>,
+    attempts: Option<Box<str>>,
     source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; the message says what to do about it.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), param: None, retry_after: None, source: None }
+        Self { kind, message: message.into(), param: None, retry_after: None, attempts: None, source: None }
     }
 
     /// Shorthand for [`Kind::BadInput`].
@@ -145,6 +146,14 @@ impl Error {
         self
     }
 
+    /// Says what was tried before it was given up, unless that is said already.
+    pub fn with_attempts(mut self, attempts: &str) -> Self {
+        if !attempts.is_empty() {
+            self.attempts.get_or_insert_with(|| attempts.into());
+        }
+        self
+    }
+
     /// Keeps the cause for the log.
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.source = Some(std::sync::Arc::new(source));
@@ -170,6 +179,11 @@ impl Error {
     /// The field at fault, if one is.
     pub fn param(&self) -> Option<&str> {
         self.param.as_deref()
+    }
+
+    /// What was tried before it was given up.
+    pub fn attempts(&self) -> Option<&str> {
+        self.attempts.as_deref()
     }
 
     /// How long to wait before a retry, if a retry helps.

@@ -10,6 +10,7 @@ pub mod asked;
 pub mod counts;
 pub mod headers;
 pub mod limits;
+pub mod opening;
 pub mod options;
 pub mod pipe;
 pub mod record;

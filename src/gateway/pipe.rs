@@ -18,7 +18,7 @@ use futures_util::stream::LocalBoxStream;
 use serde_json::json;
 
 use crate::base::{Error, Kind};
-use crate::guard::{Finding, StreamGuard};
+use crate::guard::{Check, Finding, StreamGuard};
 use crate::net::client::{AnswerBody, Fault};
 use crate::net::sse;
 use crate::provider::{Dialect, Meter, Translator, messages};
@@ -26,8 +26,8 @@ use crate::task::Usage;
 
 /// Where bytes come from.
 pub enum Source {
-    /// Another server.
-    Upstream(AnswerBody),
+    /// Another server; first what was held back of it already.
+    Upstream(VecDeque<Bytes>, AnswerBody),
     /// The engine of this process.
     Local(BoxBody),
     /// All there is; `None` once it was handed on.
@@ -71,6 +71,8 @@ pub struct Pipe {
     /// The caller reads events: it can be told what went wrong.
     events: bool,
     ready: VecDeque<Bytes>,
+    /// Why it ended, on its way to whoever cannot read it in an event.
+    untold: Option<Error>,
     end: Option<End>,
 }
 
@@ -156,6 +158,7 @@ impl Pipe {
             words,
             events,
             ready: VecDeque::new(),
+            untold: None,
             end: None,
         }
     }
@@ -212,7 +215,8 @@ impl Pipe {
             return None;
         }
         match &self.source {
-            Source::Upstream(body) => body.length(),
+            Source::Upstream(held, body) if held.is_empty() => body.length(),
+            Source::Upstream(..) => None,
             Source::Local(body) => match body.size() {
                 BodySize::None => Some(0),
                 BodySize::Sized(bytes) => Some(bytes),
@@ -242,12 +246,20 @@ impl Pipe {
         }
     }
 
+    /// Whoever reads it tells what went wrong: it is an error here, and no event of the stream.
+    pub fn says_nothing(&mut self) {
+        self.events = false;
+    }
+
     /// The next bytes for the caller; `None` at the end. After an error nothing follows: the connection is to be cut, since
     /// that is the only way left to tell.
-    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+    pub fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
         loop {
             if let Some(chunk) = self.ready.pop_front() {
                 return Poll::Ready(Some(Ok(chunk)));
+            }
+            if let Some(error) = self.untold.take() {
+                return Poll::Ready(Some(Err(error)));
             }
             if self.end.is_some() {
                 return Poll::Ready(None);
@@ -262,13 +274,7 @@ impl Pipe {
                         self.stop(end);
                     }
                 }
-                Some(Err(fault)) => {
-                    let told = self.events;
-                    self.stop(End::Broken(broke_off(&fault)));
-                    if !told {
-                        return Poll::Ready(Some(Err(fault)));
-                    }
-                }
+                Some(Err(error)) => self.stop(broken(error)),
                 None => match self.finish() {
                     Ok(()) => self.end = Some(End::Whole),
                     Err(end) => self.stop(end),
@@ -333,18 +339,20 @@ impl Pipe {
         Ok(())
     }
 
-    /// Ends it early: whoever reads events reads why; nothing says that the answer was whole.
+    /// Ends it early: whoever reads events reads why, and from everybody else the rest is missing. Nothing says that the
+    /// answer was whole.
     fn stop(&mut self, end: End) {
-        if self.events {
-            let told = match &end {
-                End::Whole => return,
-                End::Broken(error) => error_event(self.words, error),
-                End::Blocked(finding) => {
-                    let message = format!("The response was blocked by the rule `{}`.", finding.rule);
-                    error_event(self.words, &Error::new(Kind::AnswerBlocked, message))
-                }
-            };
-            self.ready.push_back(told);
+        let error = match &end {
+            End::Whole => return,
+            End::Broken(error) => error.clone(),
+            End::Blocked(finding) => {
+                let message = format!("The response was blocked by the rule `{}`.", finding.rule);
+                Error::new(Kind::AnswerBlocked, message).with_param(&*finding.rule)
+            }
+        };
+        match self.events {
+            true => self.ready.push_back(error_event(self.words, &error)),
+            false => self.untold = Some(error),
         }
         // Dropping the source hangs up.
         self.source = Source::Whole(None);
@@ -352,22 +360,33 @@ impl Pipe {
     }
 }
 
-fn poll_source(source: &mut Source, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+fn poll_source(source: &mut Source, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
     match source {
-        Source::Upstream(body) => body.poll_chunk(cx),
+        Source::Upstream(held, body) => match held.pop_front() {
+            Some(chunk) => Poll::Ready(Some(Ok(chunk))),
+            None => body.poll_chunk(cx).map(|chunk| Some(chunk?.map_err(|fault| broke_off(&fault)))),
+        },
         Source::Local(body) => Pin::new(body)
             .poll_next(cx)
-            .map(|chunk| chunk.map(|chunk| chunk.map_err(|error| Fault::Broken(error.to_string())))),
+            .map(|chunk| Some(chunk?.map_err(|error| broke_off(&Fault::Broken(error.to_string()))))),
         Source::Whole(bytes) => Poll::Ready(bytes.take().filter(|bytes| !bytes.is_empty()).map(Ok)),
         Source::Chunks(chunks) => Poll::Ready(chunks.next().map(Ok)),
-        Source::Shared(chunks) => chunks
-            .poll_next_unpin(cx)
-            .map(|chunk| chunk.map(|chunk| chunk.map_err(|error| Fault::Broken(error.message().to_owned())))),
+        Source::Shared(chunks) => chunks.poll_next_unpin(cx),
+    }
+}
+
+/// How an answer ended that broke off. Where it was blocked on its way to several callers, each of them hears so.
+fn broken(error: Error) -> End {
+    match error.param() {
+        Some(rule) if error.kind() == Kind::AnswerBlocked => {
+            End::Blocked(Finding { rule: rule.into(), check: Check::Response, what: String::new() })
+        }
+        _ => End::Broken(error),
     }
 }
 
 /// What a caller hears of a provider that went away.
-pub fn broke_off(fault: &Fault) -> Error {
+fn broke_off(fault: &Fault) -> Error {
     Error::new(Kind::Unreachable, format!("The provider broke off: {fault}"))
 }
 

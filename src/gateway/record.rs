@@ -210,8 +210,8 @@ impl Record {
     }
 
     /// There was no answer but our own refusal, which whoever tells the caller counts as an error.
-    pub fn refused(&mut self, error: &Error, trail: &str) {
-        self.trail = trail.into();
+    pub fn refused(&mut self, error: &Error) {
+        self.trail = error.attempts().unwrap_or_default().into();
         self.close(Outcome::Refused, Some(error.kind().as_str()), None);
     }
 

@@ -40,7 +40,7 @@ use crate::gateway::asked::{Ask, Who};
 use crate::gateway::counts::Counts;
 use crate::gateway::headers::Headers;
 use crate::gateway::limits::RouteLimits;
-use crate::gateway::pipe::{End, Pipe, Source, Words, broke_off};
+use crate::gateway::pipe::{Pipe, Source, Words};
 use crate::gateway::record::{CacheUse, Record};
 use crate::gateway::step::{LocalCall, Way};
 use crate::metrics::Metrics;
@@ -118,6 +118,8 @@ pub struct Relay {
     local: Local,
     /// Google's access tokens, by the hash of the secret they were made from.
     tokens: RefCell<HashMap<[u8; 32], AccessToken>>,
+    /// Whose turn it is to get one; the others wait and find it.
+    turns: RefCell<HashMap<[u8; 32], Rc<tokio::sync::Mutex<()>>>>,
 }
 
 /// The engine of this process, as the HTTP floor serves it.
@@ -149,7 +151,7 @@ impl Relay {
     /// A relay with a client of its own.
     pub fn new(parts: Parts, client: Client, local: Local) -> Self {
         let counts = Rc::new(Counts::new(parts.metrics.clone()));
-        Self { parts, counts, client, local, tokens: RefCell::default() }
+        Self { parts, counts, client, local, tokens: RefCell::default(), turns: RefCell::default() }
     }
 
     /// Serves a call up to the head of its answer.
@@ -165,7 +167,8 @@ impl Relay {
         match outcome {
             Ok((begun, cache)) => Ok(finish(begun, cache, record)),
             Err(error) => {
-                record.refused(&error, &trail.text);
+                let error = error.with_attempts(&trail.text);
+                record.refused(&error);
                 Err(error)
             }
         }
@@ -199,7 +202,8 @@ impl Relay {
                 Ok((headers, upgraded, record))
             }
             Err(error) => {
-                record.refused(&error, &trail.text);
+                let error = error.with_attempts(&trail.text);
+                record.refused(&error);
                 Err(error)
             }
         }
@@ -318,8 +322,10 @@ impl Relay {
             let mut trail = Trail::default();
             let mut begun = match relay.attempts(ask, &mut trail).await {
                 Ok(begun) => begun,
-                Err(error) => return ticket.fail(FailedAnswer::Error(error)),
+                Err(error) => return ticket.fail(FailedAnswer::Error(error.with_attempts(&trail.text))),
             };
+            // Each who reads it is told in words of their own.
+            begun.pipe.says_nothing();
             let head = cached_head(&begun);
             if !begun.status.is_success() {
                 let body = collect(&mut begun.pipe, MAX_FAILURE_BYTES).await.unwrap_or_default();
@@ -334,19 +340,8 @@ impl Relay {
                             return;
                         }
                     }
-                    Some(Err(fault)) => {
-                        return ticket.fail(FailedAnswer::Error(broke_off(&fault)));
-                    }
-                    None => {
-                        return match begun.pipe.end() {
-                            Some(End::Whole) => ticket.finish(),
-                            Some(End::Broken(error)) => {
-                                let error = error.clone();
-                                ticket.fail(FailedAnswer::Error(error));
-                            }
-                            Some(End::Blocked(_)) | None => ticket.fail(FailedAnswer::Abandoned),
-                        };
-                    }
+                    Some(Err(error)) => return ticket.fail(FailedAnswer::Error(error)),
+                    None => return ticket.finish(),
                 }
             }
         });

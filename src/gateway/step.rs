@@ -574,7 +574,7 @@ fn google(account: ServiceAccount, secret: &str) -> Sign {
 }
 
 /// Whether a caller's own signature (AWS) is over `accept-encoding` as well, so that it must stay as it is.
-fn covers_encodings(headers: &HeaderMap) -> bool {
+pub fn covers_encodings(headers: &HeaderMap) -> bool {
     let proof = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let names = proof.and_then(|proof| proof.split_once("SignedHeaders=")?.1.split([',', ' ']).next());
     names.is_some_and(|names| names.split(';').any(|name| name == "accept-encoding"))

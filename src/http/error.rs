@@ -132,6 +132,9 @@ pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpRe
     if let Some(wait) = wait {
         response.insert_header(("retry-after", wait.as_secs_f64().ceil().max(1.0).to_string()));
     }
+    if let Some(attempts) = error.attempts() {
+        response.insert_header(("cf-aig-attempts", attempts));
+    }
     if error.kind() == Kind::OutOfNeurons {
         // Without this a Node SDK sleeps until midnight: it obeys Retry-After however long.
         response.insert_header(("x-should-retry", "false"));

@@ -18,14 +18,13 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::base::{Error, Kind, RequestId, Result};
-use crate::gateway::pipe::{self, End, Pipe};
+use crate::gateway::pipe::{End, Pipe};
 use crate::gateway::record::Record;
 use crate::gateway::relay::{Relay, Reply};
 use crate::gateway::step;
 use crate::http::entrance::{self, Entrance, Incoming};
 use crate::http::route::{Endpoint, Route};
 use crate::http::{Door, ask, models, socket};
-use crate::net::client::Fault;
 use crate::provider;
 use crate::vault::Caller;
 
@@ -138,7 +137,7 @@ async fn enveloped(mut reply: Reply, provider: &str, model: &str, limit: usize) 
     let mut body = RelayBody::new(reply);
     let mut all = Vec::new();
     while let Some(chunk) = std::future::poll_fn(|cx| Pin::new(&mut body).poll_next(cx)).await {
-        let chunk = chunk.map_err(|fault| Error::new(Kind::Unreachable, format!("The provider broke off: {fault}")))?;
+        let chunk = chunk?;
         if all.len() + chunk.len() > limit {
             return Err(Error::new(Kind::Unreachable, "The provider's answer is too large to be put in an envelope."));
         }
@@ -191,22 +190,18 @@ impl RelayBody {
 }
 
 impl MessageBody for RelayBody {
-    type Error = Fault;
+    type Error = Error;
 
     fn size(&self) -> BodySize {
         self.size
     }
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, Fault>>> {
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes>>> {
         let this = &mut *self;
         let chunk = std::task::ready!(this.pipe.poll_chunk(cx));
         match &chunk {
             Some(Ok(bytes)) => this.record.sent(bytes.len()),
-            Some(Err(fault)) => {
-                let usage = this.pipe.usage();
-                this.record.ended(&End::Broken(pipe::broke_off(fault)), usage);
-            }
-            None => {
+            Some(Err(_)) | None => {
                 let usage = this.pipe.usage();
                 this.record.ended(this.pipe.end().unwrap_or(&End::Whole), usage);
             }

@@ -214,7 +214,7 @@ impl AccessToken {
     ///
     /// # Errors
     /// - [`Kind::Unauthorized`] if Google does not accept the account; its reason is in the message.
-    /// - [`Kind::Busy`] if the endpoint is in trouble: the same form may be accepted in a moment.
+    /// - [`Kind::Busy`] or [`Kind::Unreachable`] if the endpoint is in trouble: the same form may be accepted in a moment.
     /// - [`Kind::Internal`] if the answer has no token in it.
     pub fn read(status: u16, body: &[u8], now: Millis) -> Result<Self> {
         #[derive(Deserialize)]
@@ -253,7 +253,8 @@ fn refusal(status: u16, body: &[u8]) -> Error {
         error_description: Option<String>,
     }
     if status == 429 || status >= 500 {
-        return Error::new(Kind::Busy, format!("Google's token endpoint answers {status}: try again in a moment"));
+        let kind = if status == 429 { Kind::Busy } else { Kind::Unreachable };
+        return Error::new(kind, format!("Google's token endpoint answers {status}: try again in a moment"));
     }
     let refusal: Refusal = serde_json::from_slice(body).unwrap_or_default();
     let reasons = [refusal.error, refusal.error_description].into_iter().flatten();
@@ -436,7 +437,7 @@ PqSaB23YSgj1eMKuEL42OSk=
             Err(Kind::Unauthorized),
         );
         check(401, "<html>", Err(Kind::Unauthorized));
-        check(503, "", Err(Kind::Busy));
+        check(503, "", Err(Kind::Unreachable));
         check(429, "", Err(Kind::Busy));
         let refused = br#"{"error":"invalid_grant","error_description":"Invalid JWT Signature."}"#;
         let error = AccessToken::read(400, refused, NOW).unwrap_err();

@@ -15,26 +15,27 @@ const TRAILER: usize = 4;
 
 /// One message of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Frame {
+pub struct Frame {
     /// `:message-type`: `event`, `exception` or `error`.
-    pub(super) kind: String,
+    pub kind: String,
     /// `:event-type`, `:exception-type` or `:error-code`.
-    pub(super) name: String,
+    pub name: String,
     /// `:error-message`, where there is one.
-    pub(super) message: String,
-    pub(super) payload: Bytes,
+    pub message: String,
+    /// What it carries.
+    pub payload: Bytes,
 }
 
 /// Puts frames together from bytes cut anywhere.
 #[derive(Debug)]
-pub(super) struct Frames {
+pub struct Frames {
     buffer: BytesMut,
     limit: usize,
 }
 
 impl Frames {
     /// A decoder that refuses frames of more than `limit` bytes.
-    pub(super) fn new(limit: usize) -> Self {
+    pub fn new(limit: usize) -> Self {
         Self { buffer: BytesMut::new(), limit }
     }
 
@@ -42,7 +43,7 @@ impl Frames {
     ///
     /// # Errors
     /// If a checksum or a length is wrong; the stream cannot be read on after that.
-    pub(super) fn feed(&mut self, bytes: &[u8], frames: &mut Vec<Frame>) -> Result<()> {
+    pub fn feed(&mut self, bytes: &[u8], frames: &mut Vec<Frame>) -> Result<()> {
         self.buffer.extend_from_slice(bytes);
         while self.buffer.len() >= PRELUDE {
             let mut prelude = &self.buffer[..PRELUDE];
@@ -72,7 +73,7 @@ impl Frames {
     }
 
     /// Whether the stream may end here.
-    pub(super) fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
 }

@@ -17,7 +17,7 @@ mod bedrock;
 mod blocks;
 mod cohere;
 mod failure;
-mod frame;
+pub mod frame;
 mod google;
 mod json;
 pub mod messages;

