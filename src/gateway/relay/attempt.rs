@@ -138,8 +138,8 @@ impl Relay {
                 _ => step.timeouts.first_byte.unwrap_or(upstream.first_byte_timeout),
             };
             let sent = Instant::now();
-            let outcome = timeout(patience.min(left), self.try_once(ask, step, upstream, !is_last_try)).await;
-            let outcome = outcome.unwrap_or(Err(Failure::Fault(Fault::Timeout("the first byte"))));
+            let limits = Limits { patience: patience.min(left), deadline, wary: !is_last_try };
+            let outcome = self.try_once(ask, step, upstream, limits).await;
             let taken = sent.elapsed();
             trail.elsewhere += taken;
             let now = Millis::now();
@@ -195,14 +195,47 @@ impl Relay {
         }
     }
 
-    /// One attempt, up to the head of an answer; `wary`: up to its first content, since something else can be tried.
+    /// One attempt, up to an answer that can be handed on.
     async fn try_once(
         &self,
         ask: &Ask,
         step: &Step,
         upstream: &config::Upstream,
-        wary: bool,
+        limits: Limits,
     ) -> Result<Begun, Failure> {
+        let late = |what| Failure::Fault(Fault::Timeout(what));
+        let head = timeout(limits.patience, self.head(ask, step, upstream, limits.wary)).await;
+        let (status, mut headers, source) = head.unwrap_or_else(|_| Err(late("the first byte")))?;
+        let events = is_events(&headers);
+        let limit = upstream.max_answer_bytes;
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        let (encoding, kind) = (text("content-encoding"), text("content-type"));
+        let mut pipe = Pipe::new(source, ask.words, events);
+        if !matches!(step.way, Way::Local(_)) && status.is_success() {
+            let meter = Meter::new(kind);
+            pipe = pipe.metered(meter, encoding, limit);
+        }
+        // What is read to its end first may take as long as it keeps coming.
+        let until = tokio::time::Instant::from_std(limits.deadline);
+        if !step.speech.is_verbatim() {
+            let translated = Box::pin(self.translated(ask, step, status, &mut headers, pipe, limit));
+            pipe = timeout_at(until, translated).await.unwrap_or_else(|_| Err(late("the whole answer")))?;
+        }
+        if !ask.gateway.guard.ignores_responses() && status.is_success() {
+            let checked = Box::pin(checked(&ask.gateway, &mut headers, pipe, ask.words, limit));
+            pipe = timeout_at(until, checked).await.unwrap_or_else(|_| Err(late("the whole answer")))?;
+        }
+        Ok(Begun { status, headers, pipe })
+    }
+
+    /// Up to the head of an answer; `wary`: up to its first content, since something else can be tried.
+    async fn head(
+        &self,
+        ask: &Ask,
+        step: &Step,
+        upstream: &config::Upstream,
+        wary: bool,
+    ) -> Result<(StatusCode, Headers, Source), Failure> {
         let gateway = &ask.gateway;
         let (mut status, mut headers, mut source) = match &step.way {
             Way::Local(call) => {
@@ -235,22 +268,7 @@ impl Relay {
                 }
             }
         }
-        let events = is_events(&headers);
-        let limit = upstream.max_answer_bytes;
-        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
-        let (encoding, kind) = (text("content-encoding"), text("content-type"));
-        let mut pipe = Pipe::new(source, ask.words, events);
-        if !matches!(step.way, Way::Local(_)) && status.is_success() {
-            let meter = Meter::new(kind);
-            pipe = pipe.metered(meter, encoding, limit);
-        }
-        if !step.speech.is_verbatim() {
-            pipe = Box::pin(self.translated(ask, step, status, &mut headers, pipe, limit)).await?;
-        }
-        if !gateway.guard.ignores_responses() && status.is_success() {
-            pipe = Box::pin(checked(gateway, &mut headers, pipe, ask.words, limit)).await?;
-        }
-        Ok(Begun { status, headers, pipe })
+        Ok((status, headers, source))
     }
 
     /// Puts an answer into the caller's words.
@@ -318,6 +336,16 @@ struct Turn<'a> {
     is_last: bool,
     deadline: Instant,
     upstream: &'a config::Upstream,
+}
+
+/// What an attempt may take.
+struct Limits {
+    /// To the head of its answer.
+    patience: Duration,
+    /// Of the whole call.
+    deadline: Instant,
+    /// Something else can be tried.
+    wary: bool,
 }
 
 /// Why an attempt brought no answer.
