@@ -62,7 +62,8 @@ stage_sdk() {
     trap 'scripts/quickstart.sh --stop' EXIT
     python3 scripts/sdk_test.py "http://127.0.0.1:$port/v1" ||
         { tail -n 30 "$NEUROND_STATE/neurond.log"; return 1; }
-    # OpenAI's, Anthropic's and Google's SDKs through a gateway, in front of an upstream that answers as those do.
+    # OpenAI's, Anthropic's and Google's SDKs and botocore through a gateway, in front of an upstream that answers as those do;
+    # Cloudflare's SDK manages it.
     python3 scripts/gateway_sdk_test.py --neurond "$target/release/neurond" --fake "$target/release/examples/fake_upstream"
 }
 

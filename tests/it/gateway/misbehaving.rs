@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 use super::{Rig, question, streamed};
 use crate::upstream::Seen;
 
-/// How long an upstream may be silent.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How long an upstream may take to begin, and then be silent. Apart, so that it is clear which of them ends a call.
+const FIRST_BYTE: Duration = Duration::from_millis(900);
+const IDLE: Duration = Duration::from_millis(450);
 /// The largest answer that is read whole.
 const MOST: usize = 1 << 20;
 
@@ -237,8 +238,8 @@ async fn check(stream: bool, table: &str) {
 /// What one caller saw; and behind it what should not be, if anything was left behind.
 async fn seen(way: Way, fake: &str, stream: bool) -> String {
     let rig = Rig::tuned(|config| {
-        config.upstream.first_byte_timeout = PATIENCE;
-        config.upstream.idle_timeout = PATIENCE;
+        config.upstream.first_byte_timeout = FIRST_BYTE;
+        config.upstream.idle_timeout = IDLE;
         config.upstream.max_answer_bytes = MOST;
     });
     rig.upstream.script(way.first(), [fake, fake]);
