@@ -1,4 +1,4 @@
-//! What makes two requests the same: 256 bits of BLAKE3 over everything that can change the answer.
+//! What makes two requests the same: SHA-256 over everything that can change the answer.
 //!
 //! ```text
 //! Material ─ raw() ──> RawKey   over the exact bytes: all that a repeat, byte for byte, has to compute
@@ -10,10 +10,12 @@
 
 use std::fmt;
 
+use sha2::{Digest as _, Sha256};
+
 use crate::cache::json;
 
 /// Part of every hash. Another way to compute keys needs another number, or old answers are served to new questions.
-const FORMAT: &[u8] = b"neurond cache key 1";
+const FORMAT: &[u8] = b"neurond cache key 2";
 
 /// 256 bits that stand for a request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -132,24 +134,25 @@ pub struct Key {
     pub(super) scopes: [Option<Scope>; 2],
 }
 
-/// Fields one behind the other, each with its length: no two lists of fields have the same bytes.
-struct Fields(blake3::Hasher);
+/// Fields one behind the other, each with its length: no two lists of fields have the same bytes. SHA-256, since processors
+/// have instructions for it: over a request of usual length it takes a quarter of what BLAKE3 does.
+struct Fields(Sha256);
 
 impl Fields {
     fn new(kind: &[u8]) -> Self {
-        let mut fields = Self(blake3::Hasher::new());
+        let mut fields = Self(Sha256::new());
         fields.add(FORMAT);
         fields.add(kind);
         fields
     }
 
     fn add(&mut self, field: &[u8]) {
-        self.0.update(&(field.len() as u64).to_le_bytes());
+        self.0.update((field.len() as u64).to_le_bytes());
         self.0.update(field);
     }
 
-    fn digest(&self) -> Digest {
-        Digest(*self.0.finalize().as_bytes())
+    fn digest(self) -> Digest {
+        Digest(self.0.finalize().into())
     }
 }
 
