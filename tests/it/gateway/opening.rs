@@ -41,6 +41,39 @@ async fn a_stream_that_fails_before_it_says_anything_is_tried_again_in_every_dia
 }
 
 #[actix_web::test]
+async fn what_counts_as_a_beginning_and_what_as_a_failure() {
+    let rig = Rig::start();
+    for (fake, trail) in [
+        ("error-event=64", "openai/gpt-4o-mini=500, openai/gpt-4o-mini=200"),
+        // So many are a beginning of their own.
+        ("error-event=65", "openai/gpt-4o-mini=200"),
+        ("close-after=0", "openai/gpt-4o-mini=broken, openai/gpt-4o-mini=200"),
+        ("close-after=0; until-close", "openai/gpt-4o-mini=broken, openai/gpt-4o-mini=200"),
+        ("error-event=1/400", "openai/gpt-4o-mini=400"),
+        ("error-event=1/401", "openai/gpt-4o-mini=401"),
+    ] {
+        rig.upstream.clear();
+        rig.upstream.script("/openai", [fake, "ok"]);
+        let answer = Answer::of(rig.chat(&TWICE, &streamed("q"))).await;
+        assert_eq!(answer.header("cf-aig-attempts"), trail, "{fake}: {answer:?}");
+        let policy = neurond::fallback::Policy { consecutive: 1000, failure_rate: 1.1, ..Default::default() };
+        rig.daemon.services.relays.fallback.reconfigure(policy).await.unwrap();
+    }
+    rig.upstream.clear();
+    rig.upstream.script("/aws-bedrock", ["error-event=1/429", "ok"]);
+    let frames = "aws-bedrock/bedrock-runtime/us-east-1/model/nova/converse-stream";
+    let body = json!({ "messages": [{ "role": "user", "content": [{ "text": "q" }] }] });
+    let answer = Answer::of(rig.post(frames, &TWICE, &body)).await;
+    assert_eq!(answer.header("cf-aig-attempts"), "aws-bedrock/nova=429, aws-bedrock/nova=200", "{answer:?}");
+    // An opening is no first byte.
+    rig.upstream.script("/openai", ["hang-after=0"]);
+    let headers = [("cf-aig-request-timeout", "300"), ("cf-aig-fallback", "groq/m")];
+    let answer = Answer::of(rig.chat(&headers, &streamed("q"))).await;
+    assert_eq!(answer.header("cf-aig-attempts"), "openai/gpt-4o-mini=timeout, groq/m=200", "{answer:?}");
+    rig.is_clean().await;
+}
+
+#[actix_web::test]
 async fn another_provider_answers_for_one_that_fails_in_its_stream() {
     let rig = Rig::start();
     rig.upstream.script("/openai", ["error-event=1/503"]);
@@ -77,7 +110,7 @@ async fn what_is_held_back_goes_out_byte_by_byte_as_it_came() {
         let same = |answer: &Answer| {
             // Ids and times differ from call to call.
             let digits = |letter: char| if letter.is_ascii_digit() { '0' } else { letter };
-            answer.text.chars().map(digits).collect::<String>().len()
+            answer.text.chars().map(digits).collect::<String>()
         };
         assert_eq!(same(&direct), same(&wary), "{path}: {direct:?} {wary:?}");
     }
