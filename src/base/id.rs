@@ -32,6 +32,11 @@ impl RequestId {
         self.0.simple().to_string()
     }
 
+    /// As it is written, with dashes, in a place of the caller's.
+    pub fn text<'a>(&self, place: &'a mut [u8; 36]) -> &'a str {
+        self.0.as_hyphenated().encode_lower(place)
+    }
+
     /// A number drawn from the id, for seeding whatever the caller left open.
     pub fn low_bits(&self) -> u64 {
         self.0.as_u64_pair().1
@@ -78,6 +83,14 @@ impl LogId {
             .map(Self)
     }
 
+    /// As it is written, in a place of the caller's.
+    pub fn text(self, place: &mut [u8; 26]) -> &str {
+        for (at, letter) in place.iter_mut().enumerate() {
+            *letter = Self::DIGITS[(self.0 >> (125 - 5 * at)) as usize & 31];
+        }
+        std::str::from_utf8(place).unwrap_or_default()
+    }
+
     /// When the record was begun.
     pub fn time(self) -> Millis {
         Millis((self.0 >> 80) as u64)
@@ -86,11 +99,7 @@ impl LogId {
 
 impl fmt::Display for LogId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut text = [0; 26];
-        for (at, letter) in text.iter_mut().enumerate() {
-            *letter = Self::DIGITS[(self.0 >> (125 - 5 * at)) as usize & 31];
-        }
-        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
+        f.write_str(self.text(&mut [0; 26]))
     }
 }
 

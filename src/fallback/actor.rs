@@ -127,7 +127,7 @@ impl Fallback {
                 until if until > now.0 => None,
                 _ if has_closed => Some(Pass::Later),
                 _ => match self.addr.send(TakeProbe(target.clone(), now)).await {
-                    Ok(probe) => probe.map(|number| Pass::Probe(Probe::new(self.addr.clone(), target.clone(), number))),
+                    Ok(probe) => probe.map(Pass::Probe),
                     // No actor, no breakers.
                     Err(_) => Some(Pass::Closed),
                 },
@@ -152,7 +152,7 @@ impl Fallback {
             CLOSED => Some(Pass::Closed),
             until if until > now.0 => None,
             _ => match self.addr.send(TakeProbe(target.clone(), now)).await {
-                Ok(number) => Some(Pass::Probe(Probe::new(self.addr.clone(), target.clone(), number?))),
+                Ok(probe) => probe.map(Pass::Probe),
                 Err(_) => Some(Pass::Closed),
             },
         }
@@ -346,7 +346,7 @@ struct Report {
 }
 
 #[derive(Message)]
-#[rtype(result = "Option<u64>")]
+#[rtype(result = "Option<Probe>")]
 struct TakeProbe(Target, Millis);
 
 #[derive(Message)]
@@ -398,13 +398,14 @@ impl Handler<Report> for FallbackActor {
 }
 
 impl Handler<TakeProbe> for FallbackActor {
-    type Result = Option<u64>;
-    fn handle(&mut self, TakeProbe(target, now): TakeProbe, _: &mut Context<Self>) -> Self::Result {
+    type Result = Option<Probe>;
+    fn handle(&mut self, TakeProbe(target, now): TakeProbe, ctx: &mut Context<Self>) -> Self::Result {
         let watched = self.watched.get_mut(&target)?;
         let before = watched.breaker.rest();
         let probe = watched.breaker.take_probe(now);
         watched.publish(&target, before);
-        probe
+        // A guard from the start: who asked may leave before the answer is there.
+        Some(Probe::new(ctx.address(), target, probe?))
     }
 }
 

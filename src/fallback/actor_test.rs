@@ -51,6 +51,20 @@ async fn a_target_that_fails_is_left_out_and_probed_by_one_call_at_a_time() {
 }
 
 #[actix::test]
+async fn a_probe_comes_back_from_who_leaves_before_it_is_handed_over() {
+    let fallback = Fallback::start(Policy::default());
+    let a = target("a");
+    fail(&fallback, "a", Class::Overload, 5, START).await;
+    let mut asking = Box::pin(fallback.probe(&a, after(5000)));
+    let asked = std::future::poll_fn(|cx| std::task::Poll::Ready(asking.as_mut().poll(cx).is_pending())).await;
+    let health = fallback.health(after(5000)).await.unwrap();
+    assert!(asked && health[0].rest == Rest::Probing, "{health:?}");
+    drop(asking);
+    fallback.health(START).await.unwrap();
+    assert!(matches!(fallback.probe(&a, after(5000)).await, Some(Pass::Probe(_))));
+}
+
+#[actix::test]
 async fn a_probe_that_nobody_may_need_is_not_taken_before_its_turn() {
     let fallback = Fallback::start(Policy::default());
     fail(&fallback, "b", Class::Transport, 5, START).await;

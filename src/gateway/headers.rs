@@ -3,6 +3,33 @@
 
 use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
 
+/// Names of the gateway's own, made once.
+pub static CACHE_STATUS: HeaderName = HeaderName::from_static("cf-aig-cache-status");
+/// See [`CACHE_STATUS`].
+pub static EVENT_ID: HeaderName = HeaderName::from_static("cf-aig-event-id");
+/// See [`CACHE_STATUS`].
+pub static LOG_ID: HeaderName = HeaderName::from_static("cf-aig-log-id");
+/// See [`CACHE_STATUS`].
+pub static REQUEST_ID: HeaderName = HeaderName::from_static("cf-aig-request-id");
+/// See [`CACHE_STATUS`].
+pub static DLP: HeaderName = HeaderName::from_static("cf-aig-dlp");
+/// See [`CACHE_STATUS`].
+pub static STEP: HeaderName = HeaderName::from_static("cf-aig-step");
+/// See [`CACHE_STATUS`].
+pub static PROVIDER: HeaderName = HeaderName::from_static("cf-aig-provider");
+/// See [`CACHE_STATUS`].
+pub static MODEL: HeaderName = HeaderName::from_static("cf-aig-model");
+/// See [`CACHE_STATUS`].
+pub static ATTEMPTS: HeaderName = HeaderName::from_static("cf-aig-attempts");
+/// See [`CACHE_STATUS`].
+pub static ROUTING_REASON: HeaderName = HeaderName::from_static("cf-aig-routing-reason");
+
+/// A name as a header's; those that every kept answer has are not read again.
+pub fn name(text: &str) -> Option<HeaderName> {
+    let known = [&STEP, &PROVIDER, &MODEL, &ATTEMPTS].into_iter().find(|known| known.as_str() == text);
+    known.cloned().or_else(|| HeaderName::from_bytes(text.as_bytes()).ok())
+}
+
 /// See the top of this file.
 #[derive(Default)]
 pub struct Headers(Vec<(HeaderName, HeaderValue)>);
@@ -28,10 +55,10 @@ impl Headers {
         self.0.push((name, value));
     }
 
-    /// This one in place of all of its name, which is in small letters.
-    pub fn insert(&mut self, name: &'static str, value: HeaderValue) {
-        self.remove(name);
-        self.append(HeaderName::from_static(name), value);
+    /// This one in place of all of its name.
+    pub fn insert(&mut self, name: &HeaderName, value: HeaderValue) {
+        self.0.retain(|(known, _)| known != name);
+        self.append(name.clone(), value);
     }
 
     /// Takes out all of this name; returns the first.
@@ -79,7 +106,7 @@ mod tests {
             headers.append(HeaderName::from_static("x-many"), HeaderValue::from_static(value));
         }
         assert_eq!((headers.text("x-many"), headers.iter().count()), ("a", 2));
-        headers.insert("x-many", HeaderValue::from_static("c"));
+        headers.insert(&HeaderName::from_static("x-many"), HeaderValue::from_static("c"));
         assert_eq!((headers.text("x-many"), headers.iter().count()), ("c", 1));
         assert_eq!(headers.remove("x-many"), Some(HeaderValue::from_static("c")));
         assert_eq!((headers.text("x-many"), headers.remove("x-many")), ("", None));

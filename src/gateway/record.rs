@@ -85,8 +85,8 @@ impl Outcome {
 pub struct Record {
     /// Its id; `None`: this call is not to be logged.
     pub log: Option<LogId>,
-    /// What the caller calls it, or its own id.
-    pub event: String,
+    /// What the caller calls it; `None`: it is called by its own id, or by that of the request where it has none.
+    pub event: Option<String>,
     request: RequestId,
     account: AccountId,
     key: Option<KeyId>,
@@ -113,13 +113,12 @@ pub struct Record {
 
 impl Record {
     /// Begins with a call.
-    pub fn begin(counts: &Rc<Counts>, ask: &Ask) -> Self {
+    pub fn begin(counts: &Rc<Counts>, ask: &Ask) -> Box<Self> {
         counts.metrics.gateway_in_flight.inc();
         let collect = ask.options.collect_log.unwrap_or(ask.gateway.settings.collect_logs);
         let log = collect.then(|| LogId::at(Millis::now()));
-        let event = ask.options.event_id.clone();
-        Self {
-            event: event.unwrap_or_else(|| log.map_or_else(|| ask.who.id.to_string(), |log| log.to_string())),
+        Box::new(Self {
+            event: ask.options.event_id.clone(),
             log,
             request: ask.who.id,
             account: ask.account.clone(),
@@ -141,7 +140,12 @@ impl Record {
             first_byte: None,
             bytes: 0,
             open: true,
-        }
+        })
+    }
+
+    /// The request that it is of.
+    pub fn request(&self) -> RequestId {
+        self.request
     }
 
     /// Notes what rules found without blocking.
@@ -268,9 +272,11 @@ impl Record {
                 line.push_str(value);
             }
         };
-        text("log", &log.to_string());
-        text("request", &self.request.to_string());
-        text("event", &self.event);
+        let (mut digits, mut letters) = ([0; 36], [0; 26]);
+        let log = log.text(&mut letters);
+        text("log", log);
+        text("request", self.request.text(&mut digits));
+        text("event", self.event.as_deref().unwrap_or(log));
         text("account", self.account.as_str());
         text("key", self.key.as_ref().map_or("-", KeyId::as_str));
         text("gateway", &self.gateway.id);

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::BoxBody;
 use actix_web::http::StatusCode;
-use actix_web::http::header::{HeaderName, HeaderValue};
+use actix_web::http::header::HeaderValue;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
@@ -38,7 +38,7 @@ use crate::config::{self, Live};
 use crate::fallback::{Fallback, Policy, Target};
 use crate::gateway::asked::{Ask, Who};
 use crate::gateway::counts::Counts;
-use crate::gateway::headers::Headers;
+use crate::gateway::headers::{self, Headers};
 use crate::gateway::limits::RouteLimits;
 use crate::gateway::pipe::{Pipe, Source, Words};
 use crate::gateway::record::{CacheUse, Record};
@@ -46,7 +46,7 @@ use crate::gateway::step::{LocalCall, Way};
 use crate::metrics::Metrics;
 use crate::net::client::{self, Client, Fault};
 use crate::net::vertex::AccessToken;
-use crate::registry::Registry;
+use crate::registry::{Gateway, Registry};
 use crate::vault::seal::Sealer;
 
 use attempt::{Begun, Failure, MAX_FAILURE_BYTES, Trail, collect, content_type, is_events, is_frames, no_answer, word};
@@ -114,6 +114,7 @@ pub struct Relay {
     /// What it has in common with others.
     pub parts: Parts,
     counts: Rc<Counts>,
+    last_scope: RefCell<Option<(Arc<Gateway>, AccountId, Scope)>>,
     client: Client,
     local: Local,
     /// Google's access tokens, by the hash of the secret they were made from.
@@ -142,16 +143,24 @@ pub struct Reply {
     /// What the upstream said, without what belongs to its connection, and what the gateway says.
     pub headers: Headers,
     /// What follows.
-    pub pipe: Pipe,
+    pub pipe: Box<Pipe>,
     /// Closes with it.
-    pub record: Record,
+    pub record: Box<Record>,
 }
 
 impl Relay {
     /// A relay with a client of its own.
     pub fn new(parts: Parts, client: Client, local: Local) -> Self {
         let counts = Rc::new(Counts::new(parts.metrics.clone()));
-        Self { parts, counts, client, local, tokens: RefCell::default(), turns: RefCell::default() }
+        Self {
+            parts,
+            counts,
+            last_scope: RefCell::default(),
+            client,
+            local,
+            tokens: RefCell::default(),
+            turns: RefCell::default(),
+        }
     }
 
     /// Serves a call up to the head of its answer.
@@ -178,7 +187,7 @@ impl Relay {
     ///
     /// # Errors
     /// As [`Relay::serve`].
-    pub async fn upgrade(&self, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Record)> {
+    pub async fn upgrade(&self, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>)> {
         let mut record = Record::begin(&self.counts, &ask);
         let mut trail = Trail::default();
         let outcome = self.handshake(&mut ask, &mut trail).await;
@@ -243,7 +252,7 @@ impl Relay {
         let Some(keep) = kept_for(&ask) else {
             return Ok((Box::pin(self.attempts(ask, trail)).await?, CacheUse::Off));
         };
-        let keying = Keying::of(&ask);
+        let keying = Keying::of(&ask, self.scope(&ask));
         let auth = [ask.credentials.as_slice()];
         let material = keying.material(&ask, &auth);
         let raw = material.raw();
@@ -270,6 +279,22 @@ impl Relay {
                 Box::pin(self.follow(follower, Some(ask), words, keep, trail)).await
             }
         }
+    }
+
+    /// What a gateway is called in the cache. Most calls are of the gateway that the last one was of.
+    fn scope(&self, ask: &Ask) -> Scope {
+        let mut last = self.last_scope.borrow_mut();
+        if let Some((gateway, account, scope)) = &*last
+            && Arc::ptr_eq(gateway, &ask.gateway)
+            && *account == ask.account
+        {
+            return *scope;
+        }
+        // A change of the gateway that empties its cache changes its name there.
+        let name = format!("{}#{}", ask.gateway.id, ask.gateway.generation);
+        let scope = Scope::gateway(ask.account.as_str(), &name);
+        *last = Some((ask.gateway.clone(), ask.account.clone(), scope));
+        scope
     }
 
     /// Reads an answer that is being written, by this call's own task or by another's. `ask` is there as long as this call
@@ -367,12 +392,10 @@ struct Keying {
 }
 
 impl Keying {
-    fn of(ask: &Ask) -> Self {
-        // A change of the gateway that empties its cache changes its name there.
-        let name = format!("{}#{}", ask.gateway.id, ask.gateway.generation);
+    fn of(ask: &Ask, gateway: Scope) -> Self {
         let slug = ask.provider.strip_prefix("custom-");
         Self {
-            gateway: Scope::gateway(ask.account.as_str(), &name),
+            gateway,
             provider: slug.map(|slug| Scope::provider(ask.account.as_str(), slug)),
             owner: ask.gateway.settings.cache_per_account.then(|| ask.who.caller.account.clone()),
         }
@@ -394,7 +417,7 @@ impl Keying {
 }
 
 /// The reply to a call, with what the gateway says in its headers.
-fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
+fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
     let Begun { status, mut headers, pipe } = begun;
     record.flags(pipe.flags());
     {
@@ -403,22 +426,23 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Record) -> Reply {
         record.begun(status, cache, provider, model, step, headers.text("cf-aig-attempts"));
     }
     let hit = if cache.is_hit() { "HIT" } else { "MISS" };
-    headers.insert("cf-aig-cache-status", HeaderValue::from_static(hit));
-    let mut say = |name: &'static str, value: &str| {
-        let value = HeaderValue::from_str(value).ok()?;
-        headers.insert(name, value.clone());
-        Some(value)
+    headers.insert(&headers::CACHE_STATUS, HeaderValue::from_static(hit));
+    let value = |text: &str| HeaderValue::from_str(text).ok();
+    if let Some(found) = record.dlp().and_then(|found| value(&found)) {
+        headers.insert(&headers::DLP, found);
+    }
+    let log = record.log.and_then(|log| value(log.text(&mut [0; 26])));
+    let event = match &record.event {
+        Some(event) => value(event),
+        None => log.clone().or_else(|| value(record.request().text(&mut [0; 36]))),
     };
-    say("cf-aig-event-id", &record.event);
-    if let Some(found) = record.dlp() {
-        say("cf-aig-dlp", &found);
+    let told = [(&headers::EVENT_ID, event), (&headers::LOG_ID, log.clone()), (&headers::REQUEST_ID, log)];
+    for (name, value) in told {
+        if let Some(value) = value {
+            headers.insert(name, value);
+        }
     }
-    if let Some(log) = record.log
-        && let Some(value) = say("cf-aig-log-id", &log.to_string())
-    {
-        headers.insert("cf-aig-request-id", value);
-    }
-    Reply { status, headers, pipe, record }
+    Reply { status, headers, pipe: Box::new(pipe), record }
 }
 
 /// An answer out of the cache: as it was, with its chunks where those are events.
@@ -438,14 +462,13 @@ fn cached_head(begun: &Begun) -> cache::Head {
 }
 
 fn known_head(head: &cache::Head) -> (StatusCode, Headers) {
-    let mut headers = Headers::with_capacity(head.headers.len() + 8);
+    let mut known = Headers::with_capacity(head.headers.len() + 8);
     for (name, value) in &head.headers {
-        let name = HeaderName::from_bytes(name.as_bytes());
-        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_maybe_shared(value.clone())) {
-            headers.append(name, value);
+        if let (Some(name), Ok(value)) = (headers::name(name), HeaderValue::from_maybe_shared(value.clone())) {
+            known.append(name, value);
         }
     }
-    (StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY), headers)
+    (StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY), known)
 }
 
 /// Text and images may be kept; what an upstream marks as not to be stored may not.

@@ -66,7 +66,10 @@ pub(super) async fn enter(
             true => Ok(caller),
             false => Err(Error::new(Kind::Forbidden, "This token does not open this gateway.")),
         });
-    let account = AccountId::new(account);
+    let account = match &admitted {
+        Ok(caller) if caller.account.as_str() == account.as_str() => caller.account.clone(),
+        _ => AccountId::new(account),
+    };
     let known = admitted.as_ref().is_ok_and(|caller| caller.key.is_some());
     let gateway = find(relay, &account, gateway, known).await?;
     // Where no token exists at all, nobody can show one; everybody may do everything then.

@@ -177,8 +177,8 @@ pub(super) fn render(mut reply: Reply) -> HttpResponse {
 
 /// The body of a reply. What the caller has read by the end, or until it left, is what is recorded.
 struct RelayBody {
-    pipe: Pipe,
-    record: Record,
+    pipe: Box<Pipe>,
+    record: Box<Record>,
     size: BodySize,
 }
 

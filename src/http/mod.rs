@@ -132,7 +132,7 @@ async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Doo
         }
     };
     observation.status = response.status().as_u16();
-    if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
+    if let Ok(value) = HeaderValue::from_str(id.text(&mut [0; 36])) {
         let headers = response.headers_mut();
         // An upstream's own id for what it answered is what its support asks for.
         if route.surface != Surface::Gateway || !headers.contains_key("x-request-id") {

@@ -237,7 +237,7 @@ async fn pump(mut payload: web::Payload, mut to: WriteHalf<TokioIo<Upgraded>>) {
 struct Realtime {
     from: ReadHalf<TokioIo<Upgraded>>,
     pump: JoinHandle<()>,
-    record: Record,
+    record: Box<Record>,
     buffer: BytesMut,
 }
 

@@ -31,9 +31,10 @@ impl Ledger {
     /// # Errors
     /// [`Kind::Internal`] when the ledger has died; the process is about to end then.
     pub async fn reserve(&self, claim: Claim) -> Result<Reservation> {
-        let request = claim.request;
+        // A guard from the start: who asks may leave before the answer is there.
+        let reservation = Reservation { request: claim.request, addr: Some(self.addr.clone()) };
         self.addr.send(Reserve(claim)).await.map_err(dead)?;
-        Ok(Reservation { request, addr: Some(self.addr.clone()) })
+        Ok(reservation)
     }
 
     /// One account's money now.
@@ -175,5 +176,22 @@ mod tests {
         kept.settle(Usage::default(), Neurons::from_micro(6));
         let totals = ledger.totals(AccountId::new("a")).await.unwrap();
         assert_eq!((totals.reserved.micro(), totals.today.micro()), (0, 6));
+    }
+
+    #[actix::test]
+    async fn a_reservation_comes_back_from_who_leaves_before_it_is_handed_over() {
+        let ledger = Ledger::start();
+        let claim = Claim {
+            request: RequestId::random(),
+            account: AccountId::new("a"),
+            model: ModelId::new("m"),
+            estimate: Neurons::from_micro(10),
+        };
+        let mut asking = Box::pin(ledger.reserve(claim));
+        let asked = std::future::poll_fn(|cx| std::task::Poll::Ready(asking.as_mut().poll(cx).is_pending())).await;
+        let held = ledger.totals(AccountId::new("a")).await.unwrap().reserved.micro();
+        assert_eq!((asked, held), (true, 10));
+        drop(asking);
+        assert_eq!(ledger.totals(AccountId::new("a")).await.unwrap().reserved.micro(), 0);
     }
 }

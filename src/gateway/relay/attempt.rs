@@ -11,7 +11,7 @@ use std::future::poll_fn;
 use std::time::{Duration, Instant};
 
 use actix_web::http::StatusCode;
-use actix_web::http::header::{HeaderName, HeaderValue};
+use actix_web::http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use bytes::Bytes;
 use tokio::time::{sleep, timeout, timeout_at};
 
@@ -20,7 +20,7 @@ use crate::base::{Error, Kind, Millis, RequestId, Result};
 use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::Ask;
-use crate::gateway::headers::Headers;
+use crate::gateway::headers::{self, Headers};
 use crate::gateway::opening::{Opening, Verdict};
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
@@ -263,7 +263,7 @@ impl Relay {
                 Opened::Good(chunks) => *held = chunks,
                 Opened::Failed(told, body) => {
                     status = told;
-                    headers.insert("content-type", HeaderValue::from_static("application/json"));
+                    headers.insert(&CONTENT_TYPE, HeaderValue::from_static("application/json"));
                     source = Source::Whole(Some(body));
                 }
             }
@@ -294,7 +294,7 @@ impl Relay {
         };
         let streams = is_events(headers) || is_frames(headers);
         if status.is_success() && streams {
-            headers.insert("content-type", HeaderValue::from_static("text/event-stream"));
+            headers.insert(&CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
             let to_messages = speech.to_messages.then(|| messages::Translator::new(meta.model.clone()));
             let to_openai = speech.to_openai.then(|| Translator::new(step.dialect, meta, speech.include_usage));
 
@@ -304,7 +304,7 @@ impl Relay {
         let Some(mut body) = body else {
             return Err(Failure::Fault(Fault::Broken("the answer broke off, or is too large to be translated".into())));
         };
-        headers.insert("content-type", HeaderValue::from_static("application/json"));
+        headers.insert(&CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if status.is_success() {
             let unreadable = |error: Error| Failure::Fault(Fault::Broken(error.message().to_owned()));
             if speech.to_openai {
@@ -359,17 +359,17 @@ pub(super) enum Failure {
 impl Begun {
     /// Says who answered and what was tried before.
     fn signed(mut self, step: &Step, trail: &Trail) -> Self {
-        let mut say = |name: &'static str, value: &str| {
+        let mut say = |name: &HeaderName, value: &str| {
             if let Ok(value) = HeaderValue::from_str(value) {
                 self.headers.insert(name, value);
             }
         };
-        say("cf-aig-step", &step.index.to_string());
-        say("cf-aig-provider", &step.target.provider);
-        say("cf-aig-model", &step.target.model);
-        say("cf-aig-attempts", &trail.text);
+        say(&headers::STEP, itoa::Buffer::new().format(step.index));
+        say(&headers::PROVIDER, &step.target.provider);
+        say(&headers::MODEL, &step.target.model);
+        say(&headers::ATTEMPTS, &trail.text);
         if let Some(route) = &step.route {
-            say("cf-aig-routing-reason", route);
+            say(&headers::ROUTING_REASON, route);
         }
         self
     }

@@ -107,16 +107,6 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
     let total = [&answered, &broken, &left].map(|count| count.load(Ordering::Relaxed));
     assert_eq!(total.iter().sum::<usize>(), CALLS, "{total:?}");
     assert!(total[0] > CALLS / 2, "{total:?}");
-    rig.is_clean().await;
-    // Every probe is back, every socket but kept ones is closed, and no task holds one.
-    let health = rig.daemon.services.relays.fallback.health(neurond::base::Millis::now()).await.unwrap();
-    assert!(health.iter().all(|target| target.rest != neurond::fallback::Rest::Probing), "{health:?}");
-    let ended: u64 = ["done", "failed", "cancelled", "refused"]
-        .iter()
-        .map(|outcome| metrics.gateway_calls.with_label_values(&[outcome]).get())
-        .sum();
-    let calls = (AT_ONCE + CALLS - total[2]) as u64..=(AT_ONCE + CALLS) as u64;
-    assert!(calls.contains(&ended), "one record a call: {ended}, not {calls:?}");
 
     // Without its client, what is left of the daemon's sockets are connections to the upstream that wait for a call.
     rig.client = reqwest::Client::new();
@@ -137,6 +127,16 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
         clean.then_some(()).ok_or_else(left)
     };
     until(clean).await;
+    // Only now nothing can begin any more: a request whose client has left may have been read after all others were answered.
+    rig.is_clean().await;
+    let health = rig.daemon.services.relays.fallback.health(neurond::base::Millis::now()).await.unwrap();
+    assert!(health.iter().all(|target| target.rest != neurond::fallback::Rest::Probing), "a probe is lost: {health:?}");
+    let ended: u64 = ["done", "failed", "cancelled", "refused"]
+        .iter()
+        .map(|outcome| metrics.gateway_calls.with_label_values(&[outcome]).get())
+        .sum();
+    let calls = (AT_ONCE + CALLS - total[2]) as u64..=(AT_ONCE + CALLS) as u64;
+    assert!(calls.contains(&ended), "one record a call: {ended}, not {calls:?}");
 }
 
 /// Waits until nothing is left that should not be. Some threads end only when they were idle for ten seconds.
