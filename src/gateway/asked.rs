@@ -10,8 +10,8 @@ use http::Method;
 use crate::base::{AccountId, RequestId, Result};
 use crate::gateway::options::Options;
 use crate::gateway::pipe::Words;
-use crate::gateway::step::Step;
-use crate::registry::Gateway;
+use crate::gateway::step::{Step, Steps};
+use crate::registry::{Gateway, View};
 use crate::vault::Caller;
 
 /// Who is asking.
@@ -35,6 +35,10 @@ pub struct Ask {
     pub account: AccountId,
     /// Through which.
     pub gateway: Arc<Gateway>,
+    /// What the registry said when it came.
+    pub view: Arc<View>,
+    /// A token of ours was shown: stored keys may be used.
+    pub trusted: bool,
     /// What is tried, one after the other. Asked for the next when the last one failed.
     pub plan: Plan,
     /// What was said for all of them.
@@ -59,10 +63,21 @@ pub struct Ask {
 
 /// The steps of a call.
 pub struct Plan {
-    /// The next one; an error is a step that cannot be taken.
-    pub next: Box<dyn FnMut() -> Option<Result<Step>>>,
+    /// The next one, made by who asks and through what; an error is a step that cannot be taken.
+    pub next: Box<Next>,
     /// How many there are at most.
     pub most: usize,
+}
+
+/// See [`Plan::next`].
+pub type Next = dyn FnMut(&Steps<'_>) -> Option<Result<Step>>;
+
+impl Ask {
+    /// What is tried next.
+    pub fn next_step(&mut self) -> Option<Result<Step>> {
+        let Self { account, gateway, view, trusted, plan, .. } = self;
+        (plan.next)(&Steps { account, gateway, view, trusted: *trusted })
+    }
 }
 
 impl Plan {
@@ -70,6 +85,6 @@ impl Plan {
     pub fn list(steps: Vec<Result<Step>>) -> Self {
         let most = steps.len();
         let mut steps = steps.into_iter();
-        Self { next: Box::new(move || steps.next()), most }
+        Self { next: Box::new(move |_| steps.next()), most }
     }
 }

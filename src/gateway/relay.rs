@@ -219,7 +219,7 @@ impl Relay {
     }
 
     async fn handshake(&self, ask: &mut Ask, trail: &mut Trail) -> Result<(http::HeaderMap, Upgraded, Target)> {
-        let step = (ask.plan.next)().unwrap_or_else(|| Err(Error::internal("a call without steps")))?;
+        let step = ask.next_step().unwrap_or_else(|| Err(Error::internal("a call without steps")))?;
         let Way::Upstream { attempt, sign } = &step.way else {
             return Err(Error::unsupported("The models of this server have no realtime sockets."));
         };

@@ -71,7 +71,7 @@ pub(super) async fn enter(
         _ => AccountId::new(account),
     };
     let known = admitted.as_ref().is_ok_and(|caller| caller.key.is_some());
-    let gateway = find(relay, &account, gateway, known).await?;
+    let (gateway, view) = find(relay, &account, gateway, known).await?;
     // Where no token exists at all, nobody can show one; everybody may do everything then.
     let open = admitted.as_ref().is_ok_and(|caller| caller.scopes.admin);
     if gateway.settings.authentication && !known && !open {
@@ -89,15 +89,18 @@ pub(super) async fn enter(
     let caller = admitted.unwrap_or(Caller::anonymous(account.clone()));
     let caller = Caller { account: account.clone(), ..caller };
     let who = Who { id, caller, engine, received };
-    Ok(Entrance { account, gateway, view: relay.parts.registry.view(), who, trusted: known })
+    Ok(Entrance { account, gateway, view, who, trusted: known })
 }
 
-async fn find(relay: &Relay, account: &AccountId, id: &str, known: bool) -> Result<Arc<Gateway>> {
-    if let Some(gateway) = relay.parts.registry.view().gateway(account.as_str(), id) {
-        return Ok(gateway);
+/// A gateway, and what else the registry says at this moment.
+async fn find(relay: &Relay, account: &AccountId, id: &str, known: bool) -> Result<(Arc<Gateway>, Arc<View>)> {
+    let view = relay.parts.registry.view();
+    if let Some(gateway) = view.gateway(account.as_str(), id) {
+        return Ok((gateway, view));
     }
     if id == DEFAULT && known {
-        return Box::pin(relay.parts.registry.ensure_default(account)).await;
+        let gateway = Box::pin(relay.parts.registry.ensure_default(account)).await?;
+        return Ok((gateway, relay.parts.registry.view()));
     }
     Err(Error::new(Kind::NoSuchGateway, format!("There is no gateway `{id}` in this account: create it first.")))
 }
@@ -117,9 +120,9 @@ pub(super) async fn enter_named(
     if !caller.scopes.opens(named) {
         return Err(Error::new(Kind::Forbidden, "This token does not open this gateway."));
     }
-    let gateway = find(relay, &account, named, true).await?;
+    let (gateway, view) = find(relay, &account, named, true).await?;
     let who = Who { id, engine: caller.scopes.run.then(|| caller.clone()), caller, received };
-    Ok(Entrance { account, gateway, view: relay.parts.registry.view(), who, trusted })
+    Ok(Entrance { account, gateway, view, who, trusted })
 }
 
 /// A request, divided into what is ours and what is the upstream's.
@@ -275,6 +278,8 @@ impl Entrance {
             who: self.who,
             account: self.account,
             gateway: self.gateway,
+            view: self.view,
+            trusted: self.trusted,
             plan,
             tries_all: provider == UNIVERSAL,
             provider: provider.into(),
@@ -301,15 +306,12 @@ impl Entrance {
             return self.ask(call, plan, Words::Native(dialect), slug);
         }
         // Made when it is taken: an answer from the cache needs no step.
-        let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
-        let trusted = self.trusted;
         let mut parts = Some((call.headers.clone(), slug.to_owned(), rest.to_owned()));
         let (method, query, body) = (call.method.clone(), call.query.clone(), call.body.clone());
         let options = call.options.clone();
-        let next = move || {
+        let next = move |steps: &Steps<'_>| {
             let (headers, slug, rest) = parts.take()?;
             let headers = headers.take();
-            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
             let (method, query, body, options) = (&method, query.as_str(), &body, options.clone());
             Some(steps.native(&slug, Native { method, rest: &rest, query, headers, body, options }))
         };
@@ -394,13 +396,10 @@ impl Entrance {
         let most = written.len();
         let request = call.options.clone();
         let outer = call.headers.get().clone();
-        let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
-        let trusted = self.trusted;
         let mut written = written.into_iter().enumerate();
-        let next = move || {
+        let next = move |steps: &Steps<'_>| {
             let (index, step) = written.next()?;
-            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
-            Some(universal_step(&steps, index, step, &request, &outer))
+            Some(universal_step(steps, index, step, &request, &outer))
         };
         self.ask(call, Plan { next: Box::new(next), most }, Words::OpenAi, UNIVERSAL)
     }
@@ -422,16 +421,13 @@ impl Entrance {
             let message = format!("Rate limited: the route `{name}` leads to no model now (limit `{limit}`).");
             return Err(Error::new(Kind::RateLimited, message));
         }
-        let (account, gateway, view) = (self.account.clone(), self.gateway.clone(), self.view.clone());
-        let trusted = self.trusted;
         let (headers, body, options) = (call.headers.get().clone(), call.body.clone(), call.options.clone());
         let mut index = 0;
-        let next = move || {
+        let next = move |steps: &Steps<'_>| {
             if index > 0 {
                 asked.with(|facts| walk.failed(facts, &mut within).is_some());
             }
             let node = walk.model()?;
-            let steps = Steps { account: &account, gateway: &gateway, view: &view, trusted };
             let name = format!("{}/{}", node.provider, node.model);
             let options = Options {
                 request_timeout: node.timeout_ms.map(Duration::from_millis).or(options.request_timeout),

@@ -17,7 +17,7 @@ pub mod seal;
 
 /// The tokens in force. Cheap to clone; a reload replaces the snapshot for everyone.
 #[derive(Clone)]
-pub struct Vault(Arc<RwLock<Arc<Auth>>>);
+pub struct Vault(Arc<RwLock<Auth>>);
 
 /// Who a request comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,12 +40,12 @@ impl Caller {
 impl Vault {
     /// Begins with a first set of tokens.
     pub fn new(auth: Auth) -> Self {
-        Self(Arc::new(RwLock::new(Arc::new(auth))))
+        Self(Arc::new(RwLock::new(auth)))
     }
 
     /// Puts another set of tokens in force, for requests from now on.
     pub fn replace(&self, auth: Auth) {
-        *self.0.write() = Arc::new(auth);
+        *self.0.write() = auth;
     }
 
     /// Says who is calling with `token`, on a path that names the account `named` (or none).
@@ -58,7 +58,7 @@ impl Vault {
     /// # Errors
     /// [`Kind::Unauthorized`] in every other case; which one is for the log, not for the caller.
     pub fn admit(&self, token: Option<&str>, named: Option<&str>, now: Millis) -> Result<Caller> {
-        let auth = self.0.read().clone();
+        let auth = self.0.read();
         let found = token.and_then(|token| find(&auth.tokens, token));
         let Some(found) = found else {
             return match &auth.anonymous {

@@ -75,7 +75,7 @@ impl Relay {
         let deadline = Instant::now() + upstream.total_timeout;
         let mut last: Option<Result<Begun>> = None;
         let mut taken = 0;
-        while let Some(step) = (ask.plan.next)() {
+        while let Some(step) = ask.next_step() {
             let step = match step {
                 Ok(step) => step,
                 // The caller's own step that cannot be taken is the caller's mistake; a fallback that cannot is skipped.
