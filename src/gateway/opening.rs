@@ -504,8 +504,8 @@ mod tests {
     fn read<'a>(dialect: Dialect, kind: &str, pieces: impl IntoIterator<Item = &'a [u8]>) -> (Verdict, Vec<u8>) {
         let mut opening = Opening::new(dialect, Some(kind)).unwrap();
         let mut pieces = pieces.into_iter();
-        let verdict = pieces.by_ref().map(|piece| opening.feed(&Bytes::copy_from_slice(piece)));
-        let verdict = verdict.skip_while(|verdict| *verdict == Verdict::Hold).next().unwrap_or(Verdict::Hold);
+        let mut verdict = pieces.by_ref().map(|piece| opening.feed(&Bytes::copy_from_slice(piece)));
+        let verdict = verdict.find(|verdict| *verdict != Verdict::Hold).unwrap_or(Verdict::Hold);
         let mut all = opening.into_chunks().into_iter().flatten().collect::<Vec<u8>>();
         all.extend(pieces.flatten());
         (verdict, all)

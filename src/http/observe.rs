@@ -25,9 +25,11 @@ const CLIENT_LEFT: u16 = 499;
 /// A worker's handles of the series that requests count in: to find one by its labels takes longer than to count.
 pub(super) struct Requests {
     metrics: Arc<Metrics>,
-    /// By route, method and status.
-    known: RefCell<HashMap<(&'static str, &'static str, u16), Rc<Series>>>,
+    known: RefCell<HashMap<Labels, Rc<Series>>>,
 }
+
+/// Route, method and status.
+type Labels = (&'static str, &'static str, u16);
 
 struct Series {
     requests: IntCounter,

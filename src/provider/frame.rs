@@ -141,7 +141,7 @@ const CRC_TABLE: [u32; 256] = {
 
 /// A frame as AWS writes it, for tests of whoever reads them.
 #[cfg(test)]
-pub(super) fn encode(headers: &[(&str, &str)], payload: &[u8]) -> Vec<u8> {
+pub(crate) fn encode(headers: &[(&str, &str)], payload: &[u8]) -> Vec<u8> {
     let mut head = Vec::new();
     for (name, value) in headers {
         head.push(name.len() as u8);

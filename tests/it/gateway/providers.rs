@@ -182,7 +182,7 @@ fn canonical(slug: &'static str) -> &'static str {
 
 #[actix_web::test]
 async fn a_stored_key_rides_where_each_provider_looks_for_it() {
-    let rows: Vec<(&str, &str, Vec<(&str, &str)>)> = vec![
+    let rows = [
         ("openai", "v1/models", vec![BEARER]),
         ("anthropic", "v1/models", vec![("x-api-key", "k")]),
         ("google-ai-studio", "v1beta/models", vec![("x-goog-api-key", "k")]),
