@@ -197,6 +197,11 @@ impl Buffer {
         Pushed::Taken
     }
 
+    /// The answer is not to be stored after all.
+    pub(super) fn forbid(&mut self) {
+        self.is_storable = false;
+    }
+
     /// The answer is whole. Returns whether it is to be stored.
     pub(super) fn finish(&mut self) -> bool {
         if !matches!(self.phase, Phase::Filling) {

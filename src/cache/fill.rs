@@ -165,6 +165,15 @@ impl FillTicket {
         }
     }
 
+    /// The answer is whole, and turned out to be a failure: those who read it have read so, and nobody else will.
+    pub fn finish_unkept(mut self) {
+        self.is_done = true;
+        self.fill.advance(|buffer| {
+            buffer.forbid();
+            buffer.finish()
+        });
+    }
+
     /// The answer is not coming, or broke off. Before [`begin`](Self::begin) one of those who wait may try once more.
     pub fn fail(mut self, failure: FailedAnswer) {
         self.is_done = true;

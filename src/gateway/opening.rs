@@ -13,10 +13,12 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::LazyLock;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use memchr::memmem::Finder;
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -176,6 +178,82 @@ impl Opening {
         }
         self.events += 1;
         if self.events > MAX_EVENTS { Verdict::Release } else { Verdict::Hold }
+    }
+}
+
+/// Looks on as a stream goes by, whether it says of itself that it failed. The caller reads that as it was said; it is not
+/// kept for others, and no good answer.
+#[derive(Debug)]
+pub struct Watch {
+    dialect: Dialect,
+    /// None: AWS's frames.
+    decoder: Option<Decoder>,
+    /// In the middle of an event, or the last bytes of frames.
+    midway: Vec<u8>,
+    has_failed: bool,
+}
+
+/// In every event that says so, whatever else is in it.
+static WORDS: LazyLock<[Finder<'static>; 2]> =
+    LazyLock::new(|| ["rror", "RROR"].map(|word| Finder::new(word.as_bytes())));
+/// The names of headers that only frames of failures have, with the lengths around them: no JSON holds these bytes.
+const FAILURES: [&[u8]; 2] = [b"\x0f:exception-type\x07", b"\x0b:error-code\x07"];
+
+impl Watch {
+    /// Over an answer of this content type; nothing where that is no stream of events.
+    pub fn new(dialect: Dialect, content_type: &str) -> Option<Self> {
+        let kind = content_type.split(';').next().unwrap_or_default().trim();
+        let decoder = match kind {
+            _ if kind.eq_ignore_ascii_case("text/event-stream") => Some(Decoder::new(MAX_BYTES)),
+            _ if kind.eq_ignore_ascii_case("application/vnd.amazon.eventstream") => None,
+            _ => return None,
+        };
+        Some(Self { dialect, decoder, midway: Vec::new(), has_failed: false })
+    }
+
+    /// The next bytes of it.
+    pub fn feed(&mut self, chunk: &[u8]) {
+        if self.has_failed {
+            return;
+        }
+        let Some(decoder) = &mut self.decoder else {
+            // A name may come in two pieces.
+            let longest = FAILURES.map(<[u8]>::len).into_iter().max().unwrap_or_default();
+            self.midway.extend_from_slice(&chunk[..chunk.len().min(longest)]);
+            let found = |bytes: &[u8]| FAILURES.iter().any(|name| memchr::memmem::find(bytes, name).is_some());
+            self.has_failed = found(&self.midway) || found(chunk);
+            if chunk.len() > longest {
+                self.midway.clear();
+                self.midway.extend_from_slice(&chunk[chunk.len() - longest..]);
+            }
+            self.midway.drain(..self.midway.len().saturating_sub(longest));
+            return;
+        };
+        let is_whole = chunk.ends_with(b"\n\n") || chunk.ends_with(b"\r\n\r\n");
+        // Most chunks are whole events that say nothing like it: these cost a search.
+        if self.midway.is_empty() && is_whole && WORDS.iter().all(|word| word.find(chunk).is_none()) {
+            return;
+        }
+        self.midway.clear();
+        if !is_whole {
+            self.midway.push(b'.');
+        }
+        let mut events = Vec::new();
+        // What is too long to be an event is content.
+        if decoder.feed(chunk, &mut events).is_err() {
+            *decoder = Decoder::new(MAX_BYTES);
+        }
+        let dialect = self.dialect;
+        let failed = |event| matches!(sse_event(dialect, event), Verdict::Failed { .. });
+        self.has_failed = events.into_iter().any(failed);
+    }
+
+    /// Whether it has said so, now that all of it is there.
+    pub fn has_failed(&mut self) -> bool {
+        if self.decoder.is_some() && !self.midway.is_empty() {
+            self.feed(b"\n\n");
+        }
+        self.has_failed
     }
 }
 
@@ -793,6 +871,36 @@ mod tests {
         }
         let endless = format!("{{\"a\":\"{}", "x".repeat(MAX_DOCUMENT));
         assert_eq!(read(Dialect::Google, SSE, [endless.as_bytes()]).0, Verdict::Release);
+    }
+
+    #[test]
+    fn a_failure_in_the_middle_is_seen_however_it_is_cut_and_talk_of_errors_is_none() {
+        let text = "data: {\"choices\":[{\"delta\":{\"content\":\"an error occurred: {\\\"error\\\":1}\"}}]}\n\n";
+        let said =
+            "event: response.in_progress\ndata: {\"type\":\"response.in_progress\",\"response\":{\"error\":null}}\n\n";
+        let check = |kind: &str, stream: &[u8], has_failed: bool| {
+            for size in [1, 2, 3, 7, 50, stream.len()] {
+                let mut watch = Watch::new(Dialect::OpenAi, kind).unwrap();
+                stream.chunks(size).for_each(|chunk| watch.feed(chunk));
+                assert_eq!(watch.has_failed(), has_failed, "{size}: {:?}", String::from_utf8_lossy(stream));
+            }
+        };
+        let sse = "text/event-stream; charset=utf-8";
+        for failure in [
+            "data: {\"error\":{\"message\":\"m\",\"type\":\"server_error\"}}\n\n",
+            "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"m\"}}\r\n\r\n",
+            "data: {\"type\":\"response.failed\",\"response\":{\"status\":\"failed\",\"error\":{\"code\":\"c\",\"message\":\"m\"}}}\n\n",
+            "data: {\"error\":{\"message\":\"the blank line never comes\"}}",
+        ] {
+            check(sse, format!("{text}{said}{text}{failure}").as_bytes(), true);
+            check(sse, format!("{text}{said}{text}").as_bytes(), false);
+        }
+        let talk = frame("event", "contentBlockDelta", "{\"delta\":{\"text\":\":exception-type\"}}");
+        let failure = frame("exception", "throttlingException", "{\"message\":\"m\"}");
+        let aws = "application/vnd.amazon.eventstream";
+        check(aws, &[talk.clone(), talk.clone()].concat(), false);
+        check(aws, &[talk.clone(), failure, talk].concat(), true);
+        assert!(Watch::new(Dialect::OpenAi, "application/json").is_none());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use futures_util::stream::LocalBoxStream;
 use serde_json::json;
 
 use crate::base::{Error, Kind};
+use crate::gateway::opening::Watch;
 use crate::guard::{Check, Finding, StreamGuard};
 use crate::net::client::{AnswerBody, Fault};
 use crate::net::sse;
@@ -54,6 +55,8 @@ pub enum Words {
 pub enum End {
     /// As its sender meant it.
     Whole,
+    /// As its sender meant it, who says in it that it failed.
+    Failed,
     /// Before that; in the provider's own words where it had any.
     Broken(Error),
     /// By a rule of the gateway.
@@ -64,6 +67,7 @@ pub enum End {
 pub struct Pipe {
     source: Source,
     meter: Reading,
+    watch: Option<Box<Watch>>,
     translation: Option<Box<Translation>>,
     guard: Option<Box<StreamGuard>>,
     flags: Vec<Finding>,
@@ -152,6 +156,7 @@ impl Pipe {
         Self {
             source,
             meter: Reading::Nothing,
+            watch: None,
             translation: None,
             guard: None,
             flags: Vec::new(),
@@ -170,6 +175,12 @@ impl Pipe {
             Some("gzip") => Reading::Gzip(Box::new(GzDecoder::new(Bounded { meter: Some(meter), left: limit }))),
             Some(_) => Reading::Nothing,
         };
+        self
+    }
+
+    /// Looks on, in a stream that passes as it is, whether it says that it failed.
+    pub fn watched(mut self, watch: Option<Watch>) -> Self {
+        self.watch = watch.map(Box::new);
         self
     }
 
@@ -276,7 +287,10 @@ impl Pipe {
                 }
                 Some(Err(error)) => self.stop(broken(error)),
                 None => match self.finish() {
-                    Ok(()) => self.end = Some(End::Whole),
+                    Ok(()) => {
+                        let has_failed = self.watch.take().is_some_and(|mut watch| watch.has_failed());
+                        self.end = Some(if has_failed { End::Failed } else { End::Whole });
+                    }
                     Err(end) => self.stop(end),
                 },
             }
@@ -284,6 +298,9 @@ impl Pipe {
     }
 
     fn read(&mut self, chunk: &[u8]) {
+        if let Some(watch) = &mut self.watch {
+            watch.feed(chunk);
+        }
         match &mut self.meter {
             Reading::Nothing | Reading::Known(_) => {}
             Reading::Plain(meter) => meter.feed(chunk),
@@ -343,7 +360,7 @@ impl Pipe {
     /// answer was whole.
     fn stop(&mut self, end: End) {
         let error = match &end {
-            End::Whole => return,
+            End::Whole | End::Failed => return,
             End::Broken(error) => error.clone(),
             End::Blocked(finding) => {
                 let message = format!("The response was blocked by the rule `{}`.", finding.rule);

@@ -224,6 +224,7 @@ impl Record {
         match end {
             End::Whole if self.status < 400 => self.close(Outcome::Done, None, usage),
             End::Whole => self.close(Outcome::Failed, Some("upstream_status"), usage),
+            End::Failed => self.close(Outcome::Failed, Some("upstream_error_event"), usage),
             End::Broken(_) => self.close(Outcome::Failed, Some("upstream_broke"), usage),
             End::Blocked(finding) => {
                 self.blocked(finding);

@@ -40,7 +40,8 @@ use crate::gateway::asked::{Ask, Who};
 use crate::gateway::counts::Counts;
 use crate::gateway::headers::{self, Headers};
 use crate::gateway::limits::RouteLimits;
-use crate::gateway::pipe::{Pipe, Source, Words};
+use crate::gateway::opening::Watch;
+use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::{CacheUse, Record};
 use crate::gateway::step::{LocalCall, Way};
 use crate::metrics::Metrics;
@@ -319,7 +320,11 @@ impl Relay {
                         let chunk = follower.next().await?;
                         Some((chunk, follower))
                     });
-                    let pipe = Pipe::new(Source::Shared(chunks.boxed_local()), words, events);
+                    let watch = match words {
+                        Words::Native(dialect) => Watch::new(dialect, headers.text("content-type")),
+                        Words::OpenAi | Words::Messages => None,
+                    };
+                    let pipe = Pipe::new(Source::Shared(chunks.boxed_local()), words, events).watched(watch);
                     let cache = if ask.is_some() { CacheUse::Coalesced } else { CacheUse::Miss };
                     return Ok((Begun { status, headers, pipe }, cache));
                 }
@@ -366,6 +371,7 @@ impl Relay {
                         }
                     }
                     Some(Err(error)) => return ticket.fail(FailedAnswer::Error(error)),
+                    None if matches!(begun.pipe.end(), Some(End::Failed)) => return ticket.finish_unkept(),
                     None => return ticket.finish(),
                 }
             }

@@ -21,7 +21,7 @@ use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::Ask;
 use crate::gateway::headers::{self, Headers};
-use crate::gateway::opening::{Opening, Verdict};
+use crate::gateway::opening::{Opening, Verdict, Watch};
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
 use crate::gateway::step::{Sign, Step, Way};
@@ -214,6 +214,9 @@ impl Relay {
         if !matches!(step.way, Way::Local(_)) && status.is_success() {
             let meter = Meter::new(kind);
             pipe = pipe.metered(meter, encoding, limit);
+            if step.speech.is_verbatim() && encoding.is_none_or(|encoding| encoding == "identity") {
+                pipe = pipe.watched(Watch::new(step.dialect, kind.unwrap_or_default()));
+            }
         }
         // What is read to its end first may take as long as it keeps coming.
         let until = tokio::time::Instant::from_std(limits.deadline);

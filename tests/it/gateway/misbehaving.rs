@@ -145,7 +145,7 @@ async fn a_stream_that_fails_on_the_way_says_so_and_is_tried_no_second_time() {
          half-close-after=2 | 200 openai told 1  | 200 anthropic told 1  | 200 openai told 1  | 200 openai told 1  | 200 anthropic told 1
          bad-chunk-after=2  | 200 openai told 1  | 200 anthropic told 1  | 200 openai told 1  | 200 openai told 1  | 200 anthropic told 1
          garbage-after=2    | 200 openai whole 1 | 200 anthropic told 1  | 200 openai whole 1 | 200 openai whole 1 | 200 anthropic told 1
-         error-after=2      | -                  | 200 anthropic told 1  | -                  | -                  | 200 anthropic told 1
+         error-after=2      | 200 openai told 1  | 200 anthropic told 1  | 200 openai told 1  | 200 openai told 1  | 200 anthropic told 1
          drip=1/0           | 200 openai whole 1 | 200 anthropic whole 1 | 200 openai whole 1 | 200 openai whole 1 | 200 anthropic whole 1
         ",
     )

@@ -134,6 +134,33 @@ async fn a_stream_that_breaks_off_says_so_once_however_many_read_it() {
 }
 
 #[actix_web::test]
+async fn an_answer_that_says_it_failed_is_handed_on_and_neither_kept_nor_counted_as_good() {
+    let rig = Rig::start();
+    let ended = |outcome: &str| rig.daemon.metric(&format!("neurond_gateway_calls_total{{outcome=\"{outcome}\"}}"));
+    let frames = "aws-bedrock/bedrock-runtime/us-east-1/model/nova/converse-stream";
+    let turn = json!({ "messages": [{ "role": "user", "content": [{ "text": "q" }] }] });
+    let mut calls = 0.0;
+    for (path, body) in [
+        asked("openai/chat/completions", "gpt-4o-mini"),
+        asked("openai/responses", "gpt-4o-mini"),
+        asked("anthropic/v1/messages", "claude-x"),
+        (frames.to_owned(), turn),
+    ] {
+        for ttl in ["0", "60", "60"] {
+            let headers = [("x-fake", "chunks=9; error-after=3"), ("cf-aig-cache-ttl", ttl)];
+            let answer = Answer::of(rig.post(&path, &headers, &body)).await;
+            assert_eq!((answer.status, answer.header("cf-aig-cache-status")), (200, "MISS"), "{path}: {answer:?}");
+            let told = answer.text.matches("\"error\":{").count() + answer.text.matches(":exception-type").count();
+            assert_eq!(told, 1, "{path} {ttl}: {answer:?}");
+            calls += 1.0;
+            rig.is_clean().await;
+            assert_eq!((ended("failed"), ended("done")), (calls, 0.0), "{path} {ttl}");
+        }
+    }
+    assert_eq!(rig.upstream.count() as f64, calls);
+}
+
+#[actix_web::test]
 async fn an_answer_that_a_rule_blocks_says_so_once_with_the_cache_and_without() {
     let rule = "rules = [{ name = \"secret\", pattern = 'sesame', on = \"response\" }]\n";
     let rig = Rig::with(rule);
