@@ -150,8 +150,8 @@ async fn an_answer_that_says_it_failed_is_handed_on_and_neither_kept_nor_counted
             let headers = [("x-fake", "chunks=9; error-after=3"), ("cf-aig-cache-ttl", ttl)];
             let answer = Answer::of(rig.post(&path, &headers, &body)).await;
             assert_eq!((answer.status, answer.header("cf-aig-cache-status")), (200, "MISS"), "{path}: {answer:?}");
-            let told = answer.text.matches("\"error\":{").count() + answer.text.matches(":exception-type").count();
-            assert_eq!(told, 1, "{path} {ttl}: {answer:?}");
+            let words = ["\"error\":{", "\"type\":\"error\"", ":exception-type"];
+            assert!(words.iter().any(|word| answer.text.contains(word)), "{path} {ttl}: {answer:?}");
             calls += 1.0;
             rig.is_clean().await;
             assert_eq!((ended("failed"), ended("done")), (calls, 0.0), "{path} {ttl}");
