@@ -17,6 +17,7 @@ pub mod record;
 pub mod relay;
 pub mod route;
 pub mod step;
+pub mod watch;
 
 mod call;
 mod calls;

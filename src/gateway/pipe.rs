@@ -18,7 +18,7 @@ use futures_util::stream::LocalBoxStream;
 use serde_json::json;
 
 use crate::base::{Error, Kind};
-use crate::gateway::opening::Watch;
+use crate::gateway::watch::Watch;
 use crate::guard::{Check, Finding, StreamGuard};
 use crate::net::client::{AnswerBody, Fault};
 use crate::net::sse;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, HeaderMap};
 use actix_web::web;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::try_join_all;
 use serde_json::Value;
@@ -21,6 +21,7 @@ use crate::gateway::{Answer, Call, Delivery, Encoded};
 use crate::http::Services;
 use crate::http::fields::Fields;
 use crate::http::route::Surface;
+use crate::net::gather::Gather;
 use crate::task::{EncodeInput, Task, TextInput};
 use crate::vault::Caller;
 
@@ -189,27 +190,17 @@ pub(super) async fn read_bytes(
         return Err(too_large());
     }
     let mut read = pin!(async {
-        let mut whole = Bytes::new();
-        let mut body = BytesMut::new();
+        let mut gather = Gather::expecting(announced.unwrap_or(0).min(INLINE_BODY_BYTES));
         while let Some(chunk) = payload.next().await {
             let chunk = chunk.map_err(|error| {
                 Error::bad_input("the request body broke off before its end")
                     .with_source(std::io::Error::other(error.to_string()))
             })?;
-            if whole.len() + body.len() + chunk.len() > limit {
+            if !gather.push(chunk, limit) {
                 return Err(too_large());
             }
-            if whole.is_empty() && body.is_empty() {
-                whole = chunk;
-                continue;
-            }
-            if body.is_empty() {
-                body.reserve(announced.unwrap_or(0).min(INLINE_BODY_BYTES).max(whole.len() + chunk.len()));
-                body.extend_from_slice(&std::mem::take(&mut whole));
-            }
-            body.extend_from_slice(&chunk);
         }
-        Ok(if body.is_empty() { whole } else { body.freeze() })
+        Ok(gather.whole())
     });
     // Most bodies come with their heads, right behind this first look: no clock is wound up for them.
     let mut looked = false;

@@ -33,6 +33,8 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant as TokioInstant, Sleep, sleep_until, timeout};
 use tokio_rustls::TlsConnector;
 
+use crate::net::gather::Gather;
+
 /// Answer heads longer than this are refused.
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// A connection that was not used for this long is closed: shorter than servers commonly keep theirs.
@@ -515,24 +517,13 @@ impl AnswerBody {
     /// # Errors
     /// [`Fault::Broken`] when there is more; what the connection says otherwise.
     pub async fn collect(mut self, limit: usize) -> Result<Bytes, Fault> {
-        let mut first = Bytes::new();
-        let mut all = Vec::new();
+        let mut gather = Gather::default();
         while let Some(chunk) = self.chunk().await {
-            let chunk = chunk?;
-            if first.len() + all.len() + chunk.len() > limit {
+            if !gather.push(chunk?, limit) {
                 return Err(Fault::Broken(format!("the answer has more than {limit} bytes")));
             }
-            // Most answers come in one piece, which is handed on as it is.
-            if first.is_empty() && all.is_empty() {
-                first = chunk;
-                continue;
-            }
-            if all.is_empty() {
-                all.extend_from_slice(&std::mem::take(&mut first));
-            }
-            all.extend_from_slice(&chunk);
         }
-        Ok(if all.is_empty() { first } else { all.into() })
+        Ok(gather.whole())
     }
 
     /// Chunks only move the mark; the timer is set anew when it rings, not with each of them.

@@ -21,12 +21,14 @@ use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::Ask;
 use crate::gateway::headers::{self, Headers};
-use crate::gateway::opening::{Opening, Verdict, Watch};
+use crate::gateway::opening::{Opening, Verdict};
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
 use crate::gateway::step::{Sign, Step, Way};
+use crate::gateway::watch::Watch;
 use crate::guard;
 use crate::net::client::{Answer, AnswerBody, Fault};
+use crate::net::gather::Gather;
 use crate::provider::{self, Meta, Meter, Translator, messages};
 use crate::registry::Gateway;
 
@@ -51,14 +53,12 @@ pub(super) struct Begun {
 #[derive(Default)]
 pub(super) struct Trail {
     pub(super) text: String,
-    tried: usize,
     /// Waited for others.
     pub(super) elsewhere: Duration,
 }
 
 impl Trail {
     pub(super) fn note(&mut self, target: &Target, what: impl std::fmt::Display) {
-        self.tried += 1;
         // A caller's model names are not trusted with a header's length.
         if self.text.len() < 1024 {
             let gap = if self.text.is_empty() { "" } else { ", " };
@@ -480,24 +480,13 @@ async fn checked(
 
 /// All that is left, if it comes whole and is not more than `limit` bytes.
 pub(super) async fn collect(pipe: &mut Pipe, limit: usize) -> Option<Bytes> {
-    let mut first = Bytes::new();
-    let mut all = Vec::new();
+    let mut gather = Gather::default();
     while let Some(chunk) = poll_fn(|cx| pipe.poll_chunk(cx)).await {
-        let chunk = chunk.ok()?;
-        if first.len() + all.len() + chunk.len() > limit {
+        if !gather.push(chunk.ok()?, limit) {
             return None;
         }
-        // Most answers come in one piece, which is handed on as it is.
-        if first.is_empty() && all.is_empty() {
-            first = chunk;
-            continue;
-        }
-        if all.is_empty() {
-            all.extend_from_slice(&std::mem::take(&mut first));
-        }
-        all.extend_from_slice(&chunk);
     }
-    matches!(pipe.end(), Some(End::Whole)).then(|| if all.is_empty() { first } else { all.into() })
+    matches!(pipe.end(), Some(End::Whole)).then(|| gather.whole())
 }
 
 fn growth(written: config::gateway::Backoff) -> Growth {
