@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::catalog::Block;
 use super::gateway::{GatewaySection, ProviderSection, RegistrySection, VaultSection};
+use super::metering::{BudgetSection, LedgerSection, LimitSection, LimitsSection, PlanSection, PricesSection};
 use super::value::{ByteSize, Written};
 use super::{Format, KvType, Packing, Precision};
 
@@ -41,8 +42,18 @@ pub struct File {
     pub gpu: GpuSection,
     /// Work that nobody waits for.
     pub batch: BatchSection,
+    /// What accounts may use of the models of this machine.
+    pub plan: PlanSection,
     /// One block an account that is not like all others.
     pub account: Vec<AccountSection>,
+    /// How much callers may ask for in a time.
+    pub limits: LimitsSection,
+    /// One block a rule of one's own.
+    pub limit: Vec<LimitSection>,
+    /// What other providers' models cost.
+    pub prices: PricesSection,
+    /// Where it is written down who used what.
+    pub ledger: LedgerSection,
     /// One block a model to be loaded, in this order.
     pub model: Vec<ModelSection>,
     /// LoRA adapters that accounts bring.
@@ -181,6 +192,11 @@ pub struct TokenSection {
     /// Example: `2027-12-31`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires: Option<Written>,
+    /// What may be used with it: `neurons_per_day` and `neurons_per_month` (UTC) of the models of this machine, `usd_per_day` and
+    /// `usd_per_month` of all providers. Beyond it calls with this token are refused. Left out: what its account may.
+    /// Example: `{ usd_per_month = 50.0 }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<BudgetSection>,
 }
 
 /// `[engine]`: how the device computes, for all models.
@@ -312,6 +328,11 @@ pub struct AccountSection {
     /// Example: `10`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<i8>,
+    /// What it may use, with the keys of `[plan]`; those that are not written are the defaults given there.
+    /// Left out: what `[plan]` says.
+    /// Example: `{ neurons_per_day = 10000.0, beyond = "refuse" }`
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanSection>,
 }
 
 /// `[[model]]`: a model to be loaded.

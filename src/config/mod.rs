@@ -18,16 +18,22 @@ use crate::task::Task;
 pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
 pub use file::{File, LogFormat};
 pub use price::{Price, PriceLine};
+pub use metering::{
+    AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Limits, Metering, Network, OnFault, Plan, Rule,
+};
 pub use reload::{Change, Effect, diff};
+pub use tariff::{Tariff, Tariffs};
 pub use value::ByteSize;
 
 mod catalog;
 mod file;
 pub mod gateway;
 mod machine;
+mod metering;
 mod price;
 mod reload;
 mod resolve;
+mod tariff;
 mod value;
 
 /// Where a configuration is looked for when nobody names one, in this order.
@@ -50,6 +56,8 @@ pub struct Config {
     pub batches: Option<PathBuf>,
     /// Accounts of which something is said.
     pub accounts: Vec<Account>,
+    /// What calls may use and what they cost.
+    pub metering: Metering,
     /// Which models are loaded, in the order written.
     pub models: Vec<Model>,
     /// Adapters that accounts bring.
@@ -180,6 +188,8 @@ pub struct Token {
     pub scopes: Scopes,
     /// Unix milliseconds after which it is refused.
     pub expires: Option<Millis>,
+    /// What may be used with it.
+    pub budget: Budget,
 }
 
 /// What a token is good for.
@@ -306,6 +316,8 @@ pub struct Account {
     pub weight: u32,
     /// The highest priority its requests may ask for; 0 is normal.
     pub priority: i8,
+    /// What it may use, where that differs from others.
+    pub plan: Option<Plan>,
 }
 
 /// A model to be loaded.

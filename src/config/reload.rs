@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use crate::base::AccountId;
 
-use super::{Account, Auth, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Server, Spill, Upstream};
+use super::{
+    Account, Auth, Cache, Config, Draft, Engine, Gpu, Log, Lora, Metering, Model, OnGpu, Plan, Server, Spill, Upstream,
+};
 
 /// One difference between the configuration in force and a new one.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +60,7 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     let folder = |config: &Config| config.batches.as_ref().map(|folder| folder.display().to_string());
     changes.note("batch.folder", folder(old), folder(new), Effect::Restart);
     changes.accounts(&old.accounts, &new.accounts);
+    changes.metering(&old.metering, &new.metering);
     changes.models(&old.models, &new.models);
     changes.lora(&old.lora, &new.lora);
     changes.told(old, new);
@@ -170,9 +173,26 @@ impl Changes {
         for id in ids {
             let (old, new) = (find(old, id), find(new, id));
             let shown = |account: Option<&Account>| {
-                account.map(|Account { id: _, weight, priority }| format!("weight {weight}, priority {priority}"))
+                account.map(|Account { id: _, weight, priority, plan }| {
+                    let plan = plan.map(|plan| format!(", {plan}")).unwrap_or_default();
+                    format!("weight {weight}, priority {priority}{plan}")
+                })
             };
             self.note(format!("account {id}"), shown(old.as_ref()), shown(new.as_ref()), Effect::Live);
+        }
+    }
+
+    fn metering(&mut self, old: &Metering, new: &Metering) {
+        let Metering { plan, limits, tariffs, ledger } = new;
+        self.note("plan", old.plan, *plan, Effect::Live);
+        if old.limits != *limits {
+            self.note("limits", "as they were", "changed", Effect::Live);
+        }
+        if old.tariffs != *tariffs {
+            self.note("prices", "as they were", "changed", Effect::Live);
+        }
+        if old.ledger != *ledger {
+            self.note("ledger", "as it was", "changed", Effect::Restart);
         }
     }
 
@@ -350,7 +370,7 @@ trait Shown {
 macro_rules! shown {
     ($($kind:ty)*) => { $(impl Shown for $kind { fn shown(&self) -> String { self.to_string() } })* };
 }
-shown!(usize u32 u64 u128 f64 bool str String std::net::SocketAddr crate::base::AccountId);
+shown!(usize u32 u64 u128 f64 bool str String std::net::SocketAddr crate::base::AccountId Plan);
 
 impl Shown for PathBuf {
     fn shown(&self) -> String {
@@ -400,7 +420,8 @@ mod tests {
 
     fn token(id: &str, hash: u8) -> Token {
         let (id, account) = (KeyId::new(id), AccountId::new("x"));
-        Token { id, sha256: [hash; 32], account, any_account: false, scopes: Scopes::ALL, expires: None }
+        let budget = Budget::default();
+        Token { id, sha256: [hash; 32], account, any_account: false, scopes: Scopes::ALL, expires: None, budget }
     }
 
     /// Makes two equal configurations, changes one, and compares what is said about it.
@@ -478,7 +499,7 @@ mod tests {
 
     #[test]
     fn an_account_is_changed_by_name_and_at_once() {
-        let account = |id: &str, weight| Account { id: AccountId::new(id), weight, priority: 0 };
+        let account = |id: &str, weight| Account { id: AccountId::new(id), weight, priority: 0, plan: None };
         check(|new| new.accounts = vec![account("a", 2)], &["account a: weight 2, priority 0 added"]);
     }
 

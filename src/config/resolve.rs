@@ -18,6 +18,7 @@ use super::file::{
 };
 use super::gateway;
 use super::machine::Surroundings;
+use super::metering;
 use super::value::{ByteSize, Written};
 use super::{
     Account, Auth, Binding, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision,
@@ -62,6 +63,14 @@ pub(super) fn resolve(
         (None, Some(state)) => state.split(':').next().map(|state| Path::new(state).join("batches")),
         (None, None) => None,
     };
+    let written = metering::Sections {
+        plan: &file.plan,
+        limits: &file.limits,
+        rules: &file.limit,
+        prices: &file.prices,
+        ledger: &file.ledger,
+    };
+    let metering = metering::resolve(&mut check, &written, folder, machine);
     let accounts = accounts(&mut check, &file.account);
     let models = models(&mut check, &file.model, &catalog, engine.threads, folder, machine);
     let lora = lora(&mut check, &file.lora, folder, machine);
@@ -117,6 +126,7 @@ pub(super) fn resolve(
         gpu,
         batches,
         accounts,
+        metering,
         models,
         lora,
         fixed: told.fixed,
@@ -283,7 +293,8 @@ fn accounts(check: &mut Check, sections: &[AccountSection]) -> Vec<Account> {
         if !(-100..=100).contains(&priority) {
             check.wrong(&format!("{key}.priority"), priority, "is not from -100 to 100; 0 is the default");
         }
-        accounts.push(Account { id, weight, priority });
+        let plan = section.plan.as_ref().map(|plan| metering::plan(check, &format!("{key}.plan"), plan));
+        accounts.push(Account { id, weight, priority, plan });
     }
     accounts
 }
@@ -326,7 +337,7 @@ fn gateways(
 }
 
 /// A folder of ours in the state directory.
-fn state(machine: &Surroundings, name: &str) -> Option<PathBuf> {
+pub(super) fn state(machine: &Surroundings, name: &str) -> Option<PathBuf> {
     Some(gateway::state_folder(machine)?.join(name))
 }
 
@@ -504,8 +515,10 @@ fn token(check: &mut Check, key: &str, written: &TokenSection, machine: &Surroun
             Scopes::ALL
         }
     };
+    let budget = written.budget.unwrap_or_default();
+    let budget = metering::budget(check, &format!("{named}.budget"), &budget);
     let (id, any_account) = (KeyId::new(&written.id), written.any_account);
-    tokens.push(Token { id, sha256, account, any_account, scopes, expires });
+    tokens.push(Token { id, sha256, account, any_account, scopes, expires, budget });
 }
 
 /// The hash, written or made of an environment variable's value.
@@ -757,7 +770,7 @@ fn models(
 }
 
 /// Collects what is wrong, in sentences that begin with the file and the key.
-struct Check {
+pub(super) struct Check {
     origin: String,
     /// Keys that the command line has overridden, with the option that did.
     flags: Vec<(&'static str, &'static str)>,
@@ -778,12 +791,17 @@ impl Check {
         Self { origin, flags, problems: Vec::new(), warnings: Vec::new() }
     }
 
-    fn wrong(&mut self, key: &str, value: impl Display, remedy: &str) {
+    pub(super) fn wrong(&mut self, key: &str, value: impl Display, remedy: &str) {
         let flag = self.flags.iter().find(|(overridden, _)| *overridden == key);
         self.problems.push(match flag {
             Some((_, flag)) => format!("{flag} {value}: {remedy}"),
             None => format!("{}: {key} = {value}: {remedy}", self.origin),
         });
+    }
+
+    /// A mistake that has no one key.
+    pub(super) fn problem(&mut self, sentence: &str) {
+        self.problems.push(format!("{}: {sentence}", self.origin));
     }
 
     fn warn(&mut self, sentence: impl Into<String>) {

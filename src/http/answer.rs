@@ -104,6 +104,7 @@ pub(super) fn sum(a: Usage, b: Usage) -> Usage {
     Usage {
         prompt_tokens: a.prompt_tokens.saturating_add(b.prompt_tokens),
         cached_tokens: a.cached_tokens.saturating_add(b.cached_tokens),
+        written_tokens: a.written_tokens.saturating_add(b.written_tokens),
         completion_tokens: a.completion_tokens.saturating_add(b.completion_tokens),
         drafted_tokens: a.drafted_tokens.saturating_add(b.drafted_tokens),
         accepted_tokens: a.accepted_tokens.saturating_add(b.accepted_tokens),

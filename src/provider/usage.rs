@@ -86,6 +86,7 @@ impl Counts {
         Some(Usage {
             prompt_tokens,
             cached_tokens: small(self.cached.max(self.read_beside)).min(prompt_tokens),
+            written_tokens: small(self.written_beside).min(prompt_tokens),
             completion_tokens: small(completion),
             ..Usage::default()
         })

@@ -114,6 +114,9 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Of those, how many came out of the prefix cache.
     pub cached_tokens: u32,
+    /// Of the prompt, how many tokens an upstream wrote to its cache, which have a price of their own.
+    #[serde(default)]
+    pub written_tokens: u32,
     /// Tokens produced, over all choices, end tokens included.
     pub completion_tokens: u32,
     /// Tokens that were guessed ahead and verified; they cost nothing.

@@ -111,6 +111,7 @@ mod tests {
             any_account: false,
             scopes: Scopes::ALL,
             expires: None,
+            budget: Default::default(),
         }
     }
 

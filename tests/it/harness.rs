@@ -221,6 +221,7 @@ pub fn token(id: &str, secret: &str, account: &str) -> Token {
         any_account: false,
         scopes: Scopes::ALL,
         expires: None,
+        budget: Default::default(),
     }
 }
 

@@ -141,7 +141,7 @@ async fn priorities_count_as_far_as_the_account_is_allowed() {
         config.engine.max_running = 1;
         config.auth.anonymous = None;
         config.auth.tokens = vec![token("may", "may-secret", "may"), token("maynot", "maynot-secret", "maynot")];
-        config.accounts = vec![Account { id: AccountId::new("may"), weight: 1, priority: 20 }];
+        config.accounts = vec![Account { id: AccountId::new("may"), weight: 1, priority: 20, plan: None }];
     });
     let order = async |key: &'static str, bodies: [Value; 3]| {
         let begin = Instant::now();
