@@ -16,13 +16,13 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
 use crate::adapters::Adapters;
-use crate::base::{Error, Phase, Result};
+use crate::base::{Error, Millis, Phase, Result};
 use crate::cache::Cache;
-use crate::config::{self, Config, Live, Overrides};
+use crate::config::{self, Config, Live, OnFault, Overrides};
 use crate::gateway::Gateway;
 use crate::gateway::relay::{self, Parts};
 use crate::http::{self, Batches, Listener, Services};
-use crate::ledger::Ledger;
+use crate::ledger::{self, Ledger};
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::signal::{self, Notifier, Signal, Signals};
@@ -35,6 +35,8 @@ const PULSE: Duration = Duration::from_secs(1);
 /// A device whose thread has not come round its loop for this long is taken for hung: the watchdog is not fed any more.
 const HUNG: Duration = Duration::from_secs(120);
 
+/// How long the ledger's disk may take at the end.
+const LEDGER_LAST: Duration = Duration::from_secs(10);
 /// How long the streams that a hurried drain has cut off may take to say so.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -95,7 +97,7 @@ impl App {
             warn!("{warning}");
         }
         let metrics = Arc::new(Metrics::new());
-        let ledger = Ledger::start();
+        let ledger = Ledger::start(ledger_settings(&config.metering.ledger))?;
         let fleet = FleetView::default();
         let devices = Devices::start(&config, &fleet, &metrics)?;
         let vault = Vault::new(config.auth.clone());
@@ -108,7 +110,7 @@ impl App {
             ledger: ledger.clone(),
             metrics: metrics.clone(),
         };
-        let relays = Parts::start(&live, &metrics)?;
+        let relays = Parts::start(&live, &ledger, &metrics)?;
         let clients = relay::clients(&live.get().upstream)?;
         let folder = live.get().batches.clone();
         let batches = folder.map(|folder| Batches::start(&folder, gateway.clone())).transpose()?;
@@ -281,11 +283,14 @@ impl App {
                 Err(error) => error!(%error, "state: device"),
             }
         }
-        match self.ledger.rows().await {
+        let health = serde_json::to_string(&self.ledger.health()).unwrap_or_default();
+        info!(%health, "state: ledger");
+        let today = Millis::now().day();
+        match self.ledger.rows(ledger::Filter::days(today, today)).await {
             Ok(rows) => {
-                for (day, account, model, row) in rows {
-                    let row = serde_json::to_string(&row).unwrap_or_default();
-                    info!(day = day.0, %account, %model, %row, "state: ledger");
+                for (day, who, row) in rows {
+                    let (who, row) = (json(&who), json(&row));
+                    info!(day = day.0, %who, %row, "state: ledger");
                 }
             }
             Err(error) => error!(%error, "state: ledger"),
@@ -314,6 +319,12 @@ impl App {
             self.devices.drain(deadline).await;
         }
         self.cache.flush().await;
+        // Last: whatever ended above was settled.
+        match tokio::time::timeout(LEDGER_LAST, self.ledger.close()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => error!(%error, "the ledger"),
+            Err(_) => error!("the ledger's disk takes too long: what is not written is lost"),
+        }
         info!("drained");
     }
 }
@@ -321,6 +332,22 @@ impl App {
 /// Waits for a second request to drain, ignoring everything else.
 async fn hurry(signals: &mut Signals) {
     while signals.next().await != Signal::Hurry {}
+}
+
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+fn ledger_settings(config: &config::Ledger) -> ledger::Settings {
+    ledger::Settings {
+        folder: config.folder.clone(),
+        commit_every: config.gather,
+        on_fault: match config.on_fault {
+            OnFault::Refuse => ledger::OnFault::Refuse,
+            OnFault::Unmetered => ledger::OnFault::Unmetered,
+        },
+        ..ledger::Settings::default()
+    }
 }
 
 fn failures(report: &Report) -> Vec<String> {

@@ -18,6 +18,7 @@ pub mod store;
 pub mod cache;
 pub mod fallback;
 pub mod ledger;
+pub mod logs;
 pub mod model;
 pub mod provider;
 pub mod vault;

@@ -33,6 +33,10 @@ pub enum Kind {
     RateLimited,
     /// The account's allocation of neurons is used up; a retry before the reset cannot help.
     OutOfNeurons,
+    /// A budget of the caller's is used up, or does not reach for this call.
+    OverBudget,
+    /// What calls cost cannot be written down at the moment.
+    LedgerDown,
     /// The queue in front of the engine is full; worth a retry in a moment.
     Busy,
     /// The model is known but not loaded, is loading, or its device is down.
@@ -79,6 +83,8 @@ impl Kind {
             Self::Forbidden => "forbidden",
             Self::RateLimited => "rate_limited",
             Self::OutOfNeurons => "out_of_neurons",
+            Self::OverBudget => "over_budget",
+            Self::LedgerDown => "ledger_down",
             Self::Busy => "busy",
             Self::ModelUnavailable => "model_unavailable",
             Self::Timeout => "timeout",
@@ -97,6 +103,17 @@ impl Kind {
     }
 }
 
+/// The limit that stopped a call, as its headers say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit {
+    /// Of how many.
+    pub limit: u64,
+    /// How many are left.
+    pub left: u64,
+    /// Until there are more.
+    pub reset: Duration,
+}
+
 /// An error on its way to a caller. Cloneable, since several waiters may have to hear the same one.
 #[derive(Clone)]
 pub struct Error {
@@ -105,13 +122,15 @@ pub struct Error {
     param: Option<String>,
     retry_after: Option<Duration>,
     attempts: Option<Box<str>>,
+    limit: Option<Box<Limit>>,
     source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind`; the message says what to do about it.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), param: None, retry_after: None, attempts: None, source: None }
+        let message = message.into();
+        Self { kind, message, param: None, retry_after: None, attempts: None, limit: None, source: None }
     }
 
     /// Shorthand for [`Kind::BadInput`].
@@ -154,6 +173,12 @@ impl Error {
         self
     }
 
+    /// Says which limit it was.
+    pub fn with_limit(mut self, limit: Limit) -> Self {
+        self.limit = Some(Box::new(limit));
+        self
+    }
+
     /// Keeps the cause for the log.
     pub fn with_source(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.source = Some(std::sync::Arc::new(source));
@@ -184,6 +209,11 @@ impl Error {
     /// What was tried before it was given up.
     pub fn attempts(&self) -> Option<&str> {
         self.attempts.as_deref()
+    }
+
+    /// The limit that stopped it.
+    pub fn limit(&self) -> Option<Limit> {
+        self.limit.as_deref().copied()
     }
 
     /// How long to wait before a retry, if a retry helps.

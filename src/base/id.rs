@@ -22,6 +22,15 @@ impl RequestId {
         Self(uuid::Uuid::from_u128(number))
     }
 
+    /// The id of one of the requests that came under this one: the same whenever it is asked for.
+    pub fn of(&self, number: usize) -> Self {
+        let mut hash = blake3::Hasher::new();
+        hash.update(self.0.as_bytes()).update(&(number as u64).to_le_bytes());
+        let mut half = [0; 16];
+        half.copy_from_slice(&hash.finalize().as_bytes()[..16]);
+        Self(uuid::Builder::from_random_bytes(half).into_uuid())
+    }
+
     /// Accepts what a client sent if it is a UUID; anything else would be an unbounded label in our logs.
     pub fn parse(text: &str) -> Option<Self> {
         uuid::Uuid::try_parse(text).ok().map(Self)

@@ -7,7 +7,7 @@ mod phase;
 mod secret;
 mod time;
 
-pub use error::{Error, Kind, Result};
+pub use error::{Error, Kind, Limit, Result};
 pub use id::{AccountId, DeviceId, KeyId, LogId, ModelId, RequestId, SlotId};
 pub use neuron::Neurons;
 pub use phase::Phase;

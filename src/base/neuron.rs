@@ -36,6 +36,11 @@ impl Neurons {
         self.0 as f64 / 1e6
     }
 
+    /// From USD, rounded to a millionth of a neuron, which is 11 millionths of a millionth of a dollar.
+    pub fn from_usd(usd: f64) -> Self {
+        Self((usd * (1e9 / 0.011)).round() as u64)
+    }
+
     /// USD at the list price, for display only.
     pub fn usd(self) -> f64 {
         self.as_f64() * 0.011 / 1000.0

@@ -419,6 +419,13 @@ impl Block {
     }
 }
 
+impl CatalogEntry {
+    /// Whether its limit on requests is its own, and not the one that all models of its task share.
+    pub fn has_own_rate(&self) -> bool {
+        self.rate_per_minute != default_rate(self.task)
+    }
+}
+
 /// Requests a minute and account, by task.
 fn default_rate(task: Task) -> u32 {
     match task {

@@ -254,7 +254,7 @@ pub struct Plan {
 }
 
 /// See [`BudgetSection`]. What is `None` has no bound.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Budget {
     /// Of this machine's models, a day.
     pub neurons_per_day: Option<Neurons>,
@@ -456,33 +456,35 @@ pub(super) fn resolve(check: &mut Check, written: &Sections<'_>, folder: &Path, 
 
 pub(super) fn plan(check: &mut Check, key: &str, section: &PlanSection) -> Plan {
     Plan {
-        allocation: amount(check, &format!("{key}.neurons_per_day"), section.neurons_per_day, 1.0),
+        allocation: amount(check, &format!("{key}.neurons_per_day"), section.neurons_per_day, neurons),
         beyond: section.beyond,
         at_the_end: section.at_the_end,
     }
 }
 
 pub(super) fn budget(check: &mut Check, key: &str, section: &BudgetSection) -> Budget {
-    let mut bound = |name: &str, value: Option<f64>, unit: f64| {
+    let mut bound = |name: &str, value: Option<f64>, unit: fn(f64) -> Neurons| {
         value.map(|value| amount(check, &format!("{key}.{name}"), value, unit))
     };
     Budget {
-        neurons_per_day: bound("neurons_per_day", section.neurons_per_day, 1.0),
-        neurons_per_month: bound("neurons_per_month", section.neurons_per_month, 1.0),
-        cost_per_day: bound("usd_per_day", section.usd_per_day, NEURONS_A_USD),
-        cost_per_month: bound("usd_per_month", section.usd_per_month, NEURONS_A_USD),
+        neurons_per_day: bound("neurons_per_day", section.neurons_per_day, neurons),
+        neurons_per_month: bound("neurons_per_month", section.neurons_per_month, neurons),
+        cost_per_day: bound("usd_per_day", section.usd_per_day, Neurons::from_usd),
+        cost_per_month: bound("usd_per_month", section.usd_per_month, Neurons::from_usd),
     }
 }
 
-/// Neurons of one US dollar.
-const NEURONS_A_USD: f64 = 1000.0 / 0.011;
-
-fn amount(check: &mut Check, key: &str, value: f64, unit: f64) -> Neurons {
-    if !(0.0..=1e9).contains(&value) {
-        check.wrong(key, value, "is not from 0 to 1000000000");
+fn amount(check: &mut Check, key: &str, value: f64, unit: fn(f64) -> Neurons) -> Neurons {
+    // A hundred million dollars are nine billion neurons, and fit.
+    if !(0.0..=1e8).contains(&value) {
+        check.wrong(key, value, "is not from 0 to 100000000");
         return Neurons::ZERO;
     }
-    Neurons::from_micro((value * unit * 1e6).round() as u64)
+    unit(value)
+}
+
+fn neurons(value: f64) -> Neurons {
+    Neurons::from_micro((value * 1e6).round() as u64)
 }
 
 fn rule(check: &mut Check, key: &str, section: &LimitSection) -> Rule {
@@ -509,11 +511,11 @@ fn rule(check: &mut Check, key: &str, section: &LimitSection) -> Rule {
     let mut counts = Vec::new();
     counts.extend(section.requests.map(|limit| (Counted::Requests, limit)));
     counts.extend(section.tokens.map(|limit| (Counted::Tokens, limit)));
-    if let Some(neurons) = section.neurons {
-        counts.push((Counted::Neurons, amount(check, &format!("{key}.neurons"), neurons, 1.0).micro()));
+    if let Some(most) = section.neurons {
+        counts.push((Counted::Neurons, amount(check, &format!("{key}.neurons"), most, neurons).micro()));
     }
     if let Some(usd) = section.usd {
-        counts.push((Counted::Cost, amount(check, &format!("{key}.usd"), usd, NEURONS_A_USD).micro()));
+        counts.push((Counted::Cost, amount(check, &format!("{key}.usd"), usd, Neurons::from_usd).micro()));
     }
     if counts.is_empty() {
         check.problem(&format!("{key} limits nothing; write requests, tokens, neurons or usd"));

@@ -19,7 +19,7 @@ pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
 pub use file::{File, LogFormat};
 pub use price::{Price, PriceLine};
 pub use metering::{
-    AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Limits, Metering, Network, OnFault, Plan, Rule,
+    AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Ledger, Limits, Metering, Network, OnFault, Plan, Rule,
 };
 pub use reload::{Change, Effect, diff};
 pub use tariff::{Tariff, Tariffs};

@@ -420,7 +420,7 @@ mod tests {
 
     fn token(id: &str, hash: u8) -> Token {
         let (id, account) = (KeyId::new(id), AccountId::new("x"));
-        let budget = Budget::default();
+        let budget = Default::default();
         Token { id, sha256: [hash; 32], account, any_account: false, scopes: Scopes::ALL, expires: None, budget }
     }
 

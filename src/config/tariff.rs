@@ -16,9 +16,6 @@ use crate::task::Usage;
 
 const LISTED: &str = include_str!("../../configs/prices.toml");
 
-/// Neurons of one US dollar.
-const NEURONS_A_USD: f64 = 1000.0 / 0.011;
-
 /// Every price that is known.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Tariffs(HashMap<String, HashMap<String, Tariff>>);
@@ -170,8 +167,7 @@ impl Tariff {
             + f64::from(cached) * rates.cached.unwrap_or(rates.input)
             + f64::from(written) * rates.written.unwrap_or(rates.input)
             + f64::from(usage.completion_tokens) * rates.output;
-        // Dollars per million tokens and micro-neurons: both millions are one.
-        Neurons::from_micro((usd_a_million * NEURONS_A_USD).round() as u64)
+        Neurons::from_usd(usd_a_million / 1e6)
     }
 }
 

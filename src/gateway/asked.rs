@@ -8,6 +8,8 @@ use bytes::Bytes;
 use http::Method;
 
 use crate::base::{AccountId, RequestId, Result};
+use crate::gateway::bill::Tally;
+use crate::gateway::limits::Ruled;
 use crate::gateway::options::Options;
 use crate::gateway::pipe::Words;
 use crate::gateway::step::{Step, Steps};
@@ -25,6 +27,8 @@ pub struct Who {
     pub engine: Option<Caller>,
     /// When its head arrived.
     pub received: Instant,
+    /// Where the engine says what it used, when it is asked.
+    pub tally: Option<Tally>,
 }
 
 /// A call, parsed and authenticated.
@@ -37,6 +41,8 @@ pub struct Ask {
     pub gateway: Arc<Gateway>,
     /// What the registry said when it came.
     pub view: Arc<View>,
+    /// The operator's own rules that it falls under.
+    pub ruled: Ruled,
     /// A token of ours was shown: stored keys may be used.
     pub trusted: bool,
     /// What is tried, one after the other. Asked for the next when the last one failed.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::base::{AccountId, KeyId, RequestId};
 use crate::config::CatalogEntry;
+use crate::gateway::terms::Terms;
 use crate::task::TextInput;
 
 /// What a surface makes of a request before it asks the gateway to serve it.
@@ -26,4 +27,6 @@ pub struct Call<Input = TextInput> {
     pub reject_if_busy: bool,
     /// When the request's head arrived.
     pub received: Instant,
+    /// By what it is measured.
+    pub terms: Terms,
 }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use prometheus::{Histogram, IntCounter};
 
-use crate::gateway::record::{CacheUse, Outcome};
+use crate::gateway::bill::Charge;
+use crate::gateway::record::Outcome;
+use crate::logs::CacheUse;
 use crate::metrics::Metrics;
-use crate::task::Usage;
 
 /// See the top of this file.
 pub struct Counts {
@@ -30,14 +31,28 @@ pub struct Provider {
     prompt: IntCounter,
     cached: IntCounter,
     completion: IntCounter,
+    cost: IntCounter,
+    unpriced: IntCounter,
+    slug: Arc<str>,
 }
 
 impl Provider {
-    /// What an answer used.
-    pub fn used(&self, usage: &Usage) {
-        self.prompt.inc_by(u64::from(usage.prompt_tokens));
-        self.cached.inc_by(u64::from(usage.cached_tokens));
-        self.completion.inc_by(u64::from(usage.completion_tokens));
+    /// What the ledger calls a provider that counts here: a custom one by its own name.
+    pub fn slug(&self, name: &str) -> Arc<str> {
+        if *self.slug == *name { self.slug.clone() } else { name.into() }
+    }
+
+    /// What an answer came to.
+    pub fn charged(&self, charge: &Charge) {
+        if let Some(usage) = &charge.usage {
+            self.prompt.inc_by(u64::from(usage.prompt_tokens));
+            self.cached.inc_by(u64::from(usage.cached_tokens));
+            self.completion.inc_by(u64::from(usage.completion_tokens));
+        }
+        self.cost.inc_by(charge.cost.micro());
+        if charge.unpriced {
+            self.unpriced.inc();
+        }
     }
 }
 
@@ -72,6 +87,9 @@ impl Counts {
             prompt: tokens("prompt"),
             cached: tokens("cached"),
             completion: tokens("completion"),
+            cost: metrics.upstream_cost.with_label_values(&[name]),
+            unpriced: metrics.upstream_unpriced.with_label_values(&[name]),
+            slug: name.into(),
         });
         self.providers.borrow_mut().insert(name.into(), provider.clone());
         provider

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout_at;
 use tracing::info;
 
-use crate::base::{AccountId, Error, KeyId, Kind, Neurons, RequestId, Result};
+use crate::base::{AccountId, Error, KeyId, Kind, Millis, Neurons, RequestId, Result};
 use crate::config::CatalogEntry;
 use crate::gateway::calls::Calls;
-use crate::gateway::{Call, Gateway};
-use crate::ledger::Reservation;
+use crate::gateway::bill::Tally;
+use crate::gateway::terms::Held;
+use crate::gateway::{Call, Gateway, terms};
+use crate::ledger::Spent;
 use crate::metrics::Metrics;
 use crate::task::{Event, FinishReason, PromptToken, TokenLogprob, ToolCall, ToolDelta, Usage};
 
@@ -53,7 +55,9 @@ pub(super) struct Close {
     first_event: Instant,
     usage: Usage,
     neurons: Neurons,
-    reservation: Option<Reservation>,
+    reservation: Option<Held>,
+    spent: Spent,
+    tally: Option<Tally>,
     metrics: Arc<Metrics>,
 }
 
@@ -62,7 +66,7 @@ impl Delivery {
         gateway: &Gateway,
         call: &Call,
         begun: Begun,
-        reservation: Reservation,
+        reservation: Held,
         patience: tokio::time::Instant,
     ) -> Self {
         let Begun { events, first, echo, calls } = begun;
@@ -208,7 +212,7 @@ impl Drop for Close {
 }
 
 impl Close {
-    pub(super) fn new<Input>(gateway: &Gateway, call: &Call<Input>, reservation: Reservation) -> Self {
+    pub(super) fn new<Input>(gateway: &Gateway, call: &Call<Input>, reservation: Held) -> Self {
         Self {
             request: call.id,
             account: call.account.clone(),
@@ -219,6 +223,8 @@ impl Close {
             usage: Usage::default(),
             neurons: Neurons::ZERO,
             reservation: Some(reservation),
+            spent: terms::spent(call),
+            tally: call.terms.tally.clone(),
             metrics: gateway.metrics.clone(),
         }
     }
@@ -238,7 +244,13 @@ impl Close {
     fn settle(&mut self, outcome: &'static str) {
         let Some(reservation) = self.reservation.take() else { return };
         self.neurons = self.entry.price.charge(&self.usage);
-        reservation.settle(self.usage, self.neurons);
+        (self.spent.usage, self.spent.neurons, self.spent.cost) = (self.usage, self.neurons, self.neurons);
+        if let Some(tally) = &self.tally {
+            *tally.lock() = Some((self.usage, self.neurons));
+        }
+        if let Held::Reserved(reservation) = reservation {
+            drop(reservation.settle(&self.spent, Millis::now()));
+        }
         self.metrics.neurons.with_label_values(&[self.entry.id.as_str()]).inc_by(self.neurons.micro());
         info!(
             target: "neurond::call",

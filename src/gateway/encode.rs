@@ -15,7 +15,6 @@ use crate::engine::Coming;
 use crate::engine::oneshot::Encode;
 use crate::gateway::delivery::{self, Close};
 use crate::gateway::{Call, DEADLINE_GRACE, Gateway, INLINE_PROMPT_BYTES, Lost, choose, route};
-use crate::ledger::Claim;
 use crate::model::encoder::{EncoderText, Tokens};
 use crate::supervisor::Replica;
 use crate::task::{EncodeInput, Passage, Pooling, Usage, Want};
@@ -51,7 +50,7 @@ impl Gateway {
                 None => return Err(lost.error.unwrap_or_else(|| self.absent(&call.entry.id))),
             };
             let coming = replica.engine.expect();
-            match self.attempt_encode(&call, &replica, coming, deadline).await {
+            match self.attempt_encode(&call, &replica, coming, deadline, &lost).await {
                 Err(error) if route::is_worth_another(error.kind()) => lost.note(replica.slot, error),
                 outcome => return outcome,
             }
@@ -71,6 +70,7 @@ impl Gateway {
         replica: &Replica<Arc<EncoderText>>,
         coming: Coming,
         deadline: Instant,
+        lost: &Lost,
     ) -> Result<Encoded> {
         if call.reject_if_busy && replica.metrics.queue.get() > 0 {
             return Err(Error::new(Kind::Busy, "Capacity temporarily exceeded, please try again.")
@@ -81,13 +81,7 @@ impl Gateway {
         let texts = tokenize(&call.input, replica, truncate).await?;
         let tokens: usize = texts.iter().map(|text| text.ids.len()).sum();
         let usage = Usage { prompt_tokens: tokens as u32, ..Usage::default() };
-        let claim = Claim {
-            request: call.id,
-            account: call.account.clone(),
-            model: call.entry.id.clone(),
-            estimate: call.entry.price.charge(&usage),
-        };
-        let mut close = Close::new(self, call, self.ledger.reserve(claim).await?);
+        let mut close = Close::new(self, call, self.hold(call, &usage, !lost.slots.is_empty())?);
 
         let pooling = match call.input.want {
             Want::Vectors(pooling) => pooling.unwrap_or(call.entry.pooling),

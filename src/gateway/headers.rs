@@ -24,6 +24,13 @@ pub static ATTEMPTS: HeaderName = HeaderName::from_static("cf-aig-attempts");
 /// See [`CACHE_STATUS`].
 pub static ROUTING_REASON: HeaderName = HeaderName::from_static("cf-aig-routing-reason");
 
+/// Of limits, as the drafts of RateLimit name them.
+pub static LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
+/// See [`LIMIT`].
+pub static LIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
+/// See [`LIMIT`].
+pub static LIMIT_RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
+
 /// A name as a header's; those that every kept answer has are not read again.
 pub fn name(text: &str) -> Option<HeaderName> {
     let known = [&STEP, &PROVIDER, &MODEL, &ATTEMPTS].into_iter().find(|known| known.as_str() == text);

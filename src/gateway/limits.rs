@@ -1,141 +1,406 @@
-//! How often the limits of dynamic routes were passed: counters by route, element and key, in windows on the clock.
+//! From rules to counters: which limits a call falls under, and whose counter that is.
 //!
-//!     key --> the window now, and the one before --> count, or weighted count --> within? then one more
+//! ```text
+//!   request ─ [[limit]] ─> Ruled ─┬─ windows of the call: by address, credentials, account, gateway …
+//!                                 └─ those that depend on who is asked ── target ──> windows of an attempt
+//!   gateway ─ rate limit, spend limits ───────────────────────────────────^
+//!   token ─── budget ─────────────────────────────────────────────────────^
+//! ```
 //!
-//! Exact within this process: whoever asks has counted when it hears yes. Counters of windows that are over are forgotten.
+//! Counts nothing: the ledger does. What tells two counters apart is hashed, so that no address and no credential is kept.
 
-use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use parking_lot::Mutex;
+use actix_web::http::header::{AUTHORIZATION, HeaderMap};
+use serde_json::{Map, Value};
 
-use crate::base::Millis;
-use crate::route::{Counts, LimitNode, Technique};
+use crate::base::{AccountId, Error, KeyId, Kind, Limit, ModelId, Neurons};
+use crate::config::gateway::{self, RateLimit, Scope, SpendRule};
+use crate::config::{self, AtTheEnd, Budget, By, CatalogEntry, Counted, Limits, Network, Rule};
+use crate::ledger::{AtLimit, Beyond, Counts, Denied, Plan, Span, Technique, What, Window};
+use crate::route::{self, LimitNode};
+use crate::task::Task;
 
-/// Counters at most; beyond it those of the oldest windows go first.
-const MAX_COUNTERS: usize = 100_000;
+/// A rate limit longer than this is not worth waiting for: a client that obeys `Retry-After` would sleep all the while.
+pub const WORTH_WAITING: Duration = Duration::from_secs(60);
 
-/// The counters of all routes. Clones share them.
-#[derive(Clone, Default)]
-pub struct RouteLimits(Arc<Mutex<HashMap<u64, Counter>>>);
-
-/// One key's counts.
-#[derive(Clone, Copy, Default)]
-struct Counter {
-    /// Number of the window.
-    window: u64,
-    /// Ends then, the next one included.
-    until: u64,
-    now: f64,
-    before: f64,
+/// What of a request tells callers apart.
+pub struct Seen<'a> {
+    /// Where its connection comes from.
+    pub peer: Option<IpAddr>,
+    /// All of them.
+    pub headers: &'a HeaderMap,
+    /// Who pays.
+    pub account: &'a AccountId,
+    /// The token of ours that was shown.
+    pub key: Option<&'a KeyId>,
+    /// Through which gateway, if through one.
+    pub gateway: Option<&'a str>,
+    /// What the caller sent along.
+    pub metadata: Option<&'a Map<String, Value>>,
 }
 
-impl RouteLimits {
-    /// Whether one more call is within the limit; if so it is counted. `route` and `key` name the counter.
-    ///
-    /// A budget refuses nobody: what a call costs is not known before there are prices.
-    pub fn pass(&self, route: &str, limit: &LimitNode, key: &str, now: Millis) -> bool {
-        if limit.counts == Counts::Cost {
-            return true;
-        }
-        let length = limit.window_s.max(1) * 1000;
-        let window = now.0 / length;
-        let mut counters = self.0.lock();
-        if counters.len() >= MAX_COUNTERS {
-            counters.retain(|_, counter| counter.until > now.0);
-            if counters.len() >= MAX_COUNTERS {
-                // Still too many keys at once: the ones that end first.
-                let mut ends: Vec<u64> = counters.values().map(|counter| counter.until).collect();
-                let (_, middle, _) = ends.select_nth_unstable(MAX_COUNTERS / 2);
-                let middle = *middle;
-                counters.retain(|_, counter| counter.until > middle);
+/// The rules of the operator's own that a call falls under.
+#[derive(Debug, Clone, Default)]
+pub struct Ruled {
+    /// Counters of the call.
+    pub windows: Vec<Window>,
+    /// Rules that depend on who is asked, by number, with what of the counter is known already.
+    later: Vec<(usize, blake3::Hasher)>,
+    limits: Option<Arc<Limits>>,
+}
+
+impl Ruled {
+    /// Those of a request.
+    pub fn of(limits: &Arc<Limits>, seen: &Seen<'_>) -> Self {
+        let mut ruled = Self::default();
+        for (number, rule) in limits.rules.iter().enumerate() {
+            if !admits(&rule.accounts, seen.account.as_str()) {
+                continue;
+            }
+            if !rule.gateways.is_empty() && !seen.gateway.is_some_and(|id| admits(&rule.gateways, id)) {
+                continue;
+            }
+            let hash = counter(rule, seen, &limits.proxies);
+            match rule.is_of_target() {
+                false => windows(rule, &hash, &mut ruled.windows),
+                true => ruled.later.push((number, hash)),
             }
         }
-        let counter = counters.entry(name(route, limit, key)).or_default();
-        if counter.window != window {
-            counter.before = if counter.window + 1 == window { counter.now } else { 0.0 };
-            (counter.window, counter.now) = (window, 0.0);
+        ruled.limits = (!ruled.later.is_empty()).then(|| limits.clone());
+        ruled
+    }
+
+    /// Adds the counters of one who is asked.
+    pub fn of_target(&self, provider: &str, model: &str, task: Option<Task>, out: &mut Vec<Window>) {
+        let Some(limits) = &self.limits else { return };
+        for (number, hash) in &self.later {
+            let rule = &limits.rules[*number];
+            let is_task = rule.tasks.is_empty() || task.is_some_and(|task| rule.tasks.contains(&task));
+            if !is_task || !admits(&rule.providers, provider) || !admits(&rule.models, model) {
+                continue;
+            }
+            let mut hash = hash.clone();
+            for by in &rule.by {
+                match by {
+                    By::Provider => add(&mut hash, provider),
+                    By::Model => add(&mut hash, model),
+                    By::Task => add(&mut hash, task.map_or("", Task::name)),
+                    _ => {}
+                }
+            }
+            windows(rule, &hash, out);
         }
-        counter.until = (window + 2) * length;
-        let carried = match limit.technique {
-            Technique::Fixed => 0.0,
-            Technique::Sliding => counter.before * (1.0 - (now.0 % length) as f64 / length as f64),
-        };
-        if carried + counter.now + 1.0 > limit.limit {
-            return false;
-        }
-        counter.now += 1.0;
-        true
     }
 }
 
-fn name(route: &str, limit: &LimitNode, key: &str) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    (route, &*limit.id, key).hash(&mut hasher);
-    hasher.finish()
+fn admits(names: &[String], name: &str) -> bool {
+    names.is_empty() || names.iter().any(|one| one == name)
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
+/// What tells this caller's counter from others', as far as the request says it.
+fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> blake3::Hasher {
+    let mut hash = named("rule", &rule.name);
+    for by in &rule.by {
+        match by {
+            By::Ip => add(&mut hash, &address(seen, proxies).map_or_else(String::new, |ip| ip.to_string())),
+            By::Authorization => {
+                // Credentials may come in any of them; together they say who it is.
+                for name in [AUTHORIZATION.as_str(), "cf-aig-authorization", "x-api-key", "api-key", "x-goog-api-key"] {
+                    add(&mut hash, seen.headers.get(name).map_or(&[][..], |value| value.as_bytes()));
+                }
+            }
+            By::Token => add(&mut hash, seen.key.map_or("", |key| key.as_str())),
+            By::Account => add(&mut hash, seen.account.as_str()),
+            By::Gateway => {
+                add(&mut hash, seen.account.as_str());
+                add(&mut hash, seen.gateway.unwrap_or_default());
+            }
+            By::Header(name) => add(&mut hash, seen.headers.get(name).map_or(&[][..], |value| value.as_bytes())),
+            By::Metadata(key) => add(&mut hash, &metadata(seen.metadata, key)),
+            By::Provider | By::Model | By::Task => {}
+        }
+    }
+    hash
+}
 
-    use super::*;
-    use crate::route::{Facts, Graph};
+/// Where the call comes from: the last address that is no proxy of ours, as each proxy adds the one before it.
+fn address(seen: &Seen<'_>, proxies: &[Network]) -> Option<IpAddr> {
+    let is_ours = |address: IpAddr| proxies.iter().any(|network| network.holds(address));
+    let mut address = seen.peer?.to_canonical();
+    let values: Vec<_> = seen.headers.get_all("x-forwarded-for").filter_map(|value| value.to_str().ok()).collect();
+    let mut named = values.iter().rev().flat_map(|value| value.rsplit(',')).map(str::trim);
+    while is_ours(address) {
+        // A word that is no address was written by nobody we believe.
+        let Some(before) = named.next().and_then(parse) else { break };
+        address = before;
+    }
+    Some(address)
+}
 
-    /// The limit of a route that has one.
-    fn limit(technique: &str) -> LimitNode {
-        let elements = json!([
-            { "id": "s", "type": "start", "outputs": { "next": { "elementId": "r" } } },
-            { "id": "r", "type": "rate", "properties": { "limitType": "count", "limit": 2, "window": 60, "technique": technique },
-              "outputs": { "success": { "elementId": "m" }, "fallback": { "elementId": "e" } } },
-            { "id": "m", "type": "model", "properties": { "provider": "openai", "model": "x" },
-              "outputs": { "success": { "elementId": "e" }, "fallback": { "elementId": "e" } } },
-            { "id": "e", "type": "end" },
-        ]);
-        let graph = Graph::parse(&elements).unwrap();
-        let (null, mut found) = (json!(null), None);
-        let facts = Facts { body: &null, headers: &[], metadata: &null, model: "", key: 0, now: Millis(0) };
-        graph.walk(&facts, &mut |limit, _| {
-            found = Some(limit.clone());
-            true
+/// An address with or without a port.
+fn parse(text: &str) -> Option<IpAddr> {
+    let bare = text.trim_start_matches('[').split(']').next()?;
+    let address = bare.parse().or_else(|_| text.parse().map(|socket: std::net::SocketAddr| socket.ip()));
+    address.ok().map(|address| address.to_canonical())
+}
+
+fn metadata(all: Option<&Map<String, Value>>, key: &str) -> String {
+    match all.and_then(|all| all.get(key)) {
+        None => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    }
+}
+
+fn windows(rule: &Rule, hash: &blake3::Hasher, out: &mut Vec<Window>) {
+    for (counted, limit) in &rule.counts {
+        let mut hash = hash.clone();
+        let counts = match counted {
+            Counted::Requests => Counts::Requests,
+            Counted::Tokens => Counts::Tokens,
+            Counted::Neurons => Counts::Neurons,
+            Counted::Cost => Counts::Cost,
+        };
+        hash.update(&[*counted as u8]);
+        out.push(Window {
+            id: id(&hash),
+            rule: rule.name.clone(),
+            limit: *limit,
+            span: Span::Millis(rule.window.as_millis() as u64),
+            technique: technique(rule.technique),
+            counts,
         });
-        found.unwrap()
     }
+}
 
-    #[test]
-    fn a_window_lets_in_as_many_as_it_may_for_each_key() {
-        let check = |technique: &str, calls: &[(u64, &str, bool)]| {
-            let (limits, limit) = (RouteLimits::default(), limit(technique));
-            for (at, key, within) in calls {
-                assert_eq!(limits.pass("r", &limit, key, Millis(at * 1000)), *within, "{technique} {key} at {at}");
-            }
-        };
-        check(
-            "fixed",
-            &[
-                (1, "a", true),
-                (2, "a", true),
-                (3, "a", false),
-                (3, "b", true),
-                (60, "a", true),
-                (119, "a", true),
-                (119, "a", false),
-            ],
-        );
-        // Of two in the window before, one and a half still count a quarter into the next.
-        check(
-            "sliding",
-            &[(10, "a", true), (20, "a", true), (75, "a", false), (91, "a", true), (92, "a", false), (300, "a", true)],
-        );
+/// The rate limit of a gateway.
+pub fn of_gateway(account: &AccountId, gateway: &str, limit: &RateLimit) -> Window {
+    let mut hash = named("gateway", gateway);
+    add(&mut hash, account.as_str());
+    Window {
+        id: id(&hash),
+        rule: gateway.into(),
+        limit: limit.limit,
+        span: Span::Millis(limit.interval.as_millis() as u64),
+        technique: technique(limit.technique),
+        counts: Counts::Requests,
     }
+}
 
-    #[test]
-    fn routes_do_not_share_counters() {
-        let (limits, limit) = (RouteLimits::default(), limit("fixed"));
-        for route in ["a", "b"] {
-            assert!(limits.pass(route, &limit, "", Millis(0)) && limits.pass(route, &limit, "", Millis(0)), "{route}");
-            assert!(!limits.pass(route, &limit, "", Millis(0)), "{route}");
+/// The counter of a spend limit of a gateway; `None` where the rule is not about this call.
+pub fn of_spending(
+    account: &AccountId,
+    gateway: &str,
+    rule: &SpendRule,
+    told: Option<&Map<String, Value>>,
+    (provider, model): (&str, &str),
+) -> Option<Window> {
+    let mut hash = named("spend", gateway);
+    add(&mut hash, account.as_str());
+    add(&mut hash, &rule.id);
+    let sides = rule.metadata.iter().map(|(key, scope)| (metadata(told, key), scope));
+    let sides = sides.chain(rule.model.iter().map(|scope| (model.to_owned(), scope)));
+    for (value, scope) in sides.chain(rule.provider.iter().map(|scope| (provider.to_owned(), scope))) {
+        match scope {
+            Scope::Partition => add(&mut hash, &value),
+            Scope::Filter(values) if values.contains(&value) => {}
+            Scope::Filter(_) => return None,
         }
     }
+    Some(Window {
+        id: id(&hash),
+        rule: rule.id.as_str().into(),
+        limit: Neurons::from_usd(rule.limit_usd).micro(),
+        span: Span::Millis(rule.window.as_millis() as u64),
+        technique: technique(rule.technique),
+        counts: Counts::Cost,
+    })
+}
+
+/// The counters of a token's budget: of neurons, or of money.
+pub fn of_budget(key: &KeyId, budget: &Budget, money: bool, out: &mut Vec<Window>) {
+    let (day, month, counts) = match money {
+        true => (budget.cost_per_day, budget.cost_per_month, Counts::Cost),
+        false => (budget.neurons_per_day, budget.neurons_per_month, Counts::Neurons),
+    };
+    for (limit, span, name) in [(day, Span::DAY, "day"), (month, Span::Month, "month")] {
+        let Some(limit) = limit else { continue };
+        let mut hash = named("budget", key.as_str());
+        add(&mut hash, name);
+        hash.update(&[u8::from(money)]);
+        out.push(Window {
+            id: id(&hash),
+            rule: format!("budget of {key} a {name}").into(),
+            limit: limit.micro(),
+            span,
+            technique: Technique::Fixed,
+            counts,
+        });
+    }
+}
+
+/// The catalog's limit on requests a minute: of the task, all its models together, or of a model that has its own.
+pub fn of_catalog(account: &AccountId, entry: &CatalogEntry) -> Window {
+    let own = entry.has_own_rate();
+    let mut hash = named("catalog", account.as_str());
+    add(&mut hash, if own { entry.id.as_str() } else { entry.task.name() });
+    hash.update(&[u8::from(own)]);
+    Window {
+        id: id(&hash),
+        rule: if own { entry.id.as_str().into() } else { entry.task.name().into() },
+        limit: u64::from(entry.rate_per_minute),
+        span: Span::Millis(60_000),
+        technique: Technique::Fixed,
+        counts: Counts::Requests,
+    }
+}
+
+/// The counter of a limit in a dynamic route.
+pub fn of_route(route: &str, limit: &LimitNode, key: &str) -> Window {
+    let mut hash = named("route", route);
+    add(&mut hash, &*limit.id);
+    add(&mut hash, key);
+    let (counts, most) = match limit.counts {
+        route::Counts::Requests => (Counts::Requests, limit.limit as u64),
+        route::Counts::Cost => (Counts::Cost, Neurons::from_usd(limit.limit).micro()),
+    };
+    Window {
+        id: id(&hash),
+        rule: limit.id.clone(),
+        limit: most,
+        span: Span::Millis(limit.window_s.max(1) * 1000),
+        technique: match limit.technique {
+            route::Technique::Fixed => Technique::Fixed,
+            route::Technique::Sliding => Technique::Sliding,
+        },
+        counts,
+    }
+}
+
+/// How an account pays.
+pub fn plan(plan: &config::Plan) -> Plan {
+    Plan {
+        allocation: plan.allocation,
+        beyond: match plan.beyond {
+            config::Beyond::Bill => Beyond::Bill,
+            config::Beyond::Refuse => Beyond::Refuse,
+        },
+        at_limit: match plan.at_the_end {
+            AtTheEnd::Finish => AtLimit::Finish,
+            AtTheEnd::Cut => AtLimit::Cut,
+        },
+    }
+}
+
+/// What a caller hears who may not go on; `target` is whom it asked.
+pub fn refusal(denied: Denied, provider: &str, model: &ModelId) -> Error {
+    let over = match denied {
+        Denied::Over(over) => over,
+        Denied::Settled => return Error::internal("The request was settled before."),
+        Denied::Faulty => {
+            let message = "What calls cost cannot be written down at this moment (the disk); try again in a moment.";
+            return Error::new(Kind::LedgerDown, message).with_retry_after(Duration::from_secs(5));
+        }
+        Denied::Dead => return Error::internal("The ledger is not answering."),
+    };
+    let wait = over.retry_after_ms.map(Duration::from_millis);
+    let (limit, left) = (over.limit, over.left);
+    let usd = |micro: u64| Neurons::from_micro(micro).usd();
+    let error = match (over.what, over.counts) {
+        (What::Allocation, _) => Error::new(
+            Kind::OutOfNeurons,
+            format!(
+                "you have used up your daily free allocation of {} neurons, please upgrade to a plan that goes on \
+                 beyond it, or wait until 00:00 UTC",
+                thousands(limit / 1_000_000)
+            ),
+        ),
+        (What::Budget, Counts::Cost) => {
+            let message = format!(
+                "Spend limit exceeded: rule '{}' (cost limit {:.2} USD) for {provider} {model}",
+                over.rule,
+                usd(limit)
+            );
+            Error::new(Kind::OverBudget, message)
+        }
+        (What::Budget, _) => {
+            let message = format!(
+                "Spend limit exceeded: rule '{}' (limit {} neurons) for {provider} {model}",
+                over.rule,
+                Neurons::from_micro(limit)
+            );
+            Error::new(Kind::OverBudget, message)
+        }
+        (What::Window, counts) => {
+            let what = if counts == Counts::Tokens { "tokens" } else { "requests" };
+            let when = match wait {
+                Some(wait) => format!("try again in {} s", wait.as_secs_f64().ceil()),
+                None => "it asks for more than the limit at once".to_owned(),
+            };
+            let message = format!("Rate limited: rule '{}' allows {limit} {what}, {left} are left; {when}.", over.rule);
+            Error::new(Kind::RateLimited, message)
+        }
+    };
+    let limit = Limit { limit, left, reset: wait.unwrap_or_default() };
+    let error = error.with_limit(limit);
+    match wait {
+        Some(wait) => error.with_retry_after(wait),
+        None => error,
+    }
+}
+
+/// Which kind of limit it was, for metrics.
+pub fn label(denied: &Denied) -> &'static str {
+    match denied {
+        Denied::Over(over) => match over.what {
+            What::Window => "rate",
+            What::Budget => "budget",
+            What::Allocation => "allocation",
+        },
+        Denied::Settled => "settled",
+        Denied::Faulty | Denied::Dead => "ledger",
+    }
+}
+
+fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+fn technique(technique: gateway::Technique) -> Technique {
+    match technique {
+        gateway::Technique::Fixed => Technique::Fixed,
+        gateway::Technique::Sliding => Technique::Sliding,
+    }
+}
+
+/// Of one kind of rule, and one rule.
+fn named(kind: &str, name: &str) -> blake3::Hasher {
+    let mut hash = blake3::Hasher::new();
+    add(&mut hash, kind);
+    add(&mut hash, name);
+    hash
+}
+
+/// With its length, so that no two values run into each other.
+fn add(hash: &mut blake3::Hasher, value: impl AsRef<[u8]>) {
+    let value = value.as_ref();
+    hash.update(&(value.len() as u64).to_le_bytes());
+    hash.update(value);
+}
+
+fn id(hash: &blake3::Hasher) -> u128 {
+    let mut half = [0; 16];
+    half.copy_from_slice(&hash.finalize().as_bytes()[..16]);
+    u128::from_le_bytes(half)
 }

@@ -7,6 +7,7 @@
 //! [`Delivery`] carries on alone.
 
 pub mod asked;
+pub mod bill;
 pub mod counts;
 pub mod headers;
 pub mod limits;
@@ -17,6 +18,7 @@ pub mod record;
 pub mod relay;
 pub mod route;
 pub mod step;
+pub mod terms;
 pub mod watch;
 
 mod call;
@@ -34,13 +36,13 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout_at;
 
 use crate::adapters::Adapters;
-use crate::base::{AccountId, Error, Kind, ModelId, Result, SlotId};
+use crate::base::{AccountId, Error, Kind, ModelId, Neurons, Result, SlotId};
 use crate::config::Live;
 use crate::engine::{Coming, Submit};
 use crate::gateway::calls::Calls;
 use crate::gateway::delivery::Begun;
 use crate::gateway::route::Candidate;
-use crate::ledger::{Claim, Ledger};
+use crate::ledger::Ledger;
 use crate::metrics::Metrics;
 use crate::model::lora::Adapter;
 use crate::model::text::TextModel;
@@ -85,7 +87,7 @@ impl Gateway {
             };
             // Prompts are read before they are sent: who comes meanwhile is to see that somebody is on the way.
             let coming = replica.engine.expect();
-            match self.attempt(&call, &replica, coming, deadline).await {
+            match self.attempt(&call, &replica, coming, deadline, &lost).await {
                 Err(error) if route::is_worth_another(error.kind()) => lost.note(replica.slot, error),
                 outcome => return outcome,
             }
@@ -119,7 +121,14 @@ impl Gateway {
         (weight, call.input.priority.min(most))
     }
 
-    async fn attempt(&self, call: &Call, replica: &Replica, coming: Coming, deadline: Instant) -> Result<Delivery> {
+    async fn attempt(
+        &self,
+        call: &Call,
+        replica: &Replica,
+        coming: Coming,
+        deadline: Instant,
+        lost: &Lost,
+    ) -> Result<Delivery> {
         if call.reject_if_busy && replica.metrics.queue.get() > 0 {
             return Err(Error::new(Kind::Busy, "Capacity temporarily exceeded, please try again.")
                 .with_retry_after(Duration::from_secs(1)));
@@ -140,13 +149,13 @@ impl Gateway {
             completion_tokens: max_tokens.saturating_mul(call.input.choices),
             ..Usage::default()
         };
-        let claim = Claim {
-            request: call.id,
-            account: call.account.clone(),
-            model: call.entry.id.clone(),
-            estimate: call.entry.price.charge(&most),
-        };
-        let reservation = self.ledger.reserve(claim).await?;
+        let reservation = self.hold(call, &most, !lost.slots.is_empty())?;
+        let granted = reservation.granted().and_then(|granted| affordable(call, &most, granted));
+        let max_tokens = granted.map_or(max_tokens, |tokens| tokens.min(max_tokens));
+        if max_tokens == 0 && call.input.max_tokens != Some(0) {
+            let message = "what is left of today's neurons, or of this token's budget, does not pay for this prompt";
+            return Err(Error::new(Kind::OutOfNeurons, message));
+        }
 
         let (weight, priority) = self.standing(call);
         let echo = call.input.echo.then(|| echo(replica, &prompt));
@@ -293,6 +302,18 @@ fn budget(call: &Call, replica: &Replica, prompt: usize) -> Result<u32> {
         ));
     }
     Ok(wanted.min(room) as u32)
+}
+
+/// How many tokens of each choice are paid for, where that is less than was asked.
+fn affordable(call: &Call, most: &Usage, granted: Neurons) -> Option<u32> {
+    let price = &call.entry.price;
+    if granted >= price.charge(most) {
+        return None;
+    }
+    let prompt = price.charge(&Usage { completion_tokens: 0, ..*most });
+    let left = granted.saturating_sub(prompt).micro();
+    let tokens = left / price.output.max(1) / u64::from(call.input.choices.max(1));
+    Some(u32::try_from(tokens).unwrap_or(u32::MAX))
 }
 
 /// Log-probabilities of the prompt are held in memory until all are there.

@@ -21,6 +21,7 @@ use crate::base::{Error, Kind};
 use crate::gateway::watch::Watch;
 use crate::guard::{Check, Finding, StreamGuard};
 use crate::net::client::{AnswerBody, Fault};
+use crate::gateway::bill::Bill;
 use crate::net::sse;
 use crate::provider::{Dialect, Meter, Translator, messages};
 use crate::task::Usage;
@@ -78,6 +79,10 @@ pub struct Pipe {
     /// Why it ended, on its way to whoever cannot read it in an event.
     untold: Option<Error>,
     end: Option<End>,
+    /// What its source costs; settled when it ends, or is dropped.
+    bill: Option<Box<Bill>>,
+    /// Bytes that its source gave.
+    came: u64,
 }
 
 /// How usage is found out.
@@ -165,7 +170,15 @@ impl Pipe {
             ready: VecDeque::new(),
             untold: None,
             end: None,
+            bill: None,
+            came: 0,
         }
+    }
+
+    /// Settles what it costs when it ends.
+    pub fn billed(mut self, bill: Bill) -> Self {
+        self.bill = Some(Box::new(bill));
+        self
     }
 
     /// Counts usage on the way. A compressed answer is read up to `limit` bytes.
@@ -243,6 +256,13 @@ impl Pipe {
         self.end.as_ref()
     }
 
+    /// Nobody reads on: what it costs is known as far as it will be.
+    pub fn settle(&mut self) {
+        let Some(bill) = self.bill.take() else { return };
+        let usage = self.usage();
+        bill.settle(usage, self.came, self.events);
+    }
+
     /// What the answer says it used, as far as it was read. Asked once.
     pub fn usage(&mut self) -> Option<Usage> {
         match std::mem::replace(&mut self.meter, Reading::Nothing) {
@@ -290,6 +310,7 @@ impl Pipe {
                     Ok(()) => {
                         let has_failed = self.watch.take().is_some_and(|mut watch| watch.has_failed());
                         self.end = Some(if has_failed { End::Failed } else { End::Whole });
+                        self.settle();
                     }
                     Err(end) => self.stop(end),
                 },
@@ -298,6 +319,7 @@ impl Pipe {
     }
 
     fn read(&mut self, chunk: &[u8]) {
+        self.came += chunk.len() as u64;
         if let Some(watch) = &mut self.watch {
             watch.feed(chunk);
         }
@@ -374,6 +396,13 @@ impl Pipe {
         // Dropping the source hangs up.
         self.source = Source::Whole(None);
         self.end = Some(end);
+        self.settle();
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        self.settle();
     }
 }
 

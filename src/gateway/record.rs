@@ -11,47 +11,16 @@ use actix_web::http::StatusCode;
 use serde_json::json;
 use tracing::info;
 
-use crate::base::{AccountId, Error, KeyId, LogId, Millis, RequestId};
+use crate::base::{AccountId, Error, KeyId, LogId, Millis, Neurons, RequestId};
 use crate::gateway::asked::Ask;
+use crate::gateway::bill::{Charge, Receipt};
 use crate::gateway::counts::Counts;
 use crate::gateway::options::CustomCost;
 use crate::gateway::pipe::End;
 use crate::guard::{Check, Finding};
+use crate::ledger::{Reservation, Standing};
+use crate::logs::CacheUse;
 use crate::registry::Gateway;
-use crate::task::Usage;
-
-/// What the cache did for a call.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum CacheUse {
-    /// It was not asked.
-    Off,
-    /// It had no answer.
-    Miss,
-    /// It had one.
-    Hit,
-    /// Somebody else's was on its way.
-    Coalesced,
-}
-
-impl CacheUse {
-    /// All there are, in order.
-    pub const ALL: [Self; 4] = [Self::Off, Self::Miss, Self::Hit, Self::Coalesced];
-
-    /// Its name in metrics and the log.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Off => "off",
-            Self::Miss => "miss",
-            Self::Hit => "hit",
-            Self::Coalesced => "coalesced",
-        }
-    }
-
-    /// Whether no upstream was asked for this caller.
-    pub fn is_hit(self) -> bool {
-        matches!(self, Self::Hit | Self::Coalesced)
-    }
-}
 
 /// How a call ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,6 +77,10 @@ pub struct Record {
     custom_cost: Option<CustomCost>,
     first_byte: Option<Duration>,
     bytes: u64,
+    /// What its answer came to, once that is known; nothing for answers that were there.
+    receipt: Receipt,
+    /// What the call holds of its limits.
+    hold: Option<Reservation>,
     open: bool,
 }
 
@@ -139,8 +112,25 @@ impl Record {
             custom_cost: ask.options.custom_cost,
             first_byte: None,
             bytes: 0,
+            receipt: Receipt::default(),
+            hold: None,
             open: true,
         })
+    }
+
+    /// Where whoever gets the answer says what it came to.
+    pub fn receipt(&self) -> &Receipt {
+        &self.receipt
+    }
+
+    /// What the call holds of its limits until it ends.
+    pub fn hold(&mut self, reservation: Reservation) {
+        self.hold = Some(reservation);
+    }
+
+    /// How the tightest limit of the call stands.
+    pub fn standing(&self) -> Option<&Standing> {
+        self.hold.as_ref().and_then(Reservation::standing)
     }
 
     /// The request that it is of.
@@ -216,51 +206,57 @@ impl Record {
     /// There was no answer but our own refusal, which whoever tells the caller counts as an error.
     pub fn refused(&mut self, error: &Error) {
         self.trail = error.attempts().unwrap_or_default().into();
-        self.close(Outcome::Refused, Some(error.kind().as_str()), None);
+        self.close(Outcome::Refused, Some(error.kind().as_str()));
     }
 
     /// The answer has ended.
-    pub fn ended(&mut self, end: &End, usage: Option<Usage>) {
+    pub fn ended(&mut self, end: &End) {
         match end {
-            End::Whole if self.status < 400 => self.close(Outcome::Done, None, usage),
-            End::Whole => self.close(Outcome::Failed, Some("upstream_status"), usage),
-            End::Failed => self.close(Outcome::Failed, Some("upstream_error_event"), usage),
-            End::Broken(_) => self.close(Outcome::Failed, Some("upstream_broke"), usage),
+            End::Whole if self.status < 400 => self.close(Outcome::Done, None),
+            End::Whole => self.close(Outcome::Failed, Some("upstream_status")),
+            End::Failed => self.close(Outcome::Failed, Some("upstream_error_event")),
+            End::Broken(_) => self.close(Outcome::Failed, Some("upstream_broke")),
             End::Blocked(finding) => {
                 self.blocked(finding);
                 self.flags.push(finding.clone());
-                self.close(Outcome::Failed, Some("answer_blocked"), usage);
+                self.close(Outcome::Failed, Some("answer_blocked"));
             }
         }
     }
 
     /// The caller left.
-    pub fn left(&mut self, usage: Option<Usage>) {
-        self.close(Outcome::Cancelled, None, usage);
+    pub fn left(&mut self) {
+        self.close(Outcome::Cancelled, None);
     }
 
-    fn close(&mut self, outcome: Outcome, why: Option<&'static str>, usage: Option<Usage>) {
+    fn close(&mut self, outcome: Outcome, why: Option<&'static str>) {
         if !std::mem::take(&mut self.open) {
             return;
         }
         self.counts.metrics.gateway_in_flight.dec();
         self.counts.outcome(outcome).inc();
-        // A hit used nothing of the upstream.
-        let usage = usage.filter(|_| !self.cache.is_hit());
-        if let Some(usage) = &usage {
-            self.counts.provider(label(&self.provider)).used(usage);
+        // A hit used nothing of the upstream, and has no receipt.
+        let charge = self.receipt.get().copied();
+        let usage = charge.and_then(|charge| charge.usage);
+        if let Some(charge) = &charge {
+            let provider = self.counts.provider(label(&self.provider));
+            provider.charged(charge);
+        }
+        if let Some(hold) = self.hold.take() {
+            let cost = charge.map_or(Neurons::ZERO, |charge| charge.cost);
+            hold.count(&usage.unwrap_or_default(), cost, Millis::now());
         }
         let Some(log) = self.log else { return };
         if !tracing::enabled!(target: "neurond::gateway", tracing::Level::INFO) {
             return;
         }
-        let line = self.line(log, outcome.as_str(), why, usage.as_ref());
+        let line = self.line(log, outcome.as_str(), why, charge.as_ref());
         info!(target: "neurond::gateway", "{line}");
     }
 
     /// The record as words with `=` between name and value. Written by hand: through the log's own fields it takes longer
     /// than all else the gateway does with a call.
-    fn line(&self, log: LogId, outcome: &str, why: Option<&str>, usage: Option<&Usage>) -> String {
+    fn line(&self, log: LogId, outcome: &str, why: Option<&str>, charge: Option<&Charge>) -> String {
         let mut line = String::with_capacity(512);
         let mut text = |name: &str, value: &str| {
             line.push_str(if line.is_empty() { "" } else { " " });
@@ -293,13 +289,17 @@ impl Record {
             }
         }
         text("attempts", &self.trail);
-        if let Some(usage) = usage {
+        if let Some(usage) = charge.and_then(|charge| charge.usage) {
             text("prompt_tokens", itoa::Buffer::new().format(usage.prompt_tokens));
             text("cached_tokens", itoa::Buffer::new().format(usage.cached_tokens));
             text("completion_tokens", itoa::Buffer::new().format(usage.completion_tokens));
         }
-        if let Some(cost) = self.custom_cost {
-            text("custom_cost", &cost.of(usage).to_string());
+        if let Some(charge) = charge {
+            text("cost_usd", &format!("{:.9}", charge.cost.usd()));
+            let marks = [(self.custom_cost.is_some(), "custom"), (charge.estimated, "estimated"), (charge.unpriced, "unknown")];
+            if let Some((_, mark)) = marks.iter().find(|(is_so, _)| *is_so) {
+                text("cost_is", mark);
+            }
         }
         if !self.ignored.is_empty() {
             text("ignored", &self.ignored.join(","));
@@ -318,7 +318,7 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        self.left(None);
+        self.left();
     }
 }
 

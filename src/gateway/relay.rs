@@ -31,19 +31,23 @@ use http::{Method, header};
 use hyper::upgrade::Upgraded;
 use tokio::time::timeout;
 
-use crate::base::{AccountId, Error, Kind, Millis, Result};
+use crate::base::{AccountId, Error, Kind, Millis, ModelId, Neurons, Result};
 use crate::cache::{self, Cache, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
 use crate::config::gateway::KeyFiles;
 use crate::config::{self, Live};
 use crate::fallback::{Fallback, Policy, Target};
 use crate::gateway::asked::{Ask, Who};
-use crate::gateway::counts::Counts;
+use crate::gateway::bill::{self, Receipt};
+use crate::gateway::counts;
 use crate::gateway::headers::{self, Headers};
-use crate::gateway::limits::RouteLimits;
+use crate::gateway::limits;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
-use crate::gateway::record::{CacheUse, Record};
+use crate::gateway::record::Record;
 use crate::gateway::step::{LocalCall, Way};
+use crate::gateway::terms;
 use crate::gateway::watch::Watch;
+use crate::ledger::{Claim, Counts, Ledger, Plan};
+use crate::logs::CacheUse;
 use crate::metrics::Metrics;
 use crate::net::client::{self, Client, Fault};
 use crate::net::vertex::AccessToken;
@@ -66,8 +70,8 @@ pub struct Parts {
     pub cache: Cache,
     /// How targets do.
     pub fallback: Fallback,
-    /// How often limits of routes were passed.
-    pub limits: RouteLimits,
+    /// What calls may use, and have used.
+    pub ledger: Ledger,
     /// Where to count.
     pub metrics: Arc<Metrics>,
 }
@@ -77,7 +81,7 @@ impl Parts {
     ///
     /// # Errors
     /// When a folder, a master key or what the file says of gateways cannot be used.
-    pub fn start(live: &Live, metrics: &Arc<Metrics>) -> Result<Self> {
+    pub fn start(live: &Live, ledger: &Ledger, metrics: &Arc<Metrics>) -> Result<Self> {
         let config = live.get();
         let KeyFiles { named, default, previous } = &config.key_files;
         let sealer = Sealer::open_files(named.as_deref(), default.as_deref(), previous)?;
@@ -90,8 +94,8 @@ impl Parts {
             Cache::start(settings(None))
         })?;
         let fallback = Fallback::start(Policy::default());
-        let limits = RouteLimits::default();
-        Ok(Self { config: live.clone(), registry, cache, fallback, limits, metrics: metrics.clone() })
+        let (config, ledger, metrics) = (live.clone(), ledger.clone(), metrics.clone());
+        Ok(Self { config, registry, cache, fallback, ledger, metrics })
     }
 }
 
@@ -114,7 +118,7 @@ pub fn clients(upstream: &config::Upstream) -> Result<client::Settings> {
 pub struct Relay {
     /// What it has in common with others.
     pub parts: Parts,
-    counts: Rc<Counts>,
+    counts: Rc<counts::Counts>,
     last_scope: RefCell<Option<(Arc<Gateway>, AccountId, Scope)>>,
     client: Client,
     local: Local,
@@ -124,8 +128,8 @@ pub struct Relay {
     turns: RefCell<HashMap<[u8; 32], Rc<tokio::sync::Mutex<()>>>>,
 }
 
-/// The engine of this process, as the HTTP floor serves it.
-pub type Local = Rc<dyn Fn(LocalCall, Who) -> LocalBoxFuture<'static, LocalAnswer>>;
+/// The engine of this process, as the HTTP floor serves it; who asks, and through which gateway.
+pub type Local = Rc<dyn Fn(LocalCall, Who, Arc<str>) -> LocalBoxFuture<'static, LocalAnswer>>;
 
 /// What the engine answers.
 pub struct LocalAnswer {
@@ -152,7 +156,7 @@ pub struct Reply {
 impl Relay {
     /// A relay with a client of its own.
     pub fn new(parts: Parts, client: Client, local: Local) -> Self {
-        let counts = Rc::new(Counts::new(parts.metrics.clone()));
+        let counts = Rc::new(counts::Counts::new(parts.metrics.clone()));
         Self {
             parts,
             counts,
@@ -169,10 +173,13 @@ impl Relay {
     /// # Errors
     /// The gateway's own refusals, and `Unreachable` or `UpstreamTimeout` where nobody answered. Whatever an upstream says
     /// itself is a reply.
-    pub async fn serve(self: &Rc<Self>, ask: Ask) -> Result<Reply> {
+    pub async fn serve(self: &Rc<Self>, mut ask: Ask) -> Result<Reply> {
         let mut record = Record::begin(&self.counts, &ask);
-        let mut trail = Trail::default();
-        let outcome = self.answer(ask, &mut record, &mut trail).await;
+        let mut trail = Trail { receipt: record.receipt().clone(), ..Trail::default() };
+        let outcome = match self.admit(&mut ask, &mut record) {
+            Ok(()) => self.answer(ask, &mut record, &mut trail).await,
+            Err(error) => Err(error),
+        };
         record.waited(trail.elsewhere);
         match outcome {
             Ok((begun, cache)) => Ok(finish(begun, cache, record)),
@@ -191,7 +198,10 @@ impl Relay {
     pub async fn upgrade(&self, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>)> {
         let mut record = Record::begin(&self.counts, &ask);
         let mut trail = Trail::default();
-        let outcome = self.handshake(&mut ask, &mut trail).await;
+        let outcome = match self.admit(&mut ask, &mut record) {
+            Ok(()) => self.handshake(&mut ask, &mut trail).await,
+            Err(error) => Err(error),
+        };
         record.waited(trail.elsewhere);
         match outcome {
             Ok((mut headers, upgraded, target)) => {
@@ -217,6 +227,39 @@ impl Relay {
                 Err(error)
             }
         }
+    }
+
+    /// Looks at the limits that bind a call whoever answers it, and holds what it needs of them.
+    fn admit(&self, ask: &mut Ask, record: &mut Record) -> Result<()> {
+        let mut windows = std::mem::take(&mut ask.ruled.windows);
+        if let Some(limit) = &ask.gateway.settings.rate_limit {
+            windows.push(limits::of_gateway(&ask.account, &ask.gateway.id, limit));
+        }
+        if windows.is_empty() {
+            return Ok(());
+        }
+        let (mut tokens, mut cost) = (0, Neurons::ZERO);
+        if windows.iter().any(|window| window.counts != Counts::Requests) {
+            // Who answers is not known yet, so what it costs is not either.
+            tokens = u64::from(bill::most(&ask.body).total_tokens());
+            cost = Neurons::from_micro(1);
+        }
+        let claim = Claim {
+            request: ask.who.id,
+            account: &ask.account,
+            plan: Plan::PAID,
+            windows: &windows,
+            tokens,
+            neurons: Neurons::ZERO,
+            cost,
+            is_once: false,
+        };
+        let held = self.parts.ledger.reserve(&claim, Millis::now()).map_err(|denied| {
+            self.parts.metrics.refused_by_limits.with_label_values(&[limits::label(&denied)]).inc();
+            limits::refusal(denied, &ask.provider, &ModelId::new("any model"))
+        })?;
+        record.hold(held);
+        Ok(())
     }
 
     async fn handshake(&self, ask: &mut Ask, trail: &mut Trail) -> Result<(http::HeaderMap, Upgraded, Target)> {
@@ -272,7 +315,7 @@ impl Relay {
             Found::Off => Ok((Box::pin(self.attempts(ask, trail)).await?, CacheUse::Off)),
             Found::Fill(ticket) => {
                 let (follower, words) = (ticket.follow(), ask.words);
-                self.fill(ticket, ask, keep);
+                self.fill(ticket, ask, keep, trail.receipt.clone());
                 Box::pin(self.follow(follower, None, words, keep, trail)).await
             }
             Found::Follow(follower) => {
@@ -329,7 +372,7 @@ impl Relay {
                     return Ok((Begun { status, headers, pipe }, cache));
                 }
                 Lead::Lead(ticket) => match ask.take() {
-                    Some(ask) => self.fill(ticket, ask, keep),
+                    Some(ask) => self.fill(ticket, ask, keep, trail.receipt.clone()),
                     None => return Err(Error::internal("a call was to lead twice")),
                 },
                 Lead::Failed(FailedAnswer::Answer { head, body }) => {
@@ -346,10 +389,10 @@ impl Relay {
     }
 
     /// Gets an answer for all who wait for it, in a task that outlives the caller it came from.
-    fn fill(self: &Rc<Self>, mut ticket: FillTicket, ask: Ask, keep: Duration) {
+    fn fill(self: &Rc<Self>, mut ticket: FillTicket, ask: Ask, keep: Duration, receipt: Receipt) {
         let relay = self.clone();
         actix_web::rt::spawn(async move {
-            let mut trail = Trail::default();
+            let mut trail = Trail { receipt, ..Trail::default() };
             let mut begun = match relay.attempts(ask, &mut trail).await {
                 Ok(begun) => begun,
                 Err(error) => return ticket.fail(FailedAnswer::Error(error.with_attempts(&trail.text))),
@@ -430,6 +473,17 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
         let step = headers.text("cf-aig-step").parse().unwrap_or(0);
         let (provider, model) = (headers.text("cf-aig-provider"), headers.text("cf-aig-model"));
         record.begun(status, cache, provider, model, step, headers.text("cf-aig-attempts"));
+    }
+    if let Some(standing) = record.standing() {
+        let limit = terms::limit(standing);
+        let reset = limit.reset.as_secs_f64().ceil() as u64;
+        for (name, number) in [
+            (&headers::LIMIT, limit.limit),
+            (&headers::LIMIT_REMAINING, limit.left),
+            (&headers::LIMIT_RESET, reset),
+        ] {
+            headers.insert(name, HeaderValue::from(number));
+        }
     }
     let hit = if cache.is_hit() { "HIT" } else { "MISS" };
     headers.insert(&headers::CACHE_STATUS, HeaderValue::from_static(hit));

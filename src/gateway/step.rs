@@ -23,6 +23,7 @@ use crate::base::{AccountId, Error, Kind, Result, Secret};
 use crate::config::gateway::{CUSTOM, Timeouts};
 use crate::fallback::Target;
 use crate::gateway::options::Options;
+use crate::ledger::Window;
 use crate::net::client::{Attempt, Origin};
 use crate::net::sigv4;
 use crate::net::vertex::ServiceAccount;
@@ -52,6 +53,8 @@ pub struct Step {
     pub stored_key: bool,
     /// The way that led to it, if a route decided.
     pub route: Option<String>,
+    /// Budgets that it passed on its way, which it counts against.
+    pub budgets: Vec<Window>,
     /// Its number among the caller's own steps.
     pub index: usize,
 }
@@ -210,6 +213,7 @@ impl Steps<'_> {
             timeouts: known.timeouts,
             stored_key: !brought && self.trusted,
             route: None,
+            budgets: Vec::new(),
             index: 0,
         })
     }
@@ -259,6 +263,7 @@ impl Steps<'_> {
             timeouts: known.timeouts,
             stored_key,
             route: None,
+            budgets: Vec::new(),
             index: 0,
         })
     }
@@ -333,6 +338,7 @@ impl Steps<'_> {
             timeouts: Timeouts::default(),
             stored_key: false,
             route: None,
+            budgets: Vec::new(),
             index: 0,
         })
     }
@@ -362,6 +368,7 @@ impl Steps<'_> {
             timeouts: Timeouts::default(),
             stored_key: false,
             route: None,
+            budgets: Vec::new(),
             index: 0,
         }
     }

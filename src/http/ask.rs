@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Kind, ModelId, RequestId, Result};
 use crate::config::{Catalog, CatalogEntry};
+use crate::gateway::terms::Terms;
 use crate::gateway::{Answer, Call, Delivery, Encoded};
 use crate::http::Services;
 use crate::http::fields::Fields;
@@ -48,6 +49,8 @@ pub(super) struct Ask {
     pub(super) model: OnceCell<ModelId>,
     /// Whether the gateway has taken it over: from then on the gateway counts and logs.
     pub(super) served: Cell<bool>,
+    /// By what its calls are measured.
+    pub(super) terms: Terms,
 }
 
 impl Ask {
@@ -133,6 +136,7 @@ impl Ask {
             affinity: self.affinity.clone(),
             reject_if_busy,
             received: self.received,
+            terms: self.terms.clone(),
         }
     }
 }

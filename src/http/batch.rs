@@ -25,6 +25,7 @@ use tracing::{info, warn};
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, ModelId, Neurons, RequestId, Result};
 use crate::config::{CatalogEntry, ResultShape};
+use crate::gateway::terms::Terms;
 use crate::gateway::{Call, Gateway};
 use crate::http::answer::{self, UsageJson};
 use crate::http::ask::{Ask, no_such_model};
@@ -121,7 +122,7 @@ pub(super) async fn run(
     let work = requests.iter().enumerate().map(|(at, request)| {
         let (gateway, owner, entry) = (&services.gateway, owner.clone(), entry.clone());
         async move {
-            let job = Job { at, request, priority, reject_if_busy };
+            let job = Job { batch: None, at, request, priority, reject_if_busy };
             let outcome = one(gateway, &owner, &entry, &job).await;
             (at, request, outcome)
         }
@@ -191,6 +192,8 @@ fn requests<'a>(fields: &Fields<'a>, most: usize) -> Result<&'a [Value]> {
 
 /// A request of a batch about to be answered.
 struct Job<'a> {
+    /// The batch in line that it is of: its requests keep their ids through a restart, so that none is billed twice.
+    batch: Option<RequestId>,
     at: usize,
     request: &'a Value,
     priority: i8,
@@ -229,8 +232,10 @@ async fn one(
 
 /// A request of a batch as a call of its own.
 fn call<Input>(owner: &Owner, entry: &Arc<CatalogEntry>, job: &Job<'_>, input: Input) -> Call<Input> {
+    let terms = Terms { is_once: job.batch.is_some(), ..Terms::default() };
     Call {
-        id: RequestId::random(),
+        terms,
+        id: job.batch.map_or_else(RequestId::random, |batch| batch.of(job.at)),
         account: owner.account.clone(),
         key: owner.key.clone(),
         entry: entry.clone(),
@@ -512,7 +517,7 @@ async fn compute(gateway: &Gateway, id: RequestId, path: &Path, actor: &Addr<Bat
         let (owner, model) = (&owner, &head.model);
         async move {
             let under_way = UnderWay::begin(&gateway.metrics);
-            let response = respond(id, at, request, patiently(gateway, owner, model, at, request, end).await);
+            let response = respond(id, at, request, patiently(gateway, owner, model, (id, at), request, end).await);
             (response, under_way)
         }
     });
@@ -561,7 +566,7 @@ async fn patiently(
     gateway: &Gateway,
     owner: &Owner,
     model: &ModelId,
-    at: usize,
+    (id, at): (RequestId, usize),
     request: &Value,
     end: u64,
 ) -> Result<(Box<RawValue>, Usage, Neurons)> {
@@ -570,7 +575,7 @@ async fn patiently(
         let catalog = gateway.config.get().catalog.clone();
         let entry = catalog.resolve(model.as_str()).filter(|entry| run::TASKS.contains(&entry.task)).cloned();
         let entry = entry.ok_or_else(|| no_such_model(&catalog, model.as_str()))?;
-        let job = Job { at, request, priority: PRIORITY, reject_if_busy: false };
+        let job = Job { batch: Some(id), at, request, priority: PRIORITY, reject_if_busy: false };
         let error = match one(gateway, owner, &entry, &job).await {
             Ok(answer) => return Ok(answer),
             Err(error) => error,

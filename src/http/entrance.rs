@@ -2,7 +2,7 @@
 //!
 //!     request --token, gateway--> Entrance --native | chat | messages | embeddings | universal | run | realtime--> Ask
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,9 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::base::{AccountId, Error, Kind, Millis, RequestId, Result};
+use crate::config::Limits;
 use crate::gateway::asked::{Ask, Plan, Who};
+use crate::gateway::limits::{self, Ruled, Seen};
 use crate::gateway::options::{self, Options};
 use crate::gateway::pipe::Words;
 use crate::gateway::relay::Relay;
@@ -23,6 +25,7 @@ use crate::gateway::route;
 use crate::gateway::step::{self, Native, Step, Steps};
 use crate::http::route::Route;
 use crate::http::{Services, auth};
+use crate::ledger::{Counts, Window};
 use crate::provider::{self, Dialect};
 use crate::registry::{Gateway, View};
 use crate::route::{Facts, LimitNode};
@@ -44,6 +47,15 @@ pub(super) struct Entrance {
     who: Who,
     /// A token of ours was shown: stored keys may be used.
     trusted: bool,
+    /// The operator's own rules, if there are any.
+    limits: Option<Arc<Limits>>,
+}
+
+/// The operator's own rules, if there are any.
+fn rules(services: &Services) -> Option<Arc<Limits>> {
+    let config = services.config.get();
+    let limits = &config.metering.limits;
+    (!limits.rules.is_empty()).then(|| limits.clone())
 }
 
 /// Lets a caller into a gateway of the account in the path.
@@ -88,8 +100,8 @@ pub(super) async fn enter(
     };
     let caller = admitted.unwrap_or(Caller::anonymous(account.clone()));
     let caller = Caller { account: account.clone(), ..caller };
-    let who = Who { id, caller, engine, received };
-    Ok(Entrance { account, gateway, view, who, trusted: known })
+    let who = Who { id, caller, engine, received, tally: None };
+    Ok(Entrance { account, gateway, view, who, trusted: known, limits: rules(services) })
 }
 
 /// A gateway, and what else the registry says at this moment.
@@ -107,6 +119,7 @@ async fn find(relay: &Relay, account: &AccountId, id: &str, known: bool) -> Resu
 
 /// Lets a caller whose token is known already into the gateway that a header names.
 pub(super) async fn enter_named(
+    services: &Services,
     relay: &Relay,
     request: &HttpRequest,
     caller: Caller,
@@ -121,8 +134,8 @@ pub(super) async fn enter_named(
         return Err(Error::new(Kind::Forbidden, "This token does not open this gateway."));
     }
     let (gateway, view) = find(relay, &account, named, true).await?;
-    let who = Who { id, engine: caller.scopes.run.then(|| caller.clone()), caller, received };
-    Ok(Entrance { account, gateway, view, who, trusted })
+    let who = Who { id, engine: caller.scopes.run.then(|| caller.clone()), caller, received, tally: None };
+    Ok(Entrance { account, gateway, view, who, trusted, limits: rules(services) })
 }
 
 /// A request, divided into what is ours and what is the upstream's.
@@ -230,6 +243,7 @@ impl Entrance {
             view: self.view.clone(),
             who: Who { id, received: Instant::now(), ..self.who.clone() },
             trusted: self.trusted,
+            limits: self.limits.clone(),
         }
     }
 
@@ -274,7 +288,19 @@ impl Entrance {
             credentials.push(u8::from(self.trusted));
         }
         let content_type = request.headers().get("content-type").and_then(|value| value.to_str().ok());
+        let ruled = self.limits.as_ref().map(|limits| {
+            let seen = Seen {
+                peer: request.peer_addr().map(|peer| peer.ip()),
+                headers: request.headers(),
+                account: &self.account,
+                key: self.who.caller.key.as_ref(),
+                gateway: Some(&self.gateway.id),
+                metadata: call.options.metadata.as_ref(),
+            };
+            Ruled::of(limits, &seen)
+        });
         Ok(Ask {
+            ruled: ruled.unwrap_or_default(),
             who: self.who,
             account: self.account,
             gateway: self.gateway,
@@ -411,9 +437,19 @@ impl Entrance {
             return Err(Error::new(Kind::NoSuchModel, message).with_param("model"));
         };
         let asked = Asked::read(call, &self.who)?;
-        let (limits, counters) =
-            (relay.parts.limits.clone(), format!("{}/{}/{}", self.account, self.gateway.id, route.id));
-        let mut within = move |limit: &LimitNode, key: &str| limits.pass(&counters, limit, key, Millis::now());
+        let ledger = relay.parts.ledger.clone();
+        let counters = format!("{}/{}/{}", self.account, self.gateway.id, route.id);
+        // What the call costs counts against the budgets that it passed on its way.
+        let budgets: Rc<RefCell<Vec<Window>>> = Rc::default();
+        let passed = budgets.clone();
+        let mut within = move |limit: &LimitNode, key: &str| {
+            let window = limits::of_route(&counters, limit, key);
+            let is_within = ledger.pass(&window, Millis::now()).is_ok();
+            if is_within && window.counts == Counts::Cost {
+                passed.borrow_mut().push(window);
+            }
+            is_within
+        };
         let most = route.graph.models().count();
         let mut walk = asked.with(|facts| route.graph.walk(facts, &mut within));
         if walk.model().is_none() {
@@ -443,6 +479,7 @@ impl Entrance {
             index += 1;
             Some(step.map(|mut step| {
                 (step.index, step.route) = (index - 1, Some(walk.to_string()));
+                step.budgets = budgets.borrow().clone();
                 step
             }))
         };

@@ -13,7 +13,8 @@ use actix_web::HttpResponse;
 use actix_web::http::StatusCode;
 use serde_json::{Value, json};
 
-use crate::base::{Error, Kind, RequestId};
+use crate::base::{Error, Kind, Limit, RequestId};
+use crate::gateway::limits::WORTH_WAITING;
 use crate::http::route::Surface;
 
 /// What a kind is called on the wire.
@@ -55,6 +56,8 @@ const fn wire(kind: Kind) -> Wire {
         Kind::Forbidden => w(403, 10000, 403, "permission_error", "forbidden"),
         Kind::RateLimited => w(429, 3040, 429, "rate_limit_error", "rate_limit_exceeded"),
         Kind::OutOfNeurons => w(429, 4006, 429, "insufficient_quota", "insufficient_quota"),
+        Kind::OverBudget => w(429, 2041, 429, "insufficient_quota", "insufficient_quota"),
+        Kind::LedgerDown => w(503, 3040, 503, SERVER, "ledger_unavailable"),
         Kind::Busy => w(429, 3040, 503, SERVER, "overloaded"),
         Kind::ModelUnavailable => w(503, 3040, 503, SERVER, "model_unavailable"),
         Kind::Timeout => w(408, 3007, 408, "timeout_error", "timeout"),
@@ -135,9 +138,15 @@ pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpRe
     if let Some(attempts) = error.attempts() {
         response.insert_header(("cf-aig-attempts", attempts));
     }
-    if error.kind() == Kind::OutOfNeurons {
+    let is_spent = matches!(error.kind(), Kind::OutOfNeurons | Kind::OverBudget);
+    if is_spent || error.kind() == Kind::RateLimited && wait.is_some_and(|wait| wait > WORTH_WAITING) {
         // Without this a Node SDK sleeps until midnight: it obeys Retry-After however long.
         response.insert_header(("x-should-retry", "false"));
+    }
+    if let Some(limit) = error.limit() {
+        for header in limits(limit) {
+            response.insert_header(header);
+        }
     }
     if error.kind() == Kind::MethodNotAllowed {
         let allowed = match error.message().rsplit(' ').next() {
@@ -151,6 +160,19 @@ pub(super) fn response(surface: Surface, id: RequestId, error: &Error) -> HttpRe
         response.force_close();
     }
     response.body(body.to_string())
+}
+
+/// A limit in headers: as the drafts of RateLimit name them, and as most APIs do.
+pub(super) fn limits(limit: Limit) -> [(&'static str, String); 6] {
+    let reset = limit.reset.as_secs_f64().ceil() as u64;
+    [
+        ("ratelimit-limit", limit.limit.to_string()),
+        ("ratelimit-remaining", limit.left.to_string()),
+        ("ratelimit-reset", reset.to_string()),
+        ("x-ratelimit-limit", limit.limit.to_string()),
+        ("x-ratelimit-remaining", limit.left.to_string()),
+        ("x-ratelimit-reset", reset.to_string()),
+    ]
 }
 
 /// The value of an OpenAI `error` key, also for streams that fail midway.

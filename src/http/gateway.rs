@@ -24,7 +24,7 @@ use crate::gateway::relay::{Relay, Reply};
 use crate::gateway::step;
 use crate::http::entrance::{self, Entrance, Incoming};
 use crate::http::route::{Endpoint, Route};
-use crate::http::{Door, ask, models, socket};
+use crate::http::{Door, Services, ask, models, socket};
 use crate::provider;
 use crate::vault::Caller;
 
@@ -78,6 +78,7 @@ pub(super) async fn serve(
 
 /// Serves a call of the surfaces that know accounts by their token, through the gateway it names.
 pub(super) async fn serve_named(
+    services: &Services,
     relay: &Rc<Relay>,
     request: &HttpRequest,
     body: Bytes,
@@ -86,7 +87,7 @@ pub(super) async fn serve_named(
     id: RequestId,
     received: Instant,
 ) -> Result<HttpResponse> {
-    let entrance = entrance::enter_named(relay, request, caller, id, received).await?;
+    let entrance = entrance::enter_named(services, relay, request, caller, id, received).await?;
     let mut call = Incoming::read(request, body);
     call.forget_token(*endpoint == Endpoint::Messages);
     let ask = match endpoint {
@@ -202,8 +203,8 @@ impl MessageBody for RelayBody {
         match &chunk {
             Some(Ok(bytes)) => this.record.sent(bytes.len()),
             Some(Err(_)) | None => {
-                let usage = this.pipe.usage();
-                this.record.ended(this.pipe.end().unwrap_or(&End::Whole), usage);
+                this.pipe.settle();
+                this.record.ended(this.pipe.end().unwrap_or(&End::Whole));
             }
         }
         Poll::Ready(chunk)
@@ -212,11 +213,11 @@ impl MessageBody for RelayBody {
 
 impl Drop for RelayBody {
     fn drop(&mut self) {
-        let usage = self.pipe.usage();
+        self.pipe.settle();
         // A body of known size is never asked for its end.
         match self.size {
-            BodySize::Sized(bytes) if self.record.is_whole(bytes) => self.record.ended(&End::Whole, usage),
-            _ => self.record.left(usage),
+            BodySize::Sized(bytes) if self.record.is_whole(bytes) => self.record.ended(&End::Whole),
+            _ => self.record.left(),
         }
     }
 }

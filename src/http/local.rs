@@ -3,6 +3,7 @@
 use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use actix_web::HttpResponse;
 use actix_web::web;
@@ -12,6 +13,7 @@ use crate::base::{Error, Kind, Result};
 use crate::gateway::asked::Who;
 use crate::gateway::headers::Headers;
 use crate::gateway::relay::{Local, LocalAnswer};
+use crate::gateway::terms::Terms;
 use crate::gateway::step::{LocalCall, LocalEndpoint};
 use crate::http::ask::{self, Ask};
 use crate::http::route::{Endpoint, Surface, openai};
@@ -19,7 +21,7 @@ use crate::http::{Services, answer, error};
 
 /// The engine, for a relay.
 pub(super) fn engine(services: Services) -> Local {
-    Rc::new(move |call, who| {
+    Rc::new(move |call, who, gateway| {
         let services = services.clone();
         async move {
             let surface = match call.endpoint {
@@ -27,7 +29,7 @@ pub(super) fn engine(services: Services) -> Local {
                 LocalEndpoint::OpenAi(_) => Surface::OpenAi,
             };
             let id = who.id;
-            let response = match serve(&services, surface, call, who).await {
+            let response = match serve(&services, surface, call, who, gateway).await {
                 Ok(response) => response,
                 Err(error) => error::response(surface, id, &error),
             };
@@ -37,7 +39,13 @@ pub(super) fn engine(services: Services) -> Local {
     })
 }
 
-async fn serve(services: &Services, surface: Surface, call: LocalCall, who: Who) -> Result<HttpResponse> {
+async fn serve(
+    services: &Services,
+    surface: Surface,
+    call: LocalCall,
+    who: Who,
+    gateway: Arc<str>,
+) -> Result<HttpResponse> {
     let Some(caller) = who.engine else {
         return Err(Error::new(Kind::Unauthorized, "Authentication error"));
     };
@@ -47,7 +55,9 @@ async fn serve(services: &Services, surface: Surface, call: LocalCall, who: Who)
     };
     let query = web::Query::<HashMap<String, String>>::from_query(&call.query)
         .map_err(|_| Error::bad_input("the query string does not parse"))?;
+    let terms = Terms { budget: caller.budget, gateway: Some(gateway), tally: who.tally, ..Terms::default() };
     let ask = Ask {
+        terms,
         id: who.id,
         surface,
         caller,

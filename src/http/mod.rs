@@ -56,10 +56,12 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-use crate::base::{AccountId, Error, Kind, ModelId, Phase, RequestId, Result};
+use crate::base::{AccountId, Error, Kind, Limit, ModelId, Phase, RequestId, Result};
 use crate::config::Live;
 use crate::gateway::Gateway;
+use crate::gateway::limits::{Ruled, Seen};
 use crate::gateway::relay::{Parts, Relay};
+use crate::gateway::terms::{self, Terms};
 use crate::metrics::Metrics;
 use crate::net::client;
 use crate::supervisor::FleetView;
@@ -108,6 +110,8 @@ struct Trail {
     model: Option<ModelId>,
     /// The gateway took the call over and has counted and logged how it ended.
     served: bool,
+    /// How the tightest limit stands that it fell under.
+    limit: Option<Limit>,
 }
 
 /// Every request, whatever it wants.
@@ -132,6 +136,16 @@ async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Doo
         }
     };
     observation.status = response.status().as_u16();
+    if let Some(limit) = trail.limit {
+        for (name, number) in error::limits(limit) {
+            let (name, value) = (HeaderName::from_static(name), HeaderValue::from_str(&number));
+            if let Ok(value) = value.map_err(drop)
+                && !response.headers().contains_key(&name)
+            {
+                response.headers_mut().insert(name, value);
+            }
+        }
+    }
     if let Ok(value) = HeaderValue::from_str(id.text(&mut [0; 36])) {
         let headers = response.headers_mut();
         // An upstream's own id for what it answered is what its support asks for.
@@ -196,7 +210,7 @@ async fn dispatch(
             let (limit, patience) = (server.max_body_bytes, server.read_timeout);
             let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
             if route.surface != Surface::Binding && gateway::is_meant(request.headers(), endpoint, &body) {
-                let named = gateway::serve_named(&door.relay, request, body, endpoint, caller, id, received);
+                let named = gateway::serve_named(services, &door.relay, request, body, endpoint, caller, id, received);
                 let outcome = Box::pin(named).await;
                 trail.served = outcome.is_ok();
                 return outcome;
@@ -211,7 +225,19 @@ async fn dispatch(
     let query = web::Query::<HashMap<String, String>>::from_query(request.query_string())
         .map_err(|_| Error::bad_input("the query string does not parse"))?;
     let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let rules = &services.config.get().metering.limits;
+    let seen = Seen {
+        peer: request.peer_addr().map(|peer| peer.ip()),
+        headers: request.headers(),
+        account: &caller.account,
+        key: caller.key.as_ref(),
+        gateway: None,
+        metadata: None,
+    };
+    let terms = Terms { ruled: Ruled::of(rules, &seen), budget: caller.budget, ..Terms::default() };
+    let standing = terms.standing.clone();
     let ask = Ask {
+        terms,
         id,
         surface: route.surface,
         caller,
@@ -227,6 +253,7 @@ async fn dispatch(
     let outcome = Box::pin(answer(services, &ask, endpoint)).await;
     trail.served = ask.served.get();
     trail.model = ask.model.into_inner();
+    trail.limit = standing.get().map(terms::limit);
     outcome
 }
 

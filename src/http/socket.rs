@@ -179,8 +179,8 @@ async fn answer(
             session.text(message.to_string()).await?;
         }
     }
-    let usage = pipe.usage();
-    record.ended(pipe.end().unwrap_or(&End::Whole), usage);
+    pipe.settle();
+    record.ended(pipe.end().unwrap_or(&End::Whole));
     if streams {
         return session.text(json!({ "type": "universal.done", "metadata": metadata }).to_string()).await;
     }
@@ -254,7 +254,7 @@ impl MessageBody for Realtime {
         let read = tokio_util::io::poll_read_buf(Pin::new(&mut this.from), cx, &mut this.buffer);
         match std::task::ready!(read) {
             Ok(0) => {
-                this.record.ended(&End::Whole, None);
+                this.record.ended(&End::Whole);
                 Poll::Ready(None)
             }
             Ok(bytes) => {

@@ -1,197 +1,425 @@
 //! The sums themselves. Pure: `now` comes in as a value, no clock, no I/O.
+//!
+//! ```text
+//! reserve(claim) ── every limit looked at ── one refuses ─> Denied, nothing charged
+//!                          │ none
+//!                          v
+//!                   all held ─> Open ── settle(spent) ─> sums, Entry
+//!                                 └──── release ───────> as if it had never been
+//! ```
+//!
+//! An [`Open`] is a value that settling or releasing eats, so no call ends twice. [`Book::apply`] is what both settling and
+//! replaying do to what is kept. Where several daemons share a limit, each brings its lease of it as the limit.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet, VecDeque};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
-use crate::base::{AccountId, Millis, ModelId, Neurons, RequestId, UtcDay};
+use crate::base::{AccountId, Millis, Neurons, RequestId, UtcDay};
+use crate::ledger::claim::{
+    AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window,
+};
+use crate::ledger::entry::{Bill, Entry};
+use crate::ledger::rows::Who;
+use crate::ledger::window::{Charge, Counter, Span, Technique, Terms, Windows};
 use crate::task::Usage;
 
-/// Days of per-model rows kept in memory.
-const DAYS_KEPT: u32 = 35;
-
-/// What a call asks to spend.
-#[derive(Debug, Clone)]
-pub struct Claim {
-    /// The call; settles at most once.
-    pub request: RequestId,
-    /// Who pays.
-    pub account: AccountId,
-    /// For what.
-    pub model: ModelId,
-    /// The most it can cost.
-    pub estimate: Neurons,
-}
+/// How long the id of a call that counts once is remembered, in milliseconds.
+const ONCE: u64 = 48 * 3_600_000;
+/// So many are remembered at most; beyond it the oldest are forgotten early.
+const MAX_ONCE: usize = 1 << 20;
 
 /// One account's money.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct AccountTotals {
-    /// Settled since midnight UTC.
+    /// Settled of this UTC day.
     pub today: Neurons,
-    /// Settled since the book was opened.
+    /// Of those, what is beyond the allocation and is billed.
+    pub billed: Neurons,
+    /// Settled since the book was begun.
     pub total: Neurons,
     /// Held by calls that have not ended.
     pub reserved: Neurons,
 }
 
-/// What one account used of one model on one day.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Row {
-    /// Calls settled.
-    pub requests: u64,
-    /// Prompt tokens, cached ones included.
-    pub prompt_tokens: u64,
-    /// Of those, tokens out of the prefix cache.
-    pub cached_tokens: u64,
-    /// Tokens produced.
-    pub completion_tokens: u64,
-    /// What they cost.
-    pub neurons: Neurons,
-}
-
-/// Reservations and sums.
-#[derive(Debug, Default)]
+/// Balances, windows, and calls that count once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Book {
-    open: HashMap<RequestId, Claim>,
     accounts: HashMap<AccountId, Account>,
-    rows: BTreeMap<(UtcDay, AccountId, ModelId), Row>,
+    windows: Windows,
+    once: Once,
 }
 
-#[derive(Debug, Default)]
+/// A call under way: what is held for it. Give it to [`Book::settle`] or [`Book::release`].
+#[derive(Debug)]
+#[must_use]
+pub struct Open {
+    request: RequestId,
+    account: AccountId,
+    plan: Plan,
+    is_once: bool,
+    granted: Granted,
+    standing: Option<Standing>,
+    /// The day whose allocation it uses.
+    day: u64,
+    /// Of the allocation.
+    held: u64,
+    /// What the account shows as reserved.
+    neurons: Neurons,
+    charges: SmallVec<[(Counts, Charge); 4]>,
+}
+
+impl Open {
+    /// What it may spend.
+    pub fn granted(&self) -> Granted {
+        self.granted
+    }
+
+    /// How the tightest of its windows stood when it was reserved.
+    pub fn standing(&self) -> Option<&Standing> {
+        self.standing.as_ref()
+    }
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 struct Account {
-    day: Option<UtcDay>,
-    totals: AccountTotals,
+    /// Against the allocation.
+    free: Counter,
+    /// All that was settled.
+    spent: Counter,
+    billed: Counter,
+    total: Neurons,
+    #[serde(skip)]
+    reserved: Neurons,
 }
 
-impl Account {
-    fn at(&mut self, day: UtcDay) -> &mut AccountTotals {
-        // A clock that leaps back stays on the later day: a day's sum is never opened twice.
-        if self.day.is_none_or(|known| day > known) {
-            self.day = Some(day);
-            self.totals.today = Neurons::ZERO;
-        }
-        &mut self.totals
+impl Default for Account {
+    fn default() -> Self {
+        let none = Counter::new(Span::DAY);
+        Self { free: none, spent: none, billed: none, total: Neurons::ZERO, reserved: Neurons::ZERO }
     }
 }
 
 impl Book {
-    /// Holds the estimate. A second claim of the same request replaces the first.
-    pub fn reserve(&mut self, claim: Claim, now: Millis) {
-        self.release(claim.request);
-        let totals = self.accounts.entry(claim.account.clone()).or_default().at(now.day());
-        totals.reserved = totals.reserved + claim.estimate;
-        self.open.insert(claim.request, claim);
+    /// An empty one, with so many windows at most: those that are over are forgotten first, then the ones that end first.
+    pub fn new(max_windows: usize) -> Self {
+        let mut book = Self { accounts: HashMap::new(), windows: Windows::default(), once: Once::default() };
+        book.restore(max_windows);
+        book
     }
 
-    /// Turns a reservation into a charge. Says whether there was one: a request settles once.
-    pub fn settle(&mut self, request: RequestId, usage: &Usage, used: Neurons, now: Millis) -> bool {
-        let Some(claim) = self.open.remove(&request) else { return false };
-        let day = now.day();
-        let totals = self.accounts.entry(claim.account.clone()).or_default().at(day);
-        totals.reserved = totals.reserved.saturating_sub(claim.estimate);
-        totals.today = totals.today + used;
-        totals.total = totals.total + used;
-        let row = self.rows.entry((day, claim.account, claim.model)).or_default();
-        row.requests += 1;
-        row.prompt_tokens += u64::from(usage.prompt_tokens);
-        row.cached_tokens += u64::from(usage.cached_tokens);
-        row.completion_tokens += u64::from(usage.completion_tokens);
-        row.neurons = row.neurons + used;
-        self.forget_before(UtcDay(day.0.saturating_sub(DAYS_KEPT)));
-        true
+    /// Completes one that was read.
+    pub(super) fn restore(&mut self, max_windows: usize) {
+        self.windows.limit(max_windows);
+        self.once.known = self.once.order.iter().map(|(_, request)| *request).collect();
     }
 
-    /// Gives a reservation back.
-    pub fn release(&mut self, request: RequestId) {
-        let Some(claim) = self.open.remove(&request) else { return };
-        if let Some(account) = self.accounts.get_mut(&claim.account) {
-            account.totals.reserved = account.totals.reserved.saturating_sub(claim.estimate);
+    /// Looks at the allocation and all windows, then holds what the call may spend.
+    ///
+    /// # Errors
+    /// The limit that refuses it, or that it was settled before. Nothing is changed then.
+    pub fn reserve(&mut self, claim: &Claim<'_>, now: Millis) -> Result<Open, Denied> {
+        let Claim { plan, windows, .. } = *claim;
+        if claim.is_once && self.is_settled(claim.request) {
+            return Err(Denied::Settled);
         }
+        let allowance = terms_of(plan);
+        let mut granted = Granted { neurons: claim.neurons, cost: claim.cost };
+        let mut free = u64::MAX;
+        if plan.beyond == Beyond::Refuse && claim.neurons > Neurons::ZERO {
+            let counter = self.accounts.get(claim.account).map_or(Counter::new(Span::DAY), |account| account.free);
+            free = counter.left(allowance, now);
+            if free == 0 {
+                return Err(Denied::Over(Over {
+                    what: What::Allocation,
+                    rule: "allocation".into(),
+                    counts: Counts::Neurons,
+                    limit: allowance.limit,
+                    left: 0,
+                    retry_after_ms: counter.wait(allowance, now, 1),
+                }));
+            }
+            cut(&mut granted.neurons, plan, free);
+        }
+        let mut lefts = SmallVec::<[u64; 4]>::new();
+        for window in windows {
+            let (terms, counter) = (window.terms(), self.windows.get(window.id, window.span));
+            let left = counter.left(terms, now);
+            let (wanted, needed) = match window.counts {
+                Counts::Requests => (1, 1),
+                Counts::Tokens => (claim.tokens, claim.tokens),
+                Counts::Neurons => (claim.neurons.micro(), claim.neurons.micro().min(1)),
+                Counts::Cost => (claim.cost.micro(), claim.cost.micro().min(1)),
+            };
+            if left < needed {
+                return Err(Denied::Over(over(window, left, counter.wait(terms, now, needed))));
+            }
+            if left < wanted {
+                let amount = if window.counts == Counts::Cost { &mut granted.cost } else { &mut granted.neurons };
+                cut(amount, plan, left);
+            }
+            lefts.push(left);
+        }
+
+        let mut open = Open {
+            request: claim.request,
+            account: claim.account.clone(),
+            plan,
+            is_once: claim.is_once,
+            granted,
+            standing: None,
+            day: Span::DAY.index(now),
+            held: if plan.beyond == Beyond::Refuse { granted.neurons.micro().min(free) } else { 0 },
+            neurons: granted.neurons,
+            charges: SmallVec::new(),
+        };
+        if open.neurons > Neurons::ZERO {
+            let account = self.account(claim.account);
+            account.reserved = account.reserved + open.neurons;
+            account.free.hold(allowance, now, open.held);
+        }
+        let mut tightest: Option<(&Window, u64)> = None;
+        for (window, left) in windows.iter().zip(lefts) {
+            let (terms, counter) = (window.terms(), self.windows.open(window.id, window.span, now));
+            let mut charge = Charge { id: window.id, terms, index: 0, held: 0, used: 0 };
+            let amount = match window.counts {
+                Counts::Requests => 1,
+                Counts::Tokens => claim.tokens,
+                Counts::Neurons => granted.neurons.micro().min(left),
+                Counts::Cost => granted.cost.micro().min(left),
+            };
+            if window.counts == Counts::Requests {
+                (charge.index, charge.used) = (counter.add(terms, now, 1), 1);
+            } else {
+                (charge.index, charge.held) = (counter.hold(terms, now, amount), amount);
+            }
+            if window.counts != Counts::Requests || window.span.is_durable() {
+                open.charges.push((window.counts, charge));
+            }
+            let left = left.saturating_sub(amount);
+            if tightest.is_none_or(|(other, least)| is_tighter(window, left, other, least)) {
+                tightest = Some((window, left));
+            }
+        }
+        open.standing = tightest.map(|(window, left)| standing(window, left, now));
+        Ok(open)
+    }
+
+    /// Charges what a call has used. `false` if it counts once and was settled before: then it is released.
+    ///
+    /// The entry is for the journal. There is none when nothing changed that is kept.
+    pub fn settle(&mut self, open: Open, spent: &Spent, now: Millis) -> (bool, Option<Entry>) {
+        if open.is_once && self.is_settled(open.request) {
+            return (false, self.release(open, now));
+        }
+        let charges = self.charge(&open, &spent.usage, spent.neurons, spent.cost, now);
+        let plan = open.plan;
+        let account = self.account(&open.account);
+        account.reserved = account.reserved.saturating_sub(open.neurons);
+        let free = match plan.beyond {
+            Beyond::Refuse => spent.neurons,
+            Beyond::Bill => {
+                let used = Neurons::from_micro(account.free.used(open.day));
+                spent.neurons.min(plan.allocation.saturating_sub(used))
+            }
+        };
+        let bill = Bill {
+            request: open.request,
+            is_once: open.is_once,
+            day: UtcDay(u32::try_from(open.day).unwrap_or(u32::MAX)),
+            allocation: plan.allocation,
+            held: Neurons::from_micro(open.held),
+            free,
+            billed: spent.neurons.saturating_sub(free),
+            cost: spent.cost,
+            prompt_tokens: spent.usage.prompt_tokens,
+            cached_tokens: spent.usage.cached_tokens,
+            completion_tokens: spent.usage.completion_tokens,
+            who: Who {
+                account: open.account,
+                key: spent.key.clone(),
+                gateway: spent.gateway.clone(),
+                provider: spent.provider.clone(),
+                model: spent.model.clone(),
+            },
+        };
+        self.bill(&bill, now);
+        (true, Some(Entry { seq: 0, at: now, charges, bill: Some(bill) }))
+    }
+
+    /// Counts what a call has used in its windows, and bills nothing: another reservation does, or somebody else.
+    pub fn count(&mut self, open: Open, usage: &Usage, cost: Neurons, now: Millis) -> Option<Entry> {
+        let charges = self.charge(&open, usage, Neurons::ZERO, cost, now);
+        if open.neurons > Neurons::ZERO {
+            let account = self.account(&open.account);
+            account.reserved = account.reserved.saturating_sub(open.neurons);
+            account.free.release(open.day, open.held);
+        }
+        (!charges.is_empty()).then_some(Entry { seq: 0, at: now, charges, bill: None })
+    }
+
+    /// Corrects the windows of a call by what it has used. Returns the charges that are kept.
+    fn charge(&mut self, open: &Open, usage: &Usage, neurons: Neurons, cost: Neurons, now: Millis) -> Vec<Charge> {
+        let mut charges = Vec::new();
+        for &(counts, mut charge) in &open.charges {
+            if counts != Counts::Requests {
+                charge.used = match counts {
+                    Counts::Tokens => usage.total_tokens().into(),
+                    Counts::Neurons => neurons.micro(),
+                    _ => cost.micro(),
+                };
+                charge = self.windows.placed(charge);
+                self.windows.settle(&charge, now);
+            }
+            if charge.terms.span.is_durable() {
+                charges.push(charge);
+            }
+        }
+        charges
+    }
+
+    /// Gives back what a call held. What it counted as a request stays counted: for long windows the entry says so.
+    pub fn release(&mut self, open: Open, now: Millis) -> Option<Entry> {
+        if open.neurons > Neurons::ZERO {
+            let account = self.account(&open.account);
+            account.reserved = account.reserved.saturating_sub(open.neurons);
+            account.free.release(open.day, open.held);
+        }
+        let mut charges = Vec::new();
+        for (counts, charge) in open.charges {
+            if counts == Counts::Requests {
+                charges.push(charge);
+            } else {
+                self.windows.release(&charge);
+            }
+        }
+        (!charges.is_empty()).then_some(Entry { seq: 0, at: now, charges, bill: None })
+    }
+
+    /// Passes a window without a reservation: one that counts requests counts this one, others only must have something left.
+    ///
+    /// # Errors
+    /// [`Denied::Over`].
+    pub fn pass(&mut self, window: &Window, now: Millis) -> Result<(Standing, Option<Entry>), Denied> {
+        let (terms, counter) = (window.terms(), self.windows.get(window.id, window.span));
+        let left = counter.left(terms, now);
+        if left == 0 {
+            return Err(Denied::Over(over(window, left, counter.wait(terms, now, 1))));
+        }
+        if window.counts != Counts::Requests {
+            return Ok((standing(window, left, now), None));
+        }
+        let index = self.windows.open(window.id, window.span, now).add(terms, now, 1);
+        let charge = Charge { id: window.id, terms, index, held: 0, used: 1 };
+        let entry = window.span.is_durable().then(|| Entry { seq: 0, at: now, charges: vec![charge], bill: None });
+        Ok((standing(window, left - 1, now), entry))
     }
 
     /// One account's money now.
-    pub fn totals(&mut self, account: &AccountId, now: Millis) -> AccountTotals {
-        match self.accounts.get_mut(account) {
-            Some(account) => *account.at(now.day()),
-            None => AccountTotals::default(),
+    pub fn totals(&self, account: &AccountId, now: Millis) -> AccountTotals {
+        let Some(account) = self.accounts.get(account) else { return AccountTotals::default() };
+        let today = Span::DAY.index(now);
+        AccountTotals {
+            today: Neurons::from_micro(account.spent.used(today)),
+            billed: Neurons::from_micro(account.billed.used(today)),
+            total: account.total,
+            reserved: account.reserved,
         }
     }
 
-    /// All rows, oldest day first.
-    pub fn rows(&self) -> impl Iterator<Item = (&(UtcDay, AccountId, ModelId), &Row)> {
-        self.rows.iter()
+    /// What is left of the allocation, what calls under way hold taken off.
+    pub fn left(&self, account: &AccountId, plan: Plan, now: Millis) -> Neurons {
+        let counter = self.accounts.get(account).map_or(Counter::new(Span::DAY), |account| account.free);
+        Neurons::from_micro(counter.left(terms_of(plan), now))
     }
 
-    fn forget_before(&mut self, day: UtcDay) {
-        while let Some(oldest) = self.rows.first_entry() {
-            if oldest.key().0 >= day {
-                return;
-            }
-            oldest.remove();
+    /// Whether a call that counts once was settled.
+    pub fn is_settled(&self, request: RequestId) -> bool {
+        self.once.has(request)
+    }
+
+    /// Does again what an entry says was done.
+    pub(super) fn apply(&mut self, entry: &Entry) {
+        entry.charges.iter().for_each(|charge| self.windows.settle(charge, entry.at));
+        if let Some(bill) = &entry.bill {
+            self.bill(bill, entry.at);
+        }
+    }
+
+    fn bill(&mut self, bill: &Bill, now: Millis) {
+        let (day, all) = (bill.day.0.into(), Terms { limit: u64::MAX, ..ALLOWANCE });
+        let account = self.account(&bill.who.account);
+        let allowance = Terms { limit: bill.allocation.micro(), ..ALLOWANCE };
+        account.free.settle(allowance, day, bill.held.micro(), bill.free.micro());
+        account.spent.settle(all, day, 0, bill.neurons().micro());
+        account.billed.settle(all, day, 0, bill.billed.micro());
+        account.total = account.total + bill.neurons();
+        if bill.is_once {
+            self.once.insert(bill.request, now);
+        }
+    }
+
+    fn account(&mut self, id: &AccountId) -> &mut Account {
+        self.accounts.entry(id.clone()).or_default()
+    }
+}
+
+const ALLOWANCE: Terms = Terms { limit: 0, span: Span::DAY, technique: Technique::Fixed };
+
+fn terms_of(plan: Plan) -> Terms {
+    Terms { limit: plan.allocation.micro(), ..ALLOWANCE }
+}
+
+/// Grants less, if the plan says so.
+fn cut(granted: &mut Neurons, plan: Plan, left: u64) {
+    if plan.at_limit == AtLimit::Cut {
+        *granted = (*granted).min(Neurons::from_micro(left));
+    }
+}
+
+/// Whether less of its limit is left.
+fn is_tighter(window: &Window, left: u64, other: &Window, least: u64) -> bool {
+    u128::from(left) * u128::from(other.limit) < u128::from(least) * u128::from(window.limit)
+}
+
+fn standing(window: &Window, left: u64, now: Millis) -> Standing {
+    let ends = window.span.start(window.span.index(now) + 1);
+    let (rule, counts, limit) = (window.rule.clone(), window.counts, window.limit);
+    Standing { rule, counts, limit, left, reset_ms: ends.0.saturating_sub(now.0) }
+}
+
+fn over(window: &Window, left: u64, retry_after_ms: Option<u64>) -> Over {
+    let what = if window.counts.is_money() { What::Budget } else { What::Window };
+    Over { what, rule: window.rule.clone(), counts: window.counts, limit: window.limit, left, retry_after_ms }
+}
+
+/// Ids of calls that count once, and when they were settled.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Once {
+    order: VecDeque<(Millis, RequestId)>,
+    #[serde(skip)]
+    known: HashSet<RequestId>,
+}
+
+impl Once {
+    fn has(&self, request: RequestId) -> bool {
+        self.known.contains(&request)
+    }
+
+    fn insert(&mut self, request: RequestId, now: Millis) {
+        while let Some((at, oldest)) = self.order.front().copied()
+            && (at.0.saturating_add(ONCE) < now.0 || self.order.len() >= MAX_ONCE)
+        {
+            self.order.pop_front();
+            self.known.remove(&oldest);
+        }
+        if self.known.insert(request) {
+            self.order.push_back((now, request));
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DAY: u64 = 86_400_000;
-
-    fn claim(request: RequestId, estimate: u64) -> Claim {
-        let (account, model) = (AccountId::new("a"), ModelId::new("m"));
-        Claim { request, account, model, estimate: Neurons::from_micro(estimate) }
-    }
-
-    fn totals(book: &mut Book, now: u64) -> [u64; 3] {
-        let t = book.totals(&AccountId::new("a"), Millis(now));
-        [t.today.micro(), t.total.micro(), t.reserved.micro()]
-    }
-
-    #[test]
-    fn a_request_is_reserved_by_estimate_and_settled_by_use_once() {
-        let mut book = Book::default();
-        let request = RequestId::random();
-        book.reserve(claim(request, 100), Millis(0));
-        assert_eq!(totals(&mut book, 0), [0, 0, 100]);
-        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 2, ..Usage::default() };
-        assert!(book.settle(request, &usage, Neurons::from_micro(40), Millis(1)));
-        assert!(!book.settle(request, &usage, Neurons::from_micro(40), Millis(2)));
-        assert_eq!(totals(&mut book, 2), [40, 40, 0]);
-        let (_, row) = book.rows().next().unwrap();
-        assert_eq!((row.requests, row.prompt_tokens, row.cached_tokens, row.completion_tokens), (1, 3, 1, 2));
-    }
-
-    #[test]
-    fn a_released_reservation_charges_nothing() {
-        let mut book = Book::default();
-        let request = RequestId::random();
-        book.reserve(claim(request, 100), Millis(0));
-        book.release(request);
-        book.release(request);
-        assert!(!book.settle(request, &Usage::default(), Neurons::from_micro(1), Millis(1)));
-        assert_eq!(totals(&mut book, 1), [0, 0, 0]);
-    }
-
-    #[test]
-    fn midnight_utc_starts_a_new_day_and_a_clock_leaping_back_does_not() {
-        let mut book = Book::default();
-        for (now, expect) in [(DAY - 1, [7, 7, 0]), (DAY, [7, 14, 0]), (DAY - 1, [14, 21, 0]), (3 * DAY, [7, 28, 0])] {
-            let request = RequestId::random();
-            book.reserve(claim(request, 9), Millis(now));
-            book.settle(request, &Usage::default(), Neurons::from_micro(7), Millis(now));
-            assert_eq!(totals(&mut book, now), expect, "at {now}");
-        }
-    }
-
-    #[test]
-    fn old_rows_are_forgotten() {
-        let mut book = Book::default();
-        for day in [0, 1, 40] {
-            let request = RequestId::random();
-            book.reserve(claim(request, 1), Millis(day * DAY));
-            book.settle(request, &Usage::default(), Neurons::from_micro(1), Millis(day * DAY));
-        }
-        assert_eq!(book.rows().map(|(key, _)| key.0.0).collect::<Vec<_>>(), [40]);
-    }
-}
+#[path = "book_test.rs"]
+mod tests;

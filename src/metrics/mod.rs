@@ -92,6 +92,12 @@ pub struct Metrics {
     pub gateway_findings: IntCounterVec,
     /// Tokens that upstreams say they used, by provider and kind.
     pub upstream_tokens: IntCounterVec,
+    /// Millionths of neurons that answers of upstreams cost by the price list, by provider; 1,000 neurons are 0.011 USD.
+    pub upstream_cost: IntCounterVec,
+    /// Answers of upstreams whose model has no price, by provider.
+    pub upstream_unpriced: IntCounterVec,
+    /// Calls refused by a limit, by kind (rate, budget, allocation, ledger).
+    pub refused_by_limits: IntCounterVec,
     /// Upstream connections that wait for a call.
     pub upstream_idle: IntGauge,
     /// Entries, bytes and open fills of the response cache, by what is counted.
@@ -374,6 +380,21 @@ impl Metrics {
                 "neurond_upstream_tokens_total",
                 "Tokens that upstreams say they used, by provider and kind (prompt, cached, completion).",
                 &["provider", "kind"],
+            ),
+            upstream_cost: r.counters(
+                "neurond_upstream_cost_micro_neurons_total",
+                "Millionths of neurons that answers of upstreams cost by the price list, by provider; 1,000 neurons are 0.011 USD.",
+                &["provider"],
+            ),
+            upstream_unpriced: r.counters(
+                "neurond_upstream_unpriced_total",
+                "Answers of upstreams whose model has no price in the list, by provider.",
+                &["provider"],
+            ),
+            refused_by_limits: r.counters(
+                "neurond_refused_by_limits_total",
+                "Calls refused by a limit, by kind (rate, budget, allocation, ledger).",
+                &["kind"],
             ),
             upstream_idle: r.gauge("neurond_upstream_idle_connections", "Upstream connections that wait for a call."),
             cache_state: r.gauges(

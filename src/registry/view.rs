@@ -34,7 +34,7 @@ pub struct View {
 /// A gateway, ready to serve.
 pub struct Gateway {
     /// Its name.
-    pub id: String,
+    pub id: Arc<str>,
     /// What it does.
     pub settings: Settings,
     /// Its rules and schemas, compiled.
@@ -255,7 +255,7 @@ impl FixedView {
                 }
             };
             let generation = if settings.cache_invalidate_on_update { generation_of(fields) } else { 0 };
-            let gateway = Gateway { id: id.clone(), settings: settings.clone(), guard, generation, fixed: true };
+            let gateway = Gateway { id: id.as_str().into(), settings: settings.clone(), guard, generation, fixed: true };
             view.gateways.entry(id.clone()).or_default().push((account.clone(), Arc::new(gateway)));
         }
         for provider in &view.written.providers {
@@ -358,7 +358,7 @@ fn gateway(account: &str, id: &str, record: &GatewayRecord, sealer: &Sealer) -> 
     })?;
     let settings = checked(&open)?;
     let guard = compile_guard(&settings)?;
-    Ok(Gateway { id: id.to_owned(), settings, guard, generation: record.generation, fixed: false })
+    Ok(Gateway { id: id.into(), settings, guard, generation: record.generation, fixed: false })
 }
 
 /// Settings of fields whose secrets are open.

@@ -1,6 +1,10 @@
 //! Bytes on disk that survive a crash at any instant.
 
+mod disk;
+#[cfg(test)]
+pub mod fault;
 mod segment;
 pub mod snapshot;
 
+pub use disk::{Bytes, Disk, RealDisk};
 pub use segment::{Frames, Segment};

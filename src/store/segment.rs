@@ -9,8 +9,10 @@
 //! lies reads that one. Knows nothing of what the bytes mean.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, Error, ErrorKind, Read, Result, Seek, SeekFrom, Write};
+use std::io::{BufReader, Error, ErrorKind, Read, Result, Seek, SeekFrom};
 use std::path::Path;
+
+use crate::store::Bytes;
 
 /// Length and checksum.
 const HEAD: usize = 8;
@@ -21,8 +23,8 @@ const COPIED: usize = 64 << 10;
 
 /// A file of frames, open at its end.
 #[derive(Debug)]
-pub struct Segment {
-    file: File,
+pub struct Segment<F = File> {
+    file: F,
     frame: Vec<u8>,
     /// Where the whole frames end.
     end: u64,
@@ -41,7 +43,7 @@ impl Segment {
             // The name must be on disk as well.
             File::open(folder)?.sync_all()?;
         }
-        Ok(Self { file, frame: Vec::new(), end: 0, is_torn: false })
+        Ok(Self::over(file))
     }
 
     /// A file that is there: `see` hears its frames, and whatever follows the last whole one is cut off.
@@ -94,6 +96,21 @@ impl Segment {
         Ok((is_whole && checksum(&frame) == sum).then_some(frame))
     }
 
+    /// The file once more, for whoever syncs it on another thread.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn file(&self) -> Result<File> {
+        self.file.try_clone()
+    }
+}
+
+impl<F: Bytes> Segment<F> {
+    /// Over a file that is empty.
+    pub fn over(file: F) -> Self {
+        Self { file, frame: Vec::new(), end: 0, is_torn: false }
+    }
+
     /// One more frame, on disk when this returns.
     ///
     /// # Errors
@@ -133,14 +150,6 @@ impl Segment {
     /// The system's.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data()
-    }
-
-    /// The file once more, for whoever syncs it on another thread.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn file(&self) -> Result<File> {
-        self.file.try_clone()
     }
 
     /// Bytes of its whole frames.

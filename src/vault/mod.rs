@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, Result};
-use crate::config::{Auth, Scopes, Token};
+use crate::config::{Auth, Budget, Scopes, Token};
 
 pub mod seal;
 
@@ -28,12 +28,14 @@ pub struct Caller {
     pub key: Option<KeyId>,
     /// What for.
     pub scopes: Scopes,
+    /// What may be used with its token.
+    pub budget: Budget,
 }
 
 impl Caller {
     /// Somebody without a token, who may do what an account without tokens may.
     pub fn anonymous(account: AccountId) -> Self {
-        Self { account, key: None, scopes: Scopes::ALL }
+        Self { account, key: None, scopes: Scopes::ALL, budget: Budget::default() }
     }
 }
 
@@ -65,7 +67,7 @@ impl Vault {
                 Some(account) if token.is_none() || auth.tokens.is_empty() => {
                     // Where there are tokens, what gateways are told is for who has one.
                     let scopes = Scopes { admin: auth.tokens.is_empty(), ..Scopes::ALL };
-                    Ok(Caller { account: account.clone(), key: None, scopes })
+                    Ok(Caller { scopes, ..Caller::anonymous(account.clone()) })
                 }
                 _ if token.is_none() => Err(refused("no token was sent")),
                 _ => Err(refused("the token is not known")),
@@ -80,7 +82,7 @@ impl Vault {
             Some(_) => return Err(refused(&format!("token {} belongs to another account", found.id))),
             None => found.account.clone(),
         };
-        Ok(Caller { account, key: Some(found.id.clone()), scopes: found.scopes.clone() })
+        Ok(Caller { account, key: Some(found.id.clone()), scopes: found.scopes.clone(), budget: found.budget })
     }
 }
 

@@ -16,17 +16,20 @@ use bytes::Bytes;
 use tokio::time::{sleep, timeout, timeout_at};
 
 use super::Relay;
-use crate::base::{Error, Kind, Millis, RequestId, Result};
+use crate::base::{Error, Kind, Millis, ModelId, Neurons, RequestId, Result};
 use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
-use crate::gateway::asked::Ask;
+use crate::gateway::asked::{Ask, Who};
+use crate::gateway::bill::{self, Bill, Pricing, Receipt, Tally};
 use crate::gateway::headers::{self, Headers};
+use crate::gateway::limits;
 use crate::gateway::opening::{Opening, Verdict};
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::label;
 use crate::gateway::step::{Sign, Step, Way};
 use crate::gateway::watch::Watch;
 use crate::guard;
+use crate::ledger::{Claim, Counts};
 use crate::net::client::{Answer, AnswerBody, Fault};
 use crate::net::gather::Gather;
 use crate::provider::{self, Meta, Meter, Translator, messages};
@@ -55,6 +58,8 @@ pub(super) struct Trail {
     pub(super) text: String,
     /// Waited for others.
     pub(super) elsewhere: Duration,
+    /// Where the record of the call finds what it came to.
+    pub(super) receipt: Receipt,
 }
 
 impl Trail {
@@ -126,6 +131,14 @@ impl Relay {
         let growth = options.backoff.or(settings.retry.backoff.map(growth)).unwrap_or_default();
         let backoff = Backoff::new(u64::from(most), delay.as_millis() as u64, growth);
         let first_byte = options.request_timeout.or(settings.timeouts.first_byte);
+        let bill = match self.bill(ask, step, &trail.receipt) {
+            Ok(bill) => bill,
+            Err(error) => {
+                self.parts.fallback.settle(&watched, pass, Outcome::Abandoned, Millis::now());
+                trail.note(&step.target, error.kind().as_str());
+                return Err(error);
+            }
+        };
         let mut pass = Some(pass);
         let mut attempt = 0;
         loop {
@@ -138,7 +151,7 @@ impl Relay {
                 _ => step.timeouts.first_byte.unwrap_or(upstream.first_byte_timeout),
             };
             let sent = Instant::now();
-            let limits = Limits { patience: patience.min(left), deadline, wary: !is_last_try };
+            let limits = Limits { patience: patience.min(left), deadline, wary: !is_last_try, tally: bill.tally() };
             let outcome = self.try_once(ask, step, upstream, limits).await;
             let taken = sent.elapsed();
             trail.elsewhere += taken;
@@ -151,7 +164,7 @@ impl Relay {
                     counts.first_byte.observe(taken.as_secs_f64());
                     self.parts.fallback.settle(&watched, pass, Outcome::Answered, now);
                     trail.note(&step.target, begun.status.as_u16());
-                    return Ok(begun.signed(step, trail));
+                    return Ok(begun.billed(bill).signed(step, trail));
                 }
                 Ok(mut begun) => {
                     let body = timeout(FAILURE_PATIENCE, collect(&mut begun.pipe, MAX_FAILURE_BYTES)).await;
@@ -170,6 +183,10 @@ impl Relay {
                 Err(Failure::Ours(error)) => {
                     self.parts.fallback.settle(&watched, pass, Outcome::Abandoned, now);
                     trail.note(&step.target, error.kind().as_str());
+                    if error.kind() == Kind::AnswerBlocked {
+                        // It was answered, and is to be paid for.
+                        bill.settle(None, 0, false);
+                    }
                     return Err(error);
                 }
                 Err(Failure::Fault(fault)) => {
@@ -195,6 +212,69 @@ impl Relay {
         }
     }
 
+    /// What a step may cost, held until its answer has ended.
+    fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt) -> Result<Bill> {
+        let (provider, model) = (&*step.target.provider, &*step.target.model);
+        let is_local = matches!(step.way, Way::Local(_));
+        let config = self.parts.config.get();
+        let (key, metering) = (&ask.who.caller.key, &config.metering);
+        let task = config.catalog.resolve(model).filter(|_| is_local).map(|entry| entry.task);
+        let mut windows = Vec::new();
+        ask.ruled.of_target(provider, model, task, &mut windows);
+        windows.extend_from_slice(&step.budgets);
+        if let Some(key) = key {
+            limits::of_budget(key, &ask.who.caller.budget, true, &mut windows);
+        }
+        let told = ask.options.metadata.as_ref();
+        for rule in &ask.gateway.settings.spend_limits {
+            windows.extend(limits::of_spending(&ask.account, &ask.gateway.id, rule, told, (provider, model)));
+        }
+        let (mut tokens, mut cost) = (0, Neurons::ZERO);
+        if windows.iter().any(|window| window.counts != Counts::Requests) {
+            let most = bill::most(&ask.body);
+            tokens = u64::from(most.total_tokens());
+            let listed = match is_local {
+                true => config.catalog.resolve(model).map(|entry| entry.price.charge(&most)),
+                false => metering.tariffs.charge(provider, model, &most),
+            };
+            // What has no price may cost something all the same: a budget that is used up lets it not through either.
+            cost = listed.unwrap_or_default().max(Neurons::from_micro(1));
+        }
+        let model = ModelId::new(model);
+        let mut reservation = None;
+        if !is_local || !windows.is_empty() {
+            let plan = config.accounts.iter().find(|account| account.id == ask.account).and_then(|account| account.plan);
+            let claim = Claim {
+                request: ask.who.id,
+                account: &ask.account,
+                plan: limits::plan(&plan.unwrap_or(metering.plan)),
+                windows: &windows,
+                tokens,
+                neurons: Neurons::ZERO,
+                cost,
+                is_once: false,
+            };
+            reservation = Some(self.parts.ledger.reserve(&claim, Millis::now()).map_err(|denied| {
+                self.parts.metrics.refused_by_limits.with_label_values(&[limits::label(&denied)]).inc();
+                limits::refusal(denied, provider, &model)
+            })?);
+        }
+        Ok(Bill {
+            reservation,
+            key: key.clone(),
+            gateway: ask.gateway.id.clone(),
+            provider: self.counts.provider(label(provider)).slug(provider),
+            model,
+            custom: ask.options.custom_cost,
+            pricing: match is_local {
+                true => Pricing::Local(Tally::default()),
+                false => Pricing::Listed(metering.tariffs.clone()),
+            },
+            asked: ask.body.len(),
+            receipt: receipt.clone(),
+        })
+    }
+
     /// One attempt, up to an answer that can be handed on.
     async fn try_once(
         &self,
@@ -204,7 +284,7 @@ impl Relay {
         limits: Limits,
     ) -> Result<Begun, Failure> {
         let late = |what| Failure::Fault(Fault::Timeout(what));
-        let head = timeout(limits.patience, self.head(ask, step, upstream, limits.wary)).await;
+        let head = timeout(limits.patience, self.head(ask, step, upstream, &limits)).await;
         let (status, mut headers, source) = head.unwrap_or_else(|_| Err(late("the first byte")))?;
         let events = is_events(&headers);
         let limit = upstream.max_answer_bytes;
@@ -231,18 +311,19 @@ impl Relay {
         Ok(Begun { status, headers, pipe })
     }
 
-    /// Up to the head of an answer; `wary`: up to its first content, since something else can be tried.
+    /// Up to the head of an answer; where one is wary, up to its first content, since something else can be tried.
     async fn head(
         &self,
         ask: &Ask,
         step: &Step,
         upstream: &config::Upstream,
-        wary: bool,
+        limits: &Limits,
     ) -> Result<(StatusCode, Headers, Source), Failure> {
         let gateway = &ask.gateway;
         let (mut status, mut headers, mut source) = match &step.way {
             Way::Local(call) => {
-                let answer = (self.local)(call.clone(), ask.who.clone()).await;
+                let who = Who { tally: limits.tally.clone(), ..ask.who.clone() };
+                let answer = (self.local)(call.clone(), who, ask.gateway.id.clone()).await;
                 (answer.status, answer.headers, Source::Local(answer.body))
             }
             Way::Upstream { attempt, sign } => {
@@ -257,7 +338,7 @@ impl Relay {
             }
         };
         if let Source::Upstream(held, body) = &mut source
-            && wary
+            && limits.wary
             && status.is_success()
             && let Some(opening) =
                 Opening::new(step.dialect, headers.get("content-type").and_then(|it| it.to_str().ok()))
@@ -349,6 +430,8 @@ struct Limits {
     deadline: Instant,
     /// Something else can be tried.
     wary: bool,
+    /// Where the engine of this process says what it used, if it is asked.
+    tally: Option<Tally>,
 }
 
 /// Why an attempt brought no answer.
@@ -361,6 +444,12 @@ pub(super) enum Failure {
 
 impl Begun {
     /// Says who answered and what was tried before.
+    /// What it costs goes with it.
+    fn billed(self, bill: Bill) -> Self {
+        let Self { status, headers, pipe } = self;
+        Self { status, headers, pipe: pipe.billed(bill) }
+    }
+
     fn signed(mut self, step: &Step, trail: &Trail) -> Self {
         let mut say = |name: &HeaderName, value: &str| {
             if let Ok(value) = HeaderValue::from_str(value) {

@@ -1,0 +1,54 @@
+//! What one call changes in the book, as the journal keeps it.
+//!
+//! ```text
+//! book.settle ─> Entry ─ queue ─> journal ─> disk        replay: Entry ─> book.apply
+//! ```
+//!
+//! An entry holds sums that are decided, and no reservation: what is replayed comes out as it was, and calls that were open are
+//! refunded because nothing says that they were.
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Millis, Neurons, RequestId, UtcDay};
+use crate::ledger::rows::Who;
+use crate::ledger::window::Charge;
+
+/// One call that has ended, or has passed a long window.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its place in the order of all: each is one more than the one before.
+    pub(super) seq: u64,
+    pub(super) at: Millis,
+    /// Of windows that survive a restart.
+    pub(super) charges: Vec<Charge>,
+    pub(super) bill: Option<Bill>,
+}
+
+/// What an account owes for a call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Bill {
+    pub(super) request: RequestId,
+    pub(super) is_once: bool,
+    pub(super) who: Who,
+    /// The day on which it was reserved: whose allocation it used.
+    pub(super) day: UtcDay,
+    /// The day's allocation.
+    pub(super) allocation: Neurons,
+    /// Of the allocation, what was held.
+    pub(super) held: Neurons,
+    /// What counts against the allocation.
+    pub(super) free: Neurons,
+    /// What does not, because the plan bills it.
+    pub(super) billed: Neurons,
+    /// Money in all.
+    pub(super) cost: Neurons,
+    pub(super) prompt_tokens: u32,
+    pub(super) cached_tokens: u32,
+    pub(super) completion_tokens: u32,
+}
+
+impl Bill {
+    pub(super) fn neurons(&self) -> Neurons {
+        self.free + self.billed
+    }
+}

@@ -1,0 +1,492 @@
+//! The ledger as others hold it: the book behind its lock, and the guard that gives a reservation back.
+//!
+//! ```text
+//! reserve ─ lock: book, room in the queue ─> Reservation ─ settle ─ lock: book, queue ─> Ticket ─ durable ─> on disk
+//!                                                     └─── dropped ─ lock: book
+//! ```
+//!
+//! The queue to the journal is bounded, and a reservation is only made while there is room for its settlement: what was
+//! admitted can always be settled. At the bound, and while the disk is faulty, new calls are refused or go on unmetered, as
+//! the settings say.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+
+use crate::base::{AccountId, Error, Kind, Millis, Neurons, Result, UtcDay};
+use crate::ledger::book::{AccountTotals, Book, Open};
+use crate::ledger::claim::{Claim, Denied, Granted, Plan, Spent, Standing, Window};
+use crate::ledger::entry::Entry;
+use crate::ledger::folder::{Folder, Kept};
+use crate::ledger::journal::{Ask, Journal, Work};
+use crate::ledger::rows::{Filter, Row, Who};
+use crate::store::{Disk, RealDisk};
+use crate::task::Usage;
+
+/// Questions that wait at most; one more is refused.
+const MAX_ASKS: usize = 64;
+
+/// How the ledger keeps.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Where it keeps. `None`: in memory only, and a restart begins with an empty book.
+    pub folder: Option<PathBuf>,
+    /// How long settlements are gathered before they are synced together.
+    pub commit_every: Duration,
+    /// Settlements that wait for the disk and calls that have not ended, together at most.
+    pub queue: usize,
+    /// What becomes of new calls when the disk does not keep what they cost.
+    pub on_fault: OnFault,
+    /// Bytes of a segment, after which there is a snapshot: a start reads at most about as many.
+    pub segment_bytes: u64,
+    /// Windows that are kept at most, about 150 bytes each. Those that are over are forgotten first, then the ones that end
+    /// first.
+    pub max_windows: usize,
+    /// Rows of usage that are kept at most, about 400 bytes each; the oldest day goes first.
+    pub max_rows: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            folder: None,
+            commit_every: Duration::from_millis(5),
+            queue: 65_536,
+            on_fault: OnFault::Refuse,
+            segment_bytes: 64 << 20,
+            max_windows: 200_000,
+            max_rows: 200_000,
+        }
+    }
+}
+
+/// What becomes of new calls when the disk does not keep what they cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFault {
+    /// They are refused.
+    Refuse,
+    /// They go on, within their limits, and are neither charged nor listed.
+    Unmetered,
+}
+
+/// How it is, and what it has done since its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Health {
+    /// Why the disk does not keep, while it does not.
+    pub fault: Option<Arc<str>>,
+    /// How often that began.
+    pub faults: u64,
+    /// Entries that are not on disk yet.
+    pub queued: usize,
+    /// Reservations that are neither settled nor dropped.
+    pub open: usize,
+    /// Calls that were refused because of the disk.
+    pub refused: u64,
+    /// Calls that went on unmetered because of it.
+    pub unmetered: u64,
+    /// Number of the last entry.
+    pub last: u64,
+    /// Number of the last entry that is on disk.
+    pub durable: u64,
+}
+
+/// The ledger's whole outside. It ends, and keeps all there is, when it is closed or the last of its clones is gone.
+#[derive(Clone)]
+pub struct Ledger {
+    shared: Arc<Shared>,
+    _closer: Arc<Closer>,
+}
+
+impl Ledger {
+    /// Reads what is in the folder, adds it up, and keeps what follows on a thread of its own. Blocks while it reads.
+    ///
+    /// # Errors
+    /// [`Kind::BadInput`] when the folder cannot be used, is another daemon's, or lacks entries.
+    pub fn start(settings: Settings) -> Result<Self> {
+        Self::start_on(RealDisk, settings)
+    }
+
+    pub(super) fn start_on<D: Disk>(disk: D, settings: Settings) -> Result<Self> {
+        let mut kept = Kept::new(settings.max_windows, settings.max_rows);
+        let bounds = (settings.max_windows, settings.max_rows);
+        let folder = match &settings.folder {
+            Some(path) => Some(Folder::open(disk, path, settings.segment_bytes, &mut kept, bounds)?),
+            None => None,
+        };
+        let (durable, seen) = watch::channel(kept.seq);
+        let state = State {
+            book: kept.book.clone(),
+            last: kept.seq,
+            queue: Vec::new(),
+            asks: Vec::new(),
+            health: Health { last: kept.seq, durable: kept.seq, ..Health::default() },
+            is_asleep: false,
+            is_hurried: false,
+            is_closing: false,
+            is_over: false,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            durable: seen,
+            room: settings.queue.max(1),
+            on_fault: settings.on_fault,
+        });
+        let journal = Journal { shared: shared.clone(), kept, folder, durable, commit_every: settings.commit_every };
+        let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || journal.run());
+        thread.map_err(|error| Error::internal("The ledger's thread cannot be started.").with_source(error))?;
+        Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared })
+    }
+
+    /// Holds what the claim may spend until the reservation is settled or dropped. Never waits for the disk.
+    ///
+    /// # Errors
+    /// Which limit refuses it, or that the disk does not keep. Nothing is charged then.
+    pub fn reserve(&self, claim: &Claim<'_>, now: Millis) -> Result<Reservation, Denied> {
+        let mut state = self.shared.lock().ok_or(Denied::Dead)?;
+        let is_metered = state.admit(&self.shared)?;
+        let open = state.book.reserve(claim, now)?;
+        if is_metered {
+            state.health.open += 1;
+        } else {
+            state.health.unmetered += 1;
+        }
+        drop(state);
+        Ok(Reservation { shared: self.shared.clone(), open: Some(open), is_metered, at: now })
+    }
+
+    /// Passes a window without a reservation: one that counts requests counts this one, others only must have something left.
+    ///
+    /// # Errors
+    /// As [`Ledger::reserve`].
+    pub fn pass(&self, window: &Window, now: Millis) -> Result<Standing, Denied> {
+        let mut state = self.shared.lock().ok_or(Denied::Dead)?;
+        let is_metered = !window.span.is_durable() || state.admit(&self.shared)?;
+        let (standing, entry) = state.book.pass(window, now)?;
+        if let Some(entry) = entry.filter(|_| is_metered) {
+            state.push(entry, &self.shared);
+        }
+        Ok(standing)
+    }
+
+    /// One account's money now.
+    ///
+    /// # Errors
+    /// [`Kind::Internal`] when the ledger has died.
+    pub fn totals(&self, account: &AccountId, now: Millis) -> Result<AccountTotals> {
+        Ok(self.shared.lock().ok_or_else(dead)?.book.totals(account, now))
+    }
+
+    /// What is left of an account's allocation, what calls under way hold taken off.
+    ///
+    /// # Errors
+    /// As [`Ledger::totals`].
+    pub fn left(&self, account: &AccountId, plan: Plan, now: Millis) -> Result<Neurons> {
+        Ok(self.shared.lock().ok_or_else(dead)?.book.left(account, plan, now))
+    }
+
+    /// What was used, all that was settled so far included, oldest day first. Waits for the journal.
+    ///
+    /// # Errors
+    /// As [`Ledger::totals`]; [`Kind::Busy`] when too many ask.
+    pub async fn rows(&self, filter: Filter) -> Result<Vec<(UtcDay, Who, Row)>> {
+        let (reply, answer) = oneshot::channel();
+        self.shared.ask(Ask { filter, reply })?;
+        answer.await.map_err(|_| dead())
+    }
+
+    /// How it is.
+    pub fn health(&self) -> Health {
+        let Some(state) = self.shared.lock() else { return Health { fault: Some("dead".into()), ..Health::default() } };
+        Health { last: state.last, ..state.health.clone() }
+    }
+
+    /// Whether it still counts. A panic while it did leaves a book that nobody may use: then it does not.
+    pub fn is_alive(&self) -> bool {
+        self.shared.lock().is_some()
+    }
+
+    /// Waits until all that was settled so far is on disk, however long the disk takes.
+    ///
+    /// # Errors
+    /// As [`Ledger::totals`].
+    pub async fn flush(&self) -> Result<()> {
+        let last = {
+            let mut state = self.shared.lock().ok_or_else(dead)?;
+            state.is_hurried = true;
+            state.last
+        };
+        self.shared.wake.notify_all();
+        self.shared.durable(last).await
+    }
+
+    /// Keeps all that was settled, and ends. What is still reserved then is refunded.
+    ///
+    /// # Errors
+    /// [`Kind::Internal`] when the disk did not keep all of it.
+    pub async fn close(&self) -> Result<()> {
+        self.shared.close();
+        let mut seen = self.shared.durable.clone();
+        while seen.changed().await.is_ok() {}
+        let state = self.shared.state.lock().map_err(|_| dead())?;
+        if *seen.borrow() < state.last {
+            return Err(Error::internal("The ledger's disk did not keep all that was settled."));
+        }
+        Ok(())
+    }
+}
+
+fn dead() -> Error {
+    Error::new(Kind::Internal, "The ledger is not answering.")
+}
+
+/// An amount held for one call. Dropped without being settled, it is given back.
+#[must_use]
+pub struct Reservation {
+    shared: Arc<Shared>,
+    open: Option<Open>,
+    is_metered: bool,
+    /// When it was made.
+    at: Millis,
+}
+
+impl Reservation {
+    /// What the call may spend. Where that is less than was claimed, whoever runs the call ends it there.
+    pub fn granted(&self) -> Granted {
+        self.open.as_ref().map_or(Granted { neurons: Neurons::ZERO, cost: Neurons::ZERO }, Open::granted)
+    }
+
+    /// How the tightest of its windows stood when it was made.
+    pub fn standing(&self) -> Option<&Standing> {
+        self.open.as_ref().and_then(Open::standing)
+    }
+
+    /// Charges what was used. Counts at once, and survives a crash once the ticket says so.
+    pub fn settle(mut self, spent: &Spent, now: Millis) -> Ticket {
+        let shared = self.shared.clone();
+        let Some(open) = self.open.take() else { return Ticket { shared, seq: 0, is_billed: false } };
+        let Some(mut state) = shared.lock() else {
+            return Ticket { seq: u64::MAX, is_billed: false, shared: self.shared.clone() };
+        };
+        if !self.is_metered {
+            state.book.release(open, now);
+            drop(state);
+            return Ticket { shared, seq: 0, is_billed: false };
+        }
+        state.health.open -= 1;
+        let (is_billed, entry) = state.book.settle(open, spent, now);
+        let seq = entry.map_or(state.last, |entry| state.push(entry, &shared));
+        drop(state);
+        Ticket { shared, seq, is_billed }
+    }
+}
+
+impl Reservation {
+    /// Counts in its windows what the call has used; another reservation bills it.
+    pub fn count(mut self, usage: &Usage, cost: Neurons, now: Millis) {
+        let shared = self.shared.clone();
+        let Some(open) = self.open.take() else { return };
+        let Some(mut state) = shared.lock() else { return };
+        if !self.is_metered {
+            drop(state.book.release(open, now));
+            return;
+        }
+        state.health.open -= 1;
+        if let Some(entry) = state.book.count(open, usage, cost, now) {
+            state.push(entry, &shared);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let Some(open) = self.open.take() else { return };
+        let Some(mut state) = self.shared.lock() else { return };
+        let entry = state.book.release(open, self.at);
+        if self.is_metered {
+            state.health.open -= 1;
+            if let Some(entry) = entry {
+                state.push(entry, &self.shared);
+            }
+        }
+    }
+}
+
+/// A settlement on its way to the disk. Dropping it changes nothing.
+pub struct Ticket {
+    shared: Arc<Shared>,
+    seq: u64,
+    is_billed: bool,
+}
+
+impl Ticket {
+    /// Whether the call was charged. It was not if it counts once and was settled before, or went on unmetered.
+    pub fn is_billed(&self) -> bool {
+        self.is_billed
+    }
+
+    /// Waits until it is on disk, however long the disk takes. Without a folder: until it is in the rows.
+    ///
+    /// # Errors
+    /// [`Kind::Internal`] when the ledger has died or was closed before.
+    pub async fn durable(self) -> Result<()> {
+        self.shared.durable(self.seq).await
+    }
+}
+
+/// What handles, reservations and the journal share.
+pub(super) struct Shared {
+    state: Mutex<State>,
+    /// For the journal.
+    wake: Condvar,
+    durable: watch::Receiver<u64>,
+    room: usize,
+    on_fault: OnFault,
+}
+
+struct State {
+    book: Book,
+    /// Number of the last entry.
+    last: u64,
+    /// In the order in which the book has them.
+    queue: Vec<Entry>,
+    asks: Vec<Ask>,
+    health: Health,
+    /// Whether the journal waits for something to do.
+    is_asleep: bool,
+    is_hurried: bool,
+    is_closing: bool,
+    is_over: bool,
+}
+
+impl State {
+    /// Whether a call may be metered. Its settlement will find room.
+    fn admit(&mut self, shared: &Shared) -> Result<bool, Denied> {
+        if self.health.fault.is_none() && self.health.queued + self.health.open < shared.room {
+            return Ok(true);
+        }
+        match shared.on_fault {
+            OnFault::Refuse => {
+                self.health.refused += 1;
+                Err(Denied::Faulty)
+            }
+            OnFault::Unmetered => Ok(false),
+        }
+    }
+
+    fn push(&mut self, mut entry: Entry, shared: &Shared) -> u64 {
+        self.last += 1;
+        entry.seq = self.last;
+        self.queue.push(entry);
+        self.health.queued += 1;
+        let is_full = self.queue.len() == shared.room / 8 + 1;
+        self.is_hurried |= is_full;
+        if self.is_asleep || is_full {
+            self.is_asleep = false;
+            shared.wake.notify_one();
+        }
+        self.last
+    }
+}
+
+impl Shared {
+    /// Nobody gets at a book that a panic has left half changed, nor at one that nobody keeps.
+    fn lock(&self) -> Option<MutexGuard<'_, State>> {
+        self.state.lock().ok().filter(|state| !state.is_over)
+    }
+
+    async fn durable(&self, seq: u64) -> Result<()> {
+        let mut seen = self.durable.clone();
+        seen.wait_for(|durable| *durable >= seq).await.map(drop).map_err(|_| dead())
+    }
+
+    fn ask(&self, ask: Ask) -> Result<()> {
+        let mut state = self.lock().ok_or_else(dead)?;
+        if state.asks.len() >= MAX_ASKS {
+            return Err(Error::new(Kind::Busy, "Too many ask for the ledger's rows at once. Try again in a moment."));
+        }
+        state.asks.push(ask);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    fn close(&self) {
+        if let Some(mut state) = self.lock() {
+            state.is_closing = true;
+            self.wake.notify_all();
+        }
+    }
+
+    /// Waits for something to do and gathers some more of it. `false` once the book is lost.
+    pub(super) fn take(&self, work: &mut Work, gather: Duration, retry_at: Option<Instant>) -> bool {
+        let Some(mut state) = self.lock() else { return false };
+        let gathered = match retry_at {
+            Some(at) => at.saturating_duration_since(Instant::now()),
+            None => {
+                state.is_asleep = true;
+                let woken = self.wake.wait_while(state, |state| state.is_idle() && state.queue.is_empty());
+                let Ok(woken) = woken else { return false };
+                state = woken;
+                state.is_asleep = false;
+                gather
+            }
+        };
+        let Ok((mut state, _)) = self.wake.wait_timeout_while(state, gathered, |state| state.is_idle()) else {
+            return false;
+        };
+        std::mem::swap(&mut state.queue, &mut work.entries);
+        std::mem::swap(&mut state.asks, &mut work.asks);
+        state.is_hurried = false;
+        work.is_last = state.is_closing;
+        // From here on nothing can be settled that the last round does not see.
+        state.is_over |= work.is_last;
+        true
+    }
+
+    /// All up to this one is on disk.
+    pub(super) fn kept(&self, seq: u64) {
+        let Ok(mut state) = self.state.lock() else { return };
+        state.health.queued -= (seq - state.health.durable) as usize;
+        state.health.durable = seq;
+    }
+
+    pub(super) fn failed(&self, error: &std::io::Error) {
+        let Ok(mut state) = self.state.lock() else { return };
+        state.health.fault = Some(error.to_string().into());
+        state.health.faults += 1;
+    }
+
+    pub(super) fn recovered(&self) {
+        let Ok(mut state) = self.state.lock() else { return };
+        state.health.fault = None;
+    }
+
+    pub(super) fn ended(&self) {
+        if let Ok(mut state) = self.state.lock() {
+            state.is_over = true;
+        }
+    }
+}
+
+impl State {
+    /// Whether nobody waits for the journal to act at once.
+    fn is_idle(&self) -> bool {
+        !self.is_hurried && !self.is_closing && self.asks.is_empty()
+    }
+}
+
+struct Closer(Arc<Shared>);
+
+impl Drop for Closer {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+#[cfg(test)]
+#[path = "handle_test.rs"]
+mod tests;

@@ -1,0 +1,352 @@
+//! Counters of what passed in a stretch of time, and the table of them. Pure: `now` comes in as a value.
+//!
+//! ```text
+//!   fixed     |····used····held··|            one stretch a number, aligned to the clock; what settles beyond the limit
+//!                                             is carried into the next
+//!   sliding   |  before: a part  |  now  |    the stretch before counts by how much of it still overlaps
+//! ```
+//!
+//! A counter knows the three latest stretches. So a call that ends in the next one is charged where it began, and a clock that is set back
+//! finds what it had counted instead of beginning anew. The table is bounded: each new counter looks at two old ones and forgets
+//! those that are over; when it is full all the same, the one that ends first goes, except where a call still holds something.
+
+use std::collections::{HashMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::Millis;
+
+/// Counters that are looked at before one is forgotten that is not over.
+const LOOKS: usize = 32;
+/// A window that is longer survives a restart, in milliseconds.
+const DURABLE: u64 = 3_600_000;
+
+/// How long a window is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Span {
+    /// So many milliseconds, aligned to multiples of them since 1970. Zero is taken for one.
+    Millis(u64),
+    /// A calendar month, UTC.
+    Month,
+}
+
+impl Span {
+    /// A day, UTC.
+    pub const DAY: Self = Self::Millis(86_400_000);
+
+    /// Whether its counts survive a restart.
+    pub const fn is_durable(self) -> bool {
+        match self {
+            Self::Millis(length) => length > DURABLE,
+            Self::Month => true,
+        }
+    }
+
+    pub(super) fn index(self, now: Millis) -> u64 {
+        match self {
+            Self::Millis(length) => now.0 / length.max(1),
+            Self::Month => {
+                let now = i64::try_from(now.0).ok().and_then(|now| jiff::Timestamp::from_millisecond(now).ok());
+                let date = jiff::tz::Offset::UTC.to_datetime(now.unwrap_or(jiff::Timestamp::MAX));
+                date.year() as u64 * 12 + date.month() as u64 - 1
+            }
+        }
+    }
+
+    pub(super) fn start(self, index: u64) -> Millis {
+        match self {
+            Self::Millis(length) => Millis(index.saturating_mul(length.max(1))),
+            Self::Month => {
+                let date = jiff::civil::Date::new((index / 12) as i16, (index % 12 + 1) as i8, 1).ok();
+                let time =
+                    date.and_then(|date| jiff::tz::Offset::UTC.to_timestamp(date.to_datetime(Default::default())).ok());
+                Millis(time.map_or(u64::MAX, |time| time.as_millisecond() as u64))
+            }
+        }
+    }
+
+    /// Milliseconds that have passed of the stretch, and its length.
+    fn within(self, now: Millis) -> (u64, u64) {
+        let index = self.index(now);
+        let start = self.start(index).0;
+        (now.0 - start, self.start(index + 1).0 - start)
+    }
+}
+
+/// How a window moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Technique {
+    /// Stretches lie end to end on the clock.
+    Fixed,
+    /// The stretch before counts by its overlap.
+    Sliding,
+}
+
+/// What a counter is held against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Terms {
+    pub(super) limit: u64,
+    pub(super) span: Span,
+    pub(super) technique: Technique,
+}
+
+/// What one call adds to one counter when it ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Charge {
+    pub(super) id: u128,
+    pub(super) terms: Terms,
+    /// The stretch in which it was reserved.
+    pub(super) index: u64,
+    /// What was held for it there.
+    pub(super) held: u64,
+    pub(super) used: u64,
+}
+
+/// One stretch.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Slot {
+    pub(super) index: u64,
+    pub(super) used: u64,
+    /// By calls that have not ended; those of an earlier process are refunded.
+    #[serde(skip)]
+    pub(super) held: u64,
+}
+
+/// What passed lately, under one id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Counter {
+    span: Span,
+    /// Latest first.
+    slots: [Slot; 3],
+    /// Calls that hold something of it.
+    #[serde(skip)]
+    holders: u32,
+}
+
+impl Counter {
+    pub(super) const fn new(span: Span) -> Self {
+        Self { span, slots: [Slot { index: 0, used: 0, held: 0 }; 3], holders: 0 }
+    }
+
+    /// What was used in one stretch.
+    pub(super) fn used(&self, index: u64) -> u64 {
+        self.slots.iter().find(|slot| slot.index == index).map_or(0, |slot| slot.used)
+    }
+
+    /// How much may still pass.
+    pub(super) fn left(&self, terms: Terms, now: Millis) -> u64 {
+        let slot = self.opened(terms, terms.span.index(now));
+        terms.limit.saturating_sub(self.faded(terms, now).saturating_add(slot.used).saturating_add(slot.held))
+    }
+
+    /// Milliseconds until `amount` may pass, if nobody else takes it.
+    pub(super) fn wait(&self, terms: Terms, now: Millis, amount: u64) -> Option<u64> {
+        let Terms { limit, span, technique } = terms;
+        if amount > limit || limit == 0 {
+            return None;
+        }
+        let index = span.index(now);
+        let slot = self.opened(terms, index);
+        let (passed, length) = span.within(now);
+        if technique == Technique::Fixed {
+            // Each stretch takes its limit off what is carried.
+            let stretches = slot.used.saturating_add(amount).saturating_sub(limit).div_ceil(limit).max(1);
+            return Some(span.start(index.saturating_add(stretches)).0 - now.0);
+        }
+        let count = slot.used.saturating_add(slot.held);
+        Some(match limit.checked_sub(count.saturating_add(amount)) {
+            Some(room) => fades(self.before(index), room, length).saturating_sub(passed),
+            // Not before the stretch of now fades itself.
+            None => length - passed + fades(count, limit - amount, length),
+        })
+    }
+
+    /// Holds an amount and says in which stretch.
+    pub(super) fn hold(&mut self, terms: Terms, now: Millis, amount: u64) -> u64 {
+        self.holders += 1;
+        let slot = self.open(terms, terms.span.index(now));
+        slot.held = slot.held.saturating_add(amount);
+        slot.index
+    }
+
+    /// Charges at once, and says in which stretch.
+    pub(super) fn add(&mut self, terms: Terms, now: Millis, amount: u64) -> u64 {
+        let slot = self.open(terms, terms.span.index(now));
+        slot.used = slot.used.saturating_add(amount);
+        slot.index
+    }
+
+    /// Where a call that ends now is charged: where it was reserved. If that is forgotten, it is what it used beyond its
+    /// estimate, in the latest.
+    fn placed(&self, charge: Charge) -> Charge {
+        if charge.index >= self.slots[2].index {
+            return charge;
+        }
+        let used = charge.used.saturating_sub(charge.held);
+        Charge { index: self.slots[0].index, held: 0, used, ..charge }
+    }
+
+    /// Turns what was held into what was used. In a stretch that is over only the limit can still be used up: what is beyond
+    /// counts in the latest.
+    pub(super) fn settle(&mut self, terms: Terms, index: u64, held: u64, used: u64) {
+        self.holders = self.holders.saturating_sub(1);
+        let slot = self.open(terms, index);
+        slot.held = slot.held.saturating_sub(held);
+        let room = match terms.technique {
+            Technique::Fixed => terms.limit.saturating_sub(slot.used),
+            Technique::Sliding => u64::MAX,
+        };
+        slot.used = slot.used.saturating_add(used.min(room));
+        self.slots[0].used = self.slots[0].used.saturating_add(used.saturating_sub(room));
+    }
+
+    /// Gives back what was held.
+    pub(super) fn release(&mut self, index: u64, held: u64) {
+        self.holders = self.holders.saturating_sub(1);
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.index == index) {
+            slot.held = slot.held.saturating_sub(held);
+        }
+    }
+
+    /// Whether nothing of it counts any more. What is carried reaches into the stretch after the latest.
+    fn is_over(&self, now: Millis) -> bool {
+        self.ends() <= now
+    }
+
+    fn ends(&self) -> Millis {
+        self.span.start(self.slots[0].index.saturating_add(2))
+    }
+
+    /// What the stretch before weighs now, rounded up.
+    fn faded(&self, terms: Terms, now: Millis) -> u64 {
+        if terms.technique == Technique::Fixed {
+            return 0;
+        }
+        let before = self.before(terms.span.index(now));
+        if before == 0 {
+            return 0;
+        }
+        let (passed, length) = terms.span.within(now);
+        let faded = (u128::from(before) * u128::from(length - passed)).div_ceil(u128::from(length));
+        u64::try_from(faded).unwrap_or(u64::MAX)
+    }
+
+    /// All that counted in the stretch before.
+    fn before(&self, index: u64) -> u64 {
+        let before = self.slots.iter().find(|slot| slot.index.checked_add(1) == Some(index));
+        before.map_or(0, |slot| slot.used.saturating_add(slot.held))
+    }
+
+    /// The stretch as it is, or as it would begin.
+    fn opened(&self, terms: Terms, index: u64) -> Slot {
+        if let Some(slot) = self.slots.iter().find(|slot| slot.index == index) {
+            return *slot;
+        }
+        let latest = &self.slots[0];
+        let carried = match (terms.technique, index.checked_sub(latest.index)) {
+            (Technique::Fixed, Some(stretches)) => latest.used.saturating_sub(terms.limit.saturating_mul(stretches)),
+            _ => 0,
+        };
+        Slot { index, used: carried, held: 0 }
+    }
+
+    fn open(&mut self, terms: Terms, index: u64) -> &mut Slot {
+        if let Some(at) = self.slots.iter().position(|slot| slot.index == index) {
+            return &mut self.slots[at];
+        }
+        let slot = self.opened(terms, index);
+        let at = self.slots.iter().filter(|slot| slot.index > index).count().min(2);
+        // The earliest goes.
+        self.slots[at..].rotate_right(1);
+        self.slots[at] = slot;
+        &mut self.slots[at]
+    }
+}
+
+/// When of `count` no more than `room` is left, in milliseconds of a stretch over which it fades.
+fn fades(count: u64, room: u64, length: u64) -> u64 {
+    let overlap = (u128::from(room) * u128::from(length)).checked_div(u128::from(count));
+    length - overlap.and_then(|overlap| u64::try_from(overlap).ok()).map_or(length, |overlap| overlap.min(length))
+}
+
+/// Counters by id.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(super) struct Windows {
+    counters: HashMap<u128, Counter>,
+    /// All ids, those that were looked at longest ago first.
+    #[serde(skip)]
+    ring: VecDeque<u128>,
+    #[serde(skip)]
+    most: usize,
+}
+
+impl Windows {
+    /// Bounds the table.
+    pub(super) fn limit(&mut self, most: usize) {
+        self.most = most.max(1);
+        self.ring = self.counters.keys().copied().collect();
+    }
+
+    /// The counter as it is, or as it would begin.
+    pub(super) fn get(&self, id: u128, span: Span) -> Counter {
+        self.counters.get(&id).copied().filter(|counter| counter.span == span).unwrap_or(Counter::new(span))
+    }
+
+    /// The counter, made if need be.
+    pub(super) fn open(&mut self, id: u128, span: Span, now: Millis) -> &mut Counter {
+        if !self.counters.contains_key(&id) {
+            self.make_room(now);
+            self.ring.push_back(id);
+        }
+        let counter = self.counters.entry(id).or_insert(Counter::new(span));
+        if counter.span != span {
+            *counter = Counter::new(span);
+        }
+        counter
+    }
+
+    /// The charge as it is to be settled now.
+    pub(super) fn placed(&self, charge: Charge) -> Charge {
+        self.counters.get(&charge.id).map_or(charge, |counter| counter.placed(charge))
+    }
+
+    pub(super) fn settle(&mut self, charge: &Charge, now: Millis) {
+        self.open(charge.id, charge.terms.span, now).settle(charge.terms, charge.index, charge.held, charge.used);
+    }
+
+    pub(super) fn release(&mut self, charge: &Charge) {
+        if let Some(counter) = self.counters.get_mut(&charge.id) {
+            counter.release(charge.index, charge.held);
+        }
+    }
+
+    /// Looks at two, so that forgetting is never a pause. If that is not enough, at some more: the first to end goes.
+    fn make_room(&mut self, now: Millis) {
+        let mut first: Option<(Millis, u128)> = None;
+        for looked in 0..LOOKS.min(self.ring.len()) {
+            if looked >= 2 && self.counters.len() < self.most {
+                break;
+            }
+            let Some(id) = self.ring.pop_front() else { break };
+            let Some(counter) = self.counters.get(&id) else { continue };
+            if counter.holders > 0 {
+                self.ring.push_back(id);
+            } else if counter.is_over(now) {
+                self.counters.remove(&id);
+            } else if let Some(later) = first.replace((counter.ends(), id)) {
+                let (sooner, later) =
+                    if later.0 < counter.ends() { (later, id) } else { ((counter.ends(), id), later.1) };
+                first = Some(sooner);
+                self.ring.push_back(later);
+            }
+        }
+        let Some((_, id)) = first else { return };
+        if self.counters.len() < self.most {
+            self.ring.push_back(id);
+        } else {
+            self.counters.remove(&id);
+        }
+    }
+}

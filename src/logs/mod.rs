@@ -1,0 +1,5 @@
+//! What is told of calls afterwards.
+
+mod record;
+
+pub use record::{Body, CacheUse, Record};

@@ -1,0 +1,85 @@
+//! What a journal needs of a disk, so that tests can take its place.
+//!
+//! ```text
+//! journal ─> Disk ─> RealDisk: files          the daemon
+//!              └───> FaultyDisk               tests: full, torn, and lying about what it has kept
+//! ```
+//!
+//! Reading is not part of it: what is read back is always a real file.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Result, Write};
+use std::path::Path;
+
+use crate::store::{Segment, snapshot};
+
+/// A file that is written from its start to its end.
+pub trait Bytes: Write {
+    /// Cuts off what follows.
+    ///
+    /// # Errors
+    /// The system's.
+    fn set_len(&self, length: u64) -> Result<()>;
+
+    /// Waits until what was written is on disk. After an error nothing is known of what was written since the last time
+    /// that there was none: the system may have dropped it, and says so once only.
+    ///
+    /// # Errors
+    /// The system's.
+    fn sync_data(&self) -> Result<()>;
+}
+
+impl Bytes for File {
+    fn set_len(&self, length: u64) -> Result<()> {
+        Self::set_len(self, length)
+    }
+
+    fn sync_data(&self) -> Result<()> {
+        Self::sync_data(self)
+    }
+}
+
+/// Where segments and snapshots are written.
+pub trait Disk: Send + 'static {
+    /// What segments are written to.
+    type File: Bytes + Send;
+
+    /// A new, empty segment; its name is on disk when this returns.
+    ///
+    /// # Errors
+    /// The system's; `AlreadyExists` if there is one.
+    fn create(&self, path: &Path) -> Result<Segment<Self::File>>;
+
+    /// Replaces a snapshot, as [`snapshot::write`] does.
+    ///
+    /// # Errors
+    /// The system's; the file is what it was then.
+    fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()>;
+
+    /// Removes a file, if there is one. After a crash it may be there again.
+    ///
+    /// # Errors
+    /// The system's.
+    fn remove(&self, path: &Path) -> Result<()> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The files of this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct RealDisk;
+
+impl Disk for RealDisk {
+    type File = File;
+
+    fn create(&self, path: &Path) -> Result<Segment> {
+        Segment::create(path)
+    }
+
+    fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        snapshot::write(path, bytes, snapshot::PRIVATE)
+    }
+}
