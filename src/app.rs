@@ -1,5 +1,7 @@
 //! Builds the house floor by floor, listens to signals, drains it from the top, exits.
 
+mod settings;
+
 use std::collections::HashSet;
 use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
@@ -18,11 +20,12 @@ use tracing::{error, info, warn};
 use crate::adapters::Adapters;
 use crate::base::{Error, Millis, Phase, Result};
 use crate::cache::Cache;
-use crate::config::{self, Config, Live, OnFault, Overrides};
+use crate::config::{self, Config, Live, Overrides};
 use crate::gateway::Gateway;
 use crate::gateway::relay::{self, Parts};
 use crate::http::{self, Batches, Listener, Services};
 use crate::ledger::{self, Ledger};
+use crate::logs::Logs;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::signal::{self, Notifier, Signal, Signals};
@@ -35,6 +38,8 @@ const PULSE: Duration = Duration::from_secs(1);
 /// A device whose thread has not come round its loop for this long is taken for hung: the watchdog is not fed any more.
 const HUNG: Duration = Duration::from_secs(120);
 
+/// How long what waits to be shipped may take at the end.
+const LOGS_LAST: Duration = Duration::from_secs(5);
 /// How long the ledger's disk may take at the end.
 const LEDGER_LAST: Duration = Duration::from_secs(10);
 /// How long the streams that a hurried drain has cut off may take to say so.
@@ -85,6 +90,7 @@ struct App {
     ledger: Ledger,
     registry: Registry,
     cache: Cache,
+    logs: Logs,
     metrics: Arc<Metrics>,
     phase: watch::Sender<Phase>,
     notifier: Notifier,
@@ -97,7 +103,7 @@ impl App {
             warn!("{warning}");
         }
         let metrics = Arc::new(Metrics::new());
-        let ledger = Ledger::start(ledger_settings(&config.metering.ledger))?;
+        let ledger = Ledger::start(settings::ledger(&config.metering.ledger))?;
         let fleet = FleetView::default();
         let devices = Devices::start(&config, &fleet, &metrics)?;
         let vault = Vault::new(config.auth.clone());
@@ -110,8 +116,10 @@ impl App {
             ledger: ledger.clone(),
             metrics: metrics.clone(),
         };
-        let relays = Parts::start(&live, &ledger, &metrics)?;
         let clients = relay::clients(&live.get().upstream)?;
+        let relays = Parts::start(&live, &ledger, &metrics, |config, registry| {
+            Logs::start(settings::logs(config, registry, clients.clone())?, metrics.clone())
+        })?;
         let folder = live.get().batches.clone();
         let batches = folder.map(|folder| Batches::start(&folder, gateway.clone())).transpose()?;
         let services = Services {
@@ -126,7 +134,7 @@ impl App {
             phase: phase_view,
         };
         let servers = listen(&live.get(), &services)?;
-        let Parts { registry, cache, .. } = relays;
+        let Parts { registry, cache, logs, .. } = relays;
         Ok(Self {
             options,
             log,
@@ -137,6 +145,7 @@ impl App {
             ledger,
             registry,
             cache,
+            logs,
             metrics,
             phase,
             notifier,
@@ -319,6 +328,7 @@ impl App {
             self.devices.drain(deadline).await;
         }
         self.cache.flush().await;
+        self.logs.close(LOGS_LAST).await;
         // Last: whatever ended above was settled.
         match tokio::time::timeout(LEDGER_LAST, self.ledger.close()).await {
             Ok(Ok(())) => {}
@@ -336,18 +346,6 @@ async fn hurry(signals: &mut Signals) {
 
 fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
-}
-
-fn ledger_settings(config: &config::Ledger) -> ledger::Settings {
-    ledger::Settings {
-        folder: config.folder.clone(),
-        commit_every: config.gather,
-        on_fault: match config.on_fault {
-            OnFault::Refuse => ledger::OnFault::Refuse,
-            OnFault::Unmetered => ledger::OnFault::Unmetered,
-        },
-        ..ledger::Settings::default()
-    }
 }
 
 fn failures(report: &Report) -> Vec<String> {

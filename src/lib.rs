@@ -17,6 +17,7 @@ pub mod store;
 
 pub mod cache;
 pub mod fallback;
+pub mod alert;
 pub mod ledger;
 pub mod logs;
 pub mod model;

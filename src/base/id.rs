@@ -46,6 +46,11 @@ impl RequestId {
         self.0.as_hyphenated().encode_lower(place)
     }
 
+    /// All of it as a number, for a compact place on disk.
+    pub const fn number(self) -> u128 {
+        self.0.as_u128()
+    }
+
     /// A number drawn from the id, for seeding whatever the caller left open.
     pub fn low_bits(&self) -> u64 {
         self.0.as_u64_pair().1
@@ -90,6 +95,16 @@ impl LogId {
                 Some((value << 5) | digit as u128)
             })
             .map(Self)
+    }
+
+    /// All of it as a number, which sorts as the id does.
+    pub const fn number(self) -> u128 {
+        self.0
+    }
+
+    /// What [`LogId::number`] gave.
+    pub const fn from_number(number: u128) -> Self {
+        Self(number)
     }
 
     /// As it is written, in a place of the caller's.

@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::catalog::Block;
 use super::gateway::{GatewaySection, ProviderSection, RegistrySection, VaultSection};
 use super::metering::{BudgetSection, LedgerSection, LimitSection, LimitsSection, PlanSection, PricesSection};
+use super::records::{
+    AlertSection, AlertsSection, AnalyticsSection, ChannelSection, LogsSection, RedactSection, ShipSection,
+};
 use super::value::{ByteSize, Written};
 use super::{Format, KvType, Packing, Precision};
 
@@ -54,6 +57,20 @@ pub struct File {
     pub prices: PricesSection,
     /// Where it is written down who used what.
     pub ledger: LedgerSection,
+    /// Records of calls through gateways.
+    pub logs: LogsSection,
+    /// One block a pattern that is taken out of records.
+    pub redact: Vec<RedactSection>,
+    /// One block a place that records are shipped to.
+    pub ship: Vec<ShipSection>,
+    /// Sums of all calls.
+    pub analytics: AnalyticsSection,
+    /// Who is told when something is wrong.
+    pub alerts: AlertsSection,
+    /// One block a thing that can be wrong.
+    pub alert: Vec<AlertSection>,
+    /// One block who is told.
+    pub channel: Vec<ChannelSection>,
     /// One block a model to be loaded, in this order.
     pub model: Vec<ModelSection>,
     /// LoRA adapters that accounts bring.

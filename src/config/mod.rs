@@ -21,6 +21,10 @@ pub use price::{Price, PriceLine};
 pub use metering::{
     AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Ledger, Limits, Metering, Network, OnFault, Plan, Rule,
 };
+pub use records::{
+    AlertOn, AlertSection, AlertSeverity, AnalyticsSection, ChannelSection, ChannelTo, LogsSection, MailSecurity, Records,
+    RedactSection, ShipSection, ShipTo, SpoolFull, WithSecret,
+};
 pub use reload::{Change, Effect, diff};
 pub use tariff::{Tariff, Tariffs};
 pub use value::ByteSize;
@@ -31,6 +35,7 @@ pub mod gateway;
 mod machine;
 mod metering;
 mod price;
+mod records;
 mod reload;
 mod resolve;
 mod tariff;
@@ -58,6 +63,8 @@ pub struct Config {
     pub accounts: Vec<Account>,
     /// What calls may use and what they cost.
     pub metering: Metering,
+    /// What is kept and told of calls.
+    pub records: Records,
     /// Which models are loaded, in the order written.
     pub models: Vec<Model>,
     /// Adapters that accounts bring.

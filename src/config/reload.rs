@@ -61,6 +61,9 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.note("batch.folder", folder(old), folder(new), Effect::Restart);
     changes.accounts(&old.accounts, &new.accounts);
     changes.metering(&old.metering, &new.metering);
+    if old.records != new.records {
+        changes.note("logs, ship, analytics, alerts", "as they were", "changed", Effect::Restart);
+    }
     changes.models(&old.models, &new.models);
     changes.lora(&old.lora, &new.lora);
     changes.told(old, new);

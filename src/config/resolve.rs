@@ -19,6 +19,7 @@ use super::file::{
 use super::gateway;
 use super::machine::Surroundings;
 use super::metering;
+use super::records;
 use super::value::{ByteSize, Written};
 use super::{
     Account, Auth, Binding, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision,
@@ -71,6 +72,16 @@ pub(super) fn resolve(
         ledger: &file.ledger,
     };
     let metering = metering::resolve(&mut check, &written, folder, machine);
+    let written = records::Sections {
+        logs: &file.logs,
+        redact: &file.redact,
+        ship: &file.ship,
+        analytics: &file.analytics,
+        alerts: &file.alerts,
+        rules: &file.alert,
+        channels: &file.channel,
+    };
+    let records = records::resolve(&mut check, &written, folder, machine);
     let accounts = accounts(&mut check, &file.account);
     let models = models(&mut check, &file.model, &catalog, engine.threads, folder, machine);
     let lora = lora(&mut check, &file.lora, folder, machine);
@@ -127,6 +138,7 @@ pub(super) fn resolve(
         batches,
         accounts,
         metering,
+        records,
         models,
         lora,
         fixed: told.fixed,

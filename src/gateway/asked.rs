@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use actix_web::http::header::HeaderValue;
 use bytes::Bytes;
 use http::Method;
 
@@ -63,6 +64,8 @@ pub struct Ask {
     pub body: Bytes,
     /// Of the body.
     pub content_type: Option<String>,
+    /// What the caller's program calls itself.
+    pub user_agent: Option<HeaderValue>,
     /// The caller's own credentials for providers: part of what identifies the request.
     pub credentials: Vec<u8>,
 }

@@ -37,6 +37,8 @@ pub struct Charge {
     pub cost: Neurons,
     /// No price is known: it costs something, and nobody knows what.
     pub unpriced: bool,
+    /// A stored key stood in for the caller's.
+    pub stored_key: bool,
 }
 
 /// Where the record of a call finds what its answer came to, once that is known.
@@ -61,6 +63,8 @@ pub struct Bill {
     pub pricing: Pricing,
     /// What the caller says.
     pub custom: Option<CustomCost>,
+    /// A stored key stands in for the caller's.
+    pub stored_key: bool,
     /// Bytes of the request.
     pub asked: usize,
     /// For the record.
@@ -87,7 +91,7 @@ impl Bill {
     /// The answer has ended, or nobody reads it any more. `usage` is what it said, `answered` how many bytes came, as events
     /// or not.
     pub fn settle(mut self, usage: Option<Usage>, answered: u64, events: bool) {
-        let charge = self.charge(usage, answered, events);
+        let charge = Charge { stored_key: self.stored_key, ..self.charge(usage, answered, events) };
         // Whoever was to read it may be gone.
         let _ = self.receipt.set(charge);
         let Some(reservation) = self.reservation.take() else { return };
@@ -133,7 +137,8 @@ impl Bill {
                 };
                 let estimated = usage.is_none();
                 let usage = usage.unwrap_or_else(|| estimate(self.asked as u64, answered, events));
-                Charge { usage: Some(usage), estimated, cost: tariff.charge(&usage), unpriced: false }
+                let cost = tariff.charge(&usage);
+                Charge { usage: Some(usage), estimated, cost, ..Charge::default() }
             }
         }
     }
@@ -180,6 +185,7 @@ mod tests {
             model: ModelId::new(model),
             pricing,
             custom,
+            stored_key: false,
             asked: 4000,
             receipt: receipt.clone(),
         };

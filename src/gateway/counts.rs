@@ -10,13 +10,17 @@ use prometheus::{Histogram, IntCounter};
 
 use crate::gateway::bill::Charge;
 use crate::gateway::record::Outcome;
-use crate::logs::CacheUse;
+use crate::logs::{CacheUse, Logs};
 use crate::metrics::Metrics;
 
 /// See the top of this file.
 pub struct Counts {
     /// All series, for what happens seldom.
     pub metrics: Arc<Metrics>,
+    /// Where records go.
+    pub logs: Logs,
+    /// Bytes of each body that a record keeps.
+    pub body_bytes: usize,
     outcomes: [IntCounter; Outcome::ALL.len()],
     caches: [IntCounter; CacheUse::ALL.len()],
     providers: RefCell<HashMap<Box<str>, Rc<Provider>>>,
@@ -58,10 +62,10 @@ impl Provider {
 
 impl Counts {
     /// Resolves what is known beforehand.
-    pub fn new(metrics: Arc<Metrics>) -> Self {
+    pub fn new(metrics: Arc<Metrics>, logs: Logs, body_bytes: usize) -> Self {
         let outcomes = Outcome::ALL.map(|outcome| metrics.gateway_calls.with_label_values(&[outcome.as_str()]));
         let caches = CacheUse::ALL.map(|cache| metrics.gateway_cache.with_label_values(&[cache.as_str()]));
-        Self { metrics, outcomes, caches, providers: RefCell::default() }
+        Self { metrics, logs, body_bytes, outcomes, caches, providers: RefCell::default() }
     }
 
     /// Calls that ended so.

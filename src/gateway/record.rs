@@ -8,10 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::http::StatusCode;
+use actix_web::http::header::HeaderValue;
+use bytes::Bytes;
 use serde_json::json;
 use tracing::info;
 
-use crate::base::{AccountId, Error, KeyId, LogId, Millis, Neurons, RequestId};
+use crate::base::{AccountId, Error, KeyId, Kind, LogId, Millis, Neurons, RequestId};
 use crate::gateway::asked::Ask;
 use crate::gateway::bill::{Charge, Receipt};
 use crate::gateway::counts::Counts;
@@ -19,8 +21,9 @@ use crate::gateway::options::CustomCost;
 use crate::gateway::pipe::End;
 use crate::guard::{Check, Finding};
 use crate::ledger::{Reservation, Standing};
-use crate::logs::CacheUse;
+use crate::logs::{self, Body, CacheUse};
 use crate::registry::Gateway;
+use crate::task::Task;
 
 /// How a call ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,6 +79,20 @@ pub struct Record {
     flags: Vec<Finding>,
     custom_cost: Option<CustomCost>,
     first_byte: Option<Duration>,
+    /// Where it went, with its query.
+    endpoint: String,
+    request_type: &'static str,
+    request_kind: Option<String>,
+    answer_kind: Box<str>,
+    user_agent: Option<HeaderValue>,
+    authenticated: bool,
+    /// The request's body, or none of it.
+    asked: Body,
+    /// Of the answer, as many chunks as are kept, and their bytes.
+    answered: Vec<Bytes>,
+    kept: usize,
+    /// Bytes of the answer that may be kept.
+    keep: usize,
     bytes: u64,
     /// What its answer came to, once that is known; nothing for answers that were there.
     receipt: Receipt,
@@ -90,7 +107,21 @@ impl Record {
         counts.metrics.gateway_in_flight.inc();
         let collect = ask.options.collect_log.unwrap_or(ask.gateway.settings.collect_logs);
         let log = collect.then(|| LogId::at(Millis::now()));
+        let keep = match log {
+            Some(_) if ask.options.collect_log_payload != Some(false) => counts.body_bytes,
+            _ => 0,
+        };
         Box::new(Self {
+            endpoint: ask.endpoint.clone(),
+            request_type: if ask.tries_all { "universal" } else { "http" },
+            request_kind: ask.content_type.clone(),
+            answer_kind: Box::default(),
+            user_agent: ask.user_agent.clone(),
+            authenticated: ask.trusted,
+            asked: Body { kept: ask.body.slice(..ask.body.len().min(keep)), size: ask.body.len() as u64 },
+            answered: Vec::new(),
+            kept: 0,
+            keep,
             event: ask.options.event_id.clone(),
             log,
             request: ask.who.id,
@@ -102,7 +133,7 @@ impl Record {
             elsewhere: Duration::ZERO,
             trail: String::new(),
             cache: CacheUse::Off,
-            provider: Box::default(),
+            provider: ask.provider.clone(),
             model: Box::default(),
             step: 0,
             status: 0,
@@ -133,6 +164,11 @@ impl Record {
         self.hold.as_ref().and_then(Reservation::standing)
     }
 
+    /// It is a handshake.
+    pub fn is_socket(&mut self) {
+        self.request_type = "websocket";
+    }
+
     /// The request that it is of.
     pub fn request(&self) -> RequestId {
         self.request
@@ -161,10 +197,10 @@ impl Record {
         &mut self,
         status: StatusCode,
         cache: CacheUse,
-        provider: &str,
-        model: &str,
+        (provider, model): (&str, &str),
         step: usize,
         trail: &str,
+        kind: &str,
     ) {
         let taken = self.received.elapsed();
         self.counts.metrics.gateway_overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
@@ -172,6 +208,7 @@ impl Record {
         self.first_byte = Some(taken);
         (self.status, self.cache, self.step) = (status.as_u16(), cache, step);
         (self.provider, self.model, self.trail) = (provider.into(), model.into(), trail.into());
+        self.answer_kind = kind.into();
     }
 
     /// What rules found, as a header says it.
@@ -199,13 +236,24 @@ impl Record {
     }
 
     /// Bytes that went to the caller.
-    pub fn sent(&mut self, bytes: usize) {
+    pub fn sent(&mut self, chunk: &Bytes) {
+        self.bytes += chunk.len() as u64;
+        if self.kept < self.keep {
+            let chunk = chunk.slice(..chunk.len().min(self.keep - self.kept));
+            self.kept += chunk.len();
+            self.answered.push(chunk);
+        }
+    }
+
+    /// The same of a conversation, of which nothing is kept.
+    pub fn passed(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
 
     /// There was no answer but our own refusal, which whoever tells the caller counts as an error.
     pub fn refused(&mut self, error: &Error) {
         self.trail = error.attempts().unwrap_or_default().into();
+        self.status = status_of(error.kind());
         self.close(Outcome::Refused, Some(error.kind().as_str()));
     }
 
@@ -246,12 +294,59 @@ impl Record {
             let cost = charge.map_or(Neurons::ZERO, |charge| charge.cost);
             hold.count(&usage.unwrap_or_default(), cost, Millis::now());
         }
-        let Some(log) = self.log else { return };
-        if !tracing::enabled!(target: "neurond::gateway", tracing::Level::INFO) {
-            return;
+        if let Some(log) = self.log
+            && tracing::enabled!(target: "neurond::gateway", tracing::Level::INFO)
+        {
+            let line = self.line(log, outcome.as_str(), why, charge.as_ref());
+            info!(target: "neurond::gateway", "{line}");
         }
-        let line = self.line(log, outcome.as_str(), why, charge.as_ref());
-        info!(target: "neurond::gateway", "{line}");
+        let record = self.told(outcome, why, charge.as_ref());
+        self.counts.logs.append(record);
+    }
+
+    /// The record as it is kept, counted and shipped.
+    fn told(&mut self, outcome: Outcome, why: Option<&'static str>, charge: Option<&Charge>) -> Box<logs::Record> {
+        let taken = self.received.elapsed();
+        let path = path_of(&self.endpoint);
+        let answered = match &mut self.answered[..] {
+            [one] => std::mem::take(one),
+            chunks => chunks.concat().into(),
+        };
+        Box::new(logs::Record {
+            id: self.log,
+            request: self.request,
+            at: Millis(Millis::now().0.saturating_sub(taken.as_millis() as u64)),
+            account: self.account.clone(),
+            key: self.key.clone(),
+            gateway: self.gateway.id.clone(),
+            provider: std::mem::take(&mut self.provider),
+            model: std::mem::take(&mut self.model),
+            task: task_of(path),
+            path: path.into(),
+            status: if self.status == 0 { CALLER_LEFT } else { self.status },
+            success: outcome == Outcome::Done,
+            cache: self.cache,
+            duration_us: taken.as_micros() as u64,
+            first_byte_us: self.first_byte.map(|first| first.as_micros() as u64),
+            usage: charge.and_then(|charge| charge.usage),
+            cost: charge.map_or(Neurons::ZERO, |charge| charge.cost),
+            custom_cost: self.custom_cost.is_some(),
+            saved: Neurons::ZERO,
+            step: self.step as u16,
+            request_type: self.request_type.into(),
+            request_content_type: self.request_kind.take().map(String::into_boxed_str),
+            response_content_type: (!self.answer_kind.is_empty()).then(|| std::mem::take(&mut self.answer_kind)),
+            metadata: self.metadata.take().map(String::into_boxed_str),
+            event: self.event.take().map(String::into_boxed_str),
+            user_agent: self.user_agent.as_ref().and_then(|agent| agent.to_str().ok()).map(Box::from),
+            authenticated: self.authenticated,
+            stored_key: charge.is_some_and(|charge| charge.stored_key),
+            attempts: std::mem::take(&mut self.trail).into_boxed_str(),
+            why: why.map(Into::into),
+            findings: self.flags.iter().map(|flag| Box::from(&*flag.rule)).collect(),
+            asked: std::mem::take(&mut self.asked),
+            answered: Body { kept: answered, size: self.bytes },
+        })
     }
 
     /// The record as words with `=` between name and value. Written by hand: through the log's own fields it takes longer
@@ -320,6 +415,47 @@ impl Drop for Record {
     fn drop(&mut self) {
         self.left();
     }
+}
+
+/// What nginx calls a request whose caller left before there was an answer.
+const CALLER_LEFT: u16 = 499;
+
+/// The status that a refusal of ours has on the gateway's own addresses.
+fn status_of(kind: Kind) -> u16 {
+    match kind {
+        Kind::RateLimited | Kind::OutOfNeurons | Kind::OverBudget | Kind::Busy => 429,
+        Kind::Unauthorized => 401,
+        Kind::Forbidden => 403,
+        Kind::NotFound => 404,
+        Kind::TooLarge => 413,
+        Kind::PromptBlocked | Kind::AnswerBlocked => 424,
+        Kind::Unreachable => 502,
+        Kind::UpstreamTimeout => 504,
+        Kind::ModelUnavailable | Kind::EngineLost | Kind::ShuttingDown | Kind::LedgerDown => 503,
+        Kind::Timeout | Kind::Aborted => 408,
+        Kind::Internal => 500,
+        _ => 400,
+    }
+}
+
+/// The path at the provider, of one of the gateway's own addresses; any other as it is. Without its query.
+fn path_of(endpoint: &str) -> &str {
+    let path = endpoint.split('?').next().unwrap_or_default();
+    // /v1/ACCOUNT/GATEWAY/PROVIDER/…
+    let own = path.strip_prefix("/v1/").and_then(|rest| rest.splitn(4, '/').nth(3));
+    own.unwrap_or(path)
+}
+
+/// What a path asks for, where that is plain.
+fn task_of(path: &str) -> Option<Task> {
+    let is = |ends: &[&str]| ends.iter().any(|end| path.ends_with(end));
+    if is(&["embeddings", ":embedContent", ":batchEmbedContents", "/embed"]) {
+        return Some(Task::TextEmbeddings);
+    }
+    if is(&["completions", "/messages", "/responses", ":generateContent", ":streamGenerateContent", "/converse", "/converse-stream", "/chat"]) {
+        return Some(Task::TextGeneration);
+    }
+    is(&["images/generations"]).then_some(Task::TextToImage)
 }
 
 /// A provider as a label: custom ones are named by their callers, so they share one.

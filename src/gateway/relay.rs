@@ -34,7 +34,7 @@ use tokio::time::timeout;
 use crate::base::{AccountId, Error, Kind, Millis, ModelId, Neurons, Result};
 use crate::cache::{self, Cache, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
 use crate::config::gateway::KeyFiles;
-use crate::config::{self, Live};
+use crate::config::{self, Config, Live};
 use crate::fallback::{Fallback, Policy, Target};
 use crate::gateway::asked::{Ask, Who};
 use crate::gateway::bill::{self, Receipt};
@@ -47,7 +47,7 @@ use crate::gateway::step::{LocalCall, Way};
 use crate::gateway::terms;
 use crate::gateway::watch::Watch;
 use crate::ledger::{Claim, Counts, Ledger, Plan};
-use crate::logs::CacheUse;
+use crate::logs::{CacheUse, Logs};
 use crate::metrics::Metrics;
 use crate::net::client::{self, Client, Fault};
 use crate::net::vertex::AccessToken;
@@ -72,6 +72,8 @@ pub struct Parts {
     pub fallback: Fallback,
     /// What calls may use, and have used.
     pub ledger: Ledger,
+    /// What is told of calls.
+    pub logs: Logs,
     /// Where to count.
     pub metrics: Arc<Metrics>,
 }
@@ -81,7 +83,12 @@ impl Parts {
     ///
     /// # Errors
     /// When a folder, a master key or what the file says of gateways cannot be used.
-    pub fn start(live: &Live, ledger: &Ledger, metrics: &Arc<Metrics>) -> Result<Self> {
+    pub fn start(
+        live: &Live,
+        ledger: &Ledger,
+        metrics: &Arc<Metrics>,
+        logs: impl FnOnce(&Config, &Registry) -> Result<Logs>,
+    ) -> Result<Self> {
         let config = live.get();
         let KeyFiles { named, default, previous } = &config.key_files;
         let sealer = Sealer::open_files(named.as_deref(), default.as_deref(), previous)?;
@@ -94,8 +101,9 @@ impl Parts {
             Cache::start(settings(None))
         })?;
         let fallback = Fallback::start(Policy::default());
+        let logs = logs(&config, &registry)?;
         let (config, ledger, metrics) = (live.clone(), ledger.clone(), metrics.clone());
-        Ok(Self { config, registry, cache, fallback, ledger, metrics })
+        Ok(Self { config, registry, cache, fallback, ledger, logs, metrics })
     }
 }
 
@@ -156,7 +164,8 @@ pub struct Reply {
 impl Relay {
     /// A relay with a client of its own.
     pub fn new(parts: Parts, client: Client, local: Local) -> Self {
-        let counts = Rc::new(counts::Counts::new(parts.metrics.clone()));
+        let body_bytes = usize::try_from(parts.config.get().records.logs.body_bytes.0).unwrap_or(usize::MAX);
+        let counts = Rc::new(counts::Counts::new(parts.metrics.clone(), parts.logs.clone(), body_bytes));
         Self {
             parts,
             counts,
@@ -197,6 +206,7 @@ impl Relay {
     /// As [`Relay::serve`].
     pub async fn upgrade(&self, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>)> {
         let mut record = Record::begin(&self.counts, &ask);
+        record.is_socket();
         let mut trail = Trail::default();
         let outcome = match self.admit(&mut ask, &mut record) {
             Ok(()) => self.handshake(&mut ask, &mut trail).await,
@@ -205,14 +215,8 @@ impl Relay {
         record.waited(trail.elsewhere);
         match outcome {
             Ok((mut headers, upgraded, target)) => {
-                record.begun(
-                    StatusCode::SWITCHING_PROTOCOLS,
-                    CacheUse::Off,
-                    &target.provider,
-                    &target.model,
-                    0,
-                    &trail.text,
-                );
+                let status = StatusCode::SWITCHING_PROTOCOLS;
+                record.begun(status, CacheUse::Off, (&target.provider, &target.model), 0, &trail.text, "");
                 headers.insert("cf-aig-step", http::HeaderValue::from_static("0"));
                 if let Some(log) = record.log
                     && let Ok(value) = http::HeaderValue::from_str(&log.to_string())
@@ -472,7 +476,8 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
     {
         let step = headers.text("cf-aig-step").parse().unwrap_or(0);
         let (provider, model) = (headers.text("cf-aig-provider"), headers.text("cf-aig-model"));
-        record.begun(status, cache, provider, model, step, headers.text("cf-aig-attempts"));
+        let attempts = headers.text("cf-aig-attempts");
+        record.begun(status, cache, (provider, model), step, attempts, headers.text("content-type"));
     }
     if let Some(standing) = record.standing() {
         let limit = terms::limit(standing);

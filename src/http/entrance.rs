@@ -288,6 +288,7 @@ impl Entrance {
             credentials.push(u8::from(self.trusted));
         }
         let content_type = request.headers().get("content-type").and_then(|value| value.to_str().ok());
+        let user_agent = request.headers().get("user-agent").cloned();
         let ruled = self.limits.as_ref().map(|limits| {
             let seen = Seen {
                 peer: request.peer_addr().map(|peer| peer.ip()),
@@ -313,6 +314,7 @@ impl Entrance {
             method,
             endpoint,
             content_type: content_type.map(str::to_owned),
+            user_agent,
             options: call.options,
             body: call.body,
             credentials,

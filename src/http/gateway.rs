@@ -201,7 +201,7 @@ impl MessageBody for RelayBody {
         let this = &mut *self;
         let chunk = std::task::ready!(this.pipe.poll_chunk(cx));
         match &chunk {
-            Some(Ok(bytes)) => this.record.sent(bytes.len()),
+            Some(Ok(bytes)) => this.record.sent(bytes),
             Some(Err(_)) | None => {
                 this.pipe.settle();
                 this.record.ended(this.pipe.end().unwrap_or(&End::Whole));

@@ -165,7 +165,7 @@ async fn answer(
     let mut events = Vec::new();
     while let Some(chunk) = std::future::poll_fn(|cx| pipe.poll_chunk(cx)).await {
         let Ok(chunk) = chunk else { break };
-        record.sent(chunk.len());
+        record.sent(&chunk);
         if !streams {
             whole.extend_from_slice(&chunk);
             continue;
@@ -258,7 +258,7 @@ impl MessageBody for Realtime {
                 Poll::Ready(None)
             }
             Ok(bytes) => {
-                this.record.sent(bytes);
+                this.record.passed(bytes);
                 Poll::Ready(Some(Ok(this.buffer.split().freeze())))
             }
             Err(error) => Poll::Ready(Some(Err(error))),

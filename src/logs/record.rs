@@ -1,5 +1,6 @@
 //! One call as it is told afterwards: plain data that the gateway fills in when a call has ended.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -102,7 +103,7 @@ pub struct Record {
     /// Which step answered, from 0.
     pub step: u16,
     /// `http`, `websocket`, `universal` …
-    pub request_type: &'static str,
+    pub request_type: Cow<'static, str>,
     /// Media type of the request.
     pub request_content_type: Option<Box<str>>,
     /// Media type of the answer.
@@ -120,7 +121,7 @@ pub struct Record {
     /// What was tried, as in `cf-aig-attempts`.
     pub attempts: Box<str>,
     /// Why it did not end well, in a word.
-    pub why: Option<&'static str>,
+    pub why: Option<Cow<'static, str>>,
     /// Names of the rules that found something.
     pub findings: Vec<Box<str>>,
     /// What was asked.

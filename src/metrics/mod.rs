@@ -98,6 +98,24 @@ pub struct Metrics {
     pub upstream_unpriced: IntCounterVec,
     /// Calls refused by a limit, by kind (rate, budget, allocation, ledger).
     pub refused_by_limits: IntCounterVec,
+    /// Log records that were kept.
+    pub log_records: IntCounter,
+    /// Log records that were not: the queue or the disk was full, or their gateway is.
+    pub log_records_dropped: IntCounter,
+    /// Log records that went without their bodies, since too many bytes waited.
+    pub log_bodies_dropped: IntCounter,
+    /// What is kept of log records, by what is counted (records, bytes, segments).
+    pub log_store: IntGaugeVec,
+    /// Bytes of records that wait to be shipped.
+    pub log_spool_bytes: IntGauge,
+    /// Records that were not shipped and never will be, since the start.
+    pub log_ship_lost: IntGauge,
+    /// Records that wait to be shipped, by job.
+    pub log_ship_waiting: IntGaugeVec,
+    /// Records that were shipped since the start, by job.
+    pub log_shipped: IntGaugeVec,
+    /// Attempts to ship that failed since the start, by job.
+    pub log_ship_failures: IntGaugeVec,
     /// Upstream connections that wait for a call.
     pub upstream_idle: IntGauge,
     /// Entries, bytes and open fills of the response cache, by what is counted.
@@ -395,6 +413,36 @@ impl Metrics {
                 "neurond_refused_by_limits_total",
                 "Calls refused by a limit, by kind (rate, budget, allocation, ledger).",
                 &["kind"],
+            ),
+            log_records: r.counter("neurond_log_records_total", "Log records that were kept."),
+            log_records_dropped: r.counter(
+                "neurond_log_records_dropped_total",
+                "Log records that were not kept: the queue or the disk was full, or their gateway is.",
+            ),
+            log_bodies_dropped: r.counter(
+                "neurond_log_bodies_dropped_total",
+                "Log records that went without their bodies, since too many bytes waited.",
+            ),
+            log_store: r.gauges(
+                "neurond_log_store",
+                "What is kept of log records, by what is counted (records, bytes, segments).",
+                &["what"],
+            ),
+            log_spool_bytes: r.gauge("neurond_log_spool_bytes", "Bytes of records that wait to be shipped."),
+            log_ship_lost: r.gauge(
+                "neurond_log_ship_lost",
+                "Records that were not shipped and never will be, since the start.",
+            ),
+            log_ship_waiting: r.gauges(
+                "neurond_log_ship_waiting",
+                "Records that wait to be shipped, by job.",
+                &["job"],
+            ),
+            log_shipped: r.gauges("neurond_log_shipped", "Records that were shipped since the start, by job.", &["job"]),
+            log_ship_failures: r.gauges(
+                "neurond_log_ship_failures",
+                "Attempts to ship that failed since the start, by job.",
+                &["job"],
             ),
             upstream_idle: r.gauge("neurond_upstream_idle_connections", "Upstream connections that wait for a call."),
             cache_state: r.gauges(

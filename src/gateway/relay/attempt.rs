@@ -270,6 +270,7 @@ impl Relay {
                 true => Pricing::Local(Tally::default()),
                 false => Pricing::Listed(metering.tariffs.clone()),
             },
+            stored_key: step.stored_key,
             asked: ask.body.len(),
             receipt: receipt.clone(),
         })

@@ -1,0 +1,564 @@
+//! The index of a full segment, as a file: rows sorted by gateway and id, one column after another.
+//!
+//! ```text
+//!   N.G.columns   [ids] [numbers …] [texts: codes, dictionary …] [blocks] [footer][length u32][checksum]
+//!   N.G.marks     [dead] [feedback] [score]            a byte a row each, written in place; not there while no row has one
+//! ```
+//!
+//! Numbers are as wide as what lies between the least and the most of their column: 0, 1, 2, 4 or 8 bytes. Dictionaries are sorted, so a
+//! text is found without reading them. A gateway's rows lie side by side. The file never changes, and can be made again from the log.
+//! `G` counts how often a segment was rewritten.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use super::block::Block;
+use super::memory::{Memory, Plane, TEXTS};
+use crate::logs::query::Number;
+use crate::store::snapshot;
+
+/// Columns in order: numbers, codes of texts, block, slot.
+pub(super) const FIRST_TEXT: usize = Number::COUNT;
+pub(super) const BLOCK: usize = FIRST_TEXT + TEXTS;
+pub(super) const SLOT: usize = BLOCK + 1;
+const COLUMNS: usize = SLOT + 1;
+/// Bytes of a block in the file.
+const BLOCK_BYTES: u64 = 16;
+/// Dictionaries up to here are read as a whole.
+const SMALL: u64 = 64 << 10;
+
+/// Where a column lies, how wide its numbers are, and what is added to them.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+struct Packed {
+    at: u64,
+    width: u8,
+    min: u64,
+    max: u64,
+}
+
+/// Texts: that many ends of four bytes, then the bytes.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+struct Dictionary {
+    at: u64,
+    words: u32,
+    bytes: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Written {
+    account: Box<str>,
+    gateway: Box<str>,
+    begin: u32,
+    end: u32,
+    first: u128,
+    last: u128,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Footer {
+    rows: u32,
+    ids: u64,
+    columns: Vec<Packed>,
+    dictionaries: Vec<Dictionary>,
+    blocks: u64,
+    ranges: Vec<Written>,
+    /// Bytes of the log.
+    log: u64,
+}
+
+/// The rows of one gateway.
+#[derive(Debug)]
+pub(super) struct Range {
+    pub(super) scope: u32,
+    pub(super) begin: u32,
+    pub(super) end: u32,
+    /// Its least and its greatest id.
+    pub(super) first: u128,
+    pub(super) last: u128,
+    pub(super) dead: AtomicU32,
+}
+
+impl Range {
+    /// Rows that were not deleted.
+    pub(super) fn live(&self) -> u32 {
+        self.end - self.begin - self.dead.load(Ordering::Acquire)
+    }
+}
+
+/// A full segment.
+#[derive(Debug)]
+pub(super) struct Sealed {
+    pub(super) number: u32,
+    pub(super) stem: PathBuf,
+    pub(super) ranges: Vec<Range>,
+    pub(super) rows: u32,
+    /// Bytes of all its files.
+    pub(super) bytes: u64,
+    footer: Footer,
+    is_marked: AtomicBool,
+    changes: AtomicU32,
+}
+
+/// A segment's files in the making.
+pub(super) struct Image {
+    /// The columns.
+    pub(super) bytes: Vec<u8>,
+    /// The marks, if any row has one.
+    pub(super) marks: Option<Vec<u8>>,
+    pub(super) rows: u32,
+}
+
+/// Makes the file's bytes; `name` knows the account and the gateway of a scope. Rows that are dead are left out.
+pub(super) fn image<'a>(memory: &Memory, name: impl Fn(u32) -> (&'a str, &'a str)) -> io::Result<Image> {
+    let entries = &memory.entries;
+    let mut order: Vec<u32> = (0..entries.len() as u32).filter(|row| entries[*row as usize].marks[Plane::Dead as usize] == 0).collect();
+    let ranks = by_name(entries.iter().map(|entry| entry.scope), &name);
+    order.sort_by_key(|row| {
+        let entry = &entries[*row as usize];
+        (ranks.get(&entry.scope), entry.id, *row)
+    });
+    let rows = || order.iter().map(|row| &entries[*row as usize]);
+    let mut out = Vec::new();
+    rows().for_each(|entry| out.extend_from_slice(&entry.id.to_le_bytes()));
+    let mut columns = Vec::with_capacity(COLUMNS);
+    for number in 0..Number::COUNT {
+        columns.push(pack(rows().map(|entry| entry.numbers[number]), &mut out));
+    }
+    let mut dictionaries = Vec::with_capacity(TEXTS);
+    for (text, words) in memory.words.iter().enumerate() {
+        let mut sorted: Vec<u32> = (0..words.list.len() as u32).collect();
+        sorted.sort_by(|one, other| words.list[*one as usize].cmp(&words.list[*other as usize]));
+        let mut codes = vec![0; sorted.len() + 1];
+        sorted.iter().enumerate().for_each(|(at, word)| codes[*word as usize + 1] = at as u64 + 1);
+        columns.push(pack(rows().map(|entry| codes[entry.texts[text] as usize]), &mut out));
+        let at = out.len() as u64;
+        let mut end = 0;
+        for word in &sorted {
+            end += words.list[*word as usize].len() as u32;
+            out.extend_from_slice(&end.to_le_bytes());
+        }
+        sorted.iter().for_each(|word| out.extend_from_slice(words.list[*word as usize].as_bytes()));
+        dictionaries.push(Dictionary { at, words: sorted.len() as u32, bytes: end.into() });
+    }
+    columns.push(pack(rows().map(|entry| entry.block.into()), &mut out));
+    columns.push(pack(rows().map(|entry| entry.slot.into()), &mut out));
+    let blocks = out.len() as u64;
+    for block in &memory.blocks {
+        out.extend_from_slice(&block.at.to_le_bytes());
+        out.extend_from_slice(&block.heads.to_le_bytes());
+        out.extend_from_slice(&block.bodies.to_le_bytes());
+    }
+    let mut ranges: Vec<Written> = Vec::new();
+    let mut scope = None;
+    for (row, entry) in rows().enumerate() {
+        if scope != Some(entry.scope) {
+            scope = Some(entry.scope);
+            let (account, gateway) = name(entry.scope);
+            let row = row as u32;
+            let (account, gateway) = (account.into(), gateway.into());
+            ranges.push(Written { account, gateway, begin: row, end: row, first: entry.id, last: entry.id });
+        }
+        if let Some(range) = ranges.last_mut() {
+            (range.end, range.last) = (row as u32 + 1, entry.id);
+        }
+    }
+    let footer = Footer { rows: order.len() as u32, ids: 0, columns, dictionaries, blocks, ranges, log: memory.bytes };
+    let footer = serde_json::to_vec(&footer)?;
+    out.extend_from_slice(&footer);
+    out.extend_from_slice(&(footer.len() as u32).to_le_bytes());
+    out.extend_from_slice(&checksum(&footer));
+    let has_marks = rows().any(|entry| entry.marks != [0; 3]);
+    let marks = || Plane::ALL.iter().flat_map(|plane| rows().map(|entry| entry.marks[*plane as usize])).collect();
+    Ok(Image { bytes: out, marks: has_marks.then(marks), rows: order.len() as u32 })
+}
+
+/// The scopes in the order of their names: rows that are sorted by it are in the same order whenever it is done again.
+fn by_name<'a>(scopes: impl Iterator<Item = u32>, name: impl Fn(u32) -> (&'a str, &'a str)) -> HashMap<u32, usize> {
+    let mut scopes: Vec<u32> = scopes.collect::<HashSet<_>>().into_iter().collect();
+    scopes.sort_by_key(|scope| name(*scope));
+    scopes.into_iter().enumerate().map(|(rank, scope)| (scope, rank)).collect()
+}
+
+/// Puts a segment's files in their place: the marks first, since the columns make it count.
+pub(super) fn write(stem: &Path, image: &[u8], marks: Option<&[u8]>) -> io::Result<()> {
+    if let Some(marks) = marks {
+        snapshot::write(&with(stem, "marks"), marks, snapshot::PRIVATE)?;
+    }
+    snapshot::write(&with(stem, "columns"), image, snapshot::PRIVATE)
+}
+
+/// A segment's file: `N.G` and what it is.
+pub(super) fn with(stem: &Path, what: &str) -> PathBuf {
+    let mut name = stem.as_os_str().to_owned();
+    name.push(".");
+    name.push(what);
+    name.into()
+}
+
+impl Sealed {
+    /// Opens what is there; `scope` numbers an account and a gateway. Nothing if the columns are damaged.
+    pub(super) fn open(number: u32, stem: PathBuf, mut scope: impl FnMut(&str, &str) -> u32) -> io::Result<Option<Self>> {
+        let file = File::open(with(&stem, "columns"))?;
+        let length = file.metadata()?.len();
+        let Some(footer) = read_footer(&file, length)? else { return Ok(None) };
+        let mut ranges: Vec<Range> = footer
+            .ranges
+            .iter()
+            .map(|range| Range {
+                scope: scope(&range.account, &range.gateway),
+                begin: range.begin,
+                end: range.end,
+                first: range.first,
+                last: range.last,
+                dead: AtomicU32::new(0),
+            })
+            .collect();
+        let marks = match std::fs::read(with(&stem, "marks")) {
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            read => Some(read?).filter(|marks| marks.len() == footer.rows as usize * Plane::ALL.len()),
+        };
+        if let Some(marks) = &marks {
+            for range in &mut ranges {
+                let dead = marks[range.begin as usize..range.end as usize].iter().filter(|dead| **dead != 0).count();
+                range.dead = AtomicU32::new(dead as u32);
+            }
+        }
+        ranges.sort_by_key(|range| range.scope);
+        let bytes = length + footer.log + marks.as_ref().map_or(0, |marks| marks.len() as u64);
+        let (rows, is_marked) = (footer.rows, AtomicBool::new(marks.is_some()));
+        Ok(Some(Self { number, stem, ranges, rows, bytes, footer, is_marked, changes: AtomicU32::new(0) }))
+    }
+
+    /// The rows of a scope, if there are any.
+    pub(super) fn range(&self, scope: u32) -> Option<&Range> {
+        self.ranges.binary_search_by_key(&scope, |range| range.scope).ok().map(|at| &self.ranges[at])
+    }
+
+    /// Rows that were not deleted.
+    pub(super) fn live(&self) -> u32 {
+        self.ranges.iter().map(Range::live).sum()
+    }
+
+    /// How often it was rewritten.
+    pub(super) fn generation(&self) -> u32 {
+        self.stem.extension().and_then(|text| text.to_str()?.parse().ok()).unwrap_or_default()
+    }
+
+    /// How often rows were marked since it was opened.
+    pub(super) fn changes(&self) -> u32 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    pub(super) fn log(&self) -> PathBuf {
+        with(&self.stem, "log")
+    }
+
+    /// Sets a mark of rows, which are sorted; returns the file that is to be synced.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn mark(&self, range: &Range, rows: &[u32], plane: Plane, value: u8) -> io::Result<Option<File>> {
+        let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(None) };
+        let path = with(&self.stem, "marks");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(snapshot::PRIVATE).open(path)?;
+        let whole = u64::from(self.rows) * Plane::ALL.len() as u64;
+        if file.metadata()?.len() != whole {
+            file.set_len(whole)?;
+            if let Some(folder) = self.stem.parent() {
+                File::open(folder)?.sync_all()?;
+            }
+        }
+        let at = plane as u64 * u64::from(self.rows) + u64::from(*first);
+        let mut marks = vec![0; (last - first) as usize + 1];
+        file.read_exact_at(&mut marks, at)?;
+        let mut newly = 0;
+        for row in rows {
+            let mark = &mut marks[(row - first) as usize];
+            newly += u32::from(*mark == 0);
+            *mark = value;
+        }
+        file.write_all_at(&marks, at)?;
+        self.is_marked.store(true, Ordering::Release);
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        if plane == Plane::Dead {
+            range.dead.fetch_add(newly, Ordering::AcqRel);
+        }
+        Ok(Some(file))
+    }
+
+    /// Deletes the files; readers that have them open keep them.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        remove(&self.stem)
+    }
+}
+
+/// Deletes what there is of a segment, the log first: columns are made again for a log that has none, and columns without a log are
+/// nothing.
+pub(super) fn remove(stem: &Path) -> io::Result<()> {
+    for what in ["log", "columns", "marks"] {
+        match std::fs::remove_file(with(stem, what)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// A gateway's rows in a full segment, open for reading.
+pub(super) struct View<'a> {
+    pub(super) sealed: &'a Sealed,
+    pub(super) range: &'a Range,
+    file: File,
+    marks: Option<File>,
+    bytes: Vec<u8>,
+}
+
+impl<'a> View<'a> {
+    /// Nothing if the segment was deleted meanwhile.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn open(sealed: &'a Sealed, range: &'a Range) -> io::Result<Option<Self>> {
+        let open = |what: &str| match File::open(with(&sealed.stem, what)) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            file => file.map(Some),
+        };
+        let Some(file) = open("columns")? else { return Ok(None) };
+        let marks = if sealed.is_marked.load(Ordering::Acquire) { open("marks")? } else { None };
+        Ok(Some(Self { sealed, range, file, marks, bytes: Vec::new() }))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        (self.range.end - self.range.begin) as usize
+    }
+
+    /// Least and most of a column, over all gateways.
+    pub(super) fn limits(&self, column: usize) -> (u64, u64) {
+        let packed = self.column(column);
+        (packed.min, packed.max)
+    }
+
+    /// A whole column.
+    pub(super) fn numbers(&mut self, column: usize, out: &mut Vec<u64>) -> io::Result<()> {
+        let Packed { at, width, min, .. } = self.column(column);
+        let count = self.len();
+        out.clear();
+        self.bytes.resize(count * width as usize, 0);
+        self.file.read_exact_at(&mut self.bytes, at + u64::from(self.range.begin) * u64::from(width))?;
+        match width {
+            0 => out.resize(count, min),
+            1 => out.extend(self.bytes.iter().map(|byte| min + u64::from(*byte))),
+            2 => out.extend(self.bytes.as_chunks().0.iter().map(|bytes| min + u64::from(u16::from_le_bytes(*bytes)))),
+            4 => out.extend(self.bytes.as_chunks().0.iter().map(|bytes| min + u64::from(u32::from_le_bytes(*bytes)))),
+            _ => out.extend(self.bytes.as_chunks().0.iter().map(|bytes| min.wrapping_add(u64::from_le_bytes(*bytes)))),
+        }
+        Ok(())
+    }
+
+    /// One row of a column.
+    fn number(&self, column: usize, row: u32) -> io::Result<u64> {
+        let Packed { at, width, min, .. } = self.column(column);
+        let mut bytes = [0; 8];
+        self.file.read_exact_at(&mut bytes[..width as usize], at + u64::from(row) * u64::from(width))?;
+        Ok(min.wrapping_add(u64::from_le_bytes(bytes)))
+    }
+
+    /// All ids, which are sorted.
+    pub(super) fn ids(&mut self, out: &mut Vec<u128>) -> io::Result<()> {
+        self.bytes.resize(self.len() * 16, 0);
+        self.file.read_exact_at(&mut self.bytes, self.sealed.footer.ids + u64::from(self.range.begin) * 16)?;
+        out.clear();
+        out.extend(self.bytes.as_chunks().0.iter().map(|bytes| u128::from_le_bytes(*bytes)));
+        Ok(())
+    }
+
+    /// How many rows of the range have a smaller id.
+    pub(super) fn rank(&self, id: u128) -> io::Result<u32> {
+        let (mut low, mut high) = (self.range.begin, self.range.end);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let mut bytes = [0; 16];
+            self.file.read_exact_at(&mut bytes, self.sealed.footer.ids + u64::from(middle) * 16)?;
+            match u128::from_le_bytes(bytes) < id {
+                true => low = middle + 1,
+                false => high = middle,
+            }
+        }
+        Ok(low - self.range.begin)
+    }
+
+    /// The row of an id, dead or not.
+    pub(super) fn find(&self, id: u128) -> io::Result<Option<u32>> {
+        if !(self.range.first..=self.range.last).contains(&id) {
+            return Ok(None);
+        }
+        let row = self.range.begin + self.rank(id)?;
+        // Its greatest id ends the range, so the row is one of it.
+        let mut bytes = [0; 16];
+        self.file.read_exact_at(&mut bytes, self.sealed.footer.ids + u64::from(row) * 16)?;
+        Ok((u128::from_le_bytes(bytes) == id).then_some(row))
+    }
+
+    /// A plane of marks; nothing if there are none.
+    pub(super) fn plane(&self, plane: Plane) -> io::Result<Option<Vec<u8>>> {
+        let Some(marks) = &self.marks else { return Ok(None) };
+        let mut bytes = vec![0; self.len()];
+        let at = plane as u64 * u64::from(self.sealed.rows) + u64::from(self.range.begin);
+        marks.read_exact_at(&mut bytes, at)?;
+        Ok(Some(bytes))
+    }
+
+    /// The marks of one row.
+    pub(super) fn marks(&self, row: u32) -> io::Result<[u8; 3]> {
+        let mut marks = [0; 3];
+        if let Some(file) = &self.marks {
+            for (plane, mark) in marks.iter_mut().enumerate() {
+                file.read_exact_at(std::slice::from_mut(mark), plane as u64 * u64::from(self.sealed.rows) + u64::from(row))?;
+            }
+        }
+        Ok(marks)
+    }
+
+    /// The code of a text; `None`: no row has it.
+    pub(super) fn code(&mut self, text: usize, word: &str) -> io::Result<Option<u64>> {
+        let dictionary = self.sealed.footer.dictionaries[text];
+        if dictionary.bytes <= SMALL {
+            let words = self.words(text)?;
+            return Ok(words.iter().position(|known| known == word.as_bytes()).map(|at| at as u64 + 1));
+        }
+        let (mut low, mut high) = (0, dictionary.words);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            self.read_word(dictionary, middle)?;
+            match self.bytes.as_slice().cmp(word.as_bytes()) {
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Equal => return Ok(Some(u64::from(middle) + 1)),
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_word(&mut self, dictionary: Dictionary, word: u32) -> io::Result<()> {
+        let mut ends = [0; 8];
+        match word {
+            0 => self.file.read_exact_at(&mut ends[4..], dictionary.at)?,
+            _ => self.file.read_exact_at(&mut ends, dictionary.at + u64::from(word - 1) * 4)?,
+        }
+        let [a, b, c, d, e, f, g, h] = ends;
+        let (begin, end) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
+        self.bytes.resize(end.saturating_sub(begin) as usize, 0);
+        let at = dictionary.at + u64::from(dictionary.words) * 4 + u64::from(begin);
+        self.file.read_exact_at(&mut self.bytes, at)
+    }
+
+    /// All words of a column; word `n` has the code `n + 1`.
+    pub(super) fn words(&self, text: usize) -> io::Result<Vocabulary> {
+        let Dictionary { at, words, bytes } = self.sealed.footer.dictionaries[text];
+        let mut read = vec![0; words as usize * 4 + bytes as usize];
+        self.file.read_exact_at(&mut read, at)?;
+        let text = read.split_off(words as usize * 4);
+        let ends = read.as_chunks().0.iter().map(|end| u32::from_le_bytes(*end)).collect();
+        Ok(Vocabulary { ends, text })
+    }
+
+    /// Where a block lies.
+    pub(super) fn block(&self, block: u64) -> io::Result<Block> {
+        let mut bytes = [0; BLOCK_BYTES as usize];
+        self.file.read_exact_at(&mut bytes, self.sealed.footer.blocks + block * BLOCK_BYTES)?;
+        let number = u128::from_le_bytes(bytes);
+        Ok(Block { at: number as u64, heads: (number >> 64) as u32, bodies: (number >> 96) as u32 })
+    }
+
+    /// The block of a row, and which of its records it is.
+    pub(super) fn place(&self, row: u32) -> io::Result<(Block, u32)> {
+        Ok((self.block(self.number(BLOCK, row)?)?, self.number(SLOT, row)? as u32))
+    }
+
+    fn column(&self, column: usize) -> Packed {
+        self.sealed.footer.columns[column]
+    }
+}
+
+/// Texts one behind the other.
+#[derive(Clone, Default)]
+pub(super) struct Vocabulary {
+    ends: Vec<u32>,
+    pub(super) text: Vec<u8>,
+}
+
+impl Vocabulary {
+    pub(super) fn of(words: impl Iterator<Item = impl AsRef<str>>) -> Self {
+        let mut vocabulary = Self::default();
+        for word in words {
+            vocabulary.text.extend_from_slice(word.as_ref().as_bytes());
+            vocabulary.ends.push(vocabulary.text.len() as u32);
+        }
+        vocabulary
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub(super) fn word(&self, at: usize) -> &[u8] {
+        let begin = at.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.text[begin as usize..self.ends[at] as usize]
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        (0..self.len()).map(|at| self.word(at))
+    }
+
+    /// The word that a place of the text is in, and where that word ends.
+    pub(super) fn at(&self, place: usize) -> (usize, usize) {
+        let word = self.ends.partition_point(|end| *end as usize <= place);
+        (word, self.ends.get(word).map_or(self.text.len(), |end| *end as usize))
+    }
+}
+
+fn pack(values: impl Iterator<Item = u64> + Clone, out: &mut Vec<u8>) -> Packed {
+    let (min, max) = values.clone().fold((u64::MAX, 0), |(min, max), value| (min.min(value), max.max(value)));
+    let min = min.min(max);
+    let width = match max - min {
+        0 => 0,
+        1..=0xff => 1,
+        0x100..=0xffff => 2,
+        0x1_0000..=0xffff_ffff => 4,
+        _ => 8,
+    };
+    let at = out.len() as u64;
+    for value in values {
+        out.extend_from_slice(&(value - min).to_le_bytes()[..width as usize]);
+    }
+    Packed { at, width, min, max }
+}
+
+fn read_footer(file: &File, length: u64) -> io::Result<Option<Footer>> {
+    let Some(tail) = length.checked_sub(8) else { return Ok(None) };
+    let mut end = [0; 8];
+    file.read_exact_at(&mut end, tail)?;
+    let [a, b, c, d, sum @ ..] = end;
+    let bytes = u32::from_le_bytes([a, b, c, d]);
+    let Some(at) = tail.checked_sub(bytes.into()) else { return Ok(None) };
+    let mut footer = vec![0; bytes as usize];
+    file.read_exact_at(&mut footer, at)?;
+    if checksum(&footer) != sum {
+        return Ok(None);
+    }
+    let read: Option<Footer> = serde_json::from_slice(&footer).ok();
+    // Written by another version, which had other columns.
+    Ok(read.filter(|read| read.columns.len() == COLUMNS && read.dictionaries.len() == TEXTS))
+}
+
+fn checksum(bytes: &[u8]) -> [u8; 4] {
+    let mut sum = [0; 4];
+    sum.copy_from_slice(&blake3::hash(bytes).as_bytes()[..4]);
+    sum
+}

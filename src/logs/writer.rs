@@ -1,0 +1,373 @@
+//! The thread that takes records in, and the handle by which calls give them to it.
+//!
+//! ```text
+//!   append ─> queue ─ 5 ms ─> batch: observe, redact ─> store.append, ship.append
+//! ```
+//!
+//! It sleeps while records gather, so that a busy gateway wakes it two hundred times a second and not for each call.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tracing::{error, warn};
+
+use super::analytics::{self, Analytics};
+use super::redact::Redactor;
+use super::ship::{self, Outgoing, PublicKey, Ship};
+use super::store::{self, Store};
+use crate::base::{AccountId, Error, Millis, Result};
+use crate::logs::record::{Body, Record};
+use crate::metrics::Metrics;
+
+/// Records that wait at most; beyond it they are dropped, and counted.
+const QUEUE: usize = 1 << 16;
+/// Bytes of bodies that wait at most; beyond it records go without bodies, and are counted.
+const QUEUE_BYTES: usize = 256 << 20;
+/// How long records gather.
+const GATHER: Duration = Duration::from_millis(5);
+/// Records that are taken in at once.
+const BATCH: usize = 4096;
+/// How often what is due by time is done while no records come.
+const TICK: Duration = Duration::from_millis(500);
+/// Bytes that a compressed answer may become.
+const INFLATED: u64 = 1 << 20;
+/// Keys of gateways that are kept ready.
+const MAX_KEYS: usize = 1024;
+
+/// How it is kept.
+pub struct Settings {
+    /// Records and bodies; `None`: they are not kept here.
+    pub store: Option<store::Settings>,
+    /// What is taken out of texts before they are kept or shipped.
+    pub redactor: Redactor,
+    /// Where they are shipped to, if anywhere.
+    pub ship: Option<ship::Settings>,
+    /// Sums.
+    pub analytics: analytics::Settings,
+    /// Whether a gateway's records are shipped, and for whom they are sealed: asked with every batch.
+    pub push: Arc<PushOf>,
+}
+
+/// What a gateway says of shipping.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Push {
+    /// Its records are shipped.
+    pub enabled: bool,
+    /// An RSA key, PEM, that metadata and bodies are sealed for.
+    pub key: Option<Arc<str>>,
+}
+
+/// See [`Settings::push`].
+pub type PushOf = dyn Fn(&AccountId, &str) -> Push + Send + Sync;
+
+/// The log's whole outside. Cheap to clone.
+#[derive(Clone)]
+pub struct Logs(Arc<Shared>);
+
+struct Shared {
+    queue: flume::Sender<Message>,
+    /// Bytes of bodies in the queue.
+    bytes: Arc<AtomicUsize>,
+    metrics: Arc<Metrics>,
+    store: Option<Store>,
+    ship: Option<Arc<Ship>>,
+    analytics: Arc<Analytics>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+enum Message {
+    Record(Box<Record>),
+    /// All before it has been taken in.
+    Flush(oneshot::Sender<()>),
+    /// The same, and it ends.
+    End(oneshot::Sender<()>),
+}
+
+impl Logs {
+    /// Opens what is kept, and takes records in on a thread of its own.
+    ///
+    /// # Errors
+    /// When a folder cannot be used, or a destination cannot be one.
+    pub fn start(settings: Settings, metrics: Arc<Metrics>) -> Result<Self> {
+        let Settings { store, redactor, ship, analytics, push } = settings;
+        let store = store.map(Store::open).transpose()?;
+        let ship = ship.map(Ship::start).transpose()?.map(Arc::new);
+        let analytics = Arc::new(Analytics::open(analytics, Millis::now())?);
+        let (queue, records) = flume::bounded(QUEUE);
+        let bytes = Arc::new(AtomicUsize::new(0));
+        let writer = Writer {
+            records,
+            bytes: bytes.clone(),
+            redactor,
+            store: store.clone(),
+            ship: ship.clone(),
+            analytics: analytics.clone(),
+            push,
+            keys: HashMap::new(),
+            metrics: metrics.clone(),
+            is_failing: false,
+        };
+        let thread = std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run());
+        let thread = thread.map_err(|error| Error::internal("the log's thread cannot be started").with_source(error))?;
+        let thread = Mutex::new(Some(thread));
+        Ok(Self(Arc::new(Shared { queue, bytes, metrics, store, ship, analytics, thread })))
+    }
+
+    /// Takes a record. Never waits.
+    pub fn append(&self, mut record: Box<Record>) {
+        let size = record.asked.kept.len() + record.answered.kept.len();
+        let before = self.0.bytes.fetch_add(size, Ordering::Relaxed);
+        if before + size > QUEUE_BYTES {
+            self.0.bytes.fetch_sub(size, Ordering::Relaxed);
+            for body in [&mut record.asked, &mut record.answered] {
+                *body = Body { kept: Default::default(), size: body.size };
+            }
+            self.0.metrics.log_bodies_dropped.inc();
+        }
+        let size = record.asked.kept.len() + record.answered.kept.len();
+        if self.0.queue.try_send(Message::Record(record)).is_err() {
+            self.0.bytes.fetch_sub(size, Ordering::Relaxed);
+            self.0.metrics.log_records_dropped.inc();
+        }
+    }
+
+    /// Where records are kept, if they are.
+    pub fn store(&self) -> Option<&Store> {
+        self.0.store.as_ref()
+    }
+
+    /// What is shipped, if anything is.
+    pub fn ship(&self) -> Option<&Ship> {
+        self.0.ship.as_deref()
+    }
+
+    /// What was counted.
+    pub fn analytics(&self) -> &Arc<Analytics> {
+        &self.0.analytics
+    }
+
+    /// Waits until all that was appended before is counted and can be listed.
+    pub async fn flush(&self) {
+        self.tell(Message::Flush).await;
+    }
+
+    /// Writes down what there is, and ends. Shipping gets `patience` to catch up; what does not arrive is shipped by the next start.
+    pub async fn close(&self, patience: Duration) {
+        self.tell(Message::End).await;
+        let (store, ship, analytics) = (self.0.store.clone(), self.0.ship.clone(), self.0.analytics.clone());
+        let thread = self.0.thread.lock().take();
+        let closing = tokio::task::spawn_blocking(move || {
+            if thread.is_some_and(|thread| thread.join().is_err()) {
+                error!("the log's thread had panicked");
+            }
+            if let Some(ship) = ship
+                && !ship.flush(patience)
+            {
+                warn!("some log records are not shipped yet: the next start does it");
+            }
+            analytics.flush(Millis::now());
+            if let Some(Err(error)) = store.map(|store| store.flush()) {
+                error!(%error, "the log's last records");
+            }
+        });
+        if let Err(error) = closing.await {
+            error!(%error, "closing the log");
+        }
+    }
+
+    async fn tell(&self, message: fn(oneshot::Sender<()>) -> Message) {
+        let (done, heard) = oneshot::channel();
+        if self.0.queue.send_async(message(done)).await.is_ok() {
+            // It is gone if it panicked, which has been said.
+            let _ = heard.await;
+        }
+    }
+}
+
+struct Writer {
+    records: flume::Receiver<Message>,
+    bytes: Arc<AtomicUsize>,
+    redactor: Redactor,
+    store: Option<Store>,
+    ship: Option<Arc<Ship>>,
+    analytics: Arc<Analytics>,
+    push: Arc<PushOf>,
+    /// By their PEM; `None`: that is none.
+    keys: HashMap<Arc<str>, Option<PublicKey>>,
+    metrics: Arc<Metrics>,
+    is_failing: bool,
+}
+
+impl Writer {
+    fn run(mut self) {
+        let mut batch = Vec::new();
+        loop {
+            let mut message = match self.records.recv_timeout(TICK) {
+                Ok(message) => {
+                    std::thread::sleep(GATHER);
+                    Some(message)
+                }
+                Err(flume::RecvTimeoutError::Timeout) => None,
+                Err(flume::RecvTimeoutError::Disconnected) => return self.analytics.flush(Millis::now()),
+            };
+            while let Some(next) = message.take().or_else(|| self.records.try_recv().ok()) {
+                match next {
+                    Message::Record(record) => {
+                        batch.push(record);
+                        if batch.len() >= BATCH {
+                            self.take_in(&mut batch);
+                        }
+                    }
+                    Message::Flush(done) => {
+                        self.take_in(&mut batch);
+                        // Whoever asked may be gone.
+                        let _ = done.send(());
+                    }
+                    Message::End(done) => {
+                        self.take_in(&mut batch);
+                        let _ = done.send(());
+                        return;
+                    }
+                }
+            }
+            self.take_in(&mut batch);
+            self.analytics.tick(Millis::now());
+            self.show();
+        }
+    }
+
+    fn take_in(&mut self, batch: &mut Vec<Box<Record>>) {
+        if batch.is_empty() {
+            return;
+        }
+        let bytes: usize = batch.iter().map(|record| record.asked.kept.len() + record.answered.kept.len()).sum();
+        for record in batch.iter() {
+            self.analytics.observe(record);
+        }
+        batch.retain(|record| record.id.is_some());
+        for record in batch.iter_mut() {
+            inflate(&mut record.answered);
+            self.redactor.apply(record);
+        }
+        if let Some(store) = &self.store {
+            match store.append(batch) {
+                Ok(appended) => {
+                    self.is_failing = false;
+                    self.metrics.log_records.inc_by(appended.stored);
+                    self.metrics.log_records_dropped.inc_by(appended.refused + appended.oversized);
+                }
+                Err(error) => {
+                    self.metrics.log_records_dropped.inc_by(batch.len() as u64);
+                    if !std::mem::replace(&mut self.is_failing, true) {
+                        error!(%error, "log records cannot be written: they are dropped, and counted, until they can");
+                    }
+                }
+            }
+        }
+        self.hand_on(batch);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        batch.clear();
+    }
+
+    /// Ships what is to be shipped.
+    fn hand_on(&mut self, batch: &[Box<Record>]) {
+        let Some(ship) = &self.ship else { return };
+        let mut told: HashMap<(&AccountId, &str), Push> = HashMap::new();
+        for record in batch {
+            told.entry((&record.account, &record.gateway)).or_insert_with(|| (self.push)(&record.account, &record.gateway));
+        }
+        if self.keys.len() > MAX_KEYS {
+            self.keys.clear();
+        }
+        for pem in told.values().filter_map(|push| push.key.as_ref()) {
+            self.keys.entry(pem.clone()).or_insert_with(|| {
+                let key = PublicKey::parse(pem);
+                key.map_err(|error| error!(%error, "records of a gateway are not shipped: its logpush_public_key")).ok()
+            });
+        }
+        let outgoing = batch.iter().filter_map(|record| {
+            let push = told.get(&(&record.account, &*record.gateway)).filter(|push| push.enabled)?;
+            let key = match &push.key {
+                None => None,
+                // What is to be sealed and cannot be stays here.
+                Some(pem) => Some(self.keys.get(pem)?.as_ref()?),
+            };
+            Some(Outgoing { record, key })
+        });
+        ship.append(outgoing, Millis::now());
+    }
+
+    fn show(&self) {
+        if let Some(store) = &self.store {
+            let status = store.status();
+            for (what, count) in [("records", status.records), ("bytes", status.bytes), ("segments", status.segments)] {
+                self.metrics.log_store.with_label_values(&[what]).set(count as i64);
+            }
+        }
+        if let Some(ship) = &self.ship {
+            let status = ship.status();
+            self.metrics.log_spool_bytes.set(status.spool_bytes as i64);
+            let lost = status.refused_records + status.failed_records + status.dropped_records;
+            self.metrics.log_ship_lost.set(lost as i64);
+            for job in &status.jobs {
+                let labels = [job.name.as_str()];
+                self.metrics.log_ship_waiting.with_label_values(&labels).set(job.waiting_records as i64);
+                self.metrics.log_shipped.with_label_values(&labels).set(job.shipped_records as i64);
+                self.metrics.log_ship_failures.with_label_values(&labels).set(job.failures as i64);
+            }
+        }
+    }
+}
+
+/// A compressed answer as it reads: what is in it is to be found, by who looks for it and by who takes secrets out of it.
+fn inflate(body: &mut Body) {
+    if !body.kept.starts_with(&[0x1f, 0x8b]) {
+        return;
+    }
+    let is_complete = body.is_complete();
+    let mut text = Vec::new();
+    let mut reader = flate2::read::GzDecoder::new(&body.kept[..]).take(INFLATED);
+    // One that was cut ends in an error, and reads up to there.
+    let is_whole = reader.read_to_end(&mut text).is_ok() && reader.limit() > 0;
+    let size = text.len() as u64 + u64::from(!(is_whole && is_complete));
+    *body = Body { kept: text.into(), size };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn packed(text: &str) -> Vec<u8> {
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packer.write_all(text.as_bytes()).unwrap();
+        packer.finish().unwrap()
+    }
+
+    #[test]
+    fn a_compressed_answer_is_kept_as_it_reads_and_a_part_of_one_as_far_as_it_does() {
+        let text = "to be or not to be ".repeat(2000);
+        let whole = packed(&text);
+        let body = |kept: &[u8], size: usize| {
+            let mut body = Body { kept: kept.to_vec().into(), size: size as u64 };
+            inflate(&mut body);
+            body
+        };
+        let read = body(&whole, whole.len());
+        assert!(read.kept == text.as_bytes() && read.is_complete());
+        let cut = body(&whole[..whole.len() / 2], whole.len());
+        assert!(text.as_bytes().starts_with(&cut.kept) && !cut.is_complete());
+        let huge = packed(&"x".repeat(INFLATED as usize + 10));
+        let bomb = body(&huge, huge.len());
+        assert_eq!((bomb.kept.len() as u64, bomb.is_complete()), (INFLATED, false));
+        let plain = body(b"plain", 5);
+        assert_eq!((&plain.kept[..], plain.is_complete()), (&b"plain"[..], true));
+    }
+}
