@@ -1,5 +1,6 @@
 //! Builds the house floor by floor, listens to signals, drains it from the top, exits.
 
+mod alerts;
 mod settings;
 
 use std::collections::HashSet;
@@ -18,6 +19,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
 use crate::adapters::Adapters;
+use crate::alert::Alerts;
 use crate::base::{Error, Millis, Phase, Result};
 use crate::cache::Cache;
 use crate::config::{self, Config, Live, Overrides};
@@ -91,6 +93,7 @@ struct App {
     registry: Registry,
     cache: Cache,
     logs: Logs,
+    alerts: Option<Alerts>,
     metrics: Arc<Metrics>,
     phase: watch::Sender<Phase>,
     notifier: Notifier,
@@ -109,20 +112,23 @@ impl App {
         let vault = Vault::new(config.auth.clone());
         let (phase, phase_view) = watch::channel(Phase::Starting);
         let live = Live::new(config);
+        let clients = relay::clients(&live.get().upstream)?;
+        let relays = Parts::start(&live, &ledger, &metrics, |config, registry| {
+            Logs::start(settings::logs(config, registry, clients.clone())?, metrics.clone())
+        })?;
         let gateway = Gateway {
             config: live.clone(),
             fleet: fleet.clone(),
             adapters: Adapters::start(live.clone(), metrics.clone()),
             ledger: ledger.clone(),
+            logs: relays.logs.clone(),
             metrics: metrics.clone(),
         };
-        let clients = relay::clients(&live.get().upstream)?;
-        let relays = Parts::start(&live, &ledger, &metrics, |config, registry| {
-            Logs::start(settings::logs(config, registry, clients.clone())?, metrics.clone())
-        })?;
         let folder = live.get().batches.clone();
         let batches = folder.map(|folder| Batches::start(&folder, gateway.clone())).transpose()?;
+        let alerts = alerts::start(&live, clients.clone(), &relays, devices.pulses())?;
         let services = Services {
+            alerts: alerts.clone(),
             config: live.clone(),
             gateway,
             relays: relays.clone(),
@@ -146,6 +152,7 @@ impl App {
             registry,
             cache,
             logs,
+            alerts,
             metrics,
             phase,
             notifier,
@@ -326,6 +333,11 @@ impl App {
             let _ = tokio::time::timeout(LAST_WORDS, closed).await;
         } else {
             self.devices.drain(deadline).await;
+        }
+        if let Some(alerts) = &self.alerts {
+            if let Err(error) = alerts.flush().await {
+                error!(%error, "alerts");
+            }
         }
         self.cache.flush().await;
         self.logs.close(LOGS_LAST).await;

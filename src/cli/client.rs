@@ -160,6 +160,18 @@ impl Api {
         })
     }
 
+    /// `GET` of a path below the place where this server's APIs begin, whatever the base URL names there; the whole answer.
+    pub async fn get_from_root(&self, path: &[&str], query: &[(&str, &str)]) -> Result<Bytes, Failure> {
+        let Some(url) = from_root(&self.base, path) else {
+            return Err(Failure {
+                reason: Reason::Malformed,
+                message: format!("{} has no path to ask under", self.base),
+            });
+        };
+        let request = self.http.get(url).query(query).timeout(Duration::from_secs(60));
+        self.send(request).await?.bytes().await.map_err(|error| self.transport(&error))
+    }
+
     /// `POST {path}`; the whole answer.
     pub async fn post(&self, path: &str, body: &Value) -> Result<Bytes, Failure> {
         let response = self.send(self.http.post(format!("{}{path}", self.base)).json(body)).await?;
@@ -333,6 +345,16 @@ fn base_url(text: &str) -> Result<Url> {
     Ok(url)
 }
 
+/// Other paths of a server than its OpenAI-compatible ones, which the base URL names with or without an account.
+fn from_root(base: &str, path: &[&str]) -> Option<Url> {
+    let mut url = Url::parse(base).ok()?;
+    let root = url.path().split("/client/v4/").next()?.trim_end_matches('/');
+    let root = root.strip_suffix("/v1").unwrap_or(root).to_owned();
+    url.set_path(&root);
+    url.path_segments_mut().ok()?.pop_if_empty().extend(path);
+    Some(url)
+}
+
 fn is_loopback(url: &Url) -> bool {
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
@@ -389,6 +411,18 @@ mod tests {
         }
         for typed in ["ftp://host", "http://", "http://[::1"] {
             assert!(base_url(typed).is_err(), "{typed}");
+        }
+    }
+
+    #[test]
+    fn other_paths_begin_where_the_base_url_does() {
+        for (base, url) in [
+            ("http://127.0.0.1:8080/v1", "http://127.0.0.1:8080/client/v4/a%2Fb"),
+            ("http://127.0.0.1:8080", "http://127.0.0.1:8080/client/v4/a%2Fb"),
+            ("https://example.com/neurond/v1", "https://example.com/neurond/client/v4/a%2Fb"),
+            ("https://example.com/client/v4/accounts/x/ai/v1", "https://example.com/client/v4/a%2Fb"),
+        ] {
+            assert_eq!(from_root(base, &["client", "v4", "a/b"]).expect(base).as_str(), url);
         }
     }
 

@@ -25,6 +25,7 @@ mod pull;
 mod serve;
 mod simulate;
 mod table;
+mod usage;
 
 const TOUR: &str = "\
 Examples:
@@ -60,6 +61,8 @@ enum Command {
     Chat(chat::Args),
     /// List models: of a running server, or on this disk
     Models(models::Args),
+    /// What was used and what it cost: by model, key, gateway, day
+    Usage(usage::Args),
     /// Tokens for callers, and providers' keys that are stored sealed
     Keys(keys::Args),
     /// Download a model from a hub: resumes, verifies, picks the files that matter
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::CheckConfig(args) => check::run(args),
         Command::Chat(args) => block_on(chat::run(args)),
         Command::Models(args) => block_on(models::run(args)),
+        Command::Usage(args) => block_on(usage::run(args)),
         Command::Keys(args) => keys::run(args),
         Command::Pull(args) => block_on(pull::run(args)),
         Command::Bench(args) => block_on(bench::run(args)),

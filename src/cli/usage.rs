@@ -38,7 +38,7 @@ the calls stayed under, and ttft how soon half of them had their first byte, all
 hours for sixty and days for two years, unless it is configured otherwise.";
 
 /// Rows of a CSV file or of JSON: as many as the daemon tells at once.
-const ALL: u32 = 100_000;
+const ALL: u32 = 10_000;
 /// Characters of a trend.
 const TREND: usize = 16;
 
@@ -107,6 +107,16 @@ impl By {
         }
     }
 
+    /// The heading of its column.
+    fn title(self) -> &'static str {
+        match self {
+            Self::Minute => "minute",
+            Self::Hour => "hour",
+            Self::Day => "day",
+            other => other.dimension(),
+        }
+    }
+
     fn is_time(self) -> bool {
         matches!(self, Self::Minute | Self::Hour | Self::Day)
     }
@@ -149,44 +159,54 @@ pub async fn run(args: Args) -> Result<()> {
     let (from, to) = time(&args, Timestamp::now().to_zoned(TimeZone::UTC).date())?;
     let groups: Vec<&str> = args.by.iter().map(|by| by.dimension()).collect();
     let is_by_time = args.by.iter().any(|by| by.is_time());
-    let ask = async |more: &[(&str, &str)]| {
-        let mut query = vec![("from", from.clone())];
-        query.extend(to.clone().map(|to| ("to", to)));
-        query.extend(more.iter().map(|(name, value)| (*name, (*value).to_owned())));
+    let ask = async |from: &str, to: Option<&str>, more: &[(&str, &str)]| {
+        let time = [("from", Some(from)), ("to", to)].into_iter().filter_map(|(name, value)| Some((name, value?)));
+        let query: Vec<(&str, &str)> = time.chain(more.iter().copied()).collect();
         let path = ["client", "v4", "accounts", &args.account, "ai-gateway", "analytics"];
         api.get_from_root(&path, &query).await
     };
     let groups = ("group_by", &groups.join(",")[..]);
     let most = if is_by_time || args.json || args.csv.is_some() { ALL } else { 30 };
     let limit = args.limit.unwrap_or(most).to_string();
-    let answer = ask(&[groups, ("limit", &limit)]).await.map_err(explained)?;
+    let answer = ask(&from, to.as_deref(), &[groups, ("limit", &limit)]).await.map_err(explained)?;
     if args.json {
         let answer: Value = result(&answer)?;
         return print(&format!("{answer:#}\n"));
     }
     let report: Report = result(&answer)?;
     if let Some(file) = &args.csv {
-        return write(file, &csv(&report, &args.by));
+        write(file, &csv(&report, &args.by))?;
+        tell_missing(&report);
+        return Ok(());
     }
-    let said = format!("{}: {} to {}", args.account, report.from, report.to);
+    // What else is asked is of the same time, which may have been rounded.
+    let (from, to) = (report.from.to_string(), report.to.to_string());
+    let said = format!("{}: {from} to {to}", args.account);
     if report.rows.is_empty() {
         eprintln!("{said}: no calls. Another time (--from) or account (--account) may have some");
         return Ok(());
     }
-    let all: Report = result(&ask(&[]).await.map_err(explained)?)?;
+    let all: Report = result(&ask(&from, Some(&to), &[]).await.map_err(explained)?)?;
     // Where that were too many rows there are no trends.
     let trends = match is_by_time {
         true => None,
-        false => ask(&[groups, ("step", "auto"), ("limit", &ALL.to_string())]).await.ok(),
+        false => ask(&from, Some(&to), &[groups, ("step", "auto"), ("limit", &ALL.to_string())]).await.ok(),
     };
     let trends = trends.and_then(|answer| result::<Report>(&answer).ok());
     let is_fancy = !args.plain && is_fancy(&std::io::stdout());
     print(&table(&report, &all, trends.as_ref(), &args.by, is_fancy))?;
     eprintln!("{said}");
-    if report.rows.len() < report.total {
-        eprintln!("{} of {} rows; --limit {} shows all", report.rows.len(), report.total, report.total);
-    }
+    tell_missing(&report);
     Ok(())
+}
+
+fn tell_missing(report: &Report) {
+    let (told, total) = (report.rows.len(), report.total);
+    if told < total {
+        let more =
+            if total > ALL as usize { "a shorter time (--from, --to) shows all of it" } else { "--limit shows more" };
+        eprintln!("{told} of {total} rows; {more}");
+    }
 }
 
 /// The daemon's refusal of a value is wrong usage; where it refuses the account it helps to name another.
@@ -238,13 +258,13 @@ fn write(file: &Path, text: &str) -> Result<()> {
 fn table(report: &Report, all: &Report, trends: Option<&Report>, by: &[By], is_fancy: bool) -> String {
     const NUMBERS: [&str; 11] =
         ["requests", "errors", "hits", "tokens in", "tokens out", "neurons", "USD", "p50", "p95", "p99", "ttft"];
-    let mut columns: Vec<(&str, Side)> = by.iter().map(|by| (by.dimension(), Side::Left)).collect();
+    let mut columns: Vec<(&str, Side)> = by.iter().map(|by| (by.title(), Side::Left)).collect();
     columns.extend(NUMBERS.map(|name| (name, Side::Right)));
     columns.push(("", Side::Left));
     let busiest = report.rows.iter().map(|row| row.count).max().unwrap_or(0);
     let mut rows: Vec<Vec<String>> = Vec::new();
     for row in &report.rows {
-        let mut cells: Vec<String> = by.iter().map(|by| text(row.dimensions.get(by.dimension()))).collect();
+        let mut cells: Vec<String> = by.iter().map(|by| label(row, *by)).collect();
         cells.extend(numbers(row));
         cells.push(match trends {
             Some(trends) => trend(&series(trends, Some(&row.dimensions)), is_fancy),
@@ -260,6 +280,12 @@ fn table(report: &Report, all: &Report, trends: Option<&Report>, by: &[By], is_f
         rows.push(cells);
     }
     render(&columns, &rows)
+}
+
+/// What a row is of; times without the letters.
+fn label(row: &Row, by: By) -> String {
+    let text = text(row.dimensions.get(by.dimension()));
+    if by.is_time() { text.trim_end_matches(":00Z").replace('T', " ") } else { text }
 }
 
 fn numbers(row: &Row) -> [String; 11] {

@@ -44,13 +44,15 @@ fn a_table_has_a_trend_for_each_row_and_all_of_them_below() {
 #[test]
 fn times_have_bars_as_long_as_their_share_of_the_longest() {
     let day = |day: u8, count| row(&json!({ "date": format!("2026-05-{day:02}"), "model": "a" }), count);
-    let (report, all) =
-        (report(Some("day"), &[day(1, 32), day(2, 9), day(3, 0)]), report(None, &[row(&json!({}), 41)]));
+    let (days, all) = (report(Some("day"), &[day(1, 32), day(2, 9), day(3, 0)]), report(None, &[row(&json!({}), 41)]));
     let bars = |is_fancy| {
-        let table = table(&report, &all, None, &[By::Day, By::Model], is_fancy);
+        let table = table(&days, &all, None, &[By::Day, By::Model], is_fancy);
         table.lines().map(|line| line.rsplit("  ").next().unwrap().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(bars(false), ["ttft", &"#".repeat(16), "#####", "-", "-"].map(|text| text.trim().to_owned()));
+    let hour = report(Some("hour"), &[row(&json!({ "datetimeHour": "2026-05-01T03:00:00Z" }), 7)]);
+    assert!(table(&hour, &all, None, &[By::Hour], false).starts_with("hour  "));
+    assert!(table(&hour, &all, None, &[By::Hour], false).contains("\n2026-05-01 03:00  "));
     assert_eq!(bars(true)[1..3], [&"█".repeat(16)[..], "████▌"]);
 }
 

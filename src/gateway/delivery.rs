@@ -16,7 +16,9 @@ use crate::gateway::calls::Calls;
 use crate::gateway::bill::Tally;
 use crate::gateway::terms::Held;
 use crate::gateway::{Call, Gateway, terms};
+use crate::gateway::step::LOCAL;
 use crate::ledger::Spent;
+use crate::logs::{CacheUse, Logs, Record};
 use crate::metrics::Metrics;
 use crate::task::{Event, FinishReason, PromptToken, TokenLogprob, ToolCall, ToolDelta, Usage};
 
@@ -58,6 +60,8 @@ pub(super) struct Close {
     reservation: Option<Held>,
     spent: Spent,
     tally: Option<Tally>,
+    /// Where it is told of; nowhere if a gateway tells of it.
+    logs: Option<Logs>,
     metrics: Arc<Metrics>,
 }
 
@@ -225,6 +229,7 @@ impl Close {
             reservation: Some(reservation),
             spent: terms::spent(call),
             tally: call.terms.tally.clone(),
+            logs: call.terms.gateway.is_none().then(|| gateway.logs.clone()),
             metrics: gateway.metrics.clone(),
         }
     }
@@ -241,6 +246,54 @@ impl Close {
         self.reservation = None;
     }
 
+    /// The call for who counts calls: it is not kept, since it came through no gateway.
+    fn told(&self, outcome: &'static str) -> Box<Record> {
+        let taken = self.received.elapsed();
+        let status = match outcome {
+            "done" => 200,
+            "cancelled" => 499,
+            _ => 500,
+        };
+        let (id, gateway, path, cache) = (None, "".into(), "".into(), CacheUse::Off);
+        let (metadata, event, user_agent, why) = Default::default();
+        let (request_content_type, response_content_type, findings, asked, answered) = Default::default();
+        Box::new(Record {
+            id,
+            request: self.request,
+            at: Millis(Millis::now().0.saturating_sub(millis(taken))),
+            account: self.account.clone(),
+            key: self.key.clone(),
+            gateway,
+            provider: LOCAL.into(),
+            model: self.entry.id.as_str().into(),
+            task: Some(self.entry.task),
+            path,
+            status,
+            success: status == 200,
+            cache,
+            duration_us: taken.as_micros() as u64,
+            first_byte_us: Some((self.first_event - self.received).as_micros() as u64),
+            usage: Some(self.usage),
+            cost: self.neurons,
+            custom_cost: false,
+            saved: Neurons::ZERO,
+            step: 0,
+            request_type: "engine".into(),
+            request_content_type,
+            response_content_type,
+            metadata,
+            event,
+            user_agent,
+            authenticated: self.key.is_some(),
+            stored_key: false,
+            attempts: "".into(),
+            why,
+            findings,
+            asked,
+            answered,
+        })
+    }
+
     fn settle(&mut self, outcome: &'static str) {
         let Some(reservation) = self.reservation.take() else { return };
         self.neurons = self.entry.price.charge(&self.usage);
@@ -250,6 +303,9 @@ impl Close {
         }
         if let Held::Reserved(reservation) = reservation {
             drop(reservation.settle(&self.spent, Millis::now()));
+        }
+        if let Some(logs) = &self.logs {
+            logs.append(self.told(outcome));
         }
         self.metrics.neurons.with_label_values(&[self.entry.id.as_str()]).inc_by(self.neurons.micro());
         info!(

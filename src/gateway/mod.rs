@@ -43,6 +43,7 @@ use crate::gateway::calls::Calls;
 use crate::gateway::delivery::Begun;
 use crate::gateway::route::Candidate;
 use crate::ledger::Ledger;
+use crate::logs::Logs;
 use crate::metrics::Metrics;
 use crate::model::lora::Adapter;
 use crate::model::text::TextModel;
@@ -68,6 +69,8 @@ pub struct Gateway {
     pub adapters: Adapters,
     /// Who used what.
     pub ledger: Ledger,
+    /// What is told of calls.
+    pub logs: Logs,
     /// Where to count.
     pub metrics: Arc<Metrics>,
 }

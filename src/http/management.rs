@@ -4,7 +4,7 @@ use actix_web::http::{Method, StatusCode};
 use actix_web::{HttpRequest, HttpResponse, web};
 
 use crate::base::{Error, Kind, Result};
-use crate::http::{Services, ask};
+use crate::http::{Services, ask, records};
 use crate::registry::{self, Reply};
 use crate::vault::Caller;
 
@@ -32,6 +32,10 @@ pub(super) async fn serve(
     let body = ask::read_bytes(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?;
     let body = if body.is_empty() { None } else { Some(ask::plain_json(request.headers(), body).await?) };
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    let told = records::serve(services, &caller.account, request.method(), &path, request.query_string(), body.as_ref());
+    if let Some(answer) = Box::pin(told).await {
+        return answer;
+    }
     // Addresses in answers are those that the caller used.
     let base = {
         let connection = request.connection_info();

@@ -28,6 +28,7 @@ mod management;
 mod models;
 mod native;
 mod observe;
+mod records;
 mod responses;
 mod route;
 mod run;
@@ -56,6 +57,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::alert::Alerts;
 use crate::base::{AccountId, Error, Kind, Limit, ModelId, Phase, RequestId, Result};
 use crate::config::Live;
 use crate::gateway::Gateway;
@@ -82,6 +84,8 @@ pub struct Services {
     pub relays: Parts,
     /// See `relays`.
     pub clients: client::Settings,
+    /// Who is told when something is wrong, if anything is watched.
+    pub alerts: Option<Alerts>,
     /// Batches in line, if there is a folder for them.
     pub batches: Option<Batches>,
     /// What is loaded.

@@ -182,18 +182,17 @@ impl Book {
         let mut tightest: Option<(&Window, u64)> = None;
         for (window, left) in windows.iter().zip(lefts) {
             let (terms, counter) = (window.terms(), self.windows.open(window.id, window.span, now));
-            let mut charge = Charge { id: window.id, terms, index: 0, held: 0, used: 0 };
-            let amount = match window.counts {
-                Counts::Requests => 1,
-                Counts::Tokens => claim.tokens,
-                Counts::Neurons => granted.neurons.micro().min(left),
-                Counts::Cost => granted.cost.micro().min(left),
+            let (amount, charge) = match window.counts {
+                Counts::Requests => (1, Charge::used(window.id, terms, counter.add(terms, now, 1), 1)),
+                counts => {
+                    let amount = match counts {
+                        Counts::Neurons => granted.neurons.micro().min(left),
+                        Counts::Cost => granted.cost.micro().min(left),
+                        _ => claim.tokens,
+                    };
+                    (amount, Charge::held(window.id, terms, counter.hold(terms, now, amount), amount))
+                }
             };
-            if window.counts == Counts::Requests {
-                (charge.index, charge.used) = (counter.add(terms, now, 1), 1);
-            } else {
-                (charge.index, charge.held) = (counter.hold(terms, now, amount), amount);
-            }
             if window.counts != Counts::Requests || window.span.is_durable() {
                 open.charges.push((window.counts, charge));
             }
@@ -224,13 +223,13 @@ impl Book {
                 spent.neurons.min(plan.allocation.saturating_sub(used))
             }
         };
+        let held = Charge::held(0, terms_of(plan), open.day, open.held);
         let bill = Bill {
             request: open.request,
             is_once: open.is_once,
             day: UtcDay(u32::try_from(open.day).unwrap_or(u32::MAX)),
-            allocation: plan.allocation,
-            held: Neurons::from_micro(open.held),
-            free,
+            free: account.free.placed(held, free.micro()),
+            neurons: spent.neurons,
             billed: spent.neurons.saturating_sub(free),
             cost: spent.cost,
             prompt_tokens: spent.usage.prompt_tokens,
@@ -264,12 +263,12 @@ impl Book {
         let mut charges = Vec::new();
         for &(counts, mut charge) in &open.charges {
             if counts != Counts::Requests {
-                charge.used = match counts {
+                let used = match counts {
                     Counts::Tokens => usage.total_tokens().into(),
                     Counts::Neurons => neurons.micro(),
                     _ => cost.micro(),
                 };
-                charge = self.windows.placed(charge);
+                charge = self.windows.placed(charge, used);
                 self.windows.settle(&charge, now);
             }
             if charge.terms.span.is_durable() {
@@ -311,7 +310,7 @@ impl Book {
             return Ok((standing(window, left, now), None));
         }
         let index = self.windows.open(window.id, window.span, now).add(terms, now, 1);
-        let charge = Charge { id: window.id, terms, index, held: 0, used: 1 };
+        let charge = Charge::used(window.id, terms, index, 1);
         let entry = window.span.is_durable().then(|| Entry { seq: 0, at: now, charges: vec![charge], bill: None });
         Ok((standing(window, left - 1, now), entry))
     }
@@ -348,13 +347,13 @@ impl Book {
     }
 
     fn bill(&mut self, bill: &Bill, now: Millis) {
-        let (day, all) = (bill.day.0.into(), Terms { limit: u64::MAX, ..ALLOWANCE });
         let account = self.account(&bill.who.account);
-        let allowance = Terms { limit: bill.allocation.micro(), ..ALLOWANCE };
-        account.free.settle(allowance, day, bill.held.micro(), bill.free.micro());
-        account.spent.settle(all, day, 0, bill.neurons().micro());
-        account.billed.settle(all, day, 0, bill.billed.micro());
-        account.total = account.total + bill.neurons();
+        account.free.settle(&bill.free);
+        let all = Terms { limit: u64::MAX, ..ALLOWANCE };
+        let today = |used: Neurons| Charge::used(0, all, bill.day.0.into(), used.micro());
+        account.spent.settle(&today(bill.neurons));
+        account.billed.settle(&today(bill.billed));
+        account.total = account.total + bill.neurons;
         if bill.is_once {
             self.once.insert(bill.request, now);
         }

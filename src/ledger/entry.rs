@@ -32,23 +32,15 @@ pub(super) struct Bill {
     pub(super) who: Who,
     /// The day on which it was reserved: whose allocation it used.
     pub(super) day: UtcDay,
-    /// The day's allocation.
-    pub(super) allocation: Neurons,
-    /// Of the allocation, what was held.
-    pub(super) held: Neurons,
     /// What counts against the allocation.
-    pub(super) free: Neurons,
-    /// What does not, because the plan bills it.
+    pub(super) free: Charge,
+    /// All of it.
+    pub(super) neurons: Neurons,
+    /// What the plan bills of it.
     pub(super) billed: Neurons,
     /// Money in all.
     pub(super) cost: Neurons,
     pub(super) prompt_tokens: u32,
     pub(super) cached_tokens: u32,
     pub(super) completion_tokens: u32,
-}
-
-impl Bill {
-    pub(super) fn neurons(&self) -> Neurons {
-        self.free + self.billed
-    }
 }

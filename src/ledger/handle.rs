@@ -447,22 +447,18 @@ impl Shared {
         true
     }
 
-    /// All up to this one is on disk.
+    /// All up to this one is on disk, which keeps.
     pub(super) fn kept(&self, seq: u64) {
         let Ok(mut state) = self.state.lock() else { return };
         state.health.queued -= (seq - state.health.durable) as usize;
         state.health.durable = seq;
+        state.health.fault = None;
     }
 
     pub(super) fn failed(&self, error: &std::io::Error) {
         let Ok(mut state) = self.state.lock() else { return };
         state.health.fault = Some(error.to_string().into());
         state.health.faults += 1;
-    }
-
-    pub(super) fn recovered(&self) {
-        let Ok(mut state) = self.state.lock() else { return };
-        state.health.fault = None;
     }
 
     pub(super) fn ended(&self) {

@@ -37,11 +37,11 @@ fn of_ten_thousand_claims_at_once_exactly_as_many_pass_as_fit() {
     let check = |plan: Plan, windows: &[Window], expected: u64| {
         let ledger = Ledger::start(Settings::default()).unwrap();
         let (passed, account) = (AtomicU64::new(0), AccountId::new("a"));
+        let held = parking_lot::Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for thread in 0..16 {
-                let (ledger, account, passed) = (&ledger, &account, &passed);
+                let (ledger, account, passed, held) = (&ledger, &account, &passed, &held);
                 scope.spawn(move || {
-                    let mut held = Vec::new();
                     for number in 0..625 {
                         let claim = claim(account, plan, windows, 1, thread * 625 + number);
                         let Ok(reservation) = ledger.reserve(&claim, Millis(1)) else { continue };
@@ -50,10 +50,9 @@ fn of_ten_thousand_claims_at_once_exactly_as_many_pass_as_fit() {
                         if number % 2 == 0 {
                             drop(reservation.settle(&spent(1), Millis(1)));
                         } else {
-                            held.push(reservation);
+                            held.lock().push(reservation);
                         }
                     }
-                    held
                 });
             }
         });
@@ -113,7 +112,7 @@ async fn a_restart_goes_on_where_the_last_one_ended() {
         assert_eq!(ledger.health().last, ledger.health().durable);
         let claim = claim(&account, Plan::FREE, &windows, 40, 1);
         let reservation = ledger.reserve(&claim, Millis(0)).unwrap();
-        assert_eq!(reservation.standing().unwrap().left, [60, 1, 0][round as usize]);
+        assert_eq!(reservation.standing().unwrap().left, [60, 20, 0][round as usize]);
         let other = Ledger::start(settings(&folder)).err().unwrap();
         assert!(other.message().contains("another daemon"), "{other}");
         let ticket = reservation.settle(&spent(40), Millis(0));

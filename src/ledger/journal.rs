@@ -69,18 +69,15 @@ impl<D: Disk> Journal<D> {
                 continue;
             }
             match (self.commit(), &mut fault) {
-                (Ok(()), None) => {}
-                (Ok(()), Some(_)) => {
-                    fault = None;
-                    shared.recovered();
-                    info!("the ledger's disk keeps again, and all that waited is on it");
+                (Ok(()), _) => {
+                    self.durable.send_replace(self.kept.seq);
+                    shared.kept(self.kept.seq);
+                    if fault.take().is_some() {
+                        info!("the ledger's disk keeps again, and all that waited is on it");
+                    }
                 }
                 (Err(error), None) => fault = Some(Fault::new(&shared, &error)),
                 (Err(_), Some(fault)) => fault.again(),
-            }
-            if fault.is_none() {
-                self.durable.send_replace(self.kept.seq);
-                shared.kept(self.kept.seq);
             }
         }
         let Some(folder) = &mut self.folder else { return };

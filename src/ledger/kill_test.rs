@@ -114,13 +114,11 @@ fn whatever_is_said_to_be_on_disk_survives_two_hundred_kills_and_nothing_is_bill
     let folder = tempfile::tempdir().unwrap();
     let mut told: HashSet<(u64, u64)> = HashSet::new();
     let mut next = 0;
-    let mut random = proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha);
     for kill in 0..KILLS {
         let mut child = spawn(folder.path(), next);
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap() == "ready"), "the process did not start");
-        let pause = Duration::from_micros(u64::from(proptest::prelude::RngCore::next_u32(&mut random) % 20_000));
-        std::thread::sleep(pause);
+        std::thread::sleep(Duration::from_micros(RequestId::random().low_bits() % 20_000));
         child.kill().unwrap();
         child.wait().unwrap();
         for line in lines.map_while(Result::ok) {

@@ -147,7 +147,7 @@ impl Rows {
             prompt_tokens: bill.prompt_tokens.into(),
             cached_tokens: bill.cached_tokens.into(),
             completion_tokens: bill.completion_tokens.into(),
-            neurons: bill.neurons(),
+            neurons: bill.neurons,
             billed: bill.billed,
             cost: bill.cost,
         };

@@ -91,16 +91,31 @@ pub(super) struct Terms {
     pub(super) technique: Technique,
 }
 
-/// What one call adds to one counter when it ends.
+/// What one call holds of one counter, and adds to it when it ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Charge {
     pub(super) id: u128,
     pub(super) terms: Terms,
     /// The stretch in which it was reserved.
     pub(super) index: u64,
-    /// What was held for it there.
+    /// What is held for it there.
     pub(super) held: u64,
+    /// What it has used of that stretch.
     pub(super) used: u64,
+    /// The latest stretch when it ended.
+    pub(super) latest: u64,
+    /// What counts there, because it does not fit where it was reserved.
+    pub(super) beyond: u64,
+}
+
+impl Charge {
+    pub(super) fn held(id: u128, terms: Terms, index: u64, held: u64) -> Self {
+        Self { id, terms, index, held, used: 0, latest: index, beyond: 0 }
+    }
+
+    pub(super) fn used(id: u128, terms: Terms, index: u64, used: u64) -> Self {
+        Self { used, ..Self::held(id, terms, index, 0) }
+    }
 }
 
 /// One stretch.
@@ -177,28 +192,34 @@ impl Counter {
         slot.index
     }
 
-    /// Where a call that ends now is charged: where it was reserved. If that is forgotten, it is what it used beyond its
-    /// estimate, in the latest.
-    fn placed(&self, charge: Charge) -> Charge {
-        if charge.index >= self.slots[2].index {
-            return charge;
+    /// Where a call that ends now is charged: where it was reserved. In a stretch that is over only the limit can still be used
+    /// up, and what is beyond counts in the latest; of one that is forgotten, what is beyond the estimate.
+    pub(super) fn placed(&self, charge: Charge, used: u64) -> Charge {
+        let latest = self.slots[0].index.max(charge.index);
+        if charge.index == latest {
+            return Charge { used, ..charge };
         }
-        let used = charge.used.saturating_sub(charge.held);
-        Charge { index: self.slots[0].index, held: 0, used, ..charge }
+        let room = match charge.terms.technique {
+            _ if charge.index < self.slots[2].index => {
+                let used = used.saturating_sub(charge.held);
+                return Charge { index: latest, held: 0, used, latest, ..charge };
+            }
+            Technique::Fixed => charge.terms.limit.saturating_sub(self.opened(charge.terms, charge.index).used),
+            Technique::Sliding => used,
+        };
+        Charge { used: used.min(room), latest, beyond: used.saturating_sub(room), ..charge }
     }
 
-    /// Turns what was held into what was used. In a stretch that is over only the limit can still be used up: what is beyond
-    /// counts in the latest.
-    pub(super) fn settle(&mut self, terms: Terms, index: u64, held: u64, used: u64) {
+    /// Turns what was held into what was used.
+    pub(super) fn settle(&mut self, charge: &Charge) {
         self.holders = self.holders.saturating_sub(1);
-        let slot = self.open(terms, index);
-        slot.held = slot.held.saturating_sub(held);
-        let room = match terms.technique {
-            Technique::Fixed => terms.limit.saturating_sub(slot.used),
-            Technique::Sliding => u64::MAX,
-        };
-        slot.used = slot.used.saturating_add(used.min(room));
-        self.slots[0].used = self.slots[0].used.saturating_add(used.saturating_sub(room));
+        let slot = self.open(charge.terms, charge.index);
+        slot.held = slot.held.saturating_sub(charge.held);
+        slot.used = slot.used.saturating_add(charge.used);
+        if charge.beyond > 0 {
+            let latest = self.open(charge.terms, charge.latest);
+            latest.used = latest.used.saturating_add(charge.beyond);
+        }
     }
 
     /// Gives back what was held.
@@ -243,9 +264,11 @@ impl Counter {
         if let Some(slot) = self.slots.iter().find(|slot| slot.index == index) {
             return *slot;
         }
-        let latest = &self.slots[0];
-        let carried = match (terms.technique, index.checked_sub(latest.index)) {
-            (Technique::Fixed, Some(stretches)) => latest.used.saturating_sub(terms.limit.saturating_mul(stretches)),
+        let before = self.slots.iter().find(|slot| slot.index < index);
+        let carried = match (terms.technique, before) {
+            (Technique::Fixed, Some(before)) => {
+                before.used.saturating_sub(terms.limit.saturating_mul(index - before.index))
+            }
             _ => 0,
         };
         Slot { index, used: carried, held: 0 }
@@ -308,12 +331,12 @@ impl Windows {
     }
 
     /// The charge as it is to be settled now.
-    pub(super) fn placed(&self, charge: Charge) -> Charge {
-        self.counters.get(&charge.id).map_or(charge, |counter| counter.placed(charge))
+    pub(super) fn placed(&self, charge: Charge, used: u64) -> Charge {
+        self.get(charge.id, charge.terms.span).placed(charge, used)
     }
 
     pub(super) fn settle(&mut self, charge: &Charge, now: Millis) {
-        self.open(charge.id, charge.terms.span, now).settle(charge.terms, charge.index, charge.held, charge.used);
+        self.open(charge.id, charge.terms.span, now).settle(charge);
     }
 
     pub(super) fn release(&mut self, charge: &Charge) {

@@ -21,6 +21,6 @@ mod writer;
 pub use query::{Filter, Query};
 pub use record::{Body, CacheUse, Record};
 pub use redact::{Redactor, Rule as RedactRule, Rules as RedactRules};
-pub use render::{detail, item, result_info};
+pub use render::{detail, item, moment, result_info};
 pub use store::{Keep, Page, Patch, Settings as StoreSettings, Store, Stored, Strategy};
 pub use writer::{Logs, Push, Settings};

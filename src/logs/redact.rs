@@ -157,8 +157,9 @@ fn form(finder: &Finder, body: &[u8], kind: &str) -> Option<Bytes> {
 /// A text, a document or a stream of documents; `None`: there is nothing to take out.
 fn document(finder: &Finder, body: &str, is_cut: bool) -> Option<String> {
     let form = Form::of(body);
-    // A stream may hide in its pieces what it does not show as it is written.
-    if form != Form::Stream && !is_cut && !finder.suspects(body) {
+    // A stream may hide in its pieces what it does not show as it is written, and so may an array of them.
+    let is_stream = form == Form::Stream || (form == Form::Json && is_list(body));
+    if !is_stream && !is_cut && !finder.suspects(body) {
         return None;
     }
     let mut leaves = Vec::new();
@@ -176,7 +177,7 @@ fn document(finder: &Finder, body: &str, is_cut: bool) -> Option<String> {
         if pieces.len() > 1 {
             edits.search(Text::joined(body, pieces.iter().map(|leaf| leaves[*leaf].place.clone())));
         }
-        if is_cut && form == Form::Stream {
+        if is_cut && is_stream {
             // The next piece might have gone on.
             edits.cut(&Text::joined(body, pieces.iter().map(|leaf| leaves[*leaf].place.clone())));
         }
@@ -211,8 +212,14 @@ impl Form {
     }
 }
 
+/// An array of documents.
+fn is_list(body: &str) -> bool {
+    let inside = body.trim_start().strip_prefix('[').map(str::trim_start);
+    inside.is_some_and(|inside| inside.starts_with('{'))
+}
+
 fn text_leaf(place: Range<usize>) -> Leaf {
-    Leaf { place, name: None, is_string: true, is_name: false, is_open: true, channel: None }
+    Leaf { place, name: None, is_string: true, is_open: true, channel: None }
 }
 
 /// The leaves of a stream of events, or of documents a line each.

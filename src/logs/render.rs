@@ -121,7 +121,8 @@ fn metadata(record: &Record) -> Value {
     record.metadata.as_deref().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
-fn moment(at: Millis) -> String {
+/// A moment as RFC 3339 has it, in UTC.
+pub fn moment(at: Millis) -> String {
     let at = i64::try_from(at.0).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
     at.map(|at| format!("{at:.3}")).unwrap_or_default()
 }

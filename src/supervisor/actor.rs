@@ -79,7 +79,7 @@ pub struct Supervisor {
     pulse: Pulse,
 }
 
-type Pulse = Arc<RwLock<Option<Engine>>>;
+pub(super) type Pulse = Arc<RwLock<Option<Engine>>>;
 
 impl Supervisor {
     /// Starts the engine thread of a device with `threads` workers, and the actor that looks after it.
@@ -146,6 +146,11 @@ impl Supervisor {
     pub fn silent_for(&self) -> Duration {
         let since = self.pulse.read();
         since.as_ref().map_or(Duration::ZERO, Engine::silent_for)
+    }
+
+    /// Its heartbeat, for who watches it from another thread.
+    pub(super) fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Lets running requests end until `deadline`, then stops the thread.

@@ -20,7 +20,8 @@ use crate::base::{DeviceId, Kind, ModelId, Result};
 use crate::config::{Config, Gpu, Model};
 use crate::kernel::gpu;
 use crate::metrics::Metrics;
-use crate::supervisor::actor::{DeviceStatus, Outcome, Report, Supervisor};
+use crate::engine::Engine;
+use crate::supervisor::actor::{DeviceStatus, Outcome, Pulse, Report, Supervisor};
 use crate::supervisor::fleet::FleetView;
 use crate::supervisor::loader::Place;
 
@@ -31,6 +32,18 @@ pub struct Devices {
     gpus: Vec<(u16, Supervisor)>,
     /// Models that the GPUs' kernels did not take, as they were written then: asking again would change nothing.
     refused: Mutex<Vec<Model>>,
+}
+
+/// The heartbeats of devices, for who watches them.
+#[derive(Clone)]
+pub struct Pulses(Vec<(String, Pulse)>);
+
+impl Pulses {
+    /// Each device, and how long ago its thread came round its loop; `None`: it has none.
+    pub fn read(&self) -> Vec<(String, Option<Duration>)> {
+        let silent = |pulse: &Pulse| pulse.read().as_ref().map(Engine::silent_for);
+        self.0.iter().map(|(name, pulse)| (name.clone(), silent(pulse))).collect()
+    }
 }
 
 impl Devices {
@@ -150,6 +163,12 @@ impl Devices {
     /// What each device is doing, or why it does not say.
     pub async fn status(&self) -> Vec<Result<DeviceStatus>> {
         join_all(self.all().map(Supervisor::status)).await
+    }
+
+    /// The heartbeats of all devices.
+    pub fn pulses(&self) -> Pulses {
+        let gpus = self.gpus.iter().map(|(ordinal, gpu)| (format!("gpu {ordinal}"), gpu.pulse()));
+        Pulses(gpus.chain([("cpu".to_owned(), self.cpu.pulse())]).collect())
     }
 
     /// How long the device that was silent longest has been silent.

@@ -14,6 +14,6 @@ mod fleet;
 mod loader;
 
 pub use actor::{DeviceStatus, Outcome, Report, Supervisor};
-pub use devices::Devices;
+pub use devices::{Devices, Pulses};
 pub use fleet::{Fleet, FleetView, Replica};
 pub use loader::Place;

@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 
 use crate::base::{Error, Neurons, Result};
-use crate::logs::analytics::ask::{Ask, ByStatus, MOST_ROWS, NAMED, Order, time_name, timestamp};
+use crate::logs::analytics::ask::{Ask, ByStatus, NAMED, Order, time_name, timestamp};
 use crate::logs::analytics::block::{Block, Line};
 use crate::logs::analytics::shelf::Tier;
 use crate::logs::analytics::sketch::{RELATIVE_ERROR, Sketch};
@@ -28,6 +28,8 @@ use crate::logs::record::CacheUse;
 
 /// Groups under way at a time, each with its sketches.
 const MOST_GROUPS: usize = 20_000;
+/// Groups of all steps that are put in order.
+const MOST_ROWS: usize = 100_000;
 
 /// What a row has under one name.
 #[derive(Debug)]

@@ -11,7 +11,7 @@
 //! | `group_by` | some of `account`, `gateway`, `provider`, `model`, `key`, `status`, `statusClass`, `cache`; a step as `datetimeMinute`, `datetimeHour`, `date` | one row |
 //! | the same names but times and `statusClass` | only these; `status` also as `4xx`; several with commas or repeated | all |
 //! | `order_by`, `direction` | a measure or `time`; `asc`, `desc` | the busiest first; with a step by time |
-//! | `limit` | 1 to 100,000 | 1,000 |
+//! | `limit` | 1 to 10,000 | 1,000 |
 //!
 //! GraphQL's spellings are understood: `orderBy=[sum_cost_DESC]`, `datetimeHour_geq`, `date_lt` and their like. Times that are no
 //! whole stretch of what is kept are rounded outwards.
@@ -29,8 +29,8 @@ use crate::logs::analytics::shelf::Tier;
 use crate::logs::analytics::table::{NAMES, Name};
 use crate::logs::record::CacheUse;
 
-/// Most rows that are told, or looked at to order them.
-pub(super) const MOST_ROWS: usize = 100_000;
+/// Most rows that are told: as JSON a row takes some 6 kB of memory.
+const MOST_ROWS: usize = 10_000;
 const USUAL_ROWS: usize = 1000;
 /// With `step=auto` a row is a minute up to so many minutes in all, and an hour up to so many.
 const AUTO: [(Tier, u32); 2] = [(Tier::Minute, 6 * 60), (Tier::Hour, 14 * 1440)];

@@ -15,7 +15,7 @@
 //! is folded into `other`. A row in a table takes some 300 bytes and 8 for each of at most 1,250 bins in two sketches; a usual one 2 kB.
 //! Between two parts there is one table, so 4 MB at the default of 2,000 series. With a folder the rest lies on disk, in memory 60 bytes
 //! for each part and block: under a megabyte. Without a folder it lies in memory up to [`Settings::memory_bytes`].
-//! A query has at most 20,000 rows with sketches under way and 100,000 without.
+//! A query has at most 20,000 rows with sketches under way and 100,000 without, and tells 10,000.
 //!
 //! It keeps no texts of calls and no caller's metadata: neither has a bound.
 
@@ -28,6 +28,8 @@ mod shelf;
 mod sketch;
 mod table;
 
+pub use sketch::RELATIVE_ERROR;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,8 +37,6 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use serde_json::Value;
 use tracing::warn;
-
-pub use sketch::RELATIVE_ERROR;
 
 use crate::base::{AccountId, Millis, Result};
 use crate::logs::analytics::answer::Answer;

@@ -107,9 +107,9 @@ fn count(analytics: &Analytics, query: &str, second: u64) -> u64 {
     ask(analytics, query, second)["rows"].as_array().unwrap().iter().map(|row| row["count"].as_u64().unwrap()).sum()
 }
 
-/// One call a minute over these seconds, told as it happens.
+/// One call each five minutes over these seconds, told as it happens.
 fn run(analytics: &Analytics, seconds: std::ops::Range<u64>) {
-    for second in seconds.step_by(60) {
+    for second in seconds.step_by(300) {
         analytics.tick(at(second));
         analytics.observe(&record(second).0);
     }
@@ -217,14 +217,14 @@ fn minutes_become_hours_and_days_and_every_step_tells_the_same_sum() {
         analytics.flush(at(end));
         assert_eq!(
             rows(&analytics, "from=2026-05-01&step=day", end),
-            ["2026-05-01 1440", "2026-05-02 1440", "2026-05-03 120"]
+            ["2026-05-01 288", "2026-05-02 288", "2026-05-03 24"]
         );
         let hours = rows(&analytics, "from=2026-05-01&step=hour", end);
-        assert_eq!((hours.len(), &hours[24][..]), (50, "2026-05-02T00:00:00Z 60"));
-        assert_eq!(rows(&analytics, "from=2026-05-02T23:59:00Z&to=2026-05-03T00:01:00Z&step=minute", end).len(), 2);
-        assert_eq!(count(&analytics, "from=2d&step=minute&limit=9999", end), 2 * 1440);
-        assert_eq!(count(&analytics, "from=2026-05-01", end), 3000);
-        assert_eq!(count(&analytics, "from=2026-05-02T11:30:00Z&to=2026-05-03T00:30:00Z", end), 780);
+        assert_eq!((hours.len(), &hours[24][..]), (50, "2026-05-02T00:00:00Z 12"));
+        assert_eq!(rows(&analytics, "from=2026-05-02T23:55:00Z&to=2026-05-03T00:01:00Z&step=minute", end).len(), 2);
+        assert_eq!(count(&analytics, "from=2d&step=minute&limit=9999", end), 2 * 288);
+        assert_eq!(count(&analytics, "from=2026-05-01", end), 600);
+        assert_eq!(count(&analytics, "from=2026-05-02T11:30:00Z&to=2026-05-03T00:30:00Z", end), 156);
         let kept = analytics.state.lock();
         let closed =
             |tier| kept.shelf.cover(&(0..u32::MAX / 2), tier, &[]).iter().filter(|(of, _)| *of == tier).count();
@@ -265,17 +265,16 @@ fn calls_told_late_count_when_they_began_and_those_told_too_late_in_the_oldest_o
 
 #[test]
 fn a_clock_that_goes_back_costs_no_call_and_counts_none_twice() {
-    let folder = tempfile::tempdir().unwrap();
-    let analytics = open(Some(folder.path()), 0);
+    let analytics = open(None, 0);
     run(&analytics, 0..3 * HOUR);
     run(&analytics, HOUR..3 * HOUR);
-    assert_eq!(count(&analytics, "from=2026-05-01", 3 * HOUR), 300);
+    assert_eq!(count(&analytics, "from=2026-05-01", 3 * HOUR), 60);
     run(&analytics, 3 * HOUR..2 * DAY);
-    let total = 300 + (2 * DAY - 3 * HOUR) / 60;
+    let total = 60 + (2 * DAY - 3 * HOUR) / 300;
     for step in ["minute", "hour", "day", "none"] {
         assert_eq!(count(&analytics, &format!("from=2026-05-01&step={step}&limit=9999"), 2 * DAY), total, "{step}");
     }
-    assert_eq!(analytics.stats().moved, 109, "of 120; eleven minutes were open");
+    assert_eq!(analytics.stats().moved, 21, "of 24: three fell into minutes that were open still");
 }
 
 #[test]
@@ -284,7 +283,7 @@ fn a_restart_goes_on_where_it_was() {
     let mut second = 0;
     for hours in [1, 3, 20, 2, 30] {
         let analytics = open(Some(folder.path()), second);
-        assert_eq!(count(&analytics, "from=2026-05-01", second), second / 60);
+        assert_eq!(count(&analytics, "from=2026-05-01", second), second / 300);
         run(&analytics, second..second + hours * HOUR);
         second += hours * HOUR;
         analytics.flush(at(second));
@@ -298,7 +297,7 @@ fn a_restart_goes_on_where_it_was() {
     analytics.flush(at(10 * DAY));
     assert_eq!(
         rows(&analytics, "from=2026-05-01&step=day", 10 * DAY),
-        ["2026-05-01 1440", "2026-05-02 1440", "2026-05-03 480"]
+        ["2026-05-01 288", "2026-05-02 288", "2026-05-03 96"]
     );
     let names =
         || std::fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
@@ -335,23 +334,43 @@ fn a_file_torn_anywhere_costs_what_was_in_its_end_and_nothing_else() {
             run(&analytics, end..later);
             let after = count(&analytics, "from=2026-05-01", later);
             analytics.flush(at(later));
-            assert_eq!(after, before + 20, "{file:?} cut at {cut}");
+            assert_eq!(after, before + 4, "{file:?} cut at {cut}");
             drop(analytics);
             let analytics = open(Some(torn.path()), later);
             analytics.flush(at(later));
             // A day or an hour that was lost is made anew of what it was made of before; minutes have only their parts, which are gone.
-            let lost = 26 * 60 - before;
+            let lost = 26 * 12 - before;
             let kind = file.to_str().unwrap().split('-').next().unwrap().to_owned();
             match &kind[..] {
                 "day" | "hour" | ".lock" => {
-                    assert_eq!((count(&analytics, "from=2026-05-01", later), lost), (26 * 60 + 20, 0), "{file:?}")
+                    assert_eq!((count(&analytics, "from=2026-05-01", later), lost), (26 * 12 + 4, 0), "{file:?}")
                 }
                 "parts" => assert!(lost <= 1, "{lost} lost of {file:?} cut at {cut}"),
                 // Four hours of minutes; those in an hour or a day are there all the same.
-                _ => assert!(lost <= 120, "{lost} lost of {file:?} cut at {cut}"),
+                _ => assert!(lost <= 24, "{lost} lost of {file:?} cut at {cut}"),
             }
             assert_eq!(analytics.stats().damaged, 0);
         }
+    }
+}
+
+#[test]
+fn parts_that_a_kill_left_beside_their_block_are_not_counted_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let analytics = open(Some(folder.path()), 0);
+    run(&analytics, 0..300);
+    analytics.flush(at(1));
+    let parts = folder.path().join(format!("parts-{}", minute_of(at(0))));
+    let bytes = std::fs::read(&parts).unwrap();
+    drop(analytics);
+    // With the minute's block there, and with only that of its day.
+    for later in [20 * 60, 5 * DAY] {
+        open(Some(folder.path()), later).flush(at(later));
+        assert!(!parts.exists());
+        std::fs::write(&parts, &bytes).unwrap();
+        let analytics = open(Some(folder.path()), later);
+        analytics.flush(at(later));
+        assert_eq!((count(&analytics, "from=2026-05-01", later), parts.exists()), (1, false));
     }
 }
 
@@ -365,7 +384,7 @@ fn a_damaged_block_is_left_out_and_counted() {
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[30] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    assert_eq!(count(&analytics, "from=2026-05-01", HOUR), 59);
+    assert_eq!(count(&analytics, "from=2026-05-01", HOUR), 11);
     assert_eq!(analytics.stats().damaged, 1);
 }
 
@@ -396,21 +415,21 @@ fn what_the_disk_does_not_take_stays_in_memory_until_it_does() {
     let folder = tempfile::tempdir().unwrap();
     let analytics = open(Some(folder.path()), 0);
     let minute = minute_of(at(0));
-    let in_the_way = [3, 4].map(|n| format!("parts-{}", minute + n)).into_iter();
+    let in_the_way = [5, 10].map(|n| format!("parts-{}", minute + n)).into_iter();
     let in_the_way: Vec<_> =
         in_the_way.chain([format!("minute-{}.blocks", minute / 240)]).map(|name| folder.path().join(name)).collect();
     in_the_way.iter().for_each(|path| std::fs::create_dir(path).unwrap());
     run(&analytics, 0..2 * HOUR);
     analytics.flush(at(2 * HOUR));
-    assert_eq!(count(&analytics, "from=2026-05-01", 2 * HOUR), 120);
+    assert_eq!(count(&analytics, "from=2026-05-01", 2 * HOUR), 24);
     assert!(analytics.state.lock().is_failing && analytics.state.lock().shelf.held_bytes() > 0);
     in_the_way.iter().for_each(|path| std::fs::remove_dir(path).unwrap());
     analytics.flush(at(2 * HOUR));
     assert!(!analytics.state.lock().is_failing && analytics.state.lock().shelf.held_bytes() == 0);
-    assert_eq!(count(&analytics, "from=2026-05-01", 2 * HOUR), 120);
+    assert_eq!(count(&analytics, "from=2026-05-01", 2 * HOUR), 24);
     drop(analytics);
     let analytics = open(Some(folder.path()), 2 * HOUR);
-    assert_eq!((count(&analytics, "from=2026-05-01", 2 * HOUR), analytics.stats()), (120, Stats::default()));
+    assert_eq!((count(&analytics, "from=2026-05-01", 2 * HOUR), analytics.stats()), (24, Stats::default()));
 }
 
 #[test]
@@ -431,22 +450,23 @@ fn queries_while_all_is_moved_about_miss_no_call() {
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
             let mut asked = 0;
-            while counted.load(std::sync::atomic::Ordering::SeqCst) < 1440 {
+            while counted.load(std::sync::atomic::Ordering::SeqCst) < 1080 {
                 let before = counted.load(std::sync::atomic::Ordering::SeqCst);
-                let told = count(&analytics, "from=2026-05-01", DAY);
+                let told = count(&analytics, "from=2026-05-01", 3 * HOUR);
                 let after = counted.load(std::sync::atomic::Ordering::SeqCst) + 1;
                 assert!((before..=after).contains(&told), "{told} of {before} to {after}");
                 asked += 1;
             }
             asked
         });
-        for second in (0..DAY).step_by(60) {
+        for second in (0..3 * HOUR).step_by(10) {
             analytics.tick(at(second));
             analytics.observe(&record(second).0);
             counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         }
         assert!(asking.join().unwrap() > 1);
     });
+    assert_eq!(analytics.stats().damaged, 0);
 }
 
 /// The test runs itself as the daemon that is killed.
@@ -473,7 +493,7 @@ fn a_daemon_that_is_killed_loses_what_it_had_not_flushed_and_counts_nothing_twic
     let folder = tempfile::tempdir().unwrap();
     let module = module_path!().split_once("::").unwrap().1;
     let mut total = 0;
-    for round in 0..6u64 {
+    for round in 0..4u64 {
         let mut daemon = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", &format!("{module}::{TEST}"), "--nocapture"])
             .env(FOLDER, folder.path())
@@ -490,12 +510,12 @@ fn a_daemon_that_is_killed_loses_what_it_had_not_flushed_and_counts_nothing_twic
                 _ => continue,
             }
             lines += 1;
-            if lines == 101 + round * 397 {
+            if lines == 61 + round * 211 {
                 daemon.kill().unwrap();
             }
         }
         daemon.wait().unwrap();
-        assert!(lines > 100 + round * 397, "the daemon of round {round} came as far as {lines} lines");
+        assert!(lines > 60 + round * 211, "the daemon of round {round} came as far as {lines} lines");
         let now = (round + 1) * 2 * DAY;
         let analytics = open(Some(folder.path()), now);
         let told = count(&analytics, "from=2026-04-30", now);

@@ -60,7 +60,7 @@ pub(super) fn query(raw: &str) -> Result<Query> {
     if query.filters.len() > MOST_FILTERS {
         return Err(wrong("filters", format_args!("must be at most {MOST_FILTERS}")));
     }
-    if query.skipped() + query.per_page > DEEPEST {
+    if query.skipped().saturating_add(query.per_page) > DEEPEST {
         let remedy = format_args!("must not lead further than {DEEPEST} records into the list: narrow it with filters, such as created_at");
         return Err(wrong("page", remedy));
     }

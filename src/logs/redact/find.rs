@@ -316,7 +316,7 @@ impl Finder {
 /// What may be the first part of a secret at the end of a text that was cut: its last word, and numbers before it that it may belong to.
 pub(super) fn tail(text: &str) -> usize {
     let bytes = text.as_bytes();
-    let is_part = |byte: u8| byte.is_ascii_alphanumeric() || byte >= 0x80 || b"-_.@+/=%~:$#!^&*?\\".contains(&byte);
+    let is_part = |byte: u8| byte >= 0x80 || (byte.is_ascii_graphic() && !b"\"`<>()[]{},;|".contains(&byte));
     let mut begin = bytes.len() - run_back(bytes, bytes.len(), is_part);
     let is_digits = |range: Range<usize>| bytes[range].iter().all(|byte| byte.is_ascii_digit() || b"+()-. ".contains(byte));
     if is_digits(begin..bytes.len()) {

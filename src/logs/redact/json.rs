@@ -30,8 +30,6 @@ pub(super) struct Leaf {
     /// Where the name of its field is written.
     pub(super) name: Option<Range<usize>>,
     pub(super) is_string: bool,
-    /// A string that is the name of a field.
-    pub(super) is_name: bool,
     /// The body ends before it does.
     pub(super) is_open: bool,
     /// Which text it is a piece of, if it may be one.
@@ -85,7 +83,7 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                 at = (end + 1).min(place.end);
                 let colon = bytes[at..place.end].iter().position(|byte| !byte.is_ascii_whitespace()).map(|gap| at + gap);
                 if let Some(colon) = colon.filter(|colon| bytes[*colon] == b':' && !frames[top].is_array) {
-                    out.push(Leaf { place: text.clone(), name: None, is_string: true, is_name: true, is_open: false, channel: None });
+                    out.push(Leaf { place: text.clone(), name: None, is_string: true, is_open: false, channel: None });
                     (name, at) = (Some(text), colon + 1);
                     continue;
                 }
@@ -94,9 +92,9 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                 if is_piece {
                     pieces.push((out.len(), top));
                 }
-                out.push(Leaf { place: text, name: name.take(), is_string: true, is_name: false, is_open, channel: None });
+                out.push(Leaf { place: text, name: name.take(), is_string: true, is_open, channel: None });
             }
-            byte if byte.is_ascii_digit() => {
+            b'-' | b'0'..=b'9' => {
                 let length = bytes[at..place.end].iter().position(|byte| !matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-'));
                 let number = at..length.map_or(place.end, |length| at + length);
                 at = number.end;
@@ -104,7 +102,7 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                     frames[top].index = hash(&(frames[top].index, &body[name.clone()], &body[number.clone()]));
                 }
                 let is_open = at == place.end;
-                out.push(Leaf { place: number, name: name.clone(), is_string: false, is_name: false, is_open, channel: None });
+                out.push(Leaf { place: number, name: name.clone(), is_string: false, is_open, channel: None });
             }
             _ => at += 1,
         }

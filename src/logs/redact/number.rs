@@ -86,6 +86,10 @@ fn look(text: &[u8], begin: usize, is_exact: bool, hears: &mut impl FnMut(Range<
         return begin + 1;
     }
     let groups = &groups[..count];
+    if text[begin] == b'(' && text.get(groups[0].end) != Some(&b')') {
+        // A number in brackets, not one that begins with its area in brackets.
+        return groups[0].start;
+    }
     if is_exact && !is_free(text, begin) {
         return end;
     }
@@ -185,7 +189,7 @@ fn phone(text: &[u8], begin: usize, groups: &[Range<usize>], is_exact: bool) -> 
     let lengths = |wanted: &[usize]| groups.len() >= wanted.len() && groups.iter().zip(wanted).all(|(group, wanted)| group.len() == *wanted);
     // What follows a number after a blank is another one.
     let ends = |count: usize| matches!(sign(count - 1), b"" | b" ").then(|| groups[count - 1].end);
-    let has_zeros = groups.iter().any(|group| text[group.clone()].iter().all(|digit| *digit == b'0'));
+    let has_zeros = groups.iter().any(|group| group.len() >= 3 && text[group.clone()].iter().all(|digit| *digit == b'0'));
     if text[begin] == b'+' {
         // As many groups as make a number.
         let count = (1..=groups.len()).rev().find(|count| digits(&groups[..*count]) <= 15)?;

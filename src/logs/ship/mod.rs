@@ -67,7 +67,7 @@ pub struct Settings {
     pub folder: PathBuf,
     /// At most [`MAX_JOBS`].
     pub jobs: Vec<Job>,
-    /// Bytes of a segment, which becomes one object of a tenth of that. Default: 16 MiB; at most an eighth of `max_bytes`.
+    /// Bytes of a segment, which becomes one object of about a quarter of that. Default: 16 MiB; at most an eighth of `max_bytes`.
     pub segment_bytes: u64,
     /// A segment is shipped when it is so old, full or not. Default: 60 s.
     pub segment_age: Duration,
@@ -145,6 +145,7 @@ impl Ship {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name("ship-disk")
+            .on_thread_start(carry::step_back)
             .max_blocking_threads(2 * carriers.len() + 1)
             .build()
             .map_err(failed)?;

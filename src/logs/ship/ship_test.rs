@@ -148,6 +148,32 @@ fn what_is_old_is_shipped_without_being_asked_and_what_is_left_by_the_next_start
 }
 
 #[test]
+fn the_threads_that_ship_step_back_behind_those_that_serve() {
+    let folder = tempfile::tempdir().unwrap();
+    let ship = Ship::start(settings(folder.path(), vec![job("a", &folder.path().join("there"))])).unwrap();
+    append(&ship, &[record(1, "g")]);
+    assert!(ship.flush(Duration::from_secs(20)));
+    let threads = || {
+        let mut found = Vec::new();
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            // A thread of another test may have ended.
+            let Ok(stat) = std::fs::read_to_string(task.unwrap().path().join("stat")) else { continue };
+            let (name, rest) = stat.split_once(") ").unwrap();
+            if name.ends_with("(ship") || name.ends_with("(ship-disk") {
+                found.push(rest.split(' ').nth(16).unwrap().parse::<i32>().unwrap());
+            }
+        }
+        found
+    };
+    // One of another test may just have begun.
+    let begin = Instant::now();
+    while !threads().iter().all(|nice| *nice == carry::NICE) || threads().len() < 2 {
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", threads());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
 fn settings_that_cannot_be_used_say_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let good = || job("a", folder.path());

@@ -9,7 +9,7 @@
 //! An object that was put may be put again: it takes the place of the first, or its name tells. How often it is tried, and when, is for
 //! others to know.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -153,11 +153,9 @@ impl Sink {
 
 /// Whether a prefix of objects' names can be one: no empty, hidden or climbing part.
 pub(super) fn is_prefix(prefix: &str) -> bool {
-    let parts = || Path::new(prefix).components();
     let is_clean =
-        !prefix.ends_with('/') && !prefix.contains("//") && prefix.bytes().all(|byte| byte.is_ascii_graphic());
-    is_clean
-        && parts().all(|part| matches!(part, Component::Normal(name) if !name.as_encoded_bytes().starts_with(b".")))
+        |part: &str| !part.is_empty() && !part.starts_with('.') && part.bytes().all(|byte| byte.is_ascii_graphic());
+    prefix.is_empty() || prefix.split('/').all(is_clean)
 }
 
 fn passing(why: String) -> Trouble {

@@ -149,7 +149,8 @@ impl Spool {
         let full = |active: &Active| active.segment.end() + bytes > self.bounds.segment_bytes;
         let is_sealed = self.active.as_ref().is_some_and(full) && self.seal();
         while self.bytes() + bytes > self.bounds.max_bytes {
-            if self.bounds.at_bound == AtBound::Refuse || !self.drop_oldest() {
+            let never_fits = bytes > self.bounds.max_bytes;
+            if never_fits || self.bounds.at_bound == AtBound::Refuse || !self.drop_oldest() {
                 self.refused += records;
                 if self.may_warn(now) {
                     let (refused, folder) = (self.refused, self.folder.display());
@@ -406,7 +407,12 @@ fn count(path: &Path) -> io::Result<Sealed> {
     while frames.read(&mut head)? && frames.skip()?.is_some() {
         records += head.first_chunk().map_or(0, |count| u64::from(u32::from_le_bytes(*count)));
     }
-    Ok(Sealed { bytes: frames.length(), records })
+    let (whole, bytes) = (frames.at(), frames.length());
+    if whole < bytes {
+        // The last write of a process that was killed, most likely.
+        warn!(path = %path.display(), whole, bytes, "a segment of log records is not whole; its end is left out");
+    }
+    Ok(Sealed { bytes, records })
 }
 
 fn path_of(folder: &Path, number: u64) -> PathBuf {

@@ -11,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock};
 use tracing::warn;
@@ -29,7 +31,12 @@ type Replacing = Vec<(u32, LogId, u32)>;
 pub(super) fn open(settings: Settings) -> Result<Inner> {
     fs::create_dir_all(&settings.folder).map_err(broken)?;
     let lock = File::create(settings.folder.join("lock")).map_err(broken)?;
-    if lock.try_lock().is_err() {
+    // Whoever had it may be on the way out.
+    let is_ours = (0..50).any(|turn| {
+        thread::sleep(Duration::from_millis(20 * u64::from(turn > 0)));
+        lock.try_lock().is_ok()
+    });
+    if !is_ours {
         let folder = settings.folder.display();
         return Err(Error::internal(format!("the log in {folder} is in use by another process: stop that one, or name another folder")));
     }

@@ -541,7 +541,7 @@ fn a_process_killed_at_any_moment_leaves_what_it_had_flushed() {
         let mut heard = 0;
         while heard < 3 + turn * 5 {
             let line = lines.next().unwrap().unwrap();
-            if let Some((_, number)) = line.split_once("flushed ") {
+            if let Some((_, number)) = line.split_once("on disk: ") {
                 promised = number.parse().unwrap();
                 heard += 1;
             }
@@ -550,7 +550,7 @@ fn a_process_killed_at_any_moment_leaves_what_it_had_flushed() {
         child.wait().unwrap();
         // What it said before it died counts as well.
         for line in lines.map_while(std::io::Result::ok) {
-            if let Some(number) = line.split_once("flushed ").and_then(|(_, number)| number.trim().parse().ok()) {
+            if let Some(number) = line.split_once("on disk: ").and_then(|(_, number)| number.trim().parse().ok()) {
                 promised = number;
             }
         }
@@ -572,7 +572,7 @@ fn append_until_killed(folder: &Path) {
         store.append(&records(next..next + 50)).unwrap();
         next += 50;
         store.flush().unwrap();
-        println!("flushed {next}");
+        println!("on disk: {next}");
     }
 }
 
