@@ -1,7 +1,7 @@
 //! Builds the house floor by floor, listens to signals, drains it from the top, exits.
 
 mod alerts;
-mod settings;
+pub mod settings;
 
 use std::collections::HashSet;
 use std::net::{SocketAddr, TcpListener};

@@ -21,7 +21,7 @@ use crate::registry::Registry;
 const REPEAT_S: u64 = 4 * 3600;
 
 /// Of the ledger.
-pub(super) fn ledger(config: &config::Ledger) -> ledger::Settings {
+pub fn ledger(config: &config::Ledger) -> ledger::Settings {
     ledger::Settings {
         folder: config.folder.clone(),
         commit_every: config.gather,
@@ -37,7 +37,7 @@ pub(super) fn ledger(config: &config::Ledger) -> ledger::Settings {
 ///
 /// # Errors
 /// When a destination cannot be one.
-pub(super) fn logs(config: &Config, registry: &Registry, client: client::Settings) -> Result<logs::Settings> {
+pub fn logs(config: &Config, registry: &Registry, client: client::Settings) -> Result<logs::Settings> {
     let records = &config.records;
     let written = &records.logs;
     let redacts = |word: &str| written.redact.iter().any(|one| one == word);
@@ -169,7 +169,7 @@ fn job(WithSecret { section, secret, .. }: &WithSecret<ShipSection>) -> Job {
 ///
 /// # Errors
 /// When something of them cannot be meant.
-pub(super) fn alerts(config: &Config, http: client::Settings) -> Result<alert::Settings> {
+pub fn alerts(config: &Config, http: client::Settings) -> Result<alert::Settings> {
     let records = &config.records;
     let settings = alert::Settings {
         rules: records.rules.iter().map(rule).collect(),

@@ -84,7 +84,7 @@ async fn results_are_bare_and_billed_to_the_configured_account() {
     let chunks = run(&daemon, "?version=3", Some(CLASSIC), streamed).await.chunks();
     assert_eq!(joined(&chunks, "/response"), result["response"].as_str().unwrap());
 
-    let rows = daemon.services.gateway.ledger.rows().await.unwrap();
-    assert!(rows.iter().all(|(_, account, _, _)| account.as_str() == "worker-account"), "{rows:?}");
-    assert_eq!(rows.iter().map(|(_, _, _, row)| row.requests).sum::<u64>(), 4);
+    let rows = daemon.rows().await;
+    assert!(rows.iter().all(|(who, _)| who.account.as_str() == "worker-account"), "{rows:?}");
+    assert_eq!(rows.iter().map(|(_, row)| row.requests).sum::<u64>(), 4);
 }

@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 
 use actix_web::dev::ServerHandle;
 use neurond::adapters::Adapters;
-use neurond::base::{AccountId, DeviceId, KeyId, ModelId, Phase};
-use neurond::config::{Binding, Config, KvType, Live, Model, Precision, Scopes, Token};
+use neurond::app::settings;
+use neurond::base::{AccountId, DeviceId, KeyId, Millis, ModelId, Phase};
+use neurond::config::{Binding, CatalogLimits, Config, KvType, Limits, Live, Model, Precision, Scopes, Token};
 use neurond::gateway::Gateway;
 use neurond::gateway::relay::{self, Parts};
 use neurond::http::{self, Batches, Listener, Services};
-use neurond::ledger::Ledger;
+use neurond::ledger::{Filter, Ledger, Row, Who};
+use neurond::logs::Logs;
 use neurond::metrics::Metrics;
 use neurond::net::sse::{Decoder, SseEvent};
 use neurond::supervisor::{FleetView, Outcome, Place, Supervisor};
@@ -115,7 +117,7 @@ impl Daemon {
                 let vault = Vault::new(config.auth.clone());
                 let config = Live::new(config);
                 let fleet = FleetView::default();
-                let ledger = Ledger::start();
+                let ledger = Ledger::start(settings::ledger(&config.get().metering.ledger)).unwrap();
                 let wanted = config.get();
                 let start =
                     |id| Supervisor::start(DeviceId(id), Place::Cpu, 1, fleet.clone(), metrics.clone()).unwrap();
@@ -128,12 +130,19 @@ impl Daemon {
                 }
                 let adapters = Adapters::start(config.clone(), metrics.clone());
                 let (fleet_view, series) = (fleet.clone(), metrics.clone());
-                let gateway = Gateway { config: config.clone(), fleet: fleet_view, adapters, ledger, metrics: series };
-                let batches = wanted.batches.as_deref().map(|folder| Batches::start(folder, gateway.clone()).unwrap());
-                let relays = Parts::start(&config, &metrics).unwrap();
                 let clients = relay::clients(&wanted.upstream).unwrap();
+                let relays = Parts::start(&config, &ledger, &metrics, |config, registry| {
+                    Logs::start(settings::logs(config, registry, clients.clone())?, metrics.clone())
+                });
+                let relays = relays.unwrap();
+                let logs = relays.logs.clone();
+                let (config_view, fleet) = (config.clone(), fleet.clone());
+                let gateway =
+                    Gateway { config: config_view, fleet: fleet_view, adapters, ledger, logs, metrics: series };
+                let batches = wanted.batches.as_deref().map(|folder| Batches::start(folder, gateway.clone()).unwrap());
+                let alerts = None;
                 let services =
-                    Services { config, gateway, relays, clients, batches, fleet, vault, metrics, phase: phases };
+                    Services { config, gateway, relays, clients, alerts, batches, fleet, vault, metrics, phase: phases };
                 let api = http::start(services.clone(), api, Listener::Api).unwrap();
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
                 sender.send((services, vec![api.handle(), binding.handle()])).unwrap();
@@ -177,6 +186,13 @@ impl Daemon {
         Answer::of(reqwest::Client::new().get(self.url(path))).await
     }
 
+    /// What the ledger says of today.
+    pub async fn rows(&self) -> Vec<(Who, Row)> {
+        let today = Millis::now().day();
+        let rows = self.services.gateway.ledger.rows(Filter::days(today, today)).await.unwrap();
+        rows.into_iter().map(|(_, who, row)| (who, row)).collect()
+    }
+
     /// The value of one series of `/metrics`, as written there; 0 while it does not exist.
     pub fn metric(&self, series: &str) -> f64 {
         let text = String::from_utf8(self.services.metrics.render()).unwrap();
@@ -210,6 +226,11 @@ fn alone(config: &mut Config) {
     config.cache.folder = None;
     config.registry = None;
     config.key_files = Default::default();
+    config.metering.ledger.folder = None;
+    config.records.folder = None;
+    config.records.alerts_folder = None;
+    // Tests ask for more in a minute than anybody does.
+    config.metering.limits = Arc::new(Limits { catalog: CatalogLimits::Off, proxies: Vec::new(), rules: Vec::new() });
 }
 
 /// A token as the configuration holds it.

@@ -410,8 +410,8 @@ async fn one_id_sent_twice_at_once_is_billed_twice() {
     };
     let (a, b) = futures_util::future::join(call(), call()).await;
     assert_ne!(a.header("x-request-id"), b.header("x-request-id"));
-    let rows = daemon.services.gateway.ledger.rows().await.unwrap();
-    assert_eq!(rows.iter().map(|(_, _, _, row)| row.requests).sum::<u64>(), 2);
+    let rows = daemon.rows().await;
+    assert_eq!(rows.iter().map(|(_, row)| row.requests).sum::<u64>(), 2);
 }
 
 #[tokio::test]

@@ -36,7 +36,7 @@ pub(super) fn record(second: u64) -> Call {
         custom_cost: false,
         saved: Neurons::ZERO,
         step: 0,
-        request_type: "http",
+        request_type: "http".into(),
         request_content_type: None,
         response_content_type: None,
         metadata: None,

@@ -41,7 +41,7 @@ pub(in crate::logs::ship) fn sample() -> Record {
         custom_cost: false,
         saved: Neurons::ZERO,
         step: 1,
-        request_type: "http",
+        request_type: "http".into(),
         request_content_type: Some("application/json".into()),
         response_content_type: Some("text/event-stream".into()),
         metadata: Some(r#"{"user":"a \"b\"","n":1}"#.into()),
@@ -143,7 +143,7 @@ fn what_is_not_known_is_null_and_the_caller_of_a_hit_paid_nothing() {
         cache: CacheUse::Coalesced,
         status: 429,
         success: false,
-        why: Some(Kind::RateLimited.as_str()),
+        why: Some(Kind::RateLimited.as_str().into()),
         findings: Vec::new(),
         ..sample()
     };

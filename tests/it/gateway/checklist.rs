@@ -171,8 +171,8 @@ async fn a_hang_up_frees_the_engines_slot_and_its_reservation() {
     let compat =
         json!({ "model": format!("workers-ai/{CLASSIC}"), "stream": true, "max_tokens": 1500, "messages": asked });
     let reserved = async || {
-        let totals = rig.daemon.services.gateway.ledger.totals(neurond::base::AccountId::new("acme"));
-        totals.await.unwrap().reserved.to_string()
+        let (account, now) = (neurond::base::AccountId::new("acme"), neurond::base::Millis::now());
+        rig.daemon.services.gateway.ledger.totals(&account, now).unwrap().reserved.to_string()
     };
     let nothing = reserved().await;
     for (path, body) in [
