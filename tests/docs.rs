@@ -15,12 +15,14 @@ use neurond::config::File;
 use neurond::metrics::Metrics;
 
 const FILE: &str = include_str!("../src/config/file.rs");
+const METERING: &str = include_str!("../src/config/metering.rs");
+const RECORDS: &str = include_str!("../src/config/records.rs");
 const GATEWAY: &str = include_str!("../src/config/gateway.rs");
 const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 19] = [
+const SECTIONS: [(&str, &str, bool, bool); 31] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
@@ -28,7 +30,19 @@ const SECTIONS: [(&str, &str, bool, bool); 19] = [
     ("engine", "EngineSection", false, true),
     ("gpu", "GpuSection", false, true),
     ("batch", "BatchSection", false, true),
+    ("plan", "PlanSection", false, true),
     ("account", "AccountSection", true, false),
+    ("limits", "LimitsSection", false, true),
+    ("limit", "LimitSection", true, false),
+    ("prices", "PricesSection", false, true),
+    ("ledger", "LedgerSection", false, true),
+    ("logs", "LogsSection", false, true),
+    ("redact", "RedactSection", true, false),
+    ("ship", "ShipSection", true, false),
+    ("analytics", "AnalyticsSection", false, true),
+    ("alerts", "AlertsSection", false, true),
+    ("alert", "AlertSection", true, false),
+    ("channel", "ChannelSection", true, false),
     ("model", "ModelSection", true, false),
     ("lora", "LoraSection", false, true),
     ("gateway", "GatewaySection", true, false),
@@ -180,11 +194,12 @@ fn about(source: &str, name: &str) -> String {
 /// The file that a struct is written in.
 fn source(name: &str) -> &'static str {
     let holds = |source: &&str| source.contains(&format!("pub struct {name} {{\n"));
-    [FILE, GATEWAY, CATALOG].into_iter().find(holds).unwrap_or_else(|| panic!("no struct {name}"))
+    [FILE, METERING, RECORDS, GATEWAY, CATALOG].into_iter().find(holds).unwrap_or_else(|| panic!("no struct {name}"))
 }
 
 fn is_section(kind: &str) -> bool {
-    kind.contains("Section")
+    // What is optional within a block is written there.
+    kind.contains("Section") && !kind.starts_with("Option<")
 }
 
 /// What the key is when nobody writes it; `None` where that depends or where it must be written.
@@ -199,6 +214,9 @@ fn default_of(section: &str, field: &Field) -> Option<String> {
         "Precision" => Some("\"fast\"".into()),
         "KvType" => Some("\"f16\"".into()),
         "Format" => Some("\"bf16\"".into()),
+        "WindowTechnique" => Some("\"fixed\"".into()),
+        "AlertSeverity" => Some("\"warning\"".into()),
+        "MailSecurity" => Some("\"starttls\"".into()),
         _ => None,
     }
 }

@@ -11,6 +11,7 @@ mod providers;
 mod retry;
 mod schemas;
 mod soak;
+mod spending;
 mod socket;
 mod told;
 mod unified;
