@@ -119,6 +119,10 @@ impl Route {
             (_, ["health", "live"]) => (Surface::OpenAi, None, get("/health/live", Endpoint::Live)),
             (_, ["health", "ready"]) => (Surface::OpenAi, None, get("/health/ready", Endpoint::Ready)),
             (_, ["metrics"]) => (Surface::OpenAi, None, get("/metrics", Endpoint::Metrics)),
+            // Records and addresses of gateways: the shim reads the management API's own envelope.
+            (Listener::Binding, ["ai-gateway", rest @ ["gateways", _, "logs" | "url", ..]]) => {
+                (Surface::Management, None, management(method, rest))
+            }
             (Listener::Binding, rest) => (Surface::Binding, None, binding(rest)),
             (_, ["v1", "messages", rest @ ..]) => (Surface::Messages, None, messages(rest, ROOT.messages)),
             (_, ["v1", account, gateway, rest @ ..]) if !OPENAI.contains(account) => {
@@ -319,7 +323,7 @@ fn binding(segments: &[&str]) -> Search {
     match segments {
         ["run"] => post("binding:/run", Endpoint::BindingRun),
         ["ai-api", "models", "search"] => get("binding:/ai-api/models/search", Endpoint::ModelSearch),
-        ["ai-gateway", ..] => absent("AI Gateway is"),
+        ["ai-gateway", ..] => absent("Calling models through a gateway by the binding is"),
         ["to-everything", ..] => absent("Markdown conversion is"),
         ["autorag" | "ai-search", ..] => absent("AI Search is"),
         _ => Err(None),

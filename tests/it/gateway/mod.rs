@@ -8,6 +8,7 @@ mod misbehaving;
 mod opening;
 mod passing;
 mod providers;
+mod records;
 mod retry;
 mod schemas;
 mod soak;
