@@ -120,8 +120,8 @@ impl Route {
             (_, ["health", "ready"]) => (Surface::OpenAi, None, get("/health/ready", Endpoint::Ready)),
             (_, ["metrics"]) => (Surface::OpenAi, None, get("/metrics", Endpoint::Metrics)),
             // Records and addresses of gateways: the shim reads the management API's own envelope.
-            (Listener::Binding, ["ai-gateway", rest @ ["gateways", _, "logs" | "url", ..]]) => {
-                (Surface::Management, None, management(method, rest))
+            (Listener::Binding, ["ai-gateway", "gateways", _, "logs" | "url", ..]) => {
+                (Surface::Management, None, management(method, &segments[1..]))
             }
             (Listener::Binding, rest) => (Surface::Binding, None, binding(rest)),
             (_, ["v1", "messages", rest @ ..]) => (Surface::Messages, None, messages(rest, ROOT.messages)),

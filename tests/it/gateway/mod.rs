@@ -13,6 +13,7 @@ mod retry;
 mod schemas;
 mod soak;
 mod spending;
+mod shipping;
 mod socket;
 mod told;
 mod unified;
