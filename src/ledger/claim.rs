@@ -80,7 +80,8 @@ impl Plan {
 /// nothing through.
 #[derive(Debug, Clone)]
 pub struct Window {
-    /// Whose counter: a hash of the rule and of the values it tells apart. One id with another span begins anew.
+    /// Whose counter: a hash of the rule and of the values it tells apart, a good one (SHA-256, or one with a secret), or
+    /// callers could make theirs meet. One id with another span begins anew.
     pub id: u128,
     /// The rule's name in refusals.
     pub rule: Arc<str>,

@@ -16,6 +16,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
@@ -31,6 +32,10 @@ const BOOK: &str = "book";
 const SUFFIX: &str = "wal";
 /// Bytes of entries in one frame, about.
 const FRAME_BYTES: usize = 1 << 20;
+
+/// How often a folder's lock is tried, and how long it rests in between.
+const LOCK_TRIES: usize = 30;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// All that survives a crash: the sum of all entries.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -96,15 +101,9 @@ impl<D: Disk> Folder<D> {
             ))
         };
         fs::create_dir_all(path).map_err(refuse)?;
-        let lock = File::create(path.join("lock")).map_err(refuse)?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let message = format!("The ledger's folder {name} is used by another daemon: give each its own.");
-                return Err(Error::bad_input(message));
-            }
-            Err(TryLockError::Error(error)) => return Err(refuse(error)),
-        }
+        let lock = lock(path).map_err(refuse)?.ok_or_else(|| {
+            Error::bad_input(format!("The ledger's folder {name} is used by another daemon: give each its own."))
+        })?;
         if let Some(bytes) = snapshot::read(&path.join(BOOK)).map_err(refuse)? {
             *kept = decode(&bytes, &path.join(BOOK))?;
             kept.book.restore(bounds.0);
@@ -216,6 +215,19 @@ impl<D: Disk> Folder<D> {
             let _ = self.disk.remove(&path_of(&self.path, self.number));
         }
     }
+}
+
+/// Nothing if somebody else holds it, even after a moment: the one before may be about to end.
+fn lock(folder: &Path) -> io::Result<Option<File>> {
+    let lock = File::create(folder.join("lock"))?;
+    for _ in 0..LOCK_TRIES {
+        match lock.try_lock() {
+            Ok(()) => return Ok(Some(lock)),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Ok(None)
 }
 
 fn path_of(folder: &Path, number: u64) -> PathBuf {

@@ -172,6 +172,27 @@ fn what_a_disk_lost_after_a_failed_sync_was_written_again_elsewhere() {
 }
 
 #[test]
+fn what_an_earlier_process_did_not_sync_is_made_sure_of_before_anything_follows() {
+    let (folder, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::default());
+    let begin = || Life::begin(disk.clone(), folder.path(), 1 << 20).unwrap();
+    let mut life = begin();
+    life.settle(1);
+    life.commit().unwrap();
+    life.settle(1);
+    // Killed between the write and the sync.
+    let frame = life.folder.pending[0].clone();
+    life.folder.active.as_mut().unwrap().write(&[&frame]).unwrap();
+    drop(life);
+    let mut life = begin();
+    assert_eq!(life.total(), 2);
+    life.settle(1);
+    life.commit().unwrap();
+    disk.power_off(0);
+    drop(life);
+    assert_eq!(begin().total(), 3);
+}
+
+#[test]
 fn a_disk_that_stays_full_is_not_littered() {
     let (folder, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::default());
     let mut life = Life::begin(disk.clone(), folder.path(), 1 << 20).unwrap();

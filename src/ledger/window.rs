@@ -11,6 +11,7 @@
 //! those that are over; when it is full all the same, the one that ends first goes, except where a call still holds something.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +21,8 @@ use crate::base::Millis;
 const LOOKS: usize = 32;
 /// A window that is longer survives a restart, in milliseconds.
 const DURABLE: u64 = 3_600_000;
+/// For so many milliseconds such a window is kept when it is over.
+const GRACE: u64 = 48 * 3_600_000;
 
 /// How long a window is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,11 +233,14 @@ impl Counter {
         }
     }
 
-    /// Whether nothing of it counts any more. What is carried reaches into the stretch after the latest.
+    /// Whether nothing of it counts any more. A long one waits for calls that settle late: the journal does not know of them
+    /// before.
     fn is_over(&self, now: Millis) -> bool {
-        self.ends() <= now
+        let grace = if self.span.is_durable() { GRACE } else { 0 };
+        self.ends().0.saturating_add(grace) <= now.0
     }
 
+    /// What is carried reaches into the stretch after the latest.
     fn ends(&self) -> Millis {
         self.span.start(self.slots[0].index.saturating_add(2))
     }
@@ -293,11 +299,29 @@ fn fades(count: u64, room: u64, length: u64) -> u64 {
     length - overlap.and_then(|overlap| u64::try_from(overlap).ok()).map_or(length, |overlap| overlap.min(length))
 }
 
+/// Ids are hashes already.
+#[derive(Debug, Clone, Copy, Default)]
+struct AsIs(u64);
+
+impl Hasher for AsIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u128(&mut self, id: u128) {
+        self.0 = id as u64 ^ (id >> 64) as u64;
+    }
+}
+
 /// Counters by id.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Windows {
-    counters: HashMap<u128, Counter>,
+    counters: HashMap<u128, Counter, BuildHasherDefault<AsIs>>,
     /// All ids, those that were looked at longest ago first.
     #[serde(skip)]
     ring: VecDeque<u128>,

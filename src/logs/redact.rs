@@ -18,7 +18,11 @@
 
 mod find;
 mod json;
+mod known;
 mod number;
+#[cfg(test)]
+#[path = "redact/stream_test.rs"]
+mod stream_test;
 #[cfg(test)]
 mod tests;
 
@@ -85,16 +89,15 @@ impl Redactor {
     /// Takes secrets out of bodies, metadata, path, event and user agent; returns whether anything was found.
     pub fn apply(&self, record: &mut Record) -> bool {
         let mut is_changed = false;
-        let bodies = [
-            (&mut record.asked, &record.request_content_type),
-            (&mut record.answered, &record.response_content_type),
-        ];
+        let bodies =
+            [(&mut record.asked, &record.request_content_type), (&mut record.answered, &record.response_content_type)];
         for (body, kind) in bodies {
             if let Some(kept) = self.body(body, kind.as_deref().unwrap_or_default()) {
                 // A body that was whole still is; of one that was cut, the size tells.
                 let is_complete = body.is_complete();
                 body.kept = kept;
-                body.size = if is_complete { body.kept.len() as u64 } else { body.size.max(body.kept.len() as u64 + 1) };
+                body.size =
+                    if is_complete { body.kept.len() as u64 } else { body.size.max(body.kept.len() as u64 + 1) };
                 is_changed = true;
             }
         }
@@ -207,6 +210,8 @@ impl Form {
             // Several documents one behind the other, a line each.
             Some(b'{') if start.contains("}\n{") || start.contains("}\r\n{") => Self::Stream,
             Some(b'{' | b'"') => Self::Json,
+            // A document that is one number.
+            Some(b'0'..=b'9') if start.bytes().all(|byte| byte.is_ascii_digit()) => Self::Json,
             _ => Self::Text,
         }
     }
@@ -253,13 +258,25 @@ struct Edits<'a> {
 impl Edits<'_> {
     fn leaf(&mut self, body: &str, leaf: &Leaf) {
         let written = &body[leaf.place.clone()];
+        self.found.clear();
         let named = leaf.name.as_ref().and_then(|name| self.finder.find_named(&body[name.clone()], written));
         if let Some(label) = named {
             self.edits.push((leaf.place.clone(), Some(label), !leaf.is_string));
             return;
         }
         if leaf.is_string {
-            self.search(Text::plain(body, leaf.place.clone()));
+            if !self.finder.is_worth(written.len()) {
+                return;
+            }
+            if written.contains('\\') {
+                self.search(Text::plain(body, leaf.place.clone()));
+                return;
+            }
+            // What has no escapes is meant as it is written.
+            let begin = leaf.place.start;
+            self.finder.find(written, &mut self.found);
+            let found = self.found.drain(..);
+            self.edits.extend(found.map(|(part, label)| (begin + part.start..begin + part.end, Some(label), false)));
         } else if number::is_card(written) {
             self.found.clear();
             self.finder.find(written, &mut self.found);

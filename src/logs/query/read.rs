@@ -43,12 +43,16 @@ pub(super) fn query(raw: &str) -> Result<Query> {
     let mut query = Query::default();
     let mut written: Vec<Written> = Vec::new();
     for (name, value) in pairs(raw) {
-        match name.strip_prefix("filters.").or_else(|| name.strip_prefix("filters[]").map(|rest| rest.trim_start_matches('.'))) {
+        match name
+            .strip_prefix("filters.")
+            .or_else(|| name.strip_prefix("filters[]").map(|rest| rest.trim_start_matches('.')))
+        {
             Some("key") => written.push(Written { key: value, ..Written::default() }),
             Some("operator") => last(&mut written, &name)?.operator = Some(value),
             Some("value" | "value[]") => last(&mut written, &name)?.values.push(Value::String(value)),
             _ if name == "filters" => {
-                let list = serde_json::from_str(&value).map_err(|error| wrong("filters", format_args!("must be a JSON array: {error}")))?;
+                let list = serde_json::from_str(&value)
+                    .map_err(|error| wrong("filters", format_args!("must be a JSON array: {error}")))?;
                 query.filters.extend(filters(&list)?);
             }
             _ => parameter(&mut query, &name, value)?,
@@ -61,7 +65,9 @@ pub(super) fn query(raw: &str) -> Result<Query> {
         return Err(wrong("filters", format_args!("must be at most {MOST_FILTERS}")));
     }
     if query.skipped().saturating_add(query.per_page) > DEEPEST {
-        let remedy = format_args!("must not lead further than {DEEPEST} records into the list: narrow it with filters, such as created_at");
+        let remedy = format_args!(
+            "must not lead further than {DEEPEST} records into the list: narrow it with filters, such as created_at"
+        );
         return Err(wrong("page", remedy));
     }
     Ok(query)
@@ -110,7 +116,9 @@ fn parameter(query: &mut Query, name: &str, value: String) -> Result<()> {
         "per_page" => query.per_page = whole(MOST_PER_PAGE)?,
         "limit" => query.limit = Some(whole(DEEPEST)?),
         "meta_info" => query.meta_info = flag(name, &Value::String(value))?,
-        "search" if value.len() > LONGEST => return Err(wrong(name, format_args!("must have at most {LONGEST} bytes"))),
+        "search" if value.len() > LONGEST => {
+            return Err(wrong(name, format_args!("must have at most {LONGEST} bytes")));
+        }
         "search" => query.search = Some(value.into()).filter(|text: &Box<str>| !text.is_empty()),
         "order_by" => query.order = order(&value)?,
         "order_by_direction" | "direction" => {
@@ -152,7 +160,13 @@ fn deprecated(name: &str, value: String) -> Result<Option<Filter>> {
     Ok(match name {
         "start_date" => interval(Number::At, moment(name, &value)?, u64::MAX),
         "end_date" => interval(Number::At, 0, moment(name, &value)?),
-        "cached" | "success" | "feedback" | "model" | "model_type" | "provider" | "request_content_type"
+        "cached"
+        | "success"
+        | "feedback"
+        | "model"
+        | "model_type"
+        | "provider"
+        | "request_content_type"
         | "response_content_type" => {
             Some(compile(&Written { key: name.to_owned(), operator: None, values: vec![value] })?)
         }
@@ -172,7 +186,9 @@ fn compile(filter: &Written) -> Result<Filter> {
         Some("contains") => Operator::Contains,
         Some("lt") => Operator::Lt,
         Some("gt") => Operator::Gt,
-        Some(other) => return Err(wrong("filters.operator", format_args!("must be eq, neq, contains, lt or gt, not {other:?}"))),
+        Some(other) => {
+            return Err(wrong("filters.operator", format_args!("must be eq, neq, contains, lt or gt, not {other:?}")));
+        }
     };
     if filter.values.is_empty() || filter.values.len() > MOST_VALUES {
         return Err(wrong("filters.value", format_args!("of {key:?} must be given 1 to {MOST_VALUES} times")));
@@ -266,7 +282,10 @@ fn text_match(operator: Operator, value: &Value) -> Result<Match> {
 
 fn interval(number: Number, key: &str, operator: Operator, value: &Value) -> Result<RangeInclusive<u64>> {
     if operator == Operator::Contains {
-        return Err(wrong("filters.operator", format_args!("contains is for texts: ask {key:?} with eq, neq, lt or gt")));
+        return Err(wrong(
+            "filters.operator",
+            format_args!("contains is for texts: ask {key:?} with eq, neq, lt or gt"),
+        ));
     }
     let value = match number {
         Number::At => moment("filters.value", value)? as f64,
@@ -304,8 +323,9 @@ fn scaled(name: &str, number: Number, value: &Value) -> Result<f64> {
         Value::String(text) => text.trim().parse().ok(),
         other => other.as_f64(),
     };
-    let written: f64 =
-        written.filter(|value: &f64| value.is_finite()).ok_or_else(|| wrong(name, format_args!("must be a number, not {value}")))?;
+    let written: f64 = written
+        .filter(|value: &f64| value.is_finite())
+        .ok_or_else(|| wrong(name, format_args!("must be a number, not {value}")))?;
     Ok(match number {
         // What is a whole number of our units but for the last bits of a float is one.
         Number::Cost => snapped(written / USD),
@@ -324,9 +344,11 @@ fn feedback(operator: Operator, value: &Value) -> Result<RangeInclusive<u64>> {
         return Err(wrong("filters.operator", "contains is for texts: ask \"feedback\" with eq, neq, lt or gt"));
     }
     let text = text(value)?;
-    let value: i8 = text.parse().ok().filter(|value| (-1..=1).contains(value)).ok_or_else(|| {
-        wrong("filters.value", format_args!("of \"feedback\" must be -1, 0 or 1, not {text:?}"))
-    })?;
+    let value: i8 = text
+        .parse()
+        .ok()
+        .filter(|value| (-1..=1).contains(value))
+        .ok_or_else(|| wrong("filters.value", format_args!("of \"feedback\" must be -1, 0 or 1, not {text:?}")))?;
     Ok(between(operator, f64::from(value) + 1.0))
 }
 
@@ -345,7 +367,12 @@ fn moment(name: &str, value: &Value) -> Result<u64> {
         Value::String(text) => read_moment(text),
         _ => None,
     };
-    at.ok_or_else(|| wrong(name, format_args!("must be a time such as 2026-01-31T12:00:00Z, a day, or milliseconds since 1970, not {value}")))
+    at.ok_or_else(|| {
+        wrong(
+            name,
+            format_args!("must be a time such as 2026-01-31T12:00:00Z, a day, or milliseconds since 1970, not {value}"),
+        )
+    })
 }
 
 fn read_moment(text: &str) -> Option<u64> {
@@ -375,7 +402,9 @@ fn id(operator: Operator, value: &Value) -> Result<RangeInclusive<u128>> {
 /// A part of an id: Crockford's base 32.
 fn digits(value: &Value) -> Result<(u128, u32)> {
     let text = text(value)?;
-    part_of_id(&text).ok_or_else(|| wrong("filters.value", format_args!("of \"id\" must be some of the 26 characters of a log id, not {text:?}")))
+    part_of_id(&text).ok_or_else(|| {
+        wrong("filters.value", format_args!("of \"id\" must be some of the 26 characters of a log id, not {text:?}"))
+    })
 }
 
 /// The number that these digits of an id are, and how many they are.

@@ -28,7 +28,8 @@ fn a_new_filter_begins_at_each_key_and_values_are_repeated() {
     );
     let list = json!([{ "key": "provider", "operator": "eq", "value": ["openai", "a&b"] }, { "key": "cost", "operator": "gt", "value": [1] }]);
     assert_eq!(Query::of_filters(&list).unwrap().filters, filters(raw), "as JSON");
-    let encoded: String = percent_encoding::utf8_percent_encode(&list.to_string(), percent_encoding::NON_ALPHANUMERIC).collect();
+    let encoded: String =
+        percent_encoding::utf8_percent_encode(&list.to_string(), percent_encoding::NON_ALPHANUMERIC).collect();
     assert_eq!(filters(&format!("filters={encoded}")), filters(raw), "as JSON in the query string");
 }
 
@@ -87,15 +88,24 @@ fn texts_ids_and_what_we_have_not_are_compared_as_they_can_be() {
     let contains = one("filters.key=model&filters.operator=contains&filters.value=llama");
     assert_eq!(contains.test, Test::Text(Text::Model, vec![Match::Contains("llama".into())]));
     assert_eq!(one("filters.key=metadata.key&filters.value=user").test, Test::MetadataKey(vec![is("user")]));
-    assert_eq!(one("filters.key=metadata.value&filters.operator=lt&filters.value=5").test, Test::MetadataValue(vec![Match::Below("5".into())]));
+    assert_eq!(
+        one("filters.key=metadata.value&filters.operator=lt&filters.value=5").test,
+        Test::MetadataValue(vec![Match::Below("5".into())])
+    );
     assert_eq!(one("filters.key=feedback&filters.value=-1&filters.value=1").test, Test::Feedback(vec![0..=0, 2..=2]));
     assert_eq!(one("filters.key=wholesale&filters.value=true").test, Test::Always(false));
     assert_eq!(one("filters.key=wholesale&filters.value=false").test, Test::Always(true));
     let compat = |value: &str| one(&format!("filters.key=compatibilityMode&filters.value={value}"));
     assert_eq!((compat("true").is_negated, compat("false").is_negated), (false, true));
     let id = LogId::parse("01HF7YAT00ABCDEFGHJKMNPQRS").unwrap();
-    assert_eq!(one("filters.key=id&filters.value=01hf7yat00abcdefghjkmnpqrs").test, Test::Id(vec![id.number()..=id.number()]));
-    assert_eq!(one("filters.key=id&filters.operator=contains&filters.value=PQRS").test, Test::IdPart(vec![(0b10110_10111_11000_11001, 4)]));
+    assert_eq!(
+        one("filters.key=id&filters.value=01hf7yat00abcdefghjkmnpqrs").test,
+        Test::Id(vec![id.number()..=id.number()])
+    );
+    assert_eq!(
+        one("filters.key=id&filters.operator=contains&filters.value=PQRS").test,
+        Test::IdPart(vec![(0b10110_10111_11000_11001, 4)])
+    );
     let below = one("filters.key=id&filters.operator=lt&filters.value=2023-11-14T22:13:20Z").test;
     assert_eq!(below, Test::Id(vec![0..=(1_700_000_000_000u128 << 80) - 1]));
 }
@@ -131,7 +141,10 @@ fn the_older_forms_are_filters_too() {
 
 #[test]
 fn pages_orders_and_the_rest_are_read() {
-    let query = Query::parse("?page=3&per_page=50&order_by=model&order_by_direction=asc&meta_info=true&search=a+b&limit=7&unknown=1").unwrap();
+    let query = Query::parse(
+        "?page=3&per_page=50&order_by=model&order_by_direction=asc&meta_info=true&search=a+b&limit=7&unknown=1",
+    )
+    .unwrap();
     let wanted = Query {
         filters: vec![],
         search: Some("a b".into()),

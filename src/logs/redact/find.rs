@@ -1,20 +1,23 @@
 //! Secrets in plain text: where they begin and end, and what they are.
 //!
 //! ```text
-//!   text ─┬─ one pass for prefixes and words ("sk-", "eyJ", "Bearer", "password") ─> the run behind each is looked at
+//!   text ─┬─ long runs of letters and digits ─> "sk-…", "eyJ….….…": what keys are made of
+//!         ├─ every ':' and '=' ─> "password: …", "api_key=…"      "Bearer …", "Basic …", "-----BEGIN …"
 //!         ├─ every '@' ─> e-mail address, password of a URL
 //!         ├─ where digits are dense ─> payment cards (Luhn), phone numbers
 //!         └─ patterns of the operator
 //! ```
 //!
-//! Each candidate is judged by itself and in linear time. Knows nothing of JSON and streams.
+//! Prose is passed over in strides, since it has neither. Each candidate is judged by itself and in linear time. Knows nothing of JSON and
+//! streams.
 
 use std::ops::Range;
 
-use aho_corasick::{AhoCorasick, AhoCorasickBuilder, MatchKind};
+use memchr::memmem::Finder as Word;
 use regex::RegexSet;
 use regex::bytes::Regex;
 
+use super::known::{BASIC, BEARER, HOOK, JWT, NAMES, PEM, PREFIXES, Run};
 use super::number::{self, Found};
 use super::{Rule, Rules};
 use crate::base::{Error, Result};
@@ -27,109 +30,12 @@ pub(super) const PHONE: &str = "[REDACTED:phone]";
 /// What may be the first part of a secret, where a body was cut.
 pub(super) const CUT: &str = "[REDACTED:cut]";
 
+/// Shorter texts are no secrets, unless their name says so.
+const SHORTEST: usize = 6;
+/// The shortest key with its prefix is longer.
+const STRIDE: usize = 14;
 /// Bytes of a compiled pattern at most.
 const MAX_COMPILED: usize = 1 << 20;
-
-/// What a run behind a prefix is made of.
-#[derive(Clone, Copy)]
-enum Run {
-    /// Letters and digits.
-    Plain,
-    /// And `-` and `_`.
-    Dashed,
-    /// And `.` too.
-    Dotted,
-    Upper,
-    Hex,
-}
-
-/// A prefix of keys: what follows it, and how long that is at least.
-type Prefix = (&'static str, Run, usize);
-
-const PREFIXES: &[Prefix] = &[
-    ("sk-", Run::Dashed, 16),
-    ("sk_live_", Run::Plain, 16),
-    ("sk_test_", Run::Plain, 16),
-    ("rk_live_", Run::Plain, 16),
-    ("rk_test_", Run::Plain, 16),
-    ("sk_", Run::Hex, 32),
-    ("AIza", Run::Dashed, 30),
-    ("AKIA", Run::Upper, 16),
-    ("ASIA", Run::Upper, 16),
-    ("ABIA", Run::Upper, 16),
-    ("ACCA", Run::Upper, 16),
-    ("ABSK", Run::Plain, 40),
-    ("ghp_", Run::Plain, 30),
-    ("gho_", Run::Plain, 30),
-    ("ghu_", Run::Plain, 30),
-    ("ghs_", Run::Plain, 30),
-    ("ghr_", Run::Plain, 30),
-    ("github_pat_", Run::Dashed, 22),
-    ("glpat-", Run::Dashed, 16),
-    ("xoxb-", Run::Dashed, 10),
-    ("xoxp-", Run::Dashed, 10),
-    ("xoxa-", Run::Dashed, 10),
-    ("xoxr-", Run::Dashed, 10),
-    ("xoxs-", Run::Dashed, 10),
-    ("xoxe-", Run::Dashed, 10),
-    ("xoxe.", Run::Dashed, 10),
-    ("xapp-", Run::Dashed, 10),
-    ("gsk_", Run::Plain, 20),
-    ("hf_", Run::Plain, 30),
-    ("r8_", Run::Plain, 30),
-    ("pplx-", Run::Plain, 32),
-    ("xai-", Run::Plain, 40),
-    ("csk-", Run::Plain, 30),
-    ("fw_", Run::Plain, 20),
-    ("nvapi-", Run::Dashed, 30),
-    ("tgp_v1_", Run::Dashed, 30),
-    ("SG.", Run::Dotted, 40),
-    ("npm_", Run::Plain, 30),
-    ("pypi-", Run::Dashed, 50),
-    ("dop_v1_", Run::Hex, 40),
-    ("shpat_", Run::Hex, 24),
-    ("ya29.", Run::Dashed, 20),
-    ("GOCSPX-", Run::Dashed, 20),
-    ("lsv2_pt_", Run::Dashed, 30),
-    ("cfut_", Run::Dashed, 30),
-    ("cfat_", Run::Dashed, 30),
-    ("dapi", Run::Hex, 32),
-    ("SK", Run::Hex, 32),
-    ("AGE-SECRET-KEY-1", Run::Upper, 50),
-    ("hvs.", Run::Dashed, 24),
-    ("whsec_", Run::Plain, 24),
-];
-
-/// Words before a secret, in any case, as `name: value` or `name=value`, and how long the secret is at least.
-const NAMES: &[(&str, usize)] = &[
-    ("api_key", 12),
-    ("apikey", 12),
-    ("api-key", 12),
-    ("access_key", 12),
-    ("accesskey", 12),
-    ("access-key", 12),
-    ("account_key", 12),
-    ("accountkey", 12),
-    ("private_key", 12),
-    ("privatekey", 12),
-    ("auth_key", 12),
-    ("subscription-key", 12),
-    ("secret_key", 8),
-    ("secret", 8),
-    ("token", 16),
-    ("credential", 12),
-    ("authorization", 8),
-    ("passphrase", 6),
-    ("password", 6),
-    ("passwd", 6),
-    ("pwd", 6),
-];
-
-/// Other words that something follows, in any case.
-const WORDS: [&str; 4] = ["bearer", "basic", "%40", ":aa"];
-const PEM: &str = "-----BEGIN ";
-const JWT: &str = "eyJ";
-const SLACK_HOOK: &str = "hooks.slack.com/services/";
 
 /// A secret, and what is to stand in its place.
 pub(super) type Span = (Range<usize>, Label);
@@ -146,11 +52,13 @@ pub(super) enum Label {
 }
 
 pub(super) struct Finder {
-    prefixes: Option<AhoCorasick>,
-    words: Option<AhoCorasick>,
+    has_keys: bool,
     has_emails: bool,
     has_cards: bool,
     has_phones: bool,
+    bearer: [Word<'static>; 2],
+    basic: [Word<'static>; 2],
+    pem: Word<'static>,
     custom: Vec<(Regex, Box<str>)>,
     any_custom: RegexSet,
 }
@@ -158,7 +66,8 @@ pub(super) struct Finder {
 impl Finder {
     pub(super) fn new(rules: &Rules) -> Result<Self> {
         let broken = |name: &str, error: regex::Error| {
-            let message = format!("the redaction rule {name:?} is no regular expression of the kind that is taken: {error}");
+            let message =
+                format!("the redaction rule {name:?} is no regular expression of the kind that is taken: {error}");
             Error::bad_field("pattern", message)
         };
         let mut custom = Vec::new();
@@ -166,30 +75,32 @@ impl Finder {
             let built = regex::bytes::RegexBuilder::new(pattern).size_limit(MAX_COMPILED).build();
             let built = built.map_err(|error| broken(name, error))?;
             if built.is_match(b"") {
-                return Err(Error::bad_field("pattern", format!("the redaction rule {name:?} finds nothing at all: it must not match an empty text")));
+                return Err(Error::bad_field(
+                    "pattern",
+                    format!("the redaction rule {name:?} finds nothing at all: it must not match an empty text"),
+                ));
             }
             let replacement = replacement.clone().unwrap_or_else(|| format!("[REDACTED:{name}]").into());
             if replacement.contains(['"', '\\']) || replacement.contains(char::is_control) {
-                let message = format!("the redaction rule {name:?} must replace by a text without quotes, backslashes and control characters");
+                let message = format!(
+                    "the redaction rule {name:?} must replace by a text without quotes, backslashes and control characters"
+                );
                 return Err(Error::bad_field("replacement", message));
             }
             custom.push((built, replacement));
         }
-        let any = regex::RegexSetBuilder::new(rules.custom.iter().map(|rule| &*rule.pattern)).size_limit(16 * MAX_COMPILED).build();
+        let any = regex::RegexSetBuilder::new(rules.custom.iter().map(|rule| &*rule.pattern))
+            .size_limit(16 * MAX_COMPILED)
+            .build();
         let any_custom = any.map_err(|error| broken("all of them together", error))?;
-        let prefixes = PREFIXES.iter().map(|(prefix, ..)| *prefix).chain([PEM, JWT, SLACK_HOOK]);
-        let words = NAMES.iter().map(|(name, _)| *name).chain(WORDS);
-        let search = |words: Vec<&str>, any_case: bool| {
-            let search = AhoCorasickBuilder::new().match_kind(MatchKind::LeftmostLongest).ascii_case_insensitive(any_case).build(words);
-            search.map_err(|error| Error::internal("the words of the redactor cannot be searched for").with_source(error))
-        };
-        let has_words = rules.keys || rules.emails;
         Ok(Self {
-            prefixes: rules.keys.then(|| search(prefixes.collect(), false)).transpose()?,
-            words: has_words.then(|| search(words.collect(), true)).transpose()?,
+            has_keys: rules.keys,
             has_emails: rules.emails,
             has_cards: rules.cards,
             has_phones: rules.phones,
+            bearer: BEARER.map(|word| Word::new(word)),
+            basic: BASIC.map(|word| Word::new(word)),
+            pem: Word::new(PEM),
             custom,
             any_custom,
         })
@@ -213,7 +124,10 @@ impl Finder {
         let mut is_suspect = false;
         let hears = |_: Range<usize>, _: Label| is_suspect = true;
         self.search(bytes, false, hears);
-        is_suspect || has_escaped_letters(bytes) || self.any_custom.is_match(raw) || (!self.custom.is_empty() && raw.contains('\\'))
+        is_suspect
+            || has_escaped_letters(bytes)
+            || self.any_custom.is_match(raw)
+            || (!self.custom.is_empty() && raw.contains('\\'))
     }
 
     /// All secrets of a text, in no order; they may overlap.
@@ -229,30 +143,29 @@ impl Finder {
         if self.has_phones && number::names_phone(name) && number::is_number(value) {
             return Some(Label::Phone);
         }
-        let words = self.words.as_ref().filter(|_| self.prefixes.is_some())?;
-        let least = words.find_iter(name).filter(|hit| hit.end() == name.len()).find_map(|hit| NAMES.get(hit.pattern().as_usize()))?.1;
+        let least = least_of(name.as_bytes()).filter(|_| self.has_keys)?;
         let run = run(value.as_bytes(), is_value);
         (run == value.len() && is_secret(value.as_bytes(), least)).then_some(Label::Key)
     }
 
+    /// Whether a text of this length may be a secret by itself.
+    pub(super) fn is_worth(&self, length: usize) -> bool {
+        length >= SHORTEST || !self.custom.is_empty()
+    }
+
     /// `is_exact`: what stands before a candidate counts. As a body is written, that may be part of an escape.
     fn search(&self, text: &[u8], is_exact: bool, mut hears: impl FnMut(Range<usize>, Label)) {
-        if let Some(prefixes) = &self.prefixes {
-            for hit in prefixes.find_iter(text) {
-                let is_free = !is_exact || hit.start() == 0 || !is_word(text[hit.start() - 1]);
-                if let Some(end) = is_free.then(|| key(text, hit.pattern().as_usize(), hit.start(), hit.end())).flatten() {
-                    hears(hit.start()..end, Label::Key);
-                }
-            }
+        if self.has_keys {
+            runs(text, |run| keys(text, run, is_exact, |key| hears(key, Label::Key)));
+            self.told(text, |secret| hears(secret, Label::Key));
         }
-        if let Some(words) = &self.words {
-            for hit in words.find_iter(text) {
-                self.word(text, hit.pattern().as_usize(), hit.start()..hit.end(), &mut hears);
-            }
-        }
-        if self.has_emails || self.prefixes.is_some() {
+        if self.has_emails || self.has_keys {
             for at in memchr::memchr_iter(b'@', text) {
                 self.at(text, at..at + 1, &mut hears);
+            }
+            // In forms.
+            for at in memchr::memmem::find_iter(text, b"%40") {
+                self.at(text, at..at + 3, &mut hears);
             }
         }
         if self.has_cards || self.has_phones {
@@ -264,33 +177,25 @@ impl Finder {
         }
     }
 
-    fn word(&self, text: &[u8], pattern: usize, hit: Range<usize>, hears: &mut impl FnMut(Range<usize>, Label)) {
-        let Some(word) = pattern.checked_sub(NAMES.len()).map(|word| WORDS[word]) else {
-            if self.prefixes.is_some()
-                && let Some(value) = assigned(text, hit.end, NAMES[pattern].1)
-            {
-                hears(value, Label::Key);
+    /// Secrets that something before them tells.
+    fn told(&self, text: &[u8], mut hears: impl FnMut(Range<usize>)) {
+        for at in self.pem.find_iter(text) {
+            if let Some(end) = pem(text, at + PEM.len()) {
+                hears(at..end);
             }
-            return;
-        };
-        if word == "%40" {
-            return self.at(text, hit, hears);
         }
-        if self.prefixes.is_none() {
-            return;
-        }
-        let secret = match word {
-            "bearer" => follows(text, hit.end).filter(|value| is_secret(&text[value.clone()], 8)),
-            "basic" => follows(text, hit.end).filter(|value| is_basic(&text[value.clone()])),
-            // Telegram: an account's number, then `:AA` and 33 more.
-            _ => {
-                let begin = hit.start - run_back(text, hit.start, |byte| byte.is_ascii_digit());
-                let end = hit.end + run(&text[hit.end..], is_dashed);
-                (hit.start - begin >= 8 && end - hit.end >= 30).then_some(begin..end)
+        for sign in memchr::memchr2_iter(b':', b'=', text) {
+            if let Some(value) = name_before(text, sign).and_then(|(name, least)| assigned(text, name, least)) {
+                hears(value);
             }
-        };
-        if let Some(secret) = secret {
-            hears(secret, Label::Key);
+        }
+        for (words, length, is_meant) in
+            [(&self.bearer, BEARER[0].len(), is_token as fn(&[u8]) -> bool), (&self.basic, BASIC[0].len(), is_basic)]
+        {
+            for at in words.iter().flat_map(|word| word.find_iter(text)) {
+                let secret = follows(text, at + length).filter(|value| is_meant(&text[value.clone()]));
+                secret.into_iter().for_each(&mut hears);
+            }
         }
     }
 
@@ -301,8 +206,9 @@ impl Finder {
             hears(found, Label::Email);
         }
         // scheme://user:password@host
-        if self.prefixes.is_some() {
-            let is_part = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'@' | b'"' | b'\'' | b'<' | b'>');
+        if self.has_keys {
+            let is_part =
+                |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'@' | b'"' | b'\'' | b'<' | b'>');
             let begin = at.start - run_back(text, at.start, is_part);
             let is_url = text[..begin].ends_with(b"://");
             let colon = memchr::memchr(b':', &text[begin..at.start]).map(|colon| begin + colon + 1);
@@ -318,7 +224,8 @@ pub(super) fn tail(text: &str) -> usize {
     let bytes = text.as_bytes();
     let is_part = |byte: u8| byte >= 0x80 || (byte.is_ascii_graphic() && !b"\"`<>()[]{},;|".contains(&byte));
     let mut begin = bytes.len() - run_back(bytes, bytes.len(), is_part);
-    let is_digits = |range: Range<usize>| bytes[range].iter().all(|byte| byte.is_ascii_digit() || b"+()-. ".contains(byte));
+    let is_digits =
+        |range: Range<usize>| bytes[range].iter().all(|byte| byte.is_ascii_digit() || b"+()-. ".contains(byte));
     if is_digits(begin..bytes.len()) {
         let back = run_back(bytes, bytes.len(), |byte| byte.is_ascii_digit() || b"+()-. ".contains(&byte));
         let number = bytes.len() - back.min(32);
@@ -334,19 +241,80 @@ fn has_escaped_letters(raw: &[u8]) -> bool {
     memchr::memmem::find_iter(raw, b"\\u00").any(|at| matches!(raw.get(at + 4), Some(b'2'..=b'7')))
 }
 
-/// Where a key that begins with this prefix ends.
-fn key(text: &[u8], pattern: usize, begin: usize, behind: usize) -> Option<usize> {
-    let Some((prefix, run_of, least)) = PREFIXES.get(pattern) else {
-        return match pattern - PREFIXES.len() {
-            0 => pem(text, behind),
-            1 => jwt(text, begin),
-            _ => {
-                let end = behind + run(&text[behind..], |byte| is_dashed(byte) || byte == b'/');
-                (end - behind >= 30).then_some(end)
+/// Long runs of what keys are made of: of a run that is as long as a stride, some letter lies on one.
+fn runs(text: &[u8], mut see: impl FnMut(Range<usize>)) {
+    let mut at = STRIDE - 1;
+    while let Some(byte) = text.get(at) {
+        if !IS_PART[*byte as usize] {
+            at += STRIDE;
+            continue;
+        }
+        let begin = at - text[..at].iter().rev().take_while(|byte| IS_PART[**byte as usize]).count();
+        let end = at + text[at..].iter().take_while(|byte| IS_PART[**byte as usize]).count();
+        if end - begin >= STRIDE {
+            see(begin..end);
+        }
+        at = end + STRIDE;
+    }
+}
+
+/// Letters, digits, `-`, `_` and `.`.
+const IS_PART: [bool; 256] = {
+    let (mut table, mut byte) = ([false; 256], 0);
+    while byte < 256 {
+        table[byte] = (byte as u8).is_ascii_alphanumeric() || matches!(byte as u8, b'-' | b'_' | b'.');
+        byte += 1;
+    }
+    table
+};
+
+/// The keys in a run: they begin where a word does.
+fn keys(text: &[u8], run: Range<usize>, is_exact: bool, mut hears: impl FnMut(Range<usize>)) {
+    if text[run.clone()].starts_with(HOOK) {
+        let end = run.end + text[run.end..].iter().take_while(|byte| **byte == b'/' || is_dashed(**byte)).count();
+        // `/services/T…/B…/…`
+        if end - run.end >= 40 {
+            hears(run.start..end);
+        }
+        return;
+    }
+    if !text[run.clone()].iter().any(u8::is_ascii_digit) {
+        return;
+    }
+    // Telegram: an account's number, then `:AA` and 33 more.
+    if run.start > 0 && text[run.start - 1] == b':' && text[run.clone()].starts_with(b"AA") && run.len() >= 32 {
+        let begin = run.start - 1 - run_back(text, run.start - 1, |byte| byte.is_ascii_digit());
+        if run.start - 1 - begin >= 8 {
+            hears(begin..run.start + self::run(&text[run.start..], is_dashed));
+        }
+    }
+    // As a body is written, the letters of an escape may stand before.
+    let is_escape = !is_exact && run.start > 0 && text[run.start - 1] == b'\\';
+    let mut at = run.start;
+    while at + STRIDE <= run.end {
+        let is_start = at == run.start || !is_word(text[at - 1]) || (is_escape && [1, 5].contains(&(at - run.start)));
+        match is_start.then(|| key(text, at)).flatten() {
+            Some(end) => {
+                hears(at..end);
+                at = end;
             }
-        };
-    };
-    let length = match run_of {
+            None => at += 1,
+        }
+    }
+}
+
+/// Where a key that begins here ends.
+fn key(text: &[u8], begin: usize) -> Option<usize> {
+    let rest = &text[begin..];
+    if rest.starts_with(JWT) {
+        return jwt(text, begin);
+    }
+    let fitting = PREFIXES.iter().filter(|(prefix, ..)| rest.starts_with(prefix.as_bytes()));
+    fitting.filter_map(|(prefix, of, least)| key_of(text, begin + prefix.len(), *prefix == "sk-", *of, *least)).max()
+}
+
+fn key_of(text: &[u8], behind: usize, is_common: bool, of: Run, least: usize) -> Option<usize> {
+    let length = match of {
         Run::Plain => run(&text[behind..], |byte| byte.is_ascii_alphanumeric()),
         Run::Dashed => run(&text[behind..], is_dashed),
         Run::Dotted => run(&text[behind..], |byte| is_dashed(byte) || byte == b'.'),
@@ -355,12 +323,34 @@ fn key(text: &[u8], pattern: usize, begin: usize, behind: usize) -> Option<usize
     };
     let value = &text[behind..behind + length];
     let value = &value[..length - run_back(value, length, |byte| !byte.is_ascii_alphanumeric())];
-    if value.len() < *least || !value.iter().any(u8::is_ascii_digit) {
+    if value.len() < least || !value.iter().any(u8::is_ascii_digit) {
         return None;
     }
     // A name with dashes is no key: a key has a long part without.
-    let is_key = *prefix != "sk-" || value.split(|byte| *byte == b'-' || *byte == b'_').any(|part| part.len() >= 12);
+    let is_key = !is_common || value.split(|byte| *byte == b'-' || *byte == b'_').any(|part| part.len() >= 12);
     is_key.then_some(behind + length)
+}
+
+/// The name that stands before a sign: where it ends, and how long its secret is at least.
+fn name_before(text: &[u8], sign: usize) -> Option<(usize, usize)> {
+    let back = |end: usize, of: &[u8], most: usize| {
+        end - text[..end].iter().rev().take(most).take_while(|byte| of.contains(byte)).count()
+    };
+    let end = back(back(sign, b" \t", 8), b"\"'`\\]*", 4);
+    least_of(&text[end.saturating_sub(16)..end]).map(|least| (end, least))
+}
+
+/// How long a secret is at least that goes by a name which ends like this.
+fn least_of(name: &[u8]) -> Option<usize> {
+    // Most do not even end with such a letter.
+    if !matches!(name.last()?.to_ascii_lowercase(), b'y' | b't' | b'n' | b'l' | b'e' | b'd') {
+        return None;
+    }
+    let ends = |known: &str| {
+        let end = name.len().checked_sub(known.len()).map(|begin| &name[begin..]);
+        end.is_some_and(|end| end.eq_ignore_ascii_case(known.as_bytes()))
+    };
+    NAMES.iter().find(|(known, _)| ends(known)).map(|(_, least)| *least)
 }
 
 /// From `-----BEGIN … PRIVATE KEY-----` to its end, or to the end of the text.
@@ -369,7 +359,9 @@ fn pem(text: &[u8], behind: usize) -> Option<usize> {
     let name = memchr::memmem::find(head, b"-----").unwrap_or(head.len());
     memchr::memmem::find(&head[..name], b"PRIVATE KEY")?;
     let rest = behind + name;
-    let Some(end) = memchr::memmem::find(&text[rest..], b"-----END").map(|end| rest + end + 8) else { return Some(text.len()) };
+    let Some(end) = memchr::memmem::find(&text[rest..], b"-----END").map(|end| rest + end + 8) else {
+        return Some(text.len());
+    };
     let last = memchr::memmem::find(&text[end..text.len().min(end + 48)], b"-----").map(|last| end + last + 5);
     Some(last.unwrap_or(end))
 }
@@ -384,7 +376,8 @@ fn jwt(text: &[u8], begin: usize) -> Option<usize> {
 /// A value behind a name: `: value`, `= "value"`, `": "value"`, `=> value`.
 fn assigned(text: &[u8], name: usize, least: usize) -> Option<Range<usize>> {
     let mut at = name;
-    let skip = |at: usize, of: &[u8], most: usize| at + run(&text[at..text.len().min(at + most)], |byte| of.contains(&byte));
+    let skip =
+        |at: usize, of: &[u8], most: usize| at + run(&text[at..text.len().min(at + most)], |byte| of.contains(&byte));
     at = skip(at, b"\"'`\\]*", 4);
     at = skip(at, b" \t", 8);
     let sign = skip(at, b":=>", 2);
@@ -414,9 +407,15 @@ fn is_secret(value: &[u8], least: usize) -> bool {
 /// `process.env.KEY2`, `config.v1.token`, `/run/secrets/key1`, `https://…`: where a secret is, not what it is.
 fn is_reference(value: &[u8]) -> bool {
     let is_path = value.starts_with(b"/") || value.starts_with(b"./") || memchr::memmem::find(value, b"://").is_some();
-    let is_name = |part: &[u8]| part.first().is_some_and(u8::is_ascii_alphabetic) && part.iter().all(|byte| is_word(*byte)) && part.len() < 16;
+    let is_name = |part: &[u8]| {
+        part.first().is_some_and(u8::is_ascii_alphabetic) && part.iter().all(|byte| is_word(*byte)) && part.len() < 16
+    };
     let mut parts = value.split(|byte| *byte == b'.');
     is_path || (value.contains(&b'.') && parts.all(is_name))
+}
+
+fn is_token(value: &[u8]) -> bool {
+    is_secret(value, 8)
 }
 
 fn is_basic(value: &[u8]) -> bool {
@@ -440,11 +439,15 @@ fn follows(text: &[u8], word: usize) -> Option<Range<usize>> {
 /// An address around an `@`, or a `%40`.
 fn email(text: &[u8], at: Range<usize>) -> Option<Range<usize>> {
     // Letters of two bytes, from Latin to Cyrillic; other scripts do not write addresses.
-    let is_local = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'%' | b'+' | b'-' | b'\'') || is_letter(byte);
+    let is_local = |byte: u8| {
+        byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'%' | b'+' | b'-' | b'\'') || is_letter(byte)
+    };
     let is_domain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-') || is_letter(byte);
     let mut begin = at.start - run_back(text, at.start, is_local);
     // What cannot begin an address, or is the second half of a character.
-    while begin < at.start && (matches!(text[begin], b'.' | b'\'' | b'-' | b'%' | b'+') || (0x80..0xc0).contains(&text[begin])) {
+    while begin < at.start
+        && (matches!(text[begin], b'.' | b'\'' | b'-' | b'%' | b'+') || (0x80..0xc0).contains(&text[begin]))
+    {
         begin += 1;
     }
     let local = &text[begin..at.start];
@@ -457,9 +460,11 @@ fn email(text: &[u8], at: Range<usize>) -> Option<Range<usize>> {
     let (host, top) = (&domain[..dot], &domain[dot + 1..]);
     let is_top = top.len() >= 2 && top.iter().all(|byte| byte.is_ascii_alphabetic() || is_letter(*byte));
     // `icon@2x.png` is a picture, `git@github.com:` a way to fetch.
-    let is_file = host.first().is_some_and(u8::is_ascii_digit) && FILES.iter().any(|file| top.eq_ignore_ascii_case(file.as_bytes()));
+    let is_file = host.first().is_some_and(u8::is_ascii_digit)
+        && FILES.iter().any(|file| top.eq_ignore_ascii_case(file.as_bytes()));
     let is_machine = local == b"git" && matches!(text.get(end), Some(b':' | b'/'));
-    (!local.is_empty() && local.len() <= 64 && !host.is_empty() && is_top && !is_file && !is_machine).then_some(begin..end)
+    (!local.is_empty() && local.len() <= 64 && !host.is_empty() && is_top && !is_file && !is_machine)
+        .then_some(begin..end)
 }
 
 const FILES: [&str; 8] = ["png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js"];
@@ -477,7 +482,8 @@ fn is_dashed(byte: u8) -> bool {
 }
 
 fn is_value(byte: u8) -> bool {
-    is_dashed(byte) || matches!(byte, b'.' | b'/' | b'+' | b'=' | b'~' | b'!' | b'@' | b'#' | b'$' | b'%' | b'^' | b'*' | b'?')
+    is_dashed(byte)
+        || matches!(byte, b'.' | b'/' | b'+' | b'=' | b'~' | b'!' | b'@' | b'#' | b'$' | b'%' | b'^' | b'*' | b'?')
 }
 
 fn run(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {

@@ -9,13 +9,28 @@
 //! of names, with the numbers that events give their choices, blocks and parts instead of positions.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 
 /// Names of fields that streams send piece by piece.
 const PIECES: [&str; 18] = [
-    "content", "text", "delta", "reasoning_content", "reasoning", "thinking", "partial_json", "arguments", "response", "refusal",
-    "transcript", "generated_text", "outputText", "completion", "output", "token", "message", "input",
+    "content",
+    "text",
+    "delta",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "partial_json",
+    "arguments",
+    "response",
+    "refusal",
+    "transcript",
+    "generated_text",
+    "outputText",
+    "completion",
+    "output",
+    "token",
+    "message",
+    "input",
 ];
 /// Names of numbers that tell one piece's text from another's.
 const INDEXES: [&str; 4] = ["index", "output_index", "content_index", "summary_index"];
@@ -51,7 +66,8 @@ struct Frame {
 pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
     let bytes = body.as_bytes();
     // The root, whose parent is itself.
-    let mut frames = vec![Frame { parent: 0, is_array: false, step: 0, index: 0, count: 0 }];
+    let mut frames = Vec::with_capacity(16);
+    frames.push(Frame { parent: 0, is_array: false, step: 0, index: 0, count: 0 });
     let mut pieces: Vec<(usize, usize)> = Vec::new();
     let (mut top, mut depth, mut name, mut at) = (0, 0usize, None::<Range<usize>>, place.start);
     while at < place.end {
@@ -60,7 +76,7 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                 let parent = &mut frames[top];
                 // The pieces of a stream may be one array: their positions tell nothing apart.
                 let step = match (&name, parent.is_array && depth > 1) {
-                    (Some(name), _) => hash(&body[name.clone()]),
+                    (Some(name), _) => mix(SEED, &body.as_bytes()[name.clone()]),
                     (None, true) => parent.count,
                     (None, false) => 0,
                 };
@@ -81,7 +97,8 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                 let end = end_of_string(bytes, at + 1, place.end);
                 let (text, is_open) = (at + 1..end, end == place.end);
                 at = (end + 1).min(place.end);
-                let colon = bytes[at..place.end].iter().position(|byte| !byte.is_ascii_whitespace()).map(|gap| at + gap);
+                let colon =
+                    bytes[at..place.end].iter().position(|byte| !byte.is_ascii_whitespace()).map(|gap| at + gap);
                 if let Some(colon) = colon.filter(|colon| bytes[*colon] == b':' && !frames[top].is_array) {
                     out.push(Leaf { place: text.clone(), name: None, is_string: true, is_open: false, channel: None });
                     (name, at) = (Some(text), colon + 1);
@@ -95,11 +112,14 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                 out.push(Leaf { place: text, name: name.take(), is_string: true, is_open, channel: None });
             }
             b'-' | b'0'..=b'9' => {
-                let length = bytes[at..place.end].iter().position(|byte| !matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-'));
+                let length = bytes[at..place.end]
+                    .iter()
+                    .position(|byte| !matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-'));
                 let number = at..length.map_or(place.end, |length| at + length);
                 at = number.end;
                 if let Some(name) = name.as_ref().filter(|name| INDEXES.contains(&&body[(*name).clone()])) {
-                    frames[top].index = hash(&(frames[top].index, &body[name.clone()], &body[number.clone()]));
+                    let named = mix(frames[top].index, &bytes[name.clone()]);
+                    frames[top].index = mix(named, &bytes[number.clone()]);
                 }
                 let is_open = at == place.end;
                 out.push(Leaf { place: number, name: name.clone(), is_string: false, is_open, channel: None });
@@ -108,29 +128,29 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
         }
     }
     for (leaf, frame) in pieces {
-        let field = out[leaf].name.clone().map(|name| hash(&body[name]));
+        let field = out[leaf].name.clone().map_or(SEED, |name| mix(SEED, &bytes[name]));
         out[leaf].channel = Some(channel(&frames, frame, field));
     }
 }
 
-/// Hashes the way from a field to the root, once all numbers on it are known.
-fn channel(frames: &[Frame], mut at: usize, field: Option<u64>) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    field.hash(&mut hasher);
+/// The way from a field to the root as one number, once all numbers on it are known.
+fn channel(frames: &[Frame], mut at: usize, field: u64) -> u64 {
+    let mut way = field;
     while at != 0 {
         let Frame { parent, step, index, .. } = &frames[at];
         // Its own number counts, and not its place.
         let is_numbered = *index != 0 && frames[*parent].is_array;
-        (if is_numbered { 0 } else { *step }, index).hash(&mut hasher);
+        way = mix(mix(way, &(if is_numbered { 0 } else { *step }).to_le_bytes()), &index.to_le_bytes());
         at = *parent;
     }
-    hasher.finish()
+    way
 }
 
-fn hash(of: &(impl Hash + ?Sized)) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    of.hash(&mut hasher);
-    hasher.finish()
+const SEED: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// FNV-1a: short names, and no harm in two that are taken for one.
+fn mix(seed: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(seed ^ SEED, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
 }
 
 fn end_of_string(bytes: &[u8], mut at: usize, end: usize) -> usize {
@@ -175,7 +195,8 @@ impl Text {
             self.text.push_str(part);
             let base = (place.start + at) as u32;
             // Bytes that are written as they are lie each in its place; those of an escape all in one.
-            self.places.extend((0..part.len() as u32).map(|offset| base + if length == part.len() { offset } else { 0 }));
+            self.places
+                .extend((0..part.len() as u32).map(|offset| base + if length == part.len() { offset } else { 0 }));
         });
         self.places.push(place.end as u32);
         self.pieces.push((self.text.len(), place.end as u32));
@@ -221,10 +242,12 @@ impl Text {
         let first = self.pieces.partition_point(|(end, _)| *end <= part.start);
         let (begin, end) = (part.start, part.end);
         let begins = std::iter::once(begin).chain(self.pieces[first..].iter().map(|(end, _)| *end));
-        let places = self.pieces[first..].iter().zip(begins).take_while(move |(_, begin)| *begin < end).map(move |((piece, place), begin)| {
-            let last = if end >= *piece { *place } else { self.places[end] };
-            self.places[begin] as usize..last as usize
-        });
+        let places = self.pieces[first..].iter().zip(begins).take_while(move |(_, begin)| *begin < end).map(
+            move |((piece, place), begin)| {
+                let last = if end >= *piece { *place } else { self.places[end] };
+                self.places[begin] as usize..last as usize
+            },
+        );
         // An empty piece lies nowhere.
         places.filter(|place| !place.is_empty())
     }

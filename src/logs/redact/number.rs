@@ -14,7 +14,22 @@ const FEW: usize = 4;
 
 /// Words that a phone number follows.
 const PHONES: [&str; 16] = [
-    "phone", "telephone", "cellphone", "mobile", "mobil", "cell", "fax", "whatsapp", "call me", "text me", "sms", "handy", "telefon", "teléfono", "tel", "dial",
+    "phone",
+    "telephone",
+    "cellphone",
+    "mobile",
+    "mobil",
+    "cell",
+    "fax",
+    "whatsapp",
+    "call me",
+    "text me",
+    "sms",
+    "handy",
+    "telefon",
+    "teléfono",
+    "tel",
+    "dial",
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,7 +62,8 @@ pub(super) fn search(text: &[u8], is_exact: bool, mut hears: impl FnMut(Range<us
 pub(super) fn names_phone(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     ["phone", "mobile", "telephone", "tel", "fax", "whatsapp", "msisdn"].iter().any(|word| {
-        name.strip_suffix("_number").or_else(|| name.strip_suffix("number")).unwrap_or(&name).ends_with(word) && !name.ends_with("hotel")
+        name.strip_suffix("_number").or_else(|| name.strip_suffix("number")).unwrap_or(&name).ends_with(word)
+            && !name.ends_with("hotel")
     })
 }
 
@@ -59,7 +75,9 @@ pub(super) fn is_number(text: &str) -> bool {
 
 /// Whether a text is nothing but the number of a card.
 pub(super) fn is_card(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && card(text.as_bytes(), std::slice::from_ref(&(0..text.len())))
+    !text.is_empty()
+        && text.bytes().all(|byte| byte.is_ascii_digit())
+        && card(text.as_bytes(), std::slice::from_ref(&(0..text.len())))
 }
 
 /// Judges the number that begins here; returns where to look on.
@@ -186,10 +204,13 @@ fn phone(text: &[u8], begin: usize, groups: &[Range<usize>], is_exact: bool) -> 
     let digits = |groups: &[Range<usize>]| groups.iter().map(ExactSizeIterator::len).sum::<usize>();
     let sign = |at: usize| groups.get(at + 1).map_or(&b""[..], |next| &text[groups[at].end..next.start]);
     let starts = |at: usize| groups.get(at).map_or(0, |group| text[group.start]);
-    let lengths = |wanted: &[usize]| groups.len() >= wanted.len() && groups.iter().zip(wanted).all(|(group, wanted)| group.len() == *wanted);
+    let lengths = |wanted: &[usize]| {
+        groups.len() >= wanted.len() && groups.iter().zip(wanted).all(|(group, wanted)| group.len() == *wanted)
+    };
     // What follows a number after a blank is another one.
     let ends = |count: usize| matches!(sign(count - 1), b"" | b" ").then(|| groups[count - 1].end);
-    let has_zeros = groups.iter().any(|group| group.len() >= 3 && text[group.clone()].iter().all(|digit| *digit == b'0'));
+    let has_zeros =
+        groups.iter().any(|group| group.len() >= 3 && text[group.clone()].iter().all(|digit| *digit == b'0'));
     if text[begin] == b'+' {
         // As many groups as make a number.
         let count = (1..=groups.len()).rev().find(|count| digits(&groups[..*count]) <= 15)?;
@@ -211,11 +232,16 @@ fn phone(text: &[u8], begin: usize, groups: &[Range<usize>], is_exact: bool) -> 
     let country = usize::from(groups[0].len() == 1 && starts(0) == b'1');
     let rest = &groups[country..];
     let is_american = rest.len() >= 3 && rest[0].len() == 3 && rest[1].len() == 3 && rest[2].len() == 4;
-    if is_american && is_area(country) && is_area(country + 1) && matches!(sign(country + 1), b"-" | b"." | [0xe2, ..]) {
+    if is_american && is_area(country) && is_area(country + 1) && matches!(sign(country + 1), b"-" | b"." | [0xe2, ..])
+    {
         return ends(country + 3);
     }
     // France: 06 12 34 56 78.
-    if lengths(&[2; 5]) && starts(0) == b'0' && text[groups[0].start + 1] != b'0' && (1..4).all(|at| sign(at) == sign(0)) {
+    if lengths(&[2; 5])
+        && starts(0) == b'0'
+        && text[groups[0].start + 1] != b'0'
+        && (1..4).all(|at| sign(at) == sign(0))
+    {
         return ends(5).filter(|_| !has_zeros && sign(0) != b"/");
     }
     // Elsewhere: 0171 1234567, 020 7946 0958, 0049 30 123456.
@@ -223,14 +249,18 @@ fn phone(text: &[u8], begin: usize, groups: &[Range<usize>], is_exact: bool) -> 
     if starts(0) == b'0' && groups.len() >= 2 && !has_zeros {
         let second = text[groups[0].start..groups[0].end].get(1).copied().unwrap_or_default();
         let signs = (0..groups.len() - 1).all(|at| matches!(sign(at), b" " | b"-" | b"/" | [0xc2, 0xa0]));
-        let is_domestic = (3..=5).contains(&groups[0].len()) && second != b'0' && (10..=12).contains(&all) && groups.len() <= 4;
+        let is_domestic =
+            (3..=5).contains(&groups[0].len()) && second != b'0' && (10..=12).contains(&all) && groups.len() <= 4;
         let is_foreign = (4..=5).contains(&groups[0].len()) && second == b'0' && (10..=16).contains(&all);
         if signs && (is_foreign || (is_domestic && groups[1..].iter().all(|group| group.len() >= 3))) {
             return Some(groups[groups.len() - 1].end);
         }
     }
     let count = (1..=groups.len()).rev().find(|count| digits(&groups[..*count]) <= 15)?;
-    let is_told = digits(&groups[..count]) >= 7 && !has_zeros && !ends_in_zeros(&text[..groups[count - 1].end]) && is_told(&text[..begin], is_exact);
+    let is_told = digits(&groups[..count]) >= 7
+        && !has_zeros
+        && !ends_in_zeros(&text[..groups[count - 1].end])
+        && is_told(&text[..begin], is_exact);
     is_told.then(|| groups[count - 1].end)
 }
 
@@ -245,7 +275,8 @@ fn is_told(before: &[u8], is_exact: bool) -> bool {
     PHONES.iter().any(|word| {
         let Some(at) = near.rfind(word) else { return false };
         let (front, rest) = (&near[..at], &near[at + word.len()..]);
-        let is_word = !front.ends_with(char::is_alphanumeric) && !rest.starts_with(|next: char| next.is_alphabetic() && next != 's' && next != 'e');
+        let is_word = !front.ends_with(char::is_alphanumeric)
+            && !rest.starts_with(|next: char| next.is_alphabetic() && next != 's' && next != 'e');
         (is_word || !is_exact) && rest.len() <= 14 && !rest.contains(|sign: char| sign.is_ascii_digit() || sign == '\n')
     })
 }

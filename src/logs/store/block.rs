@@ -13,9 +13,9 @@ use std::path::Path;
 use bytes::Bytes;
 
 use super::memory::Plane;
-use super::row::{self, Head};
+use super::row;
 use crate::base::LogId;
-use crate::logs::record::{Body, Record};
+use crate::logs::record::Record;
 use crate::store::{Frames, Segment};
 
 /// Bytes of bodies after which a block is full, and records.
@@ -39,7 +39,7 @@ pub(super) type Mark = (u32, Plane, u8);
 
 /// What is in a log, in order.
 pub(super) enum Seen {
-    Block { block: Block, heads: Vec<Head>, is_replacing: bool },
+    Block { block: Block, heads: Vec<Record>, is_replacing: bool },
     Marks(Vec<Mark>),
 }
 
@@ -67,13 +67,20 @@ impl Writer {
     ///
     /// # Errors
     /// The system's; nothing of the block is left then.
-    pub(super) fn write(&mut self, log: &mut Segment, records: &[(LogId, &Record)], is_replacing: bool) -> io::Result<Block> {
+    pub(super) fn write(
+        &mut self,
+        log: &mut Segment,
+        records: &[(LogId, &Record)],
+        is_replacing: bool,
+    ) -> io::Result<Block> {
         self.heads.clear();
         self.bodies.clear();
         for (id, record) in records {
             row::encode(*id, record, &mut self.heads);
-            self.bodies.extend_from_slice(&record.asked.kept);
-            self.bodies.extend_from_slice(&record.answered.kept);
+            for body in [&record.asked.kept, &record.answered.kept] {
+                row::put_number(&mut self.bodies, body.len() as u64);
+                self.bodies.extend_from_slice(body);
+            }
         }
         let [heads, bodies] = &mut self.packed;
         pack(if is_replacing { REPLACING } else { HEADS }, &self.heads, heads)?;
@@ -122,11 +129,11 @@ pub(super) fn walk(path: &Path, mut see: impl FnMut(Seen)) -> io::Result<u64> {
 ///
 /// # Errors
 /// The system's.
-pub(super) fn read_heads(path: &Path, block: Block) -> io::Result<Option<Vec<Head>>> {
+pub(super) fn read_heads(path: &Path, block: Block) -> io::Result<Option<Vec<Record>>> {
     Ok(frame_at(path, block.at, block.heads)?.as_deref().and_then(heads))
 }
 
-/// The bodies of a block, one after another, as [`fill`] takes them.
+/// The bodies of a block as [`each`] takes them: lengths and bytes.
 ///
 /// # Errors
 /// The system's.
@@ -135,15 +142,23 @@ pub(super) fn read_bodies(path: &Path, block: Block) -> io::Result<Option<Bytes>
     Ok(frame_at(path, at, block.bodies)?.as_deref().and_then(unpack).map(Bytes::from))
 }
 
-/// Gives each head its bodies.
-pub(super) fn fill(heads: &mut [Head], bodies: &Bytes) -> Option<()> {
-    let mut at = 0;
-    for Head { record, kept } in heads {
-        for (body, kept) in [&mut record.asked, &mut record.answered].into_iter().zip(*kept) {
-            let end = at + kept;
-            *body = Body { kept: (end <= bodies.len()).then(|| bodies.slice(at..end))?, size: body.size };
-            at = end;
-        }
+/// What is kept of request and answer, record by record.
+pub(super) fn each(bodies: &Bytes) -> impl Iterator<Item = [Bytes; 2]> + '_ {
+    let mut rest = &bodies[..];
+    let mut next = move || {
+        let length = usize::try_from(row::number(&mut rest)?).ok()?;
+        let (body, behind) = rest.split_at_checked(length)?;
+        rest = behind;
+        Some(bodies.slice_ref(body))
+    };
+    std::iter::from_fn(move || Some([next()?, next()?]))
+}
+
+/// Gives each head its bodies; nothing if some are missing.
+pub(super) fn fill(heads: &mut [Record], bodies: &Bytes) -> Option<()> {
+    let mut bodies = each(bodies);
+    for record in heads {
+        [record.asked.kept, record.answered.kept] = bodies.next()?;
     }
     Some(())
 }
@@ -160,7 +175,7 @@ fn frame_at(path: &Path, at: u64, length: u32) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-fn heads(frame: &[u8]) -> Option<Vec<Head>> {
+fn heads(frame: &[u8]) -> Option<Vec<Record>> {
     let bytes = unpack(frame)?;
     let (mut rest, mut heads) = (&bytes[..], Vec::new());
     while !rest.is_empty() {

@@ -9,7 +9,6 @@
 //! text is found without reading them. A gateway's rows lie side by side. The file never changes, and can be made again from the log.
 //! `G` counts how often a segment was rewritten.
 
-use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -19,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::block::Block;
-use super::memory::{Memory, Plane, TEXTS};
+use super::memory::{Plane, TEXTS};
 use crate::logs::query::Number;
 use crate::store::snapshot;
 
@@ -27,7 +26,7 @@ use crate::store::snapshot;
 pub(super) const FIRST_TEXT: usize = Number::COUNT;
 pub(super) const BLOCK: usize = FIRST_TEXT + TEXTS;
 pub(super) const SLOT: usize = BLOCK + 1;
-const COLUMNS: usize = SLOT + 1;
+pub(super) const COLUMNS: usize = SLOT + 1;
 /// Bytes of a block in the file.
 const BLOCK_BYTES: u64 = 16;
 /// Dictionaries up to here are read as a whole.
@@ -35,41 +34,41 @@ const SMALL: u64 = 64 << 10;
 
 /// Where a column lies, how wide its numbers are, and what is added to them.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-struct Packed {
-    at: u64,
-    width: u8,
-    min: u64,
-    max: u64,
+pub(super) struct Packed {
+    pub(super) at: u64,
+    pub(super) width: u8,
+    pub(super) min: u64,
+    pub(super) max: u64,
 }
 
 /// Texts: that many ends of four bytes, then the bytes.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-struct Dictionary {
-    at: u64,
-    words: u32,
-    bytes: u64,
+pub(super) struct Dictionary {
+    pub(super) at: u64,
+    pub(super) words: u32,
+    pub(super) bytes: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Written {
-    account: Box<str>,
-    gateway: Box<str>,
-    begin: u32,
-    end: u32,
-    first: u128,
-    last: u128,
+pub(super) struct Written {
+    pub(super) account: Box<str>,
+    pub(super) gateway: Box<str>,
+    pub(super) begin: u32,
+    pub(super) end: u32,
+    pub(super) first: u128,
+    pub(super) last: u128,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Footer {
-    rows: u32,
-    ids: u64,
-    columns: Vec<Packed>,
-    dictionaries: Vec<Dictionary>,
-    blocks: u64,
-    ranges: Vec<Written>,
+pub(super) struct Footer {
+    pub(super) rows: u32,
+    pub(super) ids: u64,
+    pub(super) columns: Vec<Packed>,
+    pub(super) dictionaries: Vec<Dictionary>,
+    pub(super) blocks: u64,
+    pub(super) ranges: Vec<Written>,
     /// Bytes of the log.
-    log: u64,
+    pub(super) log: u64,
 }
 
 /// The rows of one gateway.
@@ -105,86 +104,6 @@ pub(super) struct Sealed {
     changes: AtomicU32,
 }
 
-/// A segment's files in the making.
-pub(super) struct Image {
-    /// The columns.
-    pub(super) bytes: Vec<u8>,
-    /// The marks, if any row has one.
-    pub(super) marks: Option<Vec<u8>>,
-    pub(super) rows: u32,
-}
-
-/// Makes the file's bytes; `name` knows the account and the gateway of a scope. Rows that are dead are left out.
-pub(super) fn image<'a>(memory: &Memory, name: impl Fn(u32) -> (&'a str, &'a str)) -> io::Result<Image> {
-    let entries = &memory.entries;
-    let mut order: Vec<u32> = (0..entries.len() as u32).filter(|row| entries[*row as usize].marks[Plane::Dead as usize] == 0).collect();
-    let ranks = by_name(entries.iter().map(|entry| entry.scope), &name);
-    order.sort_by_key(|row| {
-        let entry = &entries[*row as usize];
-        (ranks.get(&entry.scope), entry.id, *row)
-    });
-    let rows = || order.iter().map(|row| &entries[*row as usize]);
-    let mut out = Vec::new();
-    rows().for_each(|entry| out.extend_from_slice(&entry.id.to_le_bytes()));
-    let mut columns = Vec::with_capacity(COLUMNS);
-    for number in 0..Number::COUNT {
-        columns.push(pack(rows().map(|entry| entry.numbers[number]), &mut out));
-    }
-    let mut dictionaries = Vec::with_capacity(TEXTS);
-    for (text, words) in memory.words.iter().enumerate() {
-        let mut sorted: Vec<u32> = (0..words.list.len() as u32).collect();
-        sorted.sort_by(|one, other| words.list[*one as usize].cmp(&words.list[*other as usize]));
-        let mut codes = vec![0; sorted.len() + 1];
-        sorted.iter().enumerate().for_each(|(at, word)| codes[*word as usize + 1] = at as u64 + 1);
-        columns.push(pack(rows().map(|entry| codes[entry.texts[text] as usize]), &mut out));
-        let at = out.len() as u64;
-        let mut end = 0;
-        for word in &sorted {
-            end += words.list[*word as usize].len() as u32;
-            out.extend_from_slice(&end.to_le_bytes());
-        }
-        sorted.iter().for_each(|word| out.extend_from_slice(words.list[*word as usize].as_bytes()));
-        dictionaries.push(Dictionary { at, words: sorted.len() as u32, bytes: end.into() });
-    }
-    columns.push(pack(rows().map(|entry| entry.block.into()), &mut out));
-    columns.push(pack(rows().map(|entry| entry.slot.into()), &mut out));
-    let blocks = out.len() as u64;
-    for block in &memory.blocks {
-        out.extend_from_slice(&block.at.to_le_bytes());
-        out.extend_from_slice(&block.heads.to_le_bytes());
-        out.extend_from_slice(&block.bodies.to_le_bytes());
-    }
-    let mut ranges: Vec<Written> = Vec::new();
-    let mut scope = None;
-    for (row, entry) in rows().enumerate() {
-        if scope != Some(entry.scope) {
-            scope = Some(entry.scope);
-            let (account, gateway) = name(entry.scope);
-            let row = row as u32;
-            let (account, gateway) = (account.into(), gateway.into());
-            ranges.push(Written { account, gateway, begin: row, end: row, first: entry.id, last: entry.id });
-        }
-        if let Some(range) = ranges.last_mut() {
-            (range.end, range.last) = (row as u32 + 1, entry.id);
-        }
-    }
-    let footer = Footer { rows: order.len() as u32, ids: 0, columns, dictionaries, blocks, ranges, log: memory.bytes };
-    let footer = serde_json::to_vec(&footer)?;
-    out.extend_from_slice(&footer);
-    out.extend_from_slice(&(footer.len() as u32).to_le_bytes());
-    out.extend_from_slice(&checksum(&footer));
-    let has_marks = rows().any(|entry| entry.marks != [0; 3]);
-    let marks = || Plane::ALL.iter().flat_map(|plane| rows().map(|entry| entry.marks[*plane as usize])).collect();
-    Ok(Image { bytes: out, marks: has_marks.then(marks), rows: order.len() as u32 })
-}
-
-/// The scopes in the order of their names: rows that are sorted by it are in the same order whenever it is done again.
-fn by_name<'a>(scopes: impl Iterator<Item = u32>, name: impl Fn(u32) -> (&'a str, &'a str)) -> HashMap<u32, usize> {
-    let mut scopes: Vec<u32> = scopes.collect::<HashSet<_>>().into_iter().collect();
-    scopes.sort_by_key(|scope| name(*scope));
-    scopes.into_iter().enumerate().map(|(rank, scope)| (scope, rank)).collect()
-}
-
 /// Puts a segment's files in their place: the marks first, since the columns make it count.
 pub(super) fn write(stem: &Path, image: &[u8], marks: Option<&[u8]>) -> io::Result<()> {
     if let Some(marks) = marks {
@@ -203,7 +122,11 @@ pub(super) fn with(stem: &Path, what: &str) -> PathBuf {
 
 impl Sealed {
     /// Opens what is there; `scope` numbers an account and a gateway. Nothing if the columns are damaged.
-    pub(super) fn open(number: u32, stem: PathBuf, mut scope: impl FnMut(&str, &str) -> u32) -> io::Result<Option<Self>> {
+    pub(super) fn open(
+        number: u32,
+        stem: PathBuf,
+        mut scope: impl FnMut(&str, &str) -> u32,
+    ) -> io::Result<Option<Self>> {
         let file = File::open(with(&stem, "columns"))?;
         let length = file.metadata()?.len();
         let Some(footer) = read_footer(&file, length)? else { return Ok(None) };
@@ -266,7 +189,13 @@ impl Sealed {
     pub(super) fn mark(&self, range: &Range, rows: &[u32], plane: Plane, value: u8) -> io::Result<Option<File>> {
         let (Some(first), Some(last)) = (rows.first(), rows.last()) else { return Ok(None) };
         let path = with(&self.stem, "marks");
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(snapshot::PRIVATE).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(snapshot::PRIVATE)
+            .open(path)?;
         let whole = u64::from(self.rows) * Plane::ALL.len() as u64;
         if file.metadata()?.len() != whole {
             file.set_len(whole)?;
@@ -419,7 +348,10 @@ impl<'a> View<'a> {
         let mut marks = [0; 3];
         if let Some(file) = &self.marks {
             for (plane, mark) in marks.iter_mut().enumerate() {
-                file.read_exact_at(std::slice::from_mut(mark), plane as u64 * u64::from(self.sealed.rows) + u64::from(row))?;
+                file.read_exact_at(
+                    std::slice::from_mut(mark),
+                    plane as u64 * u64::from(self.sealed.rows) + u64::from(row),
+                )?;
             }
         }
         Ok(marks)
@@ -523,23 +455,6 @@ impl Vocabulary {
     }
 }
 
-fn pack(values: impl Iterator<Item = u64> + Clone, out: &mut Vec<u8>) -> Packed {
-    let (min, max) = values.clone().fold((u64::MAX, 0), |(min, max), value| (min.min(value), max.max(value)));
-    let min = min.min(max);
-    let width = match max - min {
-        0 => 0,
-        1..=0xff => 1,
-        0x100..=0xffff => 2,
-        0x1_0000..=0xffff_ffff => 4,
-        _ => 8,
-    };
-    let at = out.len() as u64;
-    for value in values {
-        out.extend_from_slice(&(value - min).to_le_bytes()[..width as usize]);
-    }
-    Packed { at, width, min, max }
-}
-
 fn read_footer(file: &File, length: u64) -> io::Result<Option<Footer>> {
     let Some(tail) = length.checked_sub(8) else { return Ok(None) };
     let mut end = [0; 8];
@@ -557,7 +472,7 @@ fn read_footer(file: &File, length: u64) -> io::Result<Option<Footer>> {
     Ok(read.filter(|read| read.columns.len() == COLUMNS && read.dictionaries.len() == TEXTS))
 }
 
-fn checksum(bytes: &[u8]) -> [u8; 4] {
+pub(super) fn checksum(bytes: &[u8]) -> [u8; 4] {
     let mut sum = [0; 4];
     sum.copy_from_slice(&blake3::hash(bytes).as_bytes()[..4]);
     sum

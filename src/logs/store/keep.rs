@@ -16,8 +16,9 @@ use tracing::{info, warn};
 use super::block;
 use super::columns::{self, Sealed, View};
 use super::memory::{Memory, Plane};
+use super::read::sources;
 use super::scan::{Chunk, Source, broken};
-use super::{Inner, Keep, Strategy, Writer, log_of, sources, stem_of};
+use super::{Inner, Keep, Strategy, Writer, image, log_of, stem_of};
 use crate::base::{AccountId, LogId, Millis, Result};
 use crate::logs::query::{Query, first_id};
 use crate::logs::record::Record;
@@ -39,7 +40,9 @@ pub(super) fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
 fn sync(inner: &Inner) {
     loop {
         let mut writer = inner.writer.lock();
-        inner.dirty.wait_while(&mut writer, |writer| !writer.is_dirty && writer.unsynced.is_empty() && !writer.is_ending);
+        inner
+            .dirty
+            .wait_while(&mut writer, |writer| !writer.is_dirty && writer.unsynced.is_empty() && !writer.is_ending);
         if writer.is_ending {
             return;
         }
@@ -97,7 +100,7 @@ impl Inner {
     fn make(&self, memory: &Memory, stem: &std::path::Path) -> io::Result<Option<Sealed>> {
         let names: Vec<_> =
             self.state.read().scopes.iter().map(|scope| (scope.account.clone(), scope.gateway.clone())).collect();
-        let image = columns::image(memory, |scope| {
+        let image = image::image(memory, |scope| {
             let (account, gateway) = &names[scope as usize];
             (account.as_str(), gateway)
         })?;
@@ -151,13 +154,16 @@ impl Inner {
         let query = Query::default();
         let sealed: Vec<_> = self.state.read().sealed.values().cloned().collect();
         for sealed in &sealed {
-            let Some(range) = sealed.range(scope).filter(|range| range.live() > 0 && (excess > 0 || range.first < cutoff)) else {
+            let Some(range) =
+                sealed.range(scope).filter(|range| range.live() > 0 && (excess > 0 || range.first < cutoff))
+            else {
                 continue;
             };
             let Some(view) = View::open(sealed, range)? else { continue };
             let old = view.rank(cutoff)? as usize;
             let dead = view.plane(Plane::Dead)?;
-            let rows = oldest(view.len(), |row| dead.as_ref().is_some_and(|dead| dead[row] != 0), |row| row < old, excess);
+            let rows =
+                oldest(view.len(), |row| dead.as_ref().is_some_and(|dead| dead[row] != 0), |row| row < old, excess);
             excess = excess.saturating_sub(rows.len() as u64);
             self.bury(writer, scope, &Source::Disk(view), rows)?;
         }
@@ -179,11 +185,16 @@ impl Inner {
         let writer = self.writer.lock();
         {
             let mut state = self.state.write();
-            let dead: Vec<u32> = state.sealed.values().filter(|sealed| sealed.live() == 0).map(|sealed| sealed.number).collect();
+            let dead: Vec<u32> =
+                state.sealed.values().filter(|sealed| sealed.live() == 0).map(|sealed| sealed.number).collect();
             dropped.extend(dead.iter().filter_map(|number| state.sealed.remove(number)));
             while state.bytes() > self.settings.max_bytes {
                 let Some((_, oldest)) = state.sealed.pop_first() else { break };
-                info!(segment = oldest.number, records = oldest.live(), "the log is at its bound of bytes: its oldest segment goes");
+                info!(
+                    segment = oldest.number,
+                    records = oldest.live(),
+                    "the log is at its bound of bytes: its oldest segment goes"
+                );
                 for range in &oldest.ranges {
                     state.scopes[range.scope as usize].live -= u64::from(range.live());
                 }
@@ -226,7 +237,9 @@ impl Inner {
         // Which rows of which block live on: their slots, gateways and marks.
         let mut blocks: BTreeMap<u64, (block::Block, BTreeMap<u32, (u32, [u8; 3])>)> = BTreeMap::new();
         for range in &old.ranges {
-            let Some(source) = sources(std::slice::from_ref(old), Vec::new(), Some(range.scope))?.pop() else { continue };
+            let Some(source) = sources(std::slice::from_ref(old), Vec::new(), Some(range.scope))?.pop() else {
+                continue;
+            };
             for row in 0..range.end - range.begin {
                 let (_, block, slot, marks) = source.place(row)?;
                 if marks[Plane::Dead as usize] == 0 {
@@ -237,7 +250,8 @@ impl Inner {
         let mut log = Segment::create(&columns::with(stem, "log"))?;
         let (mut memory, mut writer) = (Memory::new(old.number), block::Writer::default());
         for (block, slots) in blocks.into_values() {
-            let (Some(mut heads), Some(bodies)) = (block::read_heads(&old.log(), block)?, block::read_bodies(&old.log(), block)?)
+            let (Some(mut heads), Some(bodies)) =
+                (block::read_heads(&old.log(), block)?, block::read_bodies(&old.log(), block)?)
             else {
                 continue;
             };
@@ -245,7 +259,7 @@ impl Inner {
                 continue;
             }
             let live = slots.iter().filter_map(|(slot, (scope, marks))| {
-                let record = &heads.get(*slot as usize)?.record;
+                let record = heads.get(*slot as usize)?;
                 Some((*scope, record.id?, record, *marks))
             });
             let live: Vec<(u32, LogId, &Record, [u8; 3])> = live.collect();
@@ -254,7 +268,8 @@ impl Inner {
             let block = writer.write(&mut log, &records, false)?;
             memory.push(block, live.iter().map(|(scope, id, record, _)| (*scope, *id, *record)));
             // In the log as well, for whoever makes the columns again.
-            let marks: Vec<block::Mark> = (first..).zip(&live).flat_map(|(row, (.., marks))| marked(row, *marks)).collect();
+            let marks: Vec<block::Mark> =
+                (first..).zip(&live).flat_map(|(row, (.., marks))| marked(row, *marks)).collect();
             if !marks.is_empty() {
                 block::write_marks(&mut log, &marks)?;
                 marks.iter().for_each(|mark| memory.mark(*mark));

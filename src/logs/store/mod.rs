@@ -22,12 +22,21 @@
 //! Methods block: from async code they are called on blocking threads.
 
 mod block;
+mod change;
 mod columns;
+#[cfg(test)]
+#[path = "crash_test.rs"]
+mod crash;
+mod filter;
+mod image;
 mod keep;
 mod memory;
 mod open;
+mod read;
 mod row;
 mod scan;
+mod search;
+mod settings;
 #[cfg(test)]
 pub(in crate::logs) mod tests;
 
@@ -46,14 +55,15 @@ use crate::base::{AccountId, Error, LogId, Result};
 use crate::logs::query::Query;
 use crate::logs::record::{Body, Record};
 use crate::store::Segment;
-use block::Mark;
-use columns::{Sealed, View};
+use columns::Sealed;
 use memory::{Memory, Plane};
+use read::{read, read_one, sources};
 use scan::{Chunk, Source, broken};
 
 pub(in crate::logs) use memory::{dlp_action, model_type};
 pub use row::Stored;
 pub use scan::{Measure, MetaInfo};
+pub use settings::{Keep, Settings, Strategy};
 
 /// Records of a segment.
 const ROWS: usize = 64 << 10;
@@ -61,67 +71,6 @@ const ROWS: usize = 64 << 10;
 const LONGEST: usize = 10_000_000;
 /// How long an append waits for a full segment to be sealed.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What a gateway keeps.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Keep {
-    /// Records at most: `log_management`.
-    pub records: u64,
-    /// What happens at that bound.
-    pub strategy: Strategy,
-}
-
-impl Default for Keep {
-    fn default() -> Self {
-        Self { records: 10_000_000, strategy: Strategy::DeleteOldest }
-    }
-}
-
-/// `log_management_strategy`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Strategy {
-    /// The oldest records make room.
-    DeleteOldest,
-    /// New ones are not taken.
-    StopInserting,
-}
-
-/// How the store is kept.
-#[derive(Clone)]
-pub struct Settings {
-    /// Where its files are: its own, and one process's at a time.
-    pub folder: PathBuf,
-    /// How long a record may wait for the disk.
-    pub commit: Duration,
-    /// Bytes of the log of one segment.
-    pub segment_bytes: u64,
-    /// Bytes of all files; the oldest segments go first. Left out: 64 GiB.
-    pub max_bytes: u64,
-    /// Records older than this are deleted; `None`: none for its age.
-    pub max_age: Option<Duration>,
-    /// What a gateway keeps: asked with every batch and every second, so it should be quick.
-    pub keep: Arc<dyn Fn(&AccountId, &str) -> Keep + Send + Sync>,
-    /// Bytes of bodies that one search reads at most: the newest are searched, the rest is not. 1 GiB take about a second.
-    pub search_bytes: u64,
-    /// How often bounds are looked at.
-    pub tend: Duration,
-}
-
-impl Settings {
-    /// The defaults, in a folder.
-    pub fn new(folder: impl Into<PathBuf>) -> Self {
-        Self {
-            folder: folder.into(),
-            commit: Duration::from_millis(50),
-            segment_bytes: 256 << 20,
-            max_bytes: 64 << 30,
-            max_age: None,
-            keep: Arc::new(|_, _| Keep::default()),
-            search_bytes: 1 << 30,
-            tend: Duration::from_secs(1),
-        }
-    }
-}
 
 /// What became of a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -221,12 +170,6 @@ struct Scope {
     gateway: Arc<str>,
     /// Records that are not deleted.
     live: u64,
-}
-
-/// Where a record is.
-enum Place {
-    Open(u32),
-    Sealed(Arc<Sealed>, u32),
 }
 
 impl Store {
@@ -361,7 +304,8 @@ impl Store {
         wanted: usize,
         then: impl FnOnce(&[Source], scan::Found) -> Result<T>,
     ) -> Result<T> {
-        let (sealed, chunks, scope) = self.0.inner.state.read().snapshot(account, gateway, query, &self.0.inner.settings);
+        let (sealed, chunks, scope) =
+            self.0.inner.state.read().snapshot(account, gateway, query, &self.0.inner.settings);
         let mut sources = sources(&sealed, chunks, scope).map_err(broken)?;
         let found = scan::scan(&mut sources, query, wanted, self.0.inner.settings.search_bytes)?;
         then(&sources, found)
@@ -421,7 +365,8 @@ impl Inner {
 
     /// Writes the next block of `rows`; returns how many that were.
     fn write(&self, writer: &mut Writer, rows: &[(u32, LogId, &Record)]) -> Result<usize> {
-        let records: Vec<(LogId, &Record)> = rows.iter().take(block::MOST).map(|(_, id, record)| (*id, *record)).collect();
+        let records: Vec<(LogId, &Record)> =
+            rows.iter().take(block::MOST).map(|(_, id, record)| (*id, *record)).collect();
         let count = block::Writer::next(&records);
         let block = writer.blocks.write(&mut writer.log, &records[..count], false).map_err(broken)?;
         let mut state = self.state.write();
@@ -460,7 +405,9 @@ impl Inner {
     fn wait(&self, writer: &mut MutexGuard<Writer>) -> Result<()> {
         let timeout = self.settled.wait_while_for(writer, |writer| writer.is_sealing, PATIENCE);
         match timeout.timed_out() {
-            true => Err(Error::internal("the log cannot seal its segment: look at the disk, and at what the server's log says")),
+            true => Err(Error::internal(
+                "the log cannot seal its segment: look at the disk, and at what the server's log says",
+            )),
             false => Ok(()),
         }
     }
@@ -504,7 +451,8 @@ impl Inner {
             let Some(scope) = state.scope(account, gateway) else { return Ok(None) };
             // A look into memory is no copy of it.
             let found = [Some(&state.open), state.frozen.as_deref()].into_iter().flatten().find_map(|memory| {
-                let is_it = |entry: &&memory::Entry| entry.id == id.number() && entry.scope == scope && entry.marks[0] == 0;
+                let is_it =
+                    |entry: &&memory::Entry| entry.id == id.number() && entry.scope == scope && entry.marks[0] == 0;
                 let entry = memory.entries.iter().rev().find(is_it)?;
                 let block = memory.blocks[entry.block as usize];
                 Some((log_of(&self.settings, memory.number), block, entry.slot, entry.marks))
@@ -521,129 +469,6 @@ impl Inner {
             let (log, block, slot, marks) = source.place(row - view.range.begin).map_err(broken)?;
             if marks[Plane::Dead as usize] == 0 {
                 return read_one(&log, block, slot, marks).map_err(broken);
-            }
-        }
-        Ok(None)
-    }
-
-    fn delete(&self, writer: &mut Writer, scope: u32, query: &Query) -> Result<u64> {
-        let (sealed, chunks) = self.state.read().snapshot_of(scope, query, &self.settings);
-        let mut sources = sources(&sealed, chunks, Some(scope)).map_err(broken)?;
-        let mut rows: Vec<Vec<u32>> = vec![Vec::new(); sources.len()];
-        if let Some(limit) = query.limit {
-            for (source, row) in scan::scan(&mut sources, query, limit as usize, 0)?.chosen {
-                rows[source].push(row);
-            }
-        } else {
-            for (source, rows) in sources.iter_mut().zip(&mut rows) {
-                let Some(mask) = scan::select(source, &query.filters).map_err(broken)? else { continue };
-                rows.extend((0..).zip(mask).filter(|(_, is_meant)| *is_meant).map(|(row, _)| row));
-            }
-        }
-        let mut count = 0;
-        for (source, mut rows) in sources.iter().zip(rows) {
-            rows.sort_unstable();
-            count += rows.len() as u64;
-            self.bury(writer, scope, source, rows).map_err(broken)?;
-        }
-        Ok(count)
-    }
-
-    /// Deletes live rows of a source; nobody else does meanwhile.
-    fn bury(&self, writer: &mut Writer, scope: u32, source: &Source, mut rows: Vec<u32>) -> io::Result<()> {
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let count = rows.len() as u64;
-        match source {
-            Source::Disk(view) => {
-                rows.iter_mut().for_each(|row| *row += view.range.begin);
-                writer.unsynced.extend(view.sealed.mark(view.range, &rows, Plane::Dead, 1)?);
-            }
-            Source::Memory(chunk) => {
-                let marks: Vec<Mark> = rows.iter().map(|row| (chunk.rows[*row as usize], Plane::Dead, 1)).collect();
-                self.mark_open(writer, &marks)?;
-            }
-        }
-        self.state.write().scopes[scope as usize].live -= count;
-        self.soil(writer);
-        Ok(())
-    }
-
-    fn mark_open(&self, writer: &mut Writer, marks: &[Mark]) -> io::Result<()> {
-        block::write_marks(&mut writer.log, marks)?;
-        let mut state = self.state.write();
-        state.open.bytes = writer.log.end();
-        marks.iter().for_each(|mark| state.open.mark(*mark));
-        Ok(())
-    }
-
-    fn patch(&self, account: &AccountId, gateway: &str, id: LogId, patch: &Patch) -> Result<bool> {
-        let mut writer = self.settle()?;
-        let Some(scope) = self.state.read().scope(account, gateway) else { return Ok(false) };
-        let Some(mut place) = self.find(scope, id).map_err(broken)? else { return Ok(false) };
-        if let Some(metadata) = &patch.metadata {
-            self.make_room(&mut writer)?;
-            // The open segment may have become a full one.
-            self.wait(&mut writer)?;
-            let Some(old) = self.find(scope, id).map_err(broken)? else { return Ok(false) };
-            let Some(mut stored) = self.get(account, gateway, id)? else { return Ok(false) };
-            stored.record.metadata = metadata.clone();
-            place = self.replace(&mut writer, scope, id, &stored, &old).map_err(broken)?;
-        }
-        let feedback = patch.feedback.map(|feedback| (Plane::Feedback, feedback.map_or(0, |value| (value + 2) as u8)));
-        let score = patch.score.map(|score| (Plane::Score, score.map_or(0, |value| value + 1)));
-        for (plane, value) in feedback.into_iter().chain(score) {
-            self.mark(&mut writer, scope, &place, plane, value).map_err(broken)?;
-        }
-        Ok(true)
-    }
-
-    /// Writes a record once more and deletes it where it was.
-    fn replace(&self, writer: &mut Writer, scope: u32, id: LogId, stored: &Stored, old: &Place) -> io::Result<Place> {
-        let block = writer.blocks.write(&mut writer.log, &[(id, &stored.record)], true)?;
-        let mut state = self.state.write();
-        state.push(block, &[(scope, id, &stored.record)], writer.log.end());
-        let row = state.open.entries.len() as u32 - 1;
-        state.scopes[scope as usize].live -= 1;
-        drop(state);
-        let marks = [
-            (row, Plane::Feedback, stored.feedback.map_or(0, |value| (value + 2) as u8)),
-            (row, Plane::Score, stored.score.map_or(0, |value| value + 1)),
-        ];
-        self.mark_open(writer, &marks)?;
-        let place = Place::Open(row);
-        self.mark(writer, scope, old, Plane::Dead, 1)?;
-        Ok(place)
-    }
-
-    fn mark(&self, writer: &mut Writer, scope: u32, place: &Place, plane: Plane, value: u8) -> io::Result<()> {
-        match place {
-            Place::Open(row) => self.mark_open(writer, &[(*row, plane, value)])?,
-            Place::Sealed(sealed, row) => {
-                let Some(range) = sealed.range(scope) else { return Ok(()) };
-                writer.unsynced.extend(sealed.mark(range, &[*row], plane, value)?);
-            }
-        }
-        self.soil(writer);
-        Ok(())
-    }
-
-    /// Where a record is, while nothing is being sealed.
-    fn find(&self, scope: u32, id: LogId) -> io::Result<Option<Place>> {
-        let state = self.state.read();
-        let is_it = |entry: &memory::Entry| entry.id == id.number() && entry.scope == scope && entry.marks[0] == 0;
-        if let Some(row) = state.open.entries.iter().rposition(is_it) {
-            return Ok(Some(Place::Open(row as u32)));
-        }
-        let sealed: Vec<_> = state.sealed.values().rev().cloned().collect();
-        drop(state);
-        for sealed in sealed {
-            let Some(range) = sealed.range(scope) else { continue };
-            let Some(view) = View::open(&sealed, range)? else { continue };
-            let Some(row) = view.find(id.number())? else { continue };
-            if view.marks(row)?[Plane::Dead as usize] == 0 {
-                return Ok(Some(Place::Sealed(sealed.clone(), row)));
             }
         }
         Ok(None)
@@ -694,48 +519,6 @@ impl State {
         let chunks = memory.map(|memory| Chunk::of(memory, log_of(settings, memory.number), scope, query)).collect();
         (sealed, chunks)
     }
-}
-
-/// Opens a gateway's rows for reading, oldest first.
-fn sources(sealed: &[Arc<Sealed>], chunks: Vec<Chunk>, scope: Option<u32>) -> io::Result<Vec<Source<'_>>> {
-    let mut sources = Vec::with_capacity(sealed.len() + chunks.len());
-    for sealed in sealed {
-        let Some(range) = scope.and_then(|scope| sealed.range(scope)) else { continue };
-        sources.extend(View::open(sealed, range)?.map(Source::Disk));
-    }
-    sources.extend(chunks.into_iter().map(Source::Memory));
-    Ok(sources)
-}
-
-/// Reads the heads of chosen rows, each block once. What was deleted meanwhile is left out.
-fn read(sources: &[Source], chosen: &[scan::Chosen]) -> io::Result<Vec<Stored>> {
-    let mut places = Vec::with_capacity(chosen.len());
-    for (at, (source, row)) in chosen.iter().enumerate() {
-        let (log, block, slot, marks) = sources[*source].place(*row)?;
-        places.push((*source, block, slot, at, log, marks));
-    }
-    places.sort_unstable_by_key(|(source, block, slot, ..)| (*source, block.at, *slot));
-    let mut read: Vec<Option<Stored>> = chosen.iter().map(|_| None).collect();
-    for places in places.chunk_by(|one, other| (one.0, one.1.at) == (other.0, other.1.at)) {
-        let Some(heads) = block::read_heads(&places[0].4, places[0].1)? else { continue };
-        for (_, _, slot, at, _, marks) in places {
-            read[*at] = heads.get(*slot as usize).map(|head| stored(head.record.clone(), *marks));
-        }
-    }
-    Ok(read.into_iter().flatten().collect())
-}
-
-fn read_one(log: &std::path::Path, block: block::Block, slot: u32, marks: [u8; 3]) -> io::Result<Option<Stored>> {
-    let (Some(mut heads), Some(bodies)) = (block::read_heads(log, block)?, block::read_bodies(log, block)?) else {
-        return Ok(None);
-    };
-    let is_whole = block::fill(&mut heads, &bodies).is_some() && (slot as usize) < heads.len();
-    Ok(is_whole.then(|| stored(heads.swap_remove(slot as usize).record, marks)))
-}
-
-fn stored(record: Record, [_, feedback, score]: [u8; 3]) -> Stored {
-    let feedback = (feedback > 0).then(|| feedback as i8 - 2);
-    Stored { record, feedback, score: score.checked_sub(1) }
 }
 
 /// The first form of a segment: number and generation.

@@ -21,7 +21,7 @@ use super::block::{self, Seen};
 use super::columns::{self, Sealed, View};
 use super::memory::{Memory, Plane};
 use super::scan::broken;
-use super::{Inner, Settings, State, Writer, log_of, stem_of};
+use super::{Inner, Settings, State, Writer, image, log_of, stem_of};
 use crate::base::{AccountId, Error, LogId, Result};
 use crate::store::Segment;
 
@@ -38,7 +38,9 @@ pub(super) fn open(settings: Settings) -> Result<Inner> {
     });
     if !is_ours {
         let folder = settings.folder.display();
-        return Err(Error::internal(format!("the log in {folder} is in use by another process: stop that one, or name another folder")));
+        return Err(Error::internal(format!(
+            "the log in {folder} is in use by another process: stop that one, or name another folder"
+        )));
     }
     let (state, log) = read(&settings).map_err(broken)?;
     let blocks = block::Writer::default();
@@ -63,7 +65,8 @@ fn read(settings: &Settings) -> io::Result<(State, Segment)> {
     let last = found.last_key_value().map_or(0, |(number, _)| *number);
     for (number, generations) in found {
         let has = |generation: &u32, what: &str| generations[generation].contains(what);
-        let with_columns = generations.keys().rev().find(|generation| has(generation, "columns") && has(generation, "log"));
+        let with_columns =
+            generations.keys().rev().find(|generation| has(generation, "columns") && has(generation, "log"));
         let first = generations.keys().find(|generation| has(generation, "log"));
         let chosen = with_columns.or(first).copied();
         for generation in generations.keys().filter(|generation| Some(**generation) != chosen) {
@@ -73,7 +76,9 @@ fn read(settings: &Settings) -> io::Result<(State, Segment)> {
         let stem = stem_of(settings, number, generation);
         let path = columns::with(&stem, "log");
         if with_columns.is_some() {
-            if let Some(sealed) = Sealed::open(number, stem.clone(), |account, gateway| name(&mut state, account, gateway))? {
+            if let Some(sealed) =
+                Sealed::open(number, stem.clone(), |account, gateway| name(&mut state, account, gateway))?
+            {
                 state.sealed.insert(number, sealed.into());
                 continue;
             }
@@ -110,7 +115,9 @@ fn folder(folder: &Path) -> io::Result<BTreeMap<u32, BTreeMap<u32, BTreeSet<Stri
     for entry in fs::read_dir(folder)? {
         let name = entry?.file_name();
         let mut parts = name.to_str().unwrap_or_default().split('.');
-        let (Some(number), Some(generation), Some(what), None) = (parts.next(), parts.next(), parts.next(), parts.next()) else {
+        let (Some(number), Some(generation), Some(what), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
             continue;
         };
         let (Ok(number), Ok(generation)) = (number.parse(), generation.parse()) else { continue };
@@ -131,8 +138,8 @@ fn replay(state: &mut State, number: u32, path: &Path, replacing: &mut Replacing
         Seen::Block { block, heads, is_replacing } => {
             let mut rows = Vec::with_capacity(heads.len());
             for head in &heads {
-                let scope = state.intern(&head.record.account, &head.record.gateway);
-                rows.extend(head.record.id.map(|id| (scope, id, &head.record)));
+                let scope = state.intern(&head.account, &head.gateway);
+                rows.extend(head.id.map(|id| (scope, id, head)));
             }
             if is_replacing {
                 replacing.extend(rows.iter().map(|(scope, id, _)| (*scope, *id, number)));
@@ -148,8 +155,9 @@ fn replay(state: &mut State, number: u32, path: &Path, replacing: &mut Replacing
 fn seal(state: &mut State, memory: &Memory, stem: &Path) -> io::Result<Option<Sealed>> {
     let scopes = &state.scopes;
     let name_of = |scope: u32| (scopes[scope as usize].account.as_str(), &*scopes[scope as usize].gateway);
-    let columns::Image { bytes, marks, rows } = columns::image(memory, name_of)?;
-    let known = fs::metadata(columns::with(stem, "marks")).is_ok_and(|file| file.len() == u64::from(rows) * Plane::ALL.len() as u64);
+    let image::Image { bytes, marks, rows } = image::image(memory, name_of)?;
+    let known = fs::metadata(columns::with(stem, "marks"))
+        .is_ok_and(|file| file.len() == u64::from(rows) * Plane::ALL.len() as u64);
     if rows == 0 {
         columns::remove(stem)?;
         return Ok(None);

@@ -22,13 +22,6 @@ pub struct Stored {
     pub score: Option<u8>,
 }
 
-/// A head that was read.
-pub(super) struct Head {
-    pub(super) record: Record,
-    /// Bytes kept of the request and of the answer.
-    pub(super) kept: [usize; 2],
-}
-
 /// Appends the head of a record with an id.
 pub(super) fn encode(id: LogId, record: &Record, out: &mut Vec<u8>) {
     out.extend_from_slice(&id.number().to_le_bytes());
@@ -39,7 +32,10 @@ pub(super) fn encode(id: LogId, record: &Record, out: &mut Vec<u8>) {
     put_maybe(out, record.key.as_ref().map(KeyId::as_str));
     put(out, &record.provider);
     put(out, &record.model);
-    put_number(out, record.task.and_then(|task| Task::ALL.iter().position(|other| *other == task)).map_or(0, |at| at as u64 + 1));
+    put_number(
+        out,
+        record.task.and_then(|task| Task::ALL.iter().position(|other| *other == task)).map_or(0, |at| at as u64 + 1),
+    );
     put(out, &record.path);
     put_number(out, record.status.into());
     let flags = [record.success, record.custom_cost, record.authenticated, record.stored_key];
@@ -77,12 +73,11 @@ pub(super) fn encode(id: LogId, record: &Record, out: &mut Vec<u8>) {
     record.findings.iter().for_each(|finding| put(out, finding));
     for body in [&record.asked, &record.answered] {
         put_number(out, body.size);
-        put_number(out, body.kept.len() as u64);
     }
 }
 
 /// Reads what [`encode`] wrote, and leaves `bytes` behind it; nothing if it is damaged.
-pub(super) fn decode(bytes: &mut &[u8]) -> Option<Head> {
+pub(super) fn decode(bytes: &mut &[u8]) -> Option<Record> {
     let id = LogId::from_number(u128::from_le_bytes(*take(bytes)?));
     let request = RequestId::from_number(u128::from_le_bytes(*take(bytes)?));
     let at = Millis(number(bytes)?);
@@ -119,14 +114,9 @@ pub(super) fn decode(bytes: &mut &[u8]) -> Option<Head> {
     let why = maybe(bytes)?.map(|why| Cow::Owned(why.to_owned()));
     let count = number(bytes)?;
     let findings = (0..count).map(|_| Some(text(bytes)?.into())).collect::<Option<Vec<_>>>()?;
-    let mut kept = [0; 2];
-    let mut body = |at: usize| {
-        let size = number(bytes)?;
-        kept[at] = number(bytes)? as usize;
-        Some(Body { kept: Bytes::new(), size })
-    };
-    let (asked, answered) = (body(0)?, body(1)?);
-    let record = Record {
+    let mut body = || Some(Body { kept: Bytes::new(), size: number(bytes)? });
+    let (asked, answered) = (body()?, body()?);
+    Some(Record {
         id: Some(id),
         request,
         at,
@@ -160,8 +150,7 @@ pub(super) fn decode(bytes: &mut &[u8]) -> Option<Head> {
         findings,
         asked,
         answered,
-    };
-    Some(Head { record, kept })
+    })
 }
 
 pub(super) fn put_number(out: &mut Vec<u8>, mut value: u64) {

@@ -9,24 +9,18 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
 
-use memchr::memmem;
-use regex::bytes::{Regex, RegexBuilder};
-
-use super::block::{self, Block};
+use super::block::Block;
 use super::columns::{FIRST_TEXT, View, Vocabulary};
-use super::memory::{ENTRIES, Entry, KEYS, Memory, Plane, TEXTS, VALUES};
+use super::filter::select;
+use super::memory::{Entry, KEYS, Memory, Plane, TEXTS, VALUES};
+use super::search::Search;
 use crate::base::{Error, Result};
-use crate::logs::query::{Filter, Match, Number, Order, Query, Test, Text, part_of_id};
+use crate::logs::query::{Number, Order, Query, Test};
 
-/// Bytes of the beginning of a body that a search looks at.
-const SEARCHED: usize = 8 << 10;
 /// Distinct texts that a list can be ordered by, over all segments.
 const MOST_WORDS: usize = 1 << 20;
-/// A text test with more codes is a table.
-const FEW: usize = 4;
 
 /// A gateway's rows in one segment.
 pub(super) enum Source<'a> {
@@ -47,7 +41,8 @@ pub(super) struct Chunk {
 impl Chunk {
     pub(super) fn of(memory: &Memory, log: PathBuf, scope: u32, query: &Query) -> Self {
         let is_meant = |entry: &Entry| entry.scope == scope && entry.marks[Plane::Dead as usize] == 0;
-        let rows: Vec<u32> = (0..).zip(&memory.entries).filter(|(_, entry)| is_meant(entry)).map(|(row, _)| row).collect();
+        let rows: Vec<u32> =
+            (0..).zip(&memory.entries).filter(|(_, entry)| is_meant(entry)).map(|(row, _)| row).collect();
         let entries: Vec<Entry> = rows.iter().map(|row| memory.entries[*row as usize].clone()).collect();
         let is_empty = entries.is_empty();
         let texts = texts_of(query).into_iter().filter(|_| !is_empty);
@@ -58,28 +53,28 @@ impl Chunk {
 }
 
 impl Source<'_> {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::Disk(view) => view.len(),
             Self::Memory(chunk) => chunk.entries.len(),
         }
     }
 
-    fn live(&self) -> u64 {
+    pub(super) fn live(&self) -> u64 {
         match self {
             Self::Disk(view) => view.range.live().into(),
             Self::Memory(chunk) => chunk.entries.len() as u64,
         }
     }
 
-    fn limits(&self, column: usize) -> (u64, u64) {
+    pub(super) fn limits(&self, column: usize) -> (u64, u64) {
         match self {
             Self::Disk(view) => view.limits(column),
             Self::Memory(_) => (0, u64::MAX),
         }
     }
 
-    fn numbers(&mut self, column: usize, out: &mut Vec<u64>) -> io::Result<()> {
+    pub(super) fn numbers(&mut self, column: usize, out: &mut Vec<u64>) -> io::Result<()> {
         match self {
             Self::Disk(view) => return view.numbers(column, out),
             Self::Memory(chunk) => {
@@ -93,7 +88,7 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn ids(&mut self, out: &mut Vec<u128>) -> io::Result<()> {
+    pub(super) fn ids(&mut self, out: &mut Vec<u128>) -> io::Result<()> {
         match self {
             Self::Disk(view) => return view.ids(out),
             Self::Memory(chunk) => {
@@ -104,17 +99,18 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn code(&mut self, text: usize, word: &str) -> io::Result<Option<u64>> {
+    pub(super) fn code(&mut self, text: usize, word: &str) -> io::Result<Option<u64>> {
         match self {
             Self::Disk(view) => view.code(text, word),
             Self::Memory(chunk) => {
-                let at = chunk.words.get(&text).and_then(|words| words.iter().position(|known| known == word.as_bytes()));
+                let at =
+                    chunk.words.get(&text).and_then(|words| words.iter().position(|known| known == word.as_bytes()));
                 Ok(at.map(|at| at as u64 + 1))
             }
         }
     }
 
-    fn words(&mut self, text: usize) -> io::Result<Vocabulary> {
+    pub(super) fn words(&mut self, text: usize) -> io::Result<Vocabulary> {
         match self {
             Self::Disk(view) => view.words(text),
             Self::Memory(chunk) => Ok(chunk.words.get(&text).cloned().unwrap_or_default()),
@@ -122,7 +118,7 @@ impl Source<'_> {
     }
 
     /// -1, 0, 1 as 1, 2, 3, and 0 where there is none.
-    fn feedback(&self) -> io::Result<Option<Vec<u8>>> {
+    pub(super) fn feedback(&self) -> io::Result<Option<Vec<u8>>> {
         match self {
             Self::Disk(view) => view.plane(Plane::Feedback),
             Self::Memory(chunk) => {
@@ -131,7 +127,7 @@ impl Source<'_> {
         }
     }
 
-    fn dead(&self) -> io::Result<Option<Vec<u8>>> {
+    pub(super) fn dead(&self) -> io::Result<Option<Vec<u8>>> {
         match self {
             Self::Disk(view) if view.range.live() < view.range.end - view.range.begin => view.plane(Plane::Dead),
             _ => Ok(None),
@@ -218,193 +214,6 @@ pub(super) fn scan(sources: &mut [Source], query: &Query, wanted: usize, budget:
     Ok(found)
 }
 
-/// The rows that are not dead and pass all filters; `None` where that is sure to be none.
-pub(super) fn select(source: &mut Source, filters: &[Filter]) -> io::Result<Option<Vec<bool>>> {
-    if source.live() == 0 {
-        return Ok(None);
-    }
-    let mut mask = match source.dead()? {
-        Some(dead) => dead.iter().map(|dead| *dead == 0).collect(),
-        None => vec![true; source.len()],
-    };
-    let mut hits = Hits::default();
-    for filter in filters {
-        match (hits.of(source, &filter.test)?, filter.is_negated) {
-            (Whole::All, false) | (Whole::None, true) => {}
-            (Whole::All, true) | (Whole::None, false) => return Ok(None),
-            (Whole::Some, is_negated) => {
-                mask.iter_mut().zip(&hits.hits).for_each(|(is_meant, hit)| *is_meant &= *hit != is_negated);
-            }
-        }
-    }
-    Ok(Some(mask))
-}
-
-/// What a test says of a source, where that needs no look at the rows.
-enum Whole {
-    None,
-    All,
-    Some,
-}
-
-#[derive(Default)]
-struct Hits {
-    hits: Vec<bool>,
-    numbers: Vec<u64>,
-    ids: Vec<u128>,
-}
-
-impl Hits {
-    fn of(&mut self, source: &mut Source, test: &Test) -> io::Result<Whole> {
-        match test {
-            Test::Always(true) => return Ok(Whole::All),
-            Test::Always(false) => return Ok(Whole::None),
-            Test::Number(number, ranges) => {
-                let ranges: Vec<_> = ranges.iter().map(raised).collect();
-                let (min, max) = source.limits(*number as usize);
-                if ranges.iter().all(|range| range.is_empty() || *range.start() > max || *range.end() < min) {
-                    return Ok(Whole::None);
-                }
-                if ranges.iter().any(|range| *range.start() <= min && *range.end() >= max) {
-                    return Ok(Whole::All);
-                }
-                source.numbers(*number as usize, &mut self.numbers)?;
-                self.within(&ranges);
-            }
-            Test::Feedback(ranges) => {
-                let Some(feedback) = source.feedback()? else { return Ok(Whole::None) };
-                self.numbers.clear();
-                self.numbers.extend(feedback.into_iter().map(u64::from));
-                self.within(&ranges.iter().map(raised).collect::<Vec<_>>());
-            }
-            Test::Text(text, matches) => return self.texts(source, *text as usize..*text as usize + 1, matches),
-            Test::MetadataKey(matches) => return self.texts(source, KEYS..KEYS + ENTRIES, matches),
-            Test::MetadataValue(matches) => return self.texts(source, VALUES..VALUES + ENTRIES, matches),
-            Test::Id(ranges) => {
-                if let Source::Disk(view) = source {
-                    let (first, last) = (view.range.first, view.range.last);
-                    if ranges.iter().all(|range| *range.start() > last || *range.end() < first) {
-                        return Ok(Whole::None);
-                    }
-                }
-                source.ids(&mut self.ids)?;
-                let hits = self.ids.iter().map(|id| ranges.iter().any(|range| range.contains(id)));
-                self.hits.clear();
-                self.hits.extend(hits);
-            }
-            Test::IdPart(parts) => {
-                source.ids(&mut self.ids)?;
-                self.hits.clear();
-                self.hits.extend(self.ids.iter().map(|id| parts.iter().any(|part| has_part(*id, *part))));
-            }
-        }
-        Ok(Whole::Some)
-    }
-
-    fn within(&mut self, ranges: &[RangeInclusive<u64>]) {
-        self.hits.clear();
-        match ranges {
-            [range] if !range.is_empty() => {
-                let (low, width) = (*range.start(), range.end() - range.start());
-                self.hits.extend(self.numbers.iter().map(|number| number.wrapping_sub(low) <= width));
-            }
-            _ => self.hits.extend(self.numbers.iter().map(|number| ranges.iter().any(|range| range.contains(number)))),
-        }
-    }
-
-    /// Rows with a match in one of some columns.
-    fn texts(&mut self, source: &mut Source, texts: Range<usize>, matches: &[Match]) -> io::Result<Whole> {
-        let mut whole = Whole::None;
-        for text in texts {
-            // A column without texts is not looked at.
-            if source.limits(FIRST_TEXT + text).1 == 0 {
-                continue;
-            }
-            let codes = codes(source, text, matches)?;
-            if codes.is_empty() {
-                continue;
-            }
-            if matches!(whole, Whole::None) {
-                self.hits.clear();
-                self.hits.resize(source.len(), false);
-                whole = Whole::Some;
-            }
-            source.numbers(FIRST_TEXT + text, &mut self.numbers)?;
-            let rows = self.hits.iter_mut().zip(&self.numbers);
-            if codes.len() <= FEW {
-                rows.for_each(|(hit, code)| *hit |= codes.contains(code));
-                continue;
-            }
-            let mut table = vec![false; codes.iter().max().map_or(0, |most| *most as usize + 1)];
-            codes.iter().for_each(|code| table[*code as usize] = true);
-            rows.for_each(|(hit, code)| *hit |= table.get(*code as usize).copied().unwrap_or_default());
-        }
-        Ok(whole)
-    }
-}
-
-/// The codes of the texts that match; none is 0.
-fn codes(source: &mut Source, text: usize, matches: &[Match]) -> io::Result<Vec<u64>> {
-    let mut codes = Vec::new();
-    let mut words: Option<Vocabulary> = None;
-    for wanted in matches {
-        if let Match::Is(word) = wanted {
-            codes.extend(source.code(text, word)?);
-            continue;
-        }
-        let words = match &mut words {
-            Some(words) => words,
-            none => none.insert(source.words(text)?),
-        };
-        let mut numbered = (1..).zip(words.iter());
-        match wanted {
-            Match::Contains(part) if part.is_empty() => codes.extend(numbered.map(|(code, _)| code)),
-            Match::Contains(part) => {
-                let finder = memmem::Finder::new(&**part);
-                codes.extend(containing(words, |text| finder.find(text).map(|at| at..at + part.len())));
-            }
-            Match::Below(word) => codes.extend(numbered.by_ref().filter(|(_, known)| *known < word.as_bytes()).map(|(code, _)| code)),
-            Match::Above(word) | Match::Is(word) => {
-                codes.extend(numbered.by_ref().filter(|(_, known)| *known > word.as_bytes()).map(|(code, _)| code));
-            }
-        }
-    }
-    Ok(codes)
-}
-
-/// The codes of words in which `find` finds something, in order. Words lie one behind the other: what begins in one and ends in the next
-/// is in neither.
-fn containing(words: &Vocabulary, find: impl Fn(&[u8]) -> Option<Range<usize>>) -> Vec<u64> {
-    let (mut codes, mut at) = (Vec::new(), 0);
-    while let Some(found) = find(&words.text[at..]) {
-        let (word, end) = words.at(at + found.start);
-        if at + found.end <= end {
-            codes.push(word as u64 + 1);
-            at = end;
-        } else {
-            at += found.start + 1;
-        }
-    }
-    codes
-}
-
-/// In the columns 0 is none, so all else is one more.
-fn raised(range: &RangeInclusive<u64>) -> RangeInclusive<u64> {
-    match range.is_empty() {
-        true => range.clone(),
-        false => range.start().saturating_add(1)..=range.end().saturating_add(1),
-    }
-}
-
-/// Whether an id has these digits somewhere.
-fn has_part(id: u128, (part, digits): (u128, u32)) -> bool {
-    if digits >= 26 {
-        return id == part;
-    }
-    let mask = (1u128 << (5 * digits)) - 1;
-    (0..=26 - digits).any(|place| id >> (5 * place) & mask == part)
-}
-
 /// How the texts of an order sort over all sources.
 struct Ranks(Vec<Vec<u64>>);
 
@@ -417,7 +226,10 @@ impl Ranks {
         }
         let mut words: Vec<&[u8]> = all.iter().flat_map(Vocabulary::iter).collect();
         if words.len() > MOST_WORDS {
-            return Err(Error::bad_field("order_by", "'order_by' has too many different texts here: narrow the list with filters"));
+            return Err(Error::bad_field(
+                "order_by",
+                "'order_by' has too many different texts here: narrow the list with filters",
+            ));
         }
         words.sort_unstable();
         words.dedup();
@@ -438,7 +250,9 @@ impl Ranks {
                 keys.clear();
                 match source.feedback()? {
                     // None lies between down and up.
-                    Some(feedback) => keys.extend(feedback.into_iter().map(|mark| if mark == 0 { 2 } else { mark.into() })),
+                    Some(feedback) => {
+                        keys.extend(feedback.into_iter().map(|mark| if mark == 0 { 2 } else { mark.into() }))
+                    }
                     None => keys.resize(source.len(), 2),
                 }
                 Ok(())
@@ -534,93 +348,15 @@ fn measure(source: &mut Source, mask: &[bool], meta: &mut MetaInfo, numbers: &mu
     Ok(())
 }
 
-/// A text that is looked for everywhere.
-struct Search {
-    pattern: Regex,
-    part: Option<(u128, u32)>,
-    budget: u64,
-    is_complete: bool,
-}
-
-impl Search {
-    const TEXTS: [Text; 3] = [Text::Provider, Text::Model, Text::Event];
-
-    fn new(text: &str, budget: u64) -> Result<Self> {
-        let pattern = RegexBuilder::new(&regex::escape(text)).case_insensitive(true).build();
-        let pattern = pattern.map_err(|_| Error::bad_field("search", "'search' is too long: look for a part of it"))?;
-        Ok(Self { pattern, part: part_of_id(text), budget, is_complete: true })
-    }
-
-    /// Leaves the rows that have it: ids and names first, then bodies, newest first, while the budget lasts.
-    fn narrow(&mut self, source: &mut Source, mask: &mut [bool]) -> io::Result<()> {
-        let mut hits = vec![false; mask.len()];
-        if let Some(part) = self.part {
-            let mut ids = Vec::new();
-            source.ids(&mut ids)?;
-            hits.iter_mut().zip(ids).for_each(|(hit, id)| *hit = has_part(id, part));
-        }
-        let mut numbers = Vec::new();
-        for text in Self::TEXTS {
-            let words = source.words(text as usize)?;
-            let codes = containing(&words, |text| self.pattern.find(text).map(|found| found.range()));
-            if codes.is_empty() {
-                continue;
-            }
-            source.numbers(FIRST_TEXT + text as usize, &mut numbers)?;
-            hits.iter_mut().zip(&numbers).for_each(|(hit, code)| *hit |= codes.binary_search(code).is_ok());
-        }
-        self.bodies(source, mask, &mut hits)?;
-        mask.iter_mut().zip(hits).for_each(|(is_meant, hit)| *is_meant &= hit);
-        Ok(())
-    }
-
-    fn bodies(&mut self, source: &mut Source, mask: &[bool], hits: &mut [bool]) -> io::Result<()> {
-        let (mut blocks, mut slots) = (Vec::new(), Vec::new());
-        match &mut *source {
-            Source::Disk(view) => {
-                view.numbers(super::columns::BLOCK, &mut blocks)?;
-                view.numbers(super::columns::SLOT, &mut slots)?;
-            }
-            Source::Memory(chunk) => {
-                blocks.extend(chunk.entries.iter().map(|entry| u64::from(entry.block)));
-                slots.extend(chunk.entries.iter().map(|entry| u64::from(entry.slot)));
-            }
-        }
-        let mut rows: Vec<usize> = (0..mask.len()).filter(|row| mask[*row] && !hits[*row]).collect();
-        rows.sort_unstable_by_key(|row| std::cmp::Reverse((blocks[*row], slots[*row])));
-        let log = source.log();
-        for rows in rows.chunk_by(|one, other| blocks[*one] == blocks[*other]) {
-            if self.budget == 0 {
-                self.is_complete = false;
-                return Ok(());
-            }
-            let block = source.block(blocks[rows[0]])?;
-            let (Some(mut heads), Some(bodies)) = (block::read_heads(&log, block)?, block::read_bodies(&log, block)?) else {
-                continue;
-            };
-            self.budget = self.budget.saturating_sub(bodies.len() as u64);
-            if block::fill(&mut heads, &bodies).is_none() {
-                continue;
-            }
-            for row in rows {
-                let Some(head) = heads.get(slots[*row] as usize) else { continue };
-                let bodies = [&head.record.asked.kept, &head.record.answered.kept];
-                hits[*row] = bodies.iter().any(|body| self.pattern.is_match(&body[..body.len().min(SEARCHED)]));
-            }
-        }
-        Ok(())
-    }
-}
-
 impl Source<'_> {
-    fn log(&self) -> PathBuf {
+    pub(super) fn log(&self) -> PathBuf {
         match self {
             Self::Disk(view) => view.sealed.log(),
             Self::Memory(chunk) => chunk.log.clone(),
         }
     }
 
-    fn block(&self, block: u64) -> io::Result<Block> {
+    pub(super) fn block(&self, block: u64) -> io::Result<Block> {
         match self {
             Self::Disk(view) => view.block(block),
             Self::Memory(chunk) => Ok(chunk.blocks[block as usize]),
@@ -666,5 +402,6 @@ fn texts_of(query: &Query) -> Vec<usize> {
 }
 
 pub(super) fn broken(error: io::Error) -> Error {
-    Error::internal("the log's files cannot be read or written: look at the disk, and at what the server's log says").with_source(error)
+    Error::internal("the log's files cannot be read or written: look at the disk, and at what the server's log says")
+        .with_source(error)
 }

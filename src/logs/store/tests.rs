@@ -1,6 +1,5 @@
 use std::collections::HashSet;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use bytes::Bytes;
 
@@ -54,27 +53,27 @@ pub(in crate::logs) fn record(at: u64, number: u64) -> Record {
     }
 }
 
-fn settings(folder: &Path) -> Settings {
+pub(super) fn settings(folder: &Path) -> Settings {
     // Nothing happens by itself.
     Settings { tend: Duration::from_secs(3600), commit: Duration::from_millis(1), ..Settings::new(folder) }
 }
 
 /// Records of numbers, a second apart.
-fn records(numbers: std::ops::Range<u64>) -> Vec<Box<Record>> {
+pub(super) fn records(numbers: std::ops::Range<u64>) -> Vec<Box<Record>> {
     numbers.map(|number| Box::new(record(1_700_000_000_000 + number * 1000, number))).collect()
 }
 
 impl Store {
-    fn account() -> AccountId {
+    pub(super) fn account() -> AccountId {
         AccountId::new("acc")
     }
 
-    fn all(&self, query: &Query) -> Page {
+    pub(super) fn all(&self, query: &Query) -> Page {
         self.list(&Self::account(), "gw", query).unwrap()
     }
 
     /// Which numbers a query means, in order.
-    fn numbers(&self, query: &Query) -> Vec<u64> {
+    pub(super) fn numbers(&self, query: &Query) -> Vec<u64> {
         self.all(query).records.iter().map(|stored| stored.record.duration_us - 12_344).collect()
     }
 
@@ -91,12 +90,12 @@ impl Store {
     }
 }
 
-fn query(raw: &str) -> Query {
+pub(super) fn query(raw: &str) -> Query {
     Query::parse(raw).unwrap()
 }
 
 /// Forty records: sixteen in a full segment, as many in another, the rest in the open one.
-fn forty(folder: &Path) -> (Store, Vec<Box<Record>>) {
+pub(super) fn forty(folder: &Path) -> (Store, Vec<Box<Record>>) {
     let store = Store::open(settings(folder)).unwrap();
     let records = records(0..40);
     for (at, records) in records.chunks(16).enumerate() {
@@ -150,20 +149,28 @@ fn filters_orders_and_pages_mean_what_a_plain_loop_over_the_records_means() {
     type Means = fn(&Record) -> bool;
     let rows: Vec<(&str, Means)> = vec![
         ("provider=openai", |record| &*record.provider == "openai"),
-        ("filters.key=provider&filters.operator=neq&filters.value=openai&filters.value=google", |record| &*record.provider == "anthropic"),
+        ("filters.key=provider&filters.operator=neq&filters.value=openai&filters.value=google", |record| {
+            &*record.provider == "anthropic"
+        }),
         ("filters.key=provider&filters.operator=contains&filters.value=oo", |record| &*record.provider == "google"),
         ("filters.key=provider&filters.operator=gt&filters.value=google", |record| &*record.provider == "openai"),
         ("filters.key=provider&filters.operator=lt&filters.value=google", |record| &*record.provider == "anthropic"),
         ("filters.key=provider&filters.value=nobody", |_| false),
         ("filters.key=provider&filters.operator=neq&filters.value=nobody", |_| true),
         ("filters.key=event_id&filters.value=event-17", |record| record.event.as_deref() == Some("event-17")),
-        ("filters.key=event_id&filters.operator=contains&filters.value=-3", |record| record.event.as_deref().unwrap().contains("-3")),
+        ("filters.key=event_id&filters.operator=contains&filters.value=-3", |record| {
+            record.event.as_deref().unwrap().contains("-3")
+        }),
         ("filters.key=user_agent&filters.value=x", |_| false),
         ("filters.key=user_agent&filters.operator=neq&filters.value=x", |_| true),
         ("filters.key=status_code&filters.operator=gt&filters.value=499", |record| record.status == 500),
         ("success=false&cached=true", |record| !record.success && record.cache.is_hit()),
-        ("filters.key=tokens_in&filters.operator=gt&filters.value=30", |record| record.usage.is_some_and(|usage| usage.prompt_tokens > 30)),
-        ("filters.key=tokens_in&filters.operator=neq&filters.value=31", |record| record.usage.is_none_or(|usage| usage.prompt_tokens != 31)),
+        ("filters.key=tokens_in&filters.operator=gt&filters.value=30", |record| {
+            record.usage.is_some_and(|usage| usage.prompt_tokens > 30)
+        }),
+        ("filters.key=tokens_in&filters.operator=neq&filters.value=31", |record| {
+            record.usage.is_none_or(|usage| usage.prompt_tokens != 31)
+        }),
         ("filters.key=tokens&filters.value=20&filters.value=36", |record| {
             record.usage.is_some_and(|usage| [20, 36].contains(&usage.total_tokens()))
         }),
@@ -176,7 +183,9 @@ fn filters_orders_and_pages_mean_what_a_plain_loop_over_the_records_means() {
         ("start_date=2023-11-14T22:13:30Z&end_date=2023-11-14T22:13:50Z", |record| {
             (1_700_000_010_000..=1_700_000_030_000).contains(&record.at.0)
         }),
-        ("filters.key=id&filters.operator=lt&filters.value=2023-11-14T22:13:30Z", |record| record.at.0 < 1_700_000_010_000),
+        ("filters.key=id&filters.operator=lt&filters.value=2023-11-14T22:13:30Z", |record| {
+            record.at.0 < 1_700_000_010_000
+        }),
         ("search=NUMBER+7+OF", |record| record.duration_us == 12_344 + 7),
         ("search=Model-3", |record| &*record.model == "model-3"),
         ("search=no+such+thing", |_| false),
@@ -194,7 +203,8 @@ fn filters_orders_and_pages_mean_what_a_plain_loop_over_the_records_means() {
     for (raw, means) in rows {
         for (order, key) in orders {
             for direction in ["asc", "desc"] {
-                let mut wanted: Vec<&Record> = records.iter().map(|record| &**record).filter(|record| means(record)).collect();
+                let mut wanted: Vec<&Record> =
+                    records.iter().map(|record| &**record).filter(|record| means(record)).collect();
                 wanted.sort_by_key(|record| (key(record), record.at));
                 if direction == "desc" {
                     wanted.reverse();
@@ -209,7 +219,10 @@ fn filters_orders_and_pages_mean_what_a_plain_loop_over_the_records_means() {
                 assert_eq!(paged, wanted, "{raw} by {order} {direction}");
             }
         }
-        assert_eq!(store.count(&Store::account(), "gw", &query(raw)).unwrap().total_count, store.all(&query(raw)).total_count);
+        assert_eq!(
+            store.count(&Store::account(), "gw", &query(raw)).unwrap().total_count,
+            store.all(&query(raw)).total_count
+        );
     }
     let id = records[20].id.unwrap();
     assert_eq!(store.numbers(&query(&format!("filters.key=id&filters.value={id}"))), [20]);
@@ -250,7 +263,9 @@ fn a_search_that_may_not_read_on_says_so_and_has_looked_at_the_newest() {
 fn feedback_score_and_metadata_are_changed_in_every_kind_of_segment_and_stay() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, records) = forty(folder.path());
-    let patch = |store: &Store, at: usize, patch: Patch| store.patch(&Store::account(), "gw", records[at].id.unwrap(), &patch).unwrap();
+    let patch = |store: &Store, at: usize, patch: Patch| {
+        store.patch(&Store::account(), "gw", records[at].id.unwrap(), &patch).unwrap()
+    };
     for at in [3, 20, 39] {
         assert!(patch(&store, at, Patch { feedback: Some(Some(-1)), ..Patch::default() }));
         assert!(patch(&store, at, Patch { score: Some(Some(100)), ..Patch::default() }));
@@ -265,7 +280,10 @@ fn feedback_score_and_metadata_are_changed_in_every_kind_of_segment_and_stay() {
         assert_eq!(store.numbers(&query("feedback=-1")), [39, 20, 3], "turn {turn}");
         assert_eq!(store.numbers(&query("filters.key=feedback&filters.operator=gt&filters.value=0")), [4]);
         assert_eq!(store.numbers(&query("filters.key=metadata.value&filters.value=red")), [39, 20, 3]);
-        assert_eq!(store.numbers(&query("filters.key=metadata.key&filters.operator=neq&filters.value=user")), [39, 20, 5, 3]);
+        assert_eq!(
+            store.numbers(&query("filters.key=metadata.key&filters.operator=neq&filters.value=user")),
+            [39, 20, 5, 3]
+        );
         let by_feedback = store.numbers(&query("order_by=feedback&per_page=1000"));
         assert_eq!((by_feedback[0], &by_feedback[37..]), (4, &[39, 20, 3][..]));
         for at in [3, 20, 39] {
@@ -318,10 +336,23 @@ fn what_is_deleted_is_gone_from_every_answer_and_after_a_start() {
 fn a_segment_of_which_more_than_half_is_dead_is_written_anew() {
     let folder = tempfile::tempdir().unwrap();
     let (store, records) = forty(folder.path());
-    store.patch(&Store::account(), "gw", records[2].id.unwrap(), &Patch { feedback: Some(Some(1)), ..Patch::default() }).unwrap();
-    store.delete(&Store::account(), "gw", &query("limit=12&order_by_direction=asc&filters.key=cost&filters.operator=gt&filters.value=0.000022")).unwrap();
+    store
+        .patch(&Store::account(), "gw", records[2].id.unwrap(), &Patch { feedback: Some(Some(1)), ..Patch::default() })
+        .unwrap();
+    store
+        .delete(
+            &Store::account(),
+            "gw",
+            &query("limit=12&order_by_direction=asc&filters.key=cost&filters.operator=gt&filters.value=0.000022"),
+        )
+        .unwrap();
     let before = store.status();
-    let names = || std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect::<HashSet<_>>();
+    let names = || {
+        std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect::<HashSet<_>>()
+    };
     assert!(names().contains("00000001.0.columns"));
     store.tend(0);
     assert!(!names().contains("00000001.0.log") && names().contains("00000001.1.columns"), "{:?}", names());
@@ -417,7 +448,10 @@ fn a_full_segment_is_sealed_by_itself_and_nobody_notices() {
         assert_eq!(count, batch.last().unwrap().duration_us - 12_344 + 1);
     }
     assert!(store.status().segments > 50, "{:?}", store.status());
-    assert_eq!(store.numbers(&query("per_page=1000&page=2&order_by=created_at&order_by_direction=asc")), (1000..2000).collect::<Vec<_>>());
+    assert_eq!(
+        store.numbers(&query("per_page=1000&page=2&order_by=created_at&order_by_direction=asc")),
+        (1000..2000).collect::<Vec<_>>()
+    );
     many.clear();
 }
 
@@ -432,161 +466,19 @@ fn a_folder_serves_one_process_at_a_time() {
 }
 
 #[test]
-fn the_last_log_cut_or_damaged_anywhere_keeps_its_whole_blocks_and_goes_on() {
-    let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(settings(folder.path())).unwrap();
-    let path = folder.path().join("00000001.0.log");
-    let (mut ends, records) = (Vec::new(), records(0..6));
-    for pair in records.chunks(2) {
-        store.append(pair).unwrap();
-        ends.push(std::fs::metadata(&path).unwrap().len());
-    }
-    drop(store);
-    let bytes = std::fs::read(&path).unwrap();
-    let check = |bytes: &[u8], whole: usize, why: &str| {
-        std::fs::write(&path, bytes).unwrap();
-        let store = Store::open(settings(folder.path())).unwrap();
-        assert_eq!(store.numbers(&Query::default()), (0..whole as u64 * 2).rev().collect::<Vec<_>>(), "{why}");
-        store.append(&records[5..]).unwrap();
-        drop(store);
-        let store = Store::open(settings(folder.path())).unwrap();
-        assert_eq!(store.all(&Query::default()).total_count, whole as u64 * 2 + 1, "{why}");
-    };
-    for cut in (0..=bytes.len()).step_by(3).chain(ends.iter().map(|end| *end as usize)) {
-        check(&bytes[..cut], ends.iter().filter(|end| **end <= cut as u64).count(), &format!("cut at {cut}"));
-    }
-    for at in (0..ends[0] as usize).step_by(7) {
-        let mut damaged = bytes.clone();
-        damaged[at] ^= 0x20;
-        std::fs::write(&path, damaged).unwrap();
-        let store = Store::open(settings(folder.path())).unwrap();
-        // Bodies are looked at when they are asked for, so damage in them leaves the lists whole.
-        let listed = store.all(&Query::default());
-        for stored in listed.records {
-            let read = store.get(&Store::account(), "gw", stored.record.id.unwrap()).unwrap();
-            assert!(read.is_none_or(|read| records.iter().any(|record| **record == read.record)), "damaged at {at}");
-        }
-    }
-}
-
-#[test]
-fn columns_that_are_missing_cut_or_damaged_are_made_again_with_marks_in_place() {
-    let folder = tempfile::tempdir().unwrap();
-    let (store, records) = forty(folder.path());
-    store.patch(&Store::account(), "gw", records[3].id.unwrap(), &Patch { feedback: Some(Some(1)), ..Patch::default() }).unwrap();
-    store.delete(&Store::account(), "gw", &query("limit=2&order_by_direction=asc")).unwrap();
-    drop(store);
-    let path = folder.path().join("00000001.0.columns");
-    let whole = std::fs::read(&path).unwrap();
-    let footer = whole.len() - 40;
-    let check = |why: &str| {
-        let store = Store::open(settings(folder.path())).unwrap();
-        assert_eq!(store.numbers(&query("per_page=1000")), (2..40).rev().collect::<Vec<_>>(), "{why}");
-        assert_eq!(store.numbers(&query("feedback=1")), [3], "{why}");
-        assert_eq!(store.get(&Store::account(), "gw", records[4].id.unwrap()).unwrap().unwrap().record, *records[4]);
-        drop(store);
-        assert_eq!(std::fs::read(&path).unwrap(), whole, "{why}: the same once more");
-    };
-    for cut in [0, 1, 7, 8, 100, footer, whole.len() - 1] {
-        std::fs::write(&path, &whole[..cut]).unwrap();
-        check(&format!("cut at {cut}"));
-    }
-    for at in [footer, whole.len() - 8, whole.len() - 1] {
-        let mut damaged = whole.clone();
-        damaged[at] ^= 1;
-        std::fs::write(&path, damaged).unwrap();
-        check(&format!("damaged at {at}"));
-    }
-    std::fs::remove_file(&path).unwrap();
-    check("missing");
-    std::fs::remove_file(folder.path().join("00000001.0.log")).unwrap();
-    let store = Store::open(settings(folder.path())).unwrap();
-    assert_eq!(store.numbers(&query("per_page=1000")), (16..40).rev().collect::<Vec<_>>(), "a segment without its log is none");
-}
-
-#[test]
-fn a_record_written_again_is_there_once_even_where_its_old_row_was_not_marked() {
-    let folder = tempfile::tempdir().unwrap();
-    let (store, records) = forty(folder.path());
-    let metadata = Some(Some(r#"{"new":1}"#.into()));
-    for at in [3, 39] {
-        store.patch(&Store::account(), "gw", records[at].id.unwrap(), &Patch { metadata: metadata.clone(), ..Patch::default() }).unwrap();
-    }
-    drop(store);
-    // The crash came before the mark.
-    std::fs::remove_file(folder.path().join("00000001.0.marks")).unwrap();
-    let store = Store::open(settings(folder.path())).unwrap();
-    assert_eq!(store.numbers(&query("per_page=1000")), (0..40).rev().collect::<Vec<_>>());
-    assert_eq!(store.numbers(&query("filters.key=metadata.key&filters.value=new")), [39, 3]);
-}
-
-/// Set by [`a_process_killed_at_any_moment_leaves_what_it_had_flushed`] for the process that it kills.
-const KILLED: &str = "NEUROND_TEST_LOG_FOLDER";
-
-#[test]
-fn a_process_killed_at_any_moment_leaves_what_it_had_flushed() {
-    if let Ok(folder) = std::env::var(KILLED) {
-        return append_until_killed(Path::new(&folder));
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let mut promised = 0;
-    for turn in 0..6 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["a_process_killed_at_any_moment", "--nocapture", "--test-threads=1"])
-            .env(KILLED, folder.path())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
-        let mut heard = 0;
-        while heard < 3 + turn * 5 {
-            let line = lines.next().unwrap().unwrap();
-            if let Some((_, number)) = line.split_once("on disk: ") {
-                promised = number.parse().unwrap();
-                heard += 1;
-            }
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        // What it said before it died counts as well.
-        for line in lines.map_while(std::io::Result::ok) {
-            if let Some(number) = line.split_once("on disk: ").and_then(|(_, number)| number.trim().parse().ok()) {
-                promised = number;
-            }
-        }
-        let store = Store::open(Settings { segment_bytes: 20_000, ..settings(folder.path()) }).unwrap();
-        let total = store.all(&query("per_page=1")).total_count;
-        assert!(total >= promised, "{total} of {promised}");
-        let mut seen = Vec::new();
-        for page in 1..=total.div_ceil(1000) {
-            seen.extend(store.numbers(&query(&format!("per_page=1000&order_by_direction=asc&page={page}"))));
-        }
-        assert_eq!(seen, (0..total).collect::<Vec<_>>(), "all of them, once, in order");
-    }
-}
-
-fn append_until_killed(folder: &Path) {
-    let store = Store::open(Settings { segment_bytes: 20_000, ..settings(folder) }).unwrap();
-    let mut next = store.all(&query("per_page=1")).total_count;
-    loop {
-        store.append(&records(next..next + 50)).unwrap();
-        next += 50;
-        store.flush().unwrap();
-        println!("on disk: {next}");
-    }
-}
-
-#[test]
 fn queries_and_changes_go_on_while_segments_fill_and_are_sealed() {
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open(Settings { segment_bytes: 30_000, tend: Duration::from_millis(1), ..settings(folder.path()) }).unwrap();
+    let store =
+        Store::open(Settings { segment_bytes: 30_000, tend: Duration::from_millis(1), ..settings(folder.path()) })
+            .unwrap();
     let many = records(0..6_000);
     let is_done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut last = 0;
             while !is_done.load(std::sync::atomic::Ordering::Acquire) {
-                let page = store.all(&query("order_by=model&filters.key=provider&filters.operator=neq&filters.value=x&per_page=5"));
+                let page = store
+                    .all(&query("order_by=model&filters.key=provider&filters.operator=neq&filters.value=x&per_page=5"));
                 assert!(page.total_count >= last, "{} after {last}", page.total_count);
                 last = page.total_count;
             }
@@ -595,7 +487,11 @@ fn queries_and_changes_go_on_while_segments_fill_and_are_sealed() {
             store.append(batch).unwrap();
             if at % 10 == 0 {
                 let id = batch[50].id.unwrap();
-                assert!(store.patch(&Store::account(), "gw", id, &Patch { feedback: Some(Some(1)), ..Patch::default() }).unwrap());
+                assert!(
+                    store
+                        .patch(&Store::account(), "gw", id, &Patch { feedback: Some(Some(1)), ..Patch::default() })
+                        .unwrap()
+                );
             }
         }
         is_done.store(true, std::sync::atomic::Ordering::Release);

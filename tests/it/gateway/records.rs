@@ -87,7 +87,7 @@ async fn each_call_is_listed_with_what_it_was_and_what_it_cost_and_read_as_it_we
     assert_eq!(stored.text, stream.text, "a stream is kept byte for byte");
     assert!(stored.header("content-type").starts_with("text/event-stream"));
     let cached = detail(&id(&hit)).await;
-    assert_eq!((cached["cached"].clone(), cached["cost"].clone()), (json!(true), json!(0.0)), "{cached}");
+    assert_eq!((cached["cached"].clone(), cached["cost"].clone()), (json!(true), json!(0)), "{cached}");
     assert_eq!(detail(&id(&failed)).await["success"], json!(false));
     assert_eq!(detail(&id(&bare)).await["response_head"], json!(""));
 
@@ -140,13 +140,13 @@ async fn secrets_are_taken_out_before_anything_touches_the_disk_and_callers_stil
     let (folder, rig) = keeping("[[redact]]\nname = \"customer\"\npattern = \"KD-[0-9]{6}\"\n");
     let secrets = ["sk-proj-abcdefghijklmnopqrstuvwxyz0123456789ABCD", "ann.lee@example.com", "4242 4242 4242 4242", "KD-123456"];
     let text = format!("my key is {} and I am {}, card {}, number {}", secrets[0], secrets[1], secrets[2], secrets[3]);
-    let echo = format!("says={}", text.replace(' ', "_"));
+    let echo = format!("says={text}");
     for body in [question(&text), streamed(&text)] {
         let answer = Answer::of(rig.chat(&[], &body)).await;
         assert_eq!(answer.status, 200, "{answer:?}");
     }
     // The upstream says it piece by piece.
-    let said = Answer::of(rig.chat(&[("x-fake", &echo.replace("4242_4242_4242_4242", "4242424242424242")), ("cf-aig-metadata", r#"{"mail":"ann.lee@example.com"}"#)], &streamed("x"))).await;
+    let said = Answer::of(rig.chat(&[("x-fake", &echo), ("cf-aig-metadata", r#"{"mail":"ann.lee@example.com"}"#)], &streamed("x"))).await;
     assert_eq!(said.status, 200);
     rig.is_clean().await;
     let all = list(&rig, "").await;

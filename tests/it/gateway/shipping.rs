@@ -321,7 +321,7 @@ fn record(number: usize) -> Record {
         custom_cost: false,
         saved: Neurons::ZERO,
         step: 0,
-        request_type: "http",
+        request_type: "http".into(),
         request_content_type: None,
         response_content_type: None,
         metadata: None,
