@@ -13,10 +13,7 @@ use bytes::Bytes;
 use criterion::{Criterion, Throughput};
 
 use neurond::base::{AccountId, LogId, Millis, Neurons, RequestId};
-use neurond::logs::query::Query;
-use neurond::logs::record::{Body, CacheUse, Record};
-use neurond::logs::redact::{Redactor, Rules};
-use neurond::logs::store::{Settings, Store};
+use neurond::logs::{Body, CacheUse, Query, Record, RedactRules as Rules, Redactor, Store, StoreSettings as Settings};
 use neurond::task::{Task, Usage};
 
 const START: u64 = 1_700_000_000_000;

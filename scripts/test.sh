@@ -4,12 +4,12 @@
 #   scripts/test.sh                all of it: about 25 minutes on two cores the first time, a few after that
 #   scripts/test.sh fmt clippy     only these stages
 #
-# Needs Rust, a C++ compiler, Python 3 with pip, and git; the demo model, the official SDKs and NVIDIA's compiler are fetched
-# (target/, .venv/, .cuda/).
+# Needs Rust, a C++ compiler, Python 3 with pip, and git; the demo model, the official SDKs, NVIDIA's compiler and servers that tests
+# talk to are fetched (target/, .venv/, .cuda/).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-all=(fmt model cuda clippy test doc release sdk)
+all=(fmt model cuda servers clippy test doc release sdk)
 case ${1:-} in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; echo "Stages: ${all[*]}"; exit ;; esac
 stages=("${@:-${all[@]}}")
 [[ $# -gt 0 ]] || stages=("${all[@]}")
@@ -27,10 +27,17 @@ stage_model() {
     scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
 stage_cuda() { scripts/fetch_cuda.sh; }
+# Programs that tests talk to: a mail server, and one that speaks S3 and checks signatures.
+stage_servers() {
+    scripts/fetch_smtp.sh
+    scripts/s3_server.sh
+}
 stage_clippy() { NEUROND_CUDA_CHIPS='' cargo clippy --locked --all-targets --features cuda,emulate -- -D warnings; }
 # Compiles the kernels for every GPU, and fails where one spills. The generated documents, the floors, the goldens and GPU
 # kernels run by a host are tests like any other. The daemon that they start could use a GPU, and there is none.
 stage_test() {
+    [[ ! -x $(scripts/s3_server.sh --path) ]] || NEUROND_TEST_S3=$(scripts/s3_server.sh --path)
+    [[ -z ${NEUROND_TEST_S3:-} ]] || export NEUROND_TEST_S3
     cargo test --locked --features cuda,emulate --no-run
     # Emulated GPUs take turns and leave a core idle, so the other tests run beside the library's own.
     cargo test --locked --features cuda,emulate --lib --bins >"$target/tests-lib.log" 2>&1 &

@@ -15,9 +15,9 @@ pub mod net;
 pub mod route;
 pub mod store;
 
+pub mod alert;
 pub mod cache;
 pub mod fallback;
-pub mod alert;
 pub mod ledger;
 pub mod logs;
 pub mod model;

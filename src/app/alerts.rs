@@ -24,12 +24,7 @@ const SILENT: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// When something of it cannot be meant.
-pub(super) fn start(
-    live: &Live,
-    clients: client::Settings,
-    parts: &Parts,
-    devices: Pulses,
-) -> Result<Option<Alerts>> {
+pub(super) fn start(live: &Live, clients: client::Settings, parts: &Parts, devices: Pulses) -> Result<Option<Alerts>> {
     let config = live.get();
     if config.records.rules.is_empty() {
         return Ok(None);

@@ -137,7 +137,8 @@ fn divided(name: &str) -> (Option<String>, String) {
 }
 
 fn job(WithSecret { section, secret, .. }: &WithSecret<ShipSection>) -> Job {
-    let ShipSection { name, gateways, prefix, url, path, region, bucket, path_style, access_key_id, .. } = section.clone();
+    let ShipSection { name, gateways, prefix, url, path, region, bucket, path_style, access_key_id, .. } =
+        section.clone();
     let url = url.unwrap_or_default();
     let destination = match section.to {
         ShipTo::S3 => Destination::S3 {

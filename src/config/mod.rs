@@ -17,13 +17,13 @@ use crate::task::Task;
 
 pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
 pub use file::{File, LogFormat};
-pub use price::{Price, PriceLine};
 pub use metering::{
     AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Ledger, Limits, Metering, Network, OnFault, Plan, Rule,
 };
+pub use price::{Price, PriceLine};
 pub use records::{
-    AlertOn, AlertSection, AlertSeverity, AnalyticsSection, ChannelSection, ChannelTo, LogsSection, MailSecurity, Records,
-    RedactSection, ShipSection, ShipTo, SpoolFull, WithSecret,
+    AlertOn, AlertSection, AlertSeverity, AnalyticsSection, ChannelSection, ChannelTo, LogsSection, MailSecurity,
+    Records, RedactSection, ShipSection, ShipTo, SpoolFull, WithSecret,
 };
 pub use reload::{Change, Effect, diff};
 pub use tariff::{Tariff, Tariffs};

@@ -477,7 +477,10 @@ pub(super) fn resolve(check: &mut Check, written: &Sections<'_>, folder: &Path, 
         let authorities = section.ca_file.as_ref().and_then(|path| {
             let path = folder.join(path);
             let read = (machine.text)(&path);
-            read.map_err(|error| check.wrong(&format!("{key}.ca_file"), path.display(), &format!("cannot be read: {error}"))).ok()
+            read.map_err(|error| {
+                check.wrong(&format!("{key}.ca_file"), path.display(), &format!("cannot be read: {error}"))
+            })
+            .ok()
         });
         WithSecret { section: section.clone(), secret, authorities }
     });

@@ -70,7 +70,8 @@ impl Tariffs {
     }
 
     fn parse(text: &str) -> std::result::Result<Self, String> {
-        let written: HashMap<String, HashMap<String, Line>> = toml::from_str(text).map_err(|error| error.to_string())?;
+        let written: HashMap<String, HashMap<String, Line>> =
+            toml::from_str(text).map_err(|error| error.to_string())?;
         let mut table: HashMap<String, HashMap<String, Tariff>> = HashMap::new();
         for (provider, models) in written {
             for (model, line) in models {

@@ -12,11 +12,11 @@ use tracing::info;
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, Neurons, RequestId, Result};
 use crate::config::CatalogEntry;
-use crate::gateway::calls::Calls;
 use crate::gateway::bill::Tally;
+use crate::gateway::calls::Calls;
+use crate::gateway::step::LOCAL;
 use crate::gateway::terms::Held;
 use crate::gateway::{Call, Gateway, terms};
-use crate::gateway::step::LOCAL;
 use crate::ledger::Spent;
 use crate::logs::{CacheUse, Logs, Record};
 use crate::metrics::Metrics;

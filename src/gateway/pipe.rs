@@ -18,10 +18,10 @@ use futures_util::stream::LocalBoxStream;
 use serde_json::json;
 
 use crate::base::{Error, Kind};
+use crate::gateway::bill::Bill;
 use crate::gateway::watch::Watch;
 use crate::guard::{Check, Finding, StreamGuard};
 use crate::net::client::{AnswerBody, Fault};
-use crate::gateway::bill::Bill;
 use crate::net::sse;
 use crate::provider::{Dialect, Meter, Translator, messages};
 use crate::task::Usage;

@@ -391,7 +391,8 @@ impl Record {
         }
         if let Some(charge) = charge {
             text("cost_usd", &format!("{:.9}", charge.cost.usd()));
-            let marks = [(self.custom_cost.is_some(), "custom"), (charge.estimated, "estimated"), (charge.unpriced, "unknown")];
+            let marks =
+                [(self.custom_cost.is_some(), "custom"), (charge.estimated, "estimated"), (charge.unpriced, "unknown")];
             if let Some((_, mark)) = marks.iter().find(|(is_so, _)| *is_so) {
                 text("cost_is", mark);
             }
@@ -452,7 +453,16 @@ fn task_of(path: &str) -> Option<Task> {
     if is(&["embeddings", ":embedContent", ":batchEmbedContents", "/embed"]) {
         return Some(Task::TextEmbeddings);
     }
-    if is(&["completions", "/messages", "/responses", ":generateContent", ":streamGenerateContent", "/converse", "/converse-stream", "/chat"]) {
+    if is(&[
+        "completions",
+        "/messages",
+        "/responses",
+        ":generateContent",
+        ":streamGenerateContent",
+        "/converse",
+        "/converse-stream",
+        "/chat",
+    ]) {
         return Some(Task::TextGeneration);
     }
     is(&["images/generations"]).then_some(Task::TextToImage)

@@ -482,11 +482,9 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
     if let Some(standing) = record.standing() {
         let limit = terms::limit(standing);
         let reset = limit.reset.as_secs_f64().ceil() as u64;
-        for (name, number) in [
-            (&headers::LIMIT, limit.limit),
-            (&headers::LIMIT_REMAINING, limit.left),
-            (&headers::LIMIT_RESET, reset),
-        ] {
+        for (name, number) in
+            [(&headers::LIMIT, limit.limit), (&headers::LIMIT_REMAINING, limit.left), (&headers::LIMIT_RESET, reset)]
+        {
             headers.insert(name, HeaderValue::from(number));
         }
     }

@@ -119,9 +119,5 @@ pub(super) fn spent<Input>(call: &Call<Input>) -> Spent {
 
 /// How a limit stands, for headers.
 pub fn limit(standing: &Standing) -> Limit {
-    Limit {
-        limit: standing.limit,
-        left: standing.left,
-        reset: std::time::Duration::from_millis(standing.reset_ms),
-    }
+    Limit { limit: standing.limit, left: standing.left, reset: std::time::Duration::from_millis(standing.reset_ms) }
 }

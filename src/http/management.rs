@@ -32,7 +32,8 @@ pub(super) async fn serve(
     let body = ask::read_bytes(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?;
     let body = if body.is_empty() { None } else { Some(ask::plain_json(request.headers(), body).await?) };
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
-    let told = records::serve(services, &caller.account, request.method(), &path, request.query_string(), body.as_ref());
+    let told =
+        records::serve(services, &caller.account, request.method(), &path, request.query_string(), body.as_ref());
     if let Some(answer) = Box::pin(told).await {
         return answer;
     }

@@ -41,7 +41,9 @@ pub(super) async fn serve(
     body: Option<&Value>,
 ) -> Option<Result<HttpResponse>> {
     let answer = match path {
-        ["gateways", gateway, "logs", rest @ ..] => logs_of(services, account, gateway, method, rest, query, body).await,
+        ["gateways", gateway, "logs", rest @ ..] => {
+            logs_of(services, account, gateway, method, rest, query, body).await
+        }
         ["analytics"] => analytics(services, account, method, query).await,
         ["usage"] => usage(services, account, method, query).await,
         ["alerts"] => alerts(services, method, body).await,
@@ -159,7 +161,12 @@ fn patch(body: Option<&Value>) -> Result<Patch> {
                     return Err(Error::bad_field("metadata", message));
                 }
             },
-            _ => return Err(Error::bad_field(name, format!("'{name}' cannot be changed: feedback, score and metadata can"))),
+            _ => {
+                return Err(Error::bad_field(
+                    name,
+                    format!("'{name}' cannot be changed: feedback, score and metadata can"),
+                ));
+            }
         }
     }
     Ok(patch)

@@ -114,7 +114,8 @@ impl Logs {
             is_failing: false,
         };
         let thread = std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run());
-        let thread = thread.map_err(|error| Error::internal("the log's thread cannot be started").with_source(error))?;
+        let thread =
+            thread.map_err(|error| Error::internal("the log's thread cannot be started").with_source(error))?;
         let thread = Mutex::new(Some(thread));
         Ok(Self(Arc::new(Shared { queue, bytes, metrics, store, ship, analytics, thread })))
     }
@@ -280,7 +281,8 @@ impl Writer {
         let Some(ship) = &self.ship else { return };
         let mut told: HashMap<(&AccountId, &str), Push> = HashMap::new();
         for record in batch {
-            told.entry((&record.account, &record.gateway)).or_insert_with(|| (self.push)(&record.account, &record.gateway));
+            told.entry((&record.account, &record.gateway))
+                .or_insert_with(|| (self.push)(&record.account, &record.gateway));
         }
         if self.keys.len() > MAX_KEYS {
             self.keys.clear();

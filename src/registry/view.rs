@@ -255,7 +255,8 @@ impl FixedView {
                 }
             };
             let generation = if settings.cache_invalidate_on_update { generation_of(fields) } else { 0 };
-            let gateway = Gateway { id: id.as_str().into(), settings: settings.clone(), guard, generation, fixed: true };
+            let gateway =
+                Gateway { id: id.as_str().into(), settings: settings.clone(), guard, generation, fixed: true };
             view.gateways.entry(id.clone()).or_default().push((account.clone(), Arc::new(gateway)));
         }
         for provider in &view.written.providers {

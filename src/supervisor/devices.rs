@@ -18,9 +18,9 @@ use tracing::{debug, info, warn};
 
 use crate::base::{DeviceId, Kind, ModelId, Result};
 use crate::config::{Config, Gpu, Model};
+use crate::engine::Engine;
 use crate::kernel::gpu;
 use crate::metrics::Metrics;
-use crate::engine::Engine;
 use crate::supervisor::actor::{DeviceStatus, Outcome, Pulse, Report, Supervisor};
 use crate::supervisor::fleet::FleetView;
 use crate::supervisor::loader::Place;

@@ -88,3 +88,15 @@ async fn results_are_bare_and_billed_to_the_configured_account() {
     assert!(rows.iter().all(|(who, _)| who.account.as_str() == "worker-account"), "{rows:?}");
     assert_eq!(rows.iter().map(|(_, row)| row.requests).sum::<u64>(), 4);
 }
+
+#[tokio::test]
+async fn the_shim_reads_records_and_addresses_of_gateways() {
+    let daemon = Daemon::serving("sim", |config| config.records.folder = None);
+    let get = async |path: &str| {
+        let url = format!("http://{}/ai-gateway/gateways/{path}", daemon.binding);
+        Answer::of(reqwest::Client::new().get(url)).await
+    };
+    let unknown = get("default/logs/01J00000000000000000000000").await;
+    assert_eq!(unknown.status, 404);
+    assert!(unknown.json()["errors"][0]["message"].as_str().unwrap().contains("gateway"), "{unknown:?}");
+}

@@ -141,8 +141,18 @@ impl Daemon {
                     Gateway { config: config_view, fleet: fleet_view, adapters, ledger, logs, metrics: series };
                 let batches = wanted.batches.as_deref().map(|folder| Batches::start(folder, gateway.clone()).unwrap());
                 let alerts = None;
-                let services =
-                    Services { config, gateway, relays, clients, alerts, batches, fleet, vault, metrics, phase: phases };
+                let services = Services {
+                    config,
+                    gateway,
+                    relays,
+                    clients,
+                    alerts,
+                    batches,
+                    fleet,
+                    vault,
+                    metrics,
+                    phase: phases,
+                };
                 let api = http::start(services.clone(), api, Listener::Api).unwrap();
                 let binding = http::start(services.clone(), binding, Listener::Binding).unwrap();
                 sender.send((services, vec![api.handle(), binding.handle()])).unwrap();

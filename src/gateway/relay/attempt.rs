@@ -243,7 +243,8 @@ impl Relay {
         let model = ModelId::new(model);
         let mut reservation = None;
         if !is_local || !windows.is_empty() {
-            let plan = config.accounts.iter().find(|account| account.id == ask.account).and_then(|account| account.plan);
+            let plan =
+                config.accounts.iter().find(|account| account.id == ask.account).and_then(|account| account.plan);
             let claim = Claim {
                 request: ask.who.id,
                 account: &ask.account,

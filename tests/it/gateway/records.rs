@@ -95,7 +95,10 @@ async fn each_call_is_listed_with_what_it_was_and_what_it_cost_and_read_as_it_we
         ("filters.key=success&filters.operator=eq&filters.value=false", 1),
         ("filters.key=cached&filters.operator=eq&filters.value=true", 1),
         ("filters.key=metadata.key&filters.operator=eq&filters.value=user", 1),
-        ("filters.key=status_code&filters.operator=gt&filters.value=399&filters.key=provider&filters.operator=eq&filters.value=openai&filters.value=groq", 1),
+        (
+            "filters.key=status_code&filters.operator=gt&filters.value=399&filters.key=provider&filters.operator=eq&filters.value=openai&filters.value=groq",
+            1,
+        ),
         ("filters.key=provider&filters.operator=eq&filters.value=groq", 0),
         ("search=five", 1),
         ("model=gpt-4o-mini&success=true", 4),
@@ -105,7 +108,12 @@ async fn each_call_is_listed_with_what_it_was_and_what_it_cost_and_read_as_it_we
         let expected = if query == "search=five" { 0 } else { count };
         assert_eq!(found["result_info"]["total_count"], json!(expected), "{query}: {found}");
     }
-    let wrong = manage(&rig, Method::GET, "gateways/g/logs?filters.key=nonsense&filters.operator=eq&filters.value=1", Value::Null);
+    let wrong = manage(
+        &rig,
+        Method::GET,
+        "gateways/g/logs?filters.key=nonsense&filters.operator=eq&filters.value=1",
+        Value::Null,
+    );
     let wrong = wrong.await;
     assert_eq!((wrong.status, wrong.json()["errors"][0]["code"].clone()), (400, json!(7001)), "{wrong:?}");
     let elsewhere = manage(&rig, Method::GET, "gateways/none/logs", Value::Null).await;
@@ -116,29 +124,49 @@ async fn each_call_is_listed_with_what_it_was_and_what_it_cost_and_read_as_it_we
 async fn a_record_takes_feedback_and_is_deleted_by_what_it_is() {
     let (_folder, rig) = keeping("");
     let first = Answer::of(rig.chat(&[], &question("one"))).await.header("cf-aig-log-id").to_owned();
-    Answer::of(rig.post("anthropic/v1/messages", &[], &json!({ "model": "claude-sonnet-4-5", "max_tokens": 9,
-        "messages": [{ "role": "user", "content": "x" }] }))).await;
+    Answer::of(rig.post(
+        "anthropic/v1/messages",
+        &[],
+        &json!({ "model": "claude-sonnet-4-5", "max_tokens": 9,
+        "messages": [{ "role": "user", "content": "x" }] }),
+    ))
+    .await;
     rig.is_clean().await;
     let patch = async |body: Value| manage(&rig, Method::PATCH, &format!("gateways/g/logs/{first}"), body).await;
     let patched = patch(json!({ "feedback": -1, "score": 70, "metadata": { "why": "wrong" } })).await;
     assert_eq!(patched.status, 200, "{patched:?}");
     let record = patched.json()["result"].clone();
-    assert_eq!((&record["feedback"], &record["score"], &record["metadata"]), (&json!(-1), &json!(70), &json!({ "why": "wrong" })));
+    assert_eq!(
+        (&record["feedback"], &record["score"], &record["metadata"]),
+        (&json!(-1), &json!(70), &json!({ "why": "wrong" }))
+    );
     for wrong in [json!({ "feedback": 2 }), json!({ "score": 101 }), json!({ "metadata": "x" }), json!({ "cost": 1 })] {
         assert_eq!(patch(wrong.clone()).await.status, 400, "{wrong}");
     }
-    assert_eq!(list(&rig, "filters.key=feedback&filters.operator=eq&filters.value=-1").await["result_info"]["total_count"], 1);
-    let gone = manage(&rig, Method::DELETE, "gateways/g/logs?filters.key=provider&filters.operator=eq&filters.value=openai", Value::Null);
+    assert_eq!(
+        list(&rig, "filters.key=feedback&filters.operator=eq&filters.value=-1").await["result_info"]["total_count"],
+        1
+    );
+    let gone = manage(
+        &rig,
+        Method::DELETE,
+        "gateways/g/logs?filters.key=provider&filters.operator=eq&filters.value=openai",
+        Value::Null,
+    );
     assert_eq!(gone.await.status, 200);
     let left = list(&rig, "").await;
-    assert_eq!((left["result_info"]["total_count"].clone(), left["result"][0]["provider"].clone()), (json!(1), json!("anthropic")));
+    assert_eq!(
+        (left["result_info"]["total_count"].clone(), left["result"][0]["provider"].clone()),
+        (json!(1), json!("anthropic"))
+    );
     assert_eq!(manage(&rig, Method::GET, &format!("gateways/g/logs/{first}"), Value::Null).await.status, 404);
 }
 
 #[actix_web::test]
 async fn secrets_are_taken_out_before_anything_touches_the_disk_and_callers_still_get_them() {
     let (folder, rig) = keeping("[[redact]]\nname = \"customer\"\npattern = \"KD-[0-9]{6}\"\n");
-    let secrets = ["sk-proj-abcdefghijklmnopqrstuvwxyz0123456789ABCD", "ann.lee@example.com", "4242 4242 4242 4242", "KD-123456"];
+    let secrets =
+        ["sk-proj-abcdefghijklmnopqrstuvwxyz0123456789ABCD", "ann.lee@example.com", "4242 4242 4242 4242", "KD-123456"];
     let text = format!("my key is {} and I am {}, card {}, number {}", secrets[0], secrets[1], secrets[2], secrets[3]);
     let echo = format!("says={text}");
     for body in [question(&text), streamed(&text)] {
@@ -146,7 +174,10 @@ async fn secrets_are_taken_out_before_anything_touches_the_disk_and_callers_stil
         assert_eq!(answer.status, 200, "{answer:?}");
     }
     // The upstream says it piece by piece.
-    let said = Answer::of(rig.chat(&[("x-fake", &echo), ("cf-aig-metadata", r#"{"mail":"ann.lee@example.com"}"#)], &streamed("x"))).await;
+    let said = Answer::of(
+        rig.chat(&[("x-fake", &echo), ("cf-aig-metadata", r#"{"mail":"ann.lee@example.com"}"#)], &streamed("x")),
+    )
+    .await;
     assert_eq!(said.status, 200);
     rig.is_clean().await;
     let all = list(&rig, "").await;
@@ -163,7 +194,10 @@ async fn secrets_are_taken_out_before_anything_touches_the_disk_and_callers_stil
     }
     let kept = files(folder.path());
     assert!(secrets.iter().all(|secret| !kept.contains(secret)), "on disk");
-    assert!(String::from_utf8_lossy(&rig.upstream.requests()[0].body).contains(secrets[0]), "what goes to the provider is not changed");
+    assert!(
+        String::from_utf8_lossy(&rig.upstream.requests()[0].body).contains(secrets[0]),
+        "what goes to the provider is not changed"
+    );
 }
 
 #[actix_web::test]
@@ -178,12 +212,20 @@ async fn sums_are_those_of_the_calls_and_usage_is_the_ledgers() {
     assert_eq!(sums.status, 200, "{sums:?}");
     let row = sums.json()["result"]["rows"][0].clone();
     assert_eq!((row["count"].clone(), row["dimensions"]["provider"].clone()), (json!(4), json!("openai")), "{row}");
-    assert_eq!((row["sum"]["cachedRequests"].clone(), row["sum"]["requests5xx"].clone()), (json!(2), json!(1)), "{row}");
+    assert_eq!(
+        (row["sum"]["cachedRequests"].clone(), row["sum"]["requests5xx"].clone()),
+        (json!(2), json!(1)),
+        "{row}"
+    );
     assert!(row["quantiles"]["latencyP95"].as_f64().is_some() && row["sum"]["cost"].as_f64().unwrap() > 0.0, "{row}");
     let usage = manage(&rig, Method::GET, "usage", Value::Null).await;
     assert_eq!(usage.status, 200, "{usage:?}");
     let told = usage.json()["result"].clone();
-    assert_eq!((told["rows"][0]["requests"].clone(), told["rows"][0]["provider"].clone()), (json!(1), json!("openai")), "{told}");
+    assert_eq!(
+        (told["rows"][0]["requests"].clone(), told["rows"][0]["provider"].clone()),
+        (json!(1), json!("openai")),
+        "{told}"
+    );
     let (one, other) = (told["rows"][0]["cost_usd"].as_f64().unwrap(), row["sum"]["cost"].as_f64().unwrap());
     assert!((one - other).abs() < 1e-12, "{one} {other}");
     assert_eq!(manage(&rig, Method::GET, "analytics?from=nonsense", Value::Null).await.status, 400);

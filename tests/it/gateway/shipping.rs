@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use flate2::read::GzDecoder;
 use neurond::base::{AccountId, LogId, Millis, Neurons, RequestId, Secret};
-use neurond::logs::{Body, CacheUse, Record};
 use neurond::logs::ship::{AtBound, Chosen, Destination, Job, Outgoing, Settings, Ship};
+use neurond::logs::{Body, CacheUse, Record};
 use neurond::net::client;
 use neurond::net::sigv4::Credentials;
 use parking_lot::Mutex;

@@ -68,7 +68,11 @@ async fn whatever_way_an_answer_takes_it_is_written_down_once_at_the_price_of_th
         rig.is_clean().await;
         let count = |field: &str| usage[field].as_u64().unwrap();
         let row = row(&rig, "openai", 1).await;
-        assert_eq!((row.prompt_tokens, row.completion_tokens), (count("prompt_tokens"), count("completion_tokens")), "{name}");
+        assert_eq!(
+            (row.prompt_tokens, row.completion_tokens),
+            (count("prompt_tokens"), count("completion_tokens")),
+            "{name}"
+        );
         assert_eq!(row.cost, listed(row.prompt_tokens, 0, row.completion_tokens), "{name}");
         assert_eq!(row.neurons, Neurons::ZERO, "{name}: the allocation is for this machine's models");
     }
@@ -223,7 +227,10 @@ async fn spend_limits_of_a_gateway_are_kept_for_each_value_and_only_where_they_a
     let refused = ask(ann).await;
     assert_eq!(refused.status, 429, "{refused:?}");
     let words = refused.json()["message"].as_str().unwrap().to_owned();
-    assert!(words.starts_with("Spend limit exceeded: rule 'each-user'") && words.ends_with("for openai gpt-4o-mini"), "{words}");
+    assert!(
+        words.starts_with("Spend limit exceeded: rule 'each-user'") && words.ends_with("for openai gpt-4o-mini"),
+        "{words}"
+    );
     assert_eq!(ask(r#"{"user":"bob","plan":"free"}"#).await.status, 200, "a budget of its own");
     for _ in 0..2 {
         assert_eq!(ask(r#"{"user":"ann","plan":"paid"}"#).await.status, 200, "the rule is not about this plan");
@@ -236,7 +243,10 @@ async fn a_gateways_own_rate_limit_is_kept_and_hits_count_as_requests() {
         "[[gateway]]\nid = \"r\"\nauthentication = false\nrate_limiting_limit = 2\nrate_limiting_interval = 86400\ncache_ttl = 600\n",
     );
     let ask = async || {
-        Answer::of(reqwest::Client::new().post(rig.daemon.url("/v1/acme/r/openai/chat/completions")).json(&question("q"))).await
+        Answer::of(
+            reqwest::Client::new().post(rig.daemon.url("/v1/acme/r/openai/chat/completions")).json(&question("q")),
+        )
+        .await
     };
     let (first, second, third) = (ask().await, ask().await, ask().await);
     assert_eq!((first.status, first.header("ratelimit-remaining")), (200, "1"));
