@@ -183,7 +183,7 @@ fn many(count: u64, folder: Option<PathBuf>) {
     let folder = folder.unwrap_or_else(|| kept.path().to_path_buf());
     let settings = Settings {
         max_bytes: 200 << 30,
-        keep: std::sync::Arc::new(|_, _| neurond::logs::store::Keep { records: u64::MAX, ..Default::default() }),
+        keep: std::sync::Arc::new(|_, _| neurond::logs::Keep { records: u64::MAX, ..Default::default() }),
         ..Settings::new(&folder)
     };
     let begun = Instant::now();

@@ -334,10 +334,10 @@ impl App {
         } else {
             self.devices.drain(deadline).await;
         }
-        if let Some(alerts) = &self.alerts {
-            if let Err(error) = alerts.flush().await {
-                error!(%error, "alerts");
-            }
+        if let Some(alerts) = &self.alerts
+            && let Err(error) = alerts.flush().await
+        {
+            error!(%error, "alerts");
         }
         self.cache.flush().await;
         self.logs.close(LOGS_LAST).await;

@@ -105,7 +105,7 @@ fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> blake3::Hasher 
     let mut hash = named("rule", &rule.name);
     for by in &rule.by {
         match by {
-            By::Ip => add(&mut hash, &address(seen, proxies).map_or_else(String::new, |ip| ip.to_string())),
+            By::Ip => add(&mut hash, address(seen, proxies).map_or_else(String::new, |ip| ip.to_string())),
             By::Authorization => {
                 // Credentials may come in any of them; together they say who it is.
                 for name in [AUTHORIZATION.as_str(), "cf-aig-authorization", "x-api-key", "api-key", "x-goog-api-key"] {
@@ -119,7 +119,7 @@ fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> blake3::Hasher 
                 add(&mut hash, seen.gateway.unwrap_or_default());
             }
             By::Header(name) => add(&mut hash, seen.headers.get(name).map_or(&[][..], |value| value.as_bytes())),
-            By::Metadata(key) => add(&mut hash, &metadata(seen.metadata, key)),
+            By::Metadata(key) => add(&mut hash, metadata(seen.metadata, key)),
             By::Provider | By::Model | By::Task => {}
         }
     }

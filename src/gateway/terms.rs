@@ -31,7 +31,7 @@ pub struct Terms {
 /// What pays for a call.
 pub(super) enum Held {
     /// What is settled when it ends.
-    Reserved(Reservation),
+    Reserved(Box<Reservation>),
     /// An earlier run of the same call.
     Paid,
 }
@@ -93,7 +93,7 @@ impl Gateway {
                 self.metrics.refused_by_limits.with_label_values(&[limits::label(&denied)]).inc();
                 return Err(limits::refusal(denied, LOCAL, &entry.id));
             }
-            Ok(reservation) => Held::Reserved(reservation),
+            Ok(reservation) => Held::Reserved(Box::new(reservation)),
         };
         if let Held::Reserved(reservation) = &held
             && let Some(standing) = reservation.standing()

@@ -24,7 +24,7 @@ use crate::gateway::relay::{Relay, Reply};
 use crate::gateway::step;
 use crate::http::entrance::{self, Entrance, Incoming};
 use crate::http::route::{Endpoint, Route};
-use crate::http::{Door, Services, ask, models, socket};
+use crate::http::{Door, ask, models, socket};
 use crate::provider;
 use crate::vault::Caller;
 
@@ -78,8 +78,7 @@ pub(super) async fn serve(
 
 /// Serves a call of the surfaces that know accounts by their token, through the gateway it names.
 pub(super) async fn serve_named(
-    services: &Services,
-    relay: &Rc<Relay>,
+    door: &Door,
     request: &HttpRequest,
     body: Bytes,
     endpoint: &Endpoint,
@@ -87,6 +86,7 @@ pub(super) async fn serve_named(
     id: RequestId,
     received: Instant,
 ) -> Result<HttpResponse> {
+    let Door { services, relay, .. } = door;
     let entrance = entrance::enter_named(services, relay, request, caller, id, received).await?;
     let mut call = Incoming::read(request, body);
     call.forget_token(*endpoint == Endpoint::Messages);

@@ -214,7 +214,7 @@ async fn dispatch(
             let (limit, patience) = (server.max_body_bytes, server.read_timeout);
             let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
             if route.surface != Surface::Binding && gateway::is_meant(request.headers(), endpoint, &body) {
-                let named = gateway::serve_named(services, &door.relay, request, body, endpoint, caller, id, received);
+                let named = gateway::serve_named(door, request, body, endpoint, caller, id, received);
                 let outcome = Box::pin(named).await;
                 trail.served = outcome.is_ok();
                 return outcome;

@@ -243,6 +243,8 @@ impl Writer {
         }
     }
 
+    // Records are boxed by the calls that they are of, and handed on as they are.
+    #[allow(clippy::vec_box)]
     fn take_in(&mut self, batch: &mut Vec<Box<Record>>) {
         if batch.is_empty() {
             return;

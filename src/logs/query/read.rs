@@ -119,7 +119,7 @@ fn parameter(query: &mut Query, name: &str, value: String) -> Result<()> {
         "search" if value.len() > LONGEST => {
             return Err(wrong(name, format_args!("must have at most {LONGEST} bytes")));
         }
-        "search" => query.search = Some(value.into()).filter(|text: &Box<str>| !text.is_empty()),
+        "search" => query.search = (!value.is_empty()).then(|| value.into()),
         "order_by" => query.order = order(&value)?,
         "order_by_direction" | "direction" => {
             query.is_descending = match value.as_str() {
@@ -196,7 +196,7 @@ fn compile(filter: &Written) -> Result<Filter> {
     let mut is_negated = operator == Operator::Neq;
     let texts = || filter.values.iter().map(|value| text_match(operator, value)).collect::<Result<Vec<_>>>();
     let test = match key {
-        "id" if operator == Operator::Contains => Test::IdPart(all(filter, |value| digits(value))?),
+        "id" if operator == Operator::Contains => Test::IdPart(all(filter, digits)?),
         "id" => Test::Id(all(filter, |value| id(operator, value))?),
         "metadata.key" => Test::MetadataKey(texts()?),
         "metadata.value" => Test::MetadataValue(texts()?),

@@ -29,6 +29,9 @@ const OLD: u64 = 86_400_000;
 /// Between two tries of what failed.
 const REST: Duration = Duration::from_secs(1);
 
+/// Rows of a block by their slots: whose, and their marks.
+type Rows = BTreeMap<u32, (u32, [u8; 3])>;
+
 pub(super) fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
     let (syncing, keeping) = (inner.clone(), inner.clone());
     Ok(vec![
@@ -235,7 +238,7 @@ impl Inner {
     /// The live rows of a segment in another log, which is on disk when this returns.
     fn copy(&self, old: &Arc<Sealed>, stem: &std::path::Path) -> io::Result<Memory> {
         // Which rows of which block live on: their slots, gateways and marks.
-        let mut blocks: BTreeMap<u64, (block::Block, BTreeMap<u32, (u32, [u8; 3])>)> = BTreeMap::new();
+        let mut blocks: BTreeMap<u64, (block::Block, Rows)> = BTreeMap::new();
         for range in &old.ranges {
             let Some(source) = sources(std::slice::from_ref(old), Vec::new(), Some(range.scope))?.pop() else {
                 continue;

@@ -30,6 +30,9 @@ pub enum Strategy {
     StopInserting,
 }
 
+/// See [`Settings::keep`].
+pub type KeepOf = dyn Fn(&AccountId, &str) -> Keep + Send + Sync;
+
 /// How the store is kept.
 #[derive(Clone)]
 pub struct Settings {
@@ -45,7 +48,7 @@ pub struct Settings {
     pub max_age: Option<Duration>,
     /// What a gateway keeps: asked with every batch and every second under a lock of the store's, so it should be quick and ask the store
     /// for nothing.
-    pub keep: Arc<dyn Fn(&AccountId, &str) -> Keep + Send + Sync>,
+    pub keep: Arc<KeepOf>,
     /// Bytes of bodies that one search reads at most: the newest are searched, the rest is not. 1 GiB take about a second.
     pub search_bytes: u64,
     /// How often bounds are looked at.

@@ -59,6 +59,7 @@ pub(super) fn settings(folder: &Path) -> Settings {
 }
 
 /// Records of numbers, a second apart.
+#[allow(clippy::vec_box)]
 pub(super) fn records(numbers: std::ops::Range<u64>) -> Vec<Box<Record>> {
     numbers.map(|number| Box::new(record(1_700_000_000_000 + number * 1000, number))).collect()
 }
@@ -95,6 +96,7 @@ pub(super) fn query(raw: &str) -> Query {
 }
 
 /// Forty records: sixteen in a full segment, as many in another, the rest in the open one.
+#[allow(clippy::vec_box)]
 pub(super) fn forty(folder: &Path) -> (Store, Vec<Box<Record>>) {
     let store = Store::open(settings(folder)).unwrap();
     let records = records(0..40);
