@@ -4,6 +4,8 @@
 //! cargo bench --bench ledger
 //! ```
 
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::Arc;
