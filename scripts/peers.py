@@ -85,7 +85,9 @@ class Server:
         command = [str(part) for part in self.command()]
         with open(self.scratch / f"{self.name}.log", "ab") as log:
             begin = time.perf_counter()
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
+            # What a daemon keeps goes with the measurement.
+            env = {**os.environ, "XDG_STATE_HOME": str(self.scratch)}
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=env)
         try:
             while not self.is_ready():
                 if self.process.poll() is not None or time.perf_counter() - begin > START_LIMIT_S:

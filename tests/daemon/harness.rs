@@ -51,6 +51,8 @@ impl Daemon {
             .arg("serve")
             .arg("--config")
             .arg(&config)
+            // What it keeps is its own: other tests' daemons run beside it.
+            .env("XDG_STATE_HOME", dir.path())
             .envs(setup.env.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
