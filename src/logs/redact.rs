@@ -202,13 +202,13 @@ impl Form {
     fn of(body: &str) -> Self {
         let start = body.trim_start_matches(['\u{feff}', ' ', '\t', '\r', '\n']);
         let is_events = ["data:", "event:", "id:", "retry:", ":"].iter().any(|field| start.starts_with(field));
-        if is_events && (body.contains("\ndata:") || start.starts_with("data:")) {
+        if is_events && (memchr::memmem::find(body.as_bytes(), b"\ndata:").is_some() || start.starts_with("data:")) {
             return Self::Stream;
         }
         match start.as_bytes().first() {
             Some(b'[') => Self::Json,
             // Several documents one behind the other, a line each.
-            Some(b'{') if start.contains("}\n{") || start.contains("}\r\n{") => Self::Stream,
+            Some(b'{') if is_lines(start) => Self::Stream,
             Some(b'{' | b'"') => Self::Json,
             // A document that is one number.
             Some(b'0'..=b'9') if start.bytes().all(|byte| byte.is_ascii_digit()) => Self::Json,
@@ -221,6 +221,12 @@ impl Form {
 fn is_list(body: &str) -> bool {
     let inside = body.trim_start().strip_prefix('[').map(str::trim_start);
     inside.is_some_and(|inside| inside.starts_with('{'))
+}
+
+/// A document a line.
+fn is_lines(body: &str) -> bool {
+    let ends = memchr::memmem::find_iter(body.as_bytes(), b"\n{");
+    ends.map(|end| body[..end].trim_end_matches('\r')).any(|line| line.ends_with('}'))
 }
 
 fn text_leaf(place: Range<usize>) -> Leaf {

@@ -8,7 +8,7 @@
 //!         └─ patterns of the operator
 //! ```
 //!
-//! Prose is passed over in strides, since it has neither. Each candidate is judged by itself and in linear time. Knows nothing of JSON and
+//! Prose is passed over many bytes at once, since it has few digits and signs. Each candidate is judged by itself and in linear time. Knows nothing of JSON and
 //! streams.
 
 use std::ops::Range;
@@ -33,7 +33,9 @@ pub(super) const CUT: &str = "[REDACTED:cut]";
 /// Shorter texts are no secrets, unless their name says so.
 const SHORTEST: usize = 6;
 /// The shortest key with its prefix is longer.
-const STRIDE: usize = 14;
+const SHORTEST_KEY: usize = 14;
+/// Text is passed over in pieces of this length.
+const PIECE: usize = 64;
 /// Bytes of a compiled pattern at most.
 const MAX_COMPILED: usize = 1 << 20;
 
@@ -59,6 +61,8 @@ pub(super) struct Finder {
     bearer: [Word<'static>; 2],
     basic: [Word<'static>; 2],
     pem: Word<'static>,
+    hook: Word<'static>,
+    escaped_at: Word<'static>,
     custom: Vec<(Regex, Box<str>)>,
     any_custom: RegexSet,
 }
@@ -101,6 +105,8 @@ impl Finder {
             bearer: BEARER.map(Word::new),
             basic: BASIC.map(Word::new),
             pem: Word::new(PEM),
+            hook: Word::new(HOOK),
+            escaped_at: Word::new("%40"),
             custom,
             any_custom,
         })
@@ -132,7 +138,11 @@ impl Finder {
 
     /// All secrets of a text, in no order; they may overlap.
     pub(super) fn find(&self, text: &str, found: &mut Vec<Span>) {
-        self.search(text.as_bytes(), true, |range, label| found.push((range, label)));
+        // Most texts are short and have none of what every secret has: a digit, or one of these signs.
+        let is_suspect = has_any(text.as_bytes(), |byte| byte.is_ascii_digit() || matches!(byte, b'@' | b'='));
+        if is_suspect || self.pem.find(text.as_bytes()).is_some() {
+            self.search(text.as_bytes(), true, |range, label| found.push((range, label)));
+        }
         for (at, (pattern, _)) in self.custom.iter().enumerate() {
             found.extend(pattern.find_iter(text.as_bytes()).map(|hit| (hit.range(), Label::Custom(at as u16))));
         }
@@ -164,7 +174,7 @@ impl Finder {
                 self.at(text, at..at + 1, &mut hears);
             }
             // In forms.
-            for at in memchr::memmem::find_iter(text, b"%40") {
+            for at in self.escaped_at.find_iter(text) {
                 self.at(text, at..at + 3, &mut hears);
             }
         }
@@ -181,6 +191,12 @@ impl Finder {
     fn told(&self, text: &[u8], mut hears: impl FnMut(Range<usize>)) {
         for at in self.pem.find_iter(text) {
             if let Some(end) = pem(text, at + PEM.len()) {
+                hears(at..end);
+            }
+        }
+        for at in self.hook.find_iter(text) {
+            let end = at + HOOK.len() + run(&text[at + HOOK.len()..], |byte| byte == b'/' || is_dashed(byte));
+            if end - at - HOOK.len() >= 30 {
                 hears(at..end);
             }
         }
@@ -241,21 +257,31 @@ fn has_escaped_letters(raw: &[u8]) -> bool {
     memchr::memmem::find_iter(raw, b"\\u00").any(|at| matches!(raw.get(at + 4), Some(b'2'..=b'7')))
 }
 
-/// Long runs of what keys are made of: of a run that is as long as a stride, some letter lies on one.
+/// Long runs of what keys are made of. A key has a digit, and prose has few: pieces without are passed over.
 fn runs(text: &[u8], mut see: impl FnMut(Range<usize>)) {
-    let mut at = STRIDE - 1;
-    while let Some(byte) = text.get(at) {
-        if !IS_PART[*byte as usize] {
-            at += STRIDE;
+    let mut at = 0;
+    for (piece, bytes) in text.chunks(PIECE).enumerate() {
+        let begin = piece * PIECE;
+        if !has_any(bytes, |byte| byte.is_ascii_digit()) {
             continue;
         }
-        let begin = at - text[..at].iter().rev().take_while(|byte| IS_PART[**byte as usize]).count();
-        let end = at + text[at..].iter().take_while(|byte| IS_PART[**byte as usize]).count();
-        if end - begin >= STRIDE {
-            see(begin..end);
+        at = at.max(begin);
+        while let Some(digit) =
+            text[at.min(begin + bytes.len())..begin + bytes.len()].iter().position(u8::is_ascii_digit)
+        {
+            let digit = at + digit;
+            let begin = digit - text[..digit].iter().rev().take_while(|byte| IS_PART[**byte as usize]).count();
+            at = digit + text[digit..].iter().take_while(|byte| IS_PART[**byte as usize]).count();
+            if at - begin >= SHORTEST_KEY {
+                see(begin..at);
+            }
         }
-        at = end + STRIDE;
     }
+}
+
+/// As `any`, but looks at all bytes, many at once.
+fn has_any(bytes: &[u8], is_meant: impl Fn(u8) -> bool) -> bool {
+    bytes.iter().fold(false, |has, byte| has | is_meant(*byte))
 }
 
 /// Letters, digits, `-`, `_` and `.`.
@@ -270,17 +296,6 @@ const IS_PART: [bool; 256] = {
 
 /// The keys in a run: they begin where a word does.
 fn keys(text: &[u8], run: Range<usize>, is_exact: bool, mut hears: impl FnMut(Range<usize>)) {
-    if text[run.clone()].starts_with(HOOK) {
-        let end = run.end + text[run.end..].iter().take_while(|byte| **byte == b'/' || is_dashed(**byte)).count();
-        // `/services/T…/B…/…`
-        if end - run.end >= 40 {
-            hears(run.start..end);
-        }
-        return;
-    }
-    if !text[run.clone()].iter().any(u8::is_ascii_digit) {
-        return;
-    }
     // Telegram: an account's number, then `:AA` and 33 more.
     if run.start > 0 && text[run.start - 1] == b':' && text[run.clone()].starts_with(b"AA") && run.len() >= 32 {
         let begin = run.start - 1 - run_back(text, run.start - 1, |byte| byte.is_ascii_digit());
@@ -291,7 +306,7 @@ fn keys(text: &[u8], run: Range<usize>, is_exact: bool, mut hears: impl FnMut(Ra
     // As a body is written, the letters of an escape may stand before.
     let is_escape = !is_exact && run.start > 0 && text[run.start - 1] == b'\\';
     let mut at = run.start;
-    while at + STRIDE <= run.end {
+    while at + SHORTEST_KEY <= run.end {
         let is_start = at == run.start || !is_word(text[at - 1]) || (is_escape && [1, 5].contains(&(at - run.start)));
         match is_start.then(|| key(text, at)).flatten() {
             Some(end) => {

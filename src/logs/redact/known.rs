@@ -98,7 +98,7 @@ pub(super) const NAMES: &[(&str, usize)] = &[
 /// Words that a secret follows, without their first letter, which is written large or small.
 pub(super) const BEARER: [&str; 2] = ["earer", "EARER"];
 pub(super) const BASIC: [&str; 2] = ["asic", "ASIC"];
-/// The first secret of a JWT, of a private key, of a web hook.
+/// How a JWT, a private key and a web hook begin.
 pub(super) const JWT: &[u8] = b"eyJ";
 pub(super) const PEM: &str = "-----BEGIN ";
-pub(super) const HOOK: &[u8] = b"hooks.slack.com";
+pub(super) const HOOK: &str = "hooks.slack.com/services/";

@@ -60,6 +60,13 @@ pub(super) fn search(text: &[u8], is_exact: bool, mut hears: impl FnMut(Range<us
 
 /// Whether a field of this name holds a phone number.
 pub(super) fn names_phone(name: &str) -> bool {
+    // Most do not end like one of these.
+    if !matches!(
+        name.as_bytes().last(),
+        Some(b'e' | b'E' | b'l' | b'L' | b'x' | b'X' | b'p' | b'P' | b'n' | b'N' | b'r' | b'R')
+    ) {
+        return false;
+    }
     let name = name.to_ascii_lowercase();
     ["phone", "mobile", "telephone", "tel", "fax", "whatsapp", "msisdn"].iter().any(|word| {
         name.strip_suffix("_number").or_else(|| name.strip_suffix("number")).unwrap_or(&name).ends_with(word)
