@@ -176,8 +176,8 @@ impl Pipe {
     }
 
     /// Settles what it costs when it ends.
-    pub fn billed(mut self, bill: Bill) -> Self {
-        self.bill = Some(Box::new(bill));
+    pub fn billed(mut self, bill: Box<Bill>) -> Self {
+        self.bill = Some(bill);
         self
     }
 

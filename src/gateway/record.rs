@@ -97,7 +97,7 @@ pub struct Record {
     /// What its answer came to, once that is known; nothing for answers that were there.
     receipt: Receipt,
     /// What the call holds of its limits.
-    hold: Option<Reservation>,
+    hold: Option<Box<Reservation>>,
     open: bool,
 }
 
@@ -156,12 +156,12 @@ impl Record {
 
     /// What the call holds of its limits until it ends.
     pub fn hold(&mut self, reservation: Reservation) {
-        self.hold = Some(reservation);
+        self.hold = Some(Box::new(reservation));
     }
 
     /// How the tightest limit of the call stands.
     pub fn standing(&self) -> Option<&Standing> {
-        self.hold.as_ref().and_then(Reservation::standing)
+        self.hold.as_ref().and_then(|hold| hold.standing())
     }
 
     /// It is a handshake.

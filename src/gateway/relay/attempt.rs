@@ -213,7 +213,7 @@ impl Relay {
     }
 
     /// What a step may cost, held until its answer has ended.
-    fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt) -> Result<Bill> {
+    fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt) -> Result<Box<Bill>> {
         let (provider, model) = (&*step.target.provider, &*step.target.model);
         let is_local = matches!(step.way, Way::Local(_));
         let config = self.parts.config.get();
@@ -260,7 +260,8 @@ impl Relay {
                 limits::refusal(denied, provider, &model)
             })?);
         }
-        Ok(Bill {
+        // What is held is large, and the bill goes from hand to hand.
+        Ok(Box::new(Bill {
             reservation,
             key: key.clone(),
             gateway: ask.gateway.id.clone(),
@@ -274,7 +275,7 @@ impl Relay {
             stored_key: step.stored_key,
             asked: ask.body.len(),
             receipt: receipt.clone(),
-        })
+        }))
     }
 
     /// One attempt, up to an answer that can be handed on.
@@ -447,7 +448,7 @@ pub(super) enum Failure {
 impl Begun {
     /// Says who answered and what was tried before.
     /// What it costs goes with it.
-    fn billed(self, bill: Bill) -> Self {
+    fn billed(self, bill: Box<Bill>) -> Self {
         let Self { status, headers, pipe } = self;
         Self { status, headers, pipe: pipe.billed(bill) }
     }
