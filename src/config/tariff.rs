@@ -229,7 +229,7 @@ mod tests {
         same("openai", "gpt-4o-2031-01-31", "openai", "gpt-4o");
         same("openai", "ft:gpt-4o-2024-08-06:acme:tuned:Ab12", "openai", "ft:gpt-4o-2024-08-06");
         same("anthropic", "claude-sonnet-4-5-20310131", "anthropic", "claude-sonnet-4-5");
-        same("azure-openai", "gpt-3.5-turbo-1106", "openai", "gpt-3.5-turbo-1106");
+        same("azure-openai", "davinci-002", "openai", "davinci-002");
         same("openrouter", "anthropic/claude-sonnet-4-5", "anthropic", "claude-sonnet-4-5");
         same("google-vertex-ai", "gemini-2.5-pro@001", "google-vertex-ai", "gemini-2.5-pro");
         let claude = "anthropic.claude-3-5-sonnet-20240620-v1:0";

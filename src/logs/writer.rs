@@ -256,6 +256,8 @@ impl Writer {
         batch.retain(|record| record.id.is_some());
         for record in batch.iter_mut() {
             inflate(&mut record.answered);
+            let Record { answered, response_content_type: kind, .. } = &mut **record;
+            drop_unreadable(answered, kind.as_deref().unwrap_or_default());
             self.redactor.apply(record);
         }
         if let Some(store) = &self.store {
@@ -343,6 +345,21 @@ fn inflate(body: &mut Body) {
     *body = Body { kept: text.into(), size };
 }
 
+/// What is text and cannot be read as such (an AWS event stream, a compression that is not known here) is not kept: nobody could say what
+/// secrets are in it. Pictures and sound are.
+fn drop_unreadable(body: &mut Body, kind: &str) {
+    let is_opaque =
+        ["image/", "audio/", "video/", "application/octet-stream"].iter().any(|start| kind.starts_with(start));
+    let is_read = match std::str::from_utf8(&body.kept) {
+        Ok(_) => true,
+        // Cut within a letter.
+        Err(error) => error.error_len().is_none() && !body.is_complete(),
+    };
+    if !is_opaque && !is_read {
+        body.kept = Default::default();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -353,6 +370,20 @@ mod tests {
         let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         packer.write_all(text.as_bytes()).unwrap();
         packer.finish().unwrap()
+    }
+
+    #[test]
+    fn what_cannot_be_read_and_should_be_is_not_kept() {
+        let check = |kept: &[u8], size: u64, kind: &str, is_kept: bool| {
+            let mut body = Body { kept: kept.to_vec().into(), size };
+            drop_unreadable(&mut body, kind);
+            assert_eq!((!body.kept.is_empty(), body.size), (is_kept, size), "{kind}");
+        };
+        check(b"\x00\x00\xff frame sk-secret", 20, "application/vnd.amazon.eventstream", false);
+        check(b"\x00\x00\xff png", 7, "image/png", true);
+        check("gr\u{fc}n".as_bytes(), 5, "application/json", true);
+        check(&"gr\u{fc}n".as_bytes()[..3], 5, "application/json", true);
+        check(&"gr\u{fc}n".as_bytes()[..3], 3, "application/json", false);
     }
 
     #[test]
