@@ -300,7 +300,7 @@ impl App {
             }
         }
         let health = serde_json::to_string(&self.ledger.health()).unwrap_or_default();
-        info!(%health, "state: ledger");
+        info!(%health, "state: the ledger's disk");
         let today = Millis::now().day();
         match self.ledger.rows(ledger::Filter::days(today, today)).await {
             Ok(rows) => {

@@ -14,9 +14,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::check::{Check, state};
 use super::gateway::Technique;
 use super::machine::Surroundings;
-use super::resolve::{Check, state};
 use super::tariff::Tariffs;
 use crate::base::{Neurons, Result};
 use crate::task::Task;

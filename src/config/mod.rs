@@ -30,6 +30,7 @@ pub use tariff::{Tariff, Tariffs};
 pub use value::ByteSize;
 
 mod catalog;
+mod check;
 mod file;
 pub mod gateway;
 mod machine;

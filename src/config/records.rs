@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::check::{Check, state};
 use super::machine::Surroundings;
-use super::resolve::{Check, state};
 use super::value::ByteSize;
 use crate::base::Secret;
 

@@ -9,9 +9,36 @@ use std::sync::Arc;
 use prometheus::{Histogram, IntCounter};
 
 use crate::gateway::bill::Charge;
-use crate::gateway::record::Outcome;
 use crate::logs::{CacheUse, Logs};
 use crate::metrics::Metrics;
+
+/// How a call ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// With a whole answer.
+    Done,
+    /// With an answer that is a failure, or broke off.
+    Failed,
+    /// The caller left before.
+    Cancelled,
+    /// With a refusal of ours.
+    Refused,
+}
+
+impl Outcome {
+    /// All there are, in order.
+    pub const ALL: [Self; 4] = [Self::Done, Self::Failed, Self::Cancelled, Self::Refused];
+
+    /// Its name in metrics and the log.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Refused => "refused",
+        }
+    }
+}
 
 /// See the top of this file.
 pub struct Counts {

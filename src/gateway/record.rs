@@ -16,7 +16,7 @@ use tracing::info;
 use crate::base::{AccountId, Error, KeyId, Kind, LogId, Millis, Neurons, RequestId};
 use crate::gateway::asked::Ask;
 use crate::gateway::bill::{Charge, Receipt};
-use crate::gateway::counts::Counts;
+use crate::gateway::counts::{Counts, Outcome};
 use crate::gateway::options::CustomCost;
 use crate::gateway::pipe::End;
 use crate::guard::{Check, Finding};
@@ -24,34 +24,6 @@ use crate::ledger::{Reservation, Standing};
 use crate::logs::{self, Body, CacheUse};
 use crate::registry::Gateway;
 use crate::task::Task;
-
-/// How a call ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Outcome {
-    /// With a whole answer.
-    Done,
-    /// With an answer that is a failure, or broke off.
-    Failed,
-    /// The caller left before.
-    Cancelled,
-    /// With a refusal of ours.
-    Refused,
-}
-
-impl Outcome {
-    /// All there are, in order.
-    pub const ALL: [Self; 4] = [Self::Done, Self::Failed, Self::Cancelled, Self::Refused];
-
-    /// Its name in metrics and the log.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Done => "done",
-            Self::Failed => "failed",
-            Self::Cancelled => "cancelled",
-            Self::Refused => "refused",
-        }
-    }
-}
 
 /// See the top of this file.
 pub struct Record {

@@ -63,6 +63,8 @@ async fn usr1_dumps_every_floor_as_json() {
     let state: Value = serde_json::from_str(field(&state, "state").as_str().unwrap()).unwrap();
     assert_eq!(state["models"], json!([MODEL]));
     assert_eq!(state["engine"]["slots"][0]["running"], 0, "{state}");
+    let health = daemon.wait_log("state: the ledger's disk");
+    assert!(field(&health, "health").as_str().unwrap().contains("\"fault\":null"));
     let ledger = daemon.wait_log("state: ledger");
     let row: Value = serde_json::from_str(field(&ledger, "row").as_str().unwrap()).unwrap();
     assert_eq!((&row["requests"], &row["completion_tokens"]), (&json!(1), &json!(5)), "{row}");
