@@ -3,6 +3,7 @@
 use std::io;
 
 use super::*;
+use crate::base::AccountId;
 use crate::config::file::LogFormat;
 
 /// 2026-11-22 00:00:00 UTC.

@@ -13,10 +13,9 @@
 //! - **Entries are numbered without gaps.** One that is met twice counts once; one that is missing stops the start.
 //! - A torn end is not an error: nobody was told that it was on disk.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
@@ -25,17 +24,13 @@ use crate::base::{Error, Result};
 use crate::ledger::book::Book;
 use crate::ledger::entry::Entry;
 use crate::ledger::rows::Rows;
-use crate::store::{Disk, Segment, snapshot};
+use crate::store::{Disk, Segment, lock, snapshot};
 
 const VERSION: u8 = 1;
 const BOOK: &str = "book";
 const SUFFIX: &str = "wal";
 /// Bytes of entries in one frame, about.
 const FRAME_BYTES: usize = 1 << 20;
-
-/// How often a folder's lock is tried, and how long it rests in between.
-const LOCK_TRIES: usize = 30;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// All that survives a crash: the sum of all entries.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -101,7 +96,7 @@ impl<D: Disk> Folder<D> {
             ))
         };
         fs::create_dir_all(path).map_err(refuse)?;
-        let lock = lock(path).map_err(refuse)?.ok_or_else(|| {
+        let lock = lock(&path.join("lock")).map_err(refuse)?.ok_or_else(|| {
             Error::bad_input(format!("The ledger's folder {name} is used by another daemon: give each its own."))
         })?;
         if let Some(bytes) = snapshot::read(&path.join(BOOK)).map_err(refuse)? {
@@ -215,19 +210,6 @@ impl<D: Disk> Folder<D> {
             let _ = self.disk.remove(&path_of(&self.path, self.number));
         }
     }
-}
-
-/// Nothing if somebody else holds it, even after a moment: the one before may be about to end.
-fn lock(folder: &Path) -> io::Result<Option<File>> {
-    let lock = File::create(folder.join("lock"))?;
-    for _ in 0..LOCK_TRIES {
-        match lock.try_lock() {
-            Ok(()) => return Ok(Some(lock)),
-            Err(TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-    }
-    Ok(None)
 }
 
 fn path_of(folder: &Path, number: u64) -> PathBuf {

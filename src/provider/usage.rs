@@ -314,6 +314,11 @@ mod tests {
         Some(Usage { prompt_tokens: prompt, cached_tokens: cached, completion_tokens: completion, ..Usage::default() })
     }
 
+    /// The same, of which so many tokens were written to a cache.
+    fn writing(tokens: u32, usage: Option<Usage>) -> Option<Usage> {
+        usage.map(|usage| Usage { written_tokens: tokens, ..usage })
+    }
+
     fn metered(content_type: Option<&str>, bytes: &[u8], width: usize) -> Option<Usage> {
         let mut meter = Meter::new(content_type);
         bytes.chunks(width.max(1)).for_each(|piece| meter.feed(piece));
@@ -358,11 +363,11 @@ mod tests {
             // Anthropic, Bedrock.
             (
                 r#"{"input_tokens":21,"cache_creation_input_tokens":100,"cache_read_input_tokens":1000,"output_tokens":393}"#,
-                used(1121, 1000, 393),
+                writing(100, used(1121, 1000, 393)),
             ),
             (
                 r#"{"inputTokens":30,"outputTokens":28,"totalTokens":58,"cacheReadInputTokens":5,"cacheWriteInputTokens":2}"#,
-                used(37, 5, 28),
+                writing(2, used(37, 5, 28)),
             ),
             // Google.
             (

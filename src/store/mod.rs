@@ -3,8 +3,10 @@
 mod disk;
 #[cfg(test)]
 pub mod fault;
+mod lock;
 mod segment;
 pub mod snapshot;
 
 pub use disk::{Bytes, Disk, RealDisk};
+pub use lock::lock;
 pub use segment::{Frames, Segment};

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs::{self, TryLockError};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use tracing::warn;
 
 use crate::base::{Error, Result};
 use crate::logs::analytics::shelf::{File, Place, Shelf, Tier};
-use crate::store::{Frames, Segment};
+use crate::store::{Frames, Segment, lock};
 
 /// Stretches in a file.
 const STRETCHES: u32 = 240;
@@ -51,12 +51,8 @@ impl Disk {
         let wrong = |words: String| Error::bad_input(format!("analytics folder {}: {words}", folder.display()));
         let system = |error: io::Error| wrong(format!("{error}; it must be a folder that the daemon may write to"));
         fs::create_dir_all(folder).map_err(system)?;
-        let lock =
-            fs::File::options().create(true).truncate(false).write(true).open(folder.join(LOCK)).map_err(system)?;
-        lock.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => wrong("another daemon writes to it; give each its own".to_owned()),
-            TryLockError::Error(error) => system(error),
-        })?;
+        let lock = lock(&folder.join(LOCK)).map_err(system)?;
+        let lock = lock.ok_or_else(|| wrong("another daemon writes to it; give each its own".to_owned()))?;
         let mut found: Vec<File> = Vec::new();
         for entry in fs::read_dir(folder).map_err(system)? {
             found.extend(entry.map_err(system)?.file_name().to_str().and_then(parse));

@@ -11,7 +11,7 @@
 //! its bound: see [`AtBound`]. What is in a record, and where it is shipped to, is for others to know.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, TryLockError};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use tracing::{error, warn};
 
 use super::status::{JobStatus, Status};
 use crate::base::{Error, Millis, Result};
-use crate::store::{Frames, Segment, snapshot};
+use crate::store::{Frames, Segment, lock, snapshot};
 
 /// Lengths and checksums of a pair of frames, and the count.
 const HEADS: u64 = 20;
@@ -112,12 +112,8 @@ impl Spool {
         };
         // What callers have said lies in there.
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(|error| wrong(&error))?;
-        let lock = File::options().create(true).truncate(false).write(true).open(folder.join("lock"));
-        let lock = lock.map_err(|error| wrong(&error))?;
-        lock.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => wrong(&"another neurond has it"),
-            TryLockError::Error(error) => wrong(&error),
-        })?;
+        let lock = lock(&folder.join("lock")).map_err(|error| wrong(&error))?;
+        let lock = lock.ok_or_else(|| wrong(&"another neurond has it"))?;
         let (mut sealed, mut jobs) = (BTreeMap::new(), jobs.iter().map(Progress::of).collect::<Vec<_>>());
         Self::read(folder, &mut sealed, &mut jobs).map_err(|error| wrong(&error))?;
         let last = sealed.last_key_value().map_or(0, |(number, _)| number + 1);

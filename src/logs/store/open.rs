@@ -8,11 +8,9 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::Path;
-use std::thread;
-use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, RwLock};
 use tracing::warn;
@@ -23,25 +21,19 @@ use super::memory::{Memory, Plane};
 use super::scan::broken;
 use super::{Inner, Settings, State, Writer, image, log_of, stem_of};
 use crate::base::{AccountId, Error, LogId, Result};
-use crate::store::Segment;
+use crate::store::{Segment, lock};
 
 /// Rows that take the place of older ones: gateway, id, segment, and row where that is still open.
 type Replacing = Vec<(u32, LogId, u32)>;
 
 pub(super) fn open(settings: Settings) -> Result<Inner> {
     fs::create_dir_all(&settings.folder).map_err(broken)?;
-    let lock = File::create(settings.folder.join("lock")).map_err(broken)?;
-    // Whoever had it may be on the way out.
-    let is_ours = (0..50).any(|turn| {
-        thread::sleep(Duration::from_millis(20 * u64::from(turn > 0)));
-        lock.try_lock().is_ok()
-    });
-    if !is_ours {
+    let lock = lock(&settings.folder.join("lock")).map_err(broken)?.ok_or_else(|| {
         let folder = settings.folder.display();
-        return Err(Error::internal(format!(
+        Error::bad_input(format!(
             "the log in {folder} is in use by another process: stop that one, or name another folder"
-        )));
-    }
+        ))
+    })?;
     let (state, log) = read(&settings).map_err(broken)?;
     let blocks = block::Writer::default();
     let writer = Writer { log, blocks, unsynced: Vec::new(), is_dirty: false, is_sealing: false, is_ending: false };
