@@ -52,9 +52,7 @@ async fn models_are_listed_and_what_is_outside_is_not_there() {
     let found = get("/ai-api/models/search?search=llama-3.2-1b").await.json();
     assert_eq!(found["result"][0]["name"], CLASSIC);
     assert!(found.get("success").is_none());
-    for path in
-        ["/ai-gateway/gateways/x/url/universal", "/to-everything/markdown/supported", "/autorag/rags", "/v1/models"]
-    {
+    for path in ["/ai-gateway/universal/run/x", "/to-everything/markdown/supported", "/autorag/rags", "/v1/models"] {
         let answer = get(path).await;
         assert_eq!((answer.status, &answer.json()["internalCode"]), (404, &json!(7000)), "{path}");
     }

@@ -329,8 +329,8 @@ async fn the_catalogs_limit_holds_for_tokens_and_says_so() {
     };
     let answers = futures_util::future::join_all((0..700).map(|_| ask(Some("secret")))).await;
     let served = answers.iter().filter(|answer| answer.status == 200).count();
-    // A minute may end meanwhile.
-    assert!(served == 300 || served == 600, "{served}");
+    // A minute may end meanwhile, and another begin.
+    assert!((300..=600).contains(&served), "{served}");
     let refused = answers.iter().find(|answer| answer.status == 429);
     let refused = refused.expect("one that is refused");
     assert_eq!(refused.json()["error"]["code"], json!("rate_limit_exceeded"), "{refused:?}");
