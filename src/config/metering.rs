@@ -242,7 +242,7 @@ pub struct Metering {
     pub ledger: Ledger,
 }
 
-/// See [`PlanSection`].
+/// See `PlanSection`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Plan {
     /// Neurons of each day that cost nothing.
@@ -253,7 +253,7 @@ pub struct Plan {
     pub at_the_end: AtTheEnd,
 }
 
-/// See [`BudgetSection`]. What is `None` has no bound.
+/// See `BudgetSection`. What is `None` has no bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Budget {
     /// Of this machine's models, a day.
@@ -266,7 +266,7 @@ pub struct Budget {
     pub cost_per_month: Option<Neurons>,
 }
 
-/// See [`LimitsSection`].
+/// See `LimitsSection`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
     /// Whom the catalog's limits count for.
@@ -284,7 +284,7 @@ pub struct Network {
     bits: u8,
 }
 
-/// See [`LimitSection`].
+/// See `LimitSection`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rule {
     /// Names it in refusals.
@@ -355,7 +355,7 @@ pub enum Counted {
     Cost,
 }
 
-/// See [`LedgerSection`].
+/// See `LedgerSection`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Ledger {
     /// Its folder; `None`: it is kept in memory.
