@@ -271,8 +271,12 @@ impl App {
         if next.log != current.log {
             self.log.set(&next.log.filter)?;
         }
-        // The one part that may still be refused comes first: then nothing has changed.
+        // What may still be refused comes first: then nothing else has changed.
+        let watched = settings::alerts(&next, relay::clients(&next.upstream)?)?;
         self.registry.replace_fixed(next.fixed.clone())?;
+        if let Some(alerts) = &self.alerts {
+            alerts.reconfigure(watched).await?;
+        }
         // A model that is new must be known to be on its way before the first call for it comes in; one that is gone must be
         // answered until it is retired. Both hold when the snapshot changes first and the fleet follows.
         self.vault.replace(next.auth.clone());

@@ -237,6 +237,13 @@ impl Buffer {
         }
     }
 
+    /// One more header for those who come from now on, and for who finds the answer stored.
+    pub(super) fn note(&mut self, name: &'static str, value: Bytes) {
+        if let Some(head) = &mut self.head {
+            Arc::make_mut(head).headers.push((name.into(), value));
+        }
+    }
+
     /// What a whole answer is stored as: head, chunks, how long.
     pub(super) fn whole(&self) -> Option<(Arc<Head>, Vec<Bytes>, Duration)> {
         if !self.is_storable || !matches!(self.phase, Phase::Finished) {

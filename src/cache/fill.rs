@@ -157,6 +157,11 @@ impl FillTicket {
         }
     }
 
+    /// Something known at its end only, before [`finish`](Self::finish): one more header for who finds it stored.
+    pub fn note(&mut self, name: &'static str, value: Bytes) {
+        self.fill.change(|buffer| buffer.note(name, value));
+    }
+
     /// The answer is whole, as far as upstream says. It is stored if it may be.
     pub fn finish(mut self) {
         self.is_done = true;

@@ -141,7 +141,7 @@ pub struct ShipSection {
     /// Example: `"$CREDENTIALS_DIRECTORY/s3"`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_file: Option<PathBuf>,
-    /// The server may be on a private address.
+    /// The server may be on a private address; those of other `[[ship]]` blocks may be then as well.
     #[serde(default)]
     pub allow_private: bool,
 }

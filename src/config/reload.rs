@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use crate::base::AccountId;
 
 use super::{
-    Account, Auth, Cache, Config, Draft, Engine, Gpu, Log, Lora, Metering, Model, OnGpu, Plan, Server, Spill, Upstream,
+    Account, Auth, Cache, Config, Draft, Engine, Gpu, Log, Lora, Metering, Model, OnGpu, Plan, Records, Server, Spill,
+    Upstream,
 };
 
 /// One difference between the configuration in force and a new one.
@@ -61,9 +62,7 @@ pub fn diff(old: &Config, new: &Config) -> Vec<Change> {
     changes.note("batch.folder", folder(old), folder(new), Effect::Restart);
     changes.accounts(&old.accounts, &new.accounts);
     changes.metering(&old.metering, &new.metering);
-    if old.records != new.records {
-        changes.note("logs, ship, analytics, alerts", "as they were", "changed", Effect::Restart);
-    }
+    changes.records(&old.records, &new.records);
     changes.models(&old.models, &new.models);
     changes.lora(&old.lora, &new.lora);
     changes.told(old, new);
@@ -196,6 +195,19 @@ impl Changes {
         }
         if old.ledger != *ledger {
             self.note("ledger", "as it was", "changed", Effect::Restart);
+        }
+    }
+
+    fn records(&mut self, old: &Records, new: &Records) {
+        let Records { logs, folder, redact, ship, analytics, alerts, alerts_folder, rules, channels } = new;
+        let kept = (&old.logs, &old.folder, &old.redact, &old.ship, &old.analytics, &old.alerts_folder);
+        if kept != (logs, folder, redact, ship, analytics, alerts_folder) {
+            self.note("logs, redact, ship, analytics", "as they were", "changed", Effect::Restart);
+        }
+        if (&old.alerts, &old.rules, &old.channels) != (alerts, rules, channels) {
+            // Where nothing was watched, nobody is there to be told.
+            let effect = if old.rules.is_empty() { Effect::Restart } else { Effect::Live };
+            self.note("alerts", "as they were", "changed", effect);
         }
     }
 

@@ -68,6 +68,8 @@ pub struct Record {
     bytes: u64,
     /// What its answer came to, once that is known; nothing for answers that were there.
     receipt: Receipt,
+    /// See [`Record::saves`].
+    saved: Neurons,
     /// What the call holds of its limits.
     hold: Option<Box<Reservation>>,
     open: bool,
@@ -116,6 +118,7 @@ impl Record {
             first_byte: None,
             bytes: 0,
             receipt: Receipt::default(),
+            saved: Neurons::ZERO,
             hold: None,
             open: true,
         })
@@ -124,6 +127,11 @@ impl Record {
     /// Where whoever gets the answer says what it came to.
     pub fn receipt(&self) -> &Receipt {
         &self.receipt
+    }
+
+    /// What the answer cost whoever asked for it first.
+    pub fn saves(&mut self, cost: Neurons) {
+        self.saved = cost;
     }
 
     /// What the call holds of its limits until it ends.
@@ -303,7 +311,7 @@ impl Record {
             usage: charge.and_then(|charge| charge.usage),
             cost: charge.map_or(Neurons::ZERO, |charge| charge.cost),
             custom_cost: self.custom_cost.is_some(),
-            saved: Neurons::ZERO,
+            saved: if self.cache.is_hit() { self.saved } else { Neurons::ZERO },
             step: self.step as u16,
             request_type: self.request_type.into(),
             request_content_type: self.request_kind.take().map(String::into_boxed_str),

@@ -58,6 +58,8 @@ use attempt::{Begun, Failure, MAX_FAILURE_BYTES, Trail, collect, content_type, i
 
 /// How long an answer is kept that only a custom key asks to keep.
 const KEY_ALONE_TTL: Duration = Duration::from_secs(300);
+/// What a kept answer cost, in micro-neurons, among its headers; no caller sees it.
+const COST: &str = "neurond-cost";
 
 /// What all workers' relays share.
 #[derive(Clone)]
@@ -361,7 +363,7 @@ impl Relay {
             trail.elsewhere = began.elapsed();
             match lead {
                 Lead::Head(head) => {
-                    let (status, headers) = known_head(&head);
+                    let (status, headers, saved) = known_head(&head);
                     let events = is_events(&headers);
                     let chunks = unfold(follower, |mut follower| async {
                         let chunk = follower.next().await?;
@@ -373,16 +375,16 @@ impl Relay {
                     };
                     let pipe = Pipe::new(Source::Shared(chunks.boxed_local()), words, events).watched(watch);
                     let cache = if ask.is_some() { CacheUse::Coalesced } else { CacheUse::Miss };
-                    return Ok((Begun { status, headers, pipe }, cache));
+                    return Ok((Begun { status, headers, pipe, saved }, cache));
                 }
                 Lead::Lead(ticket) => match ask.take() {
                     Some(ask) => self.fill(ticket, ask, keep, trail.receipt.clone()),
                     None => return Err(Error::internal("a call was to lead twice")),
                 },
                 Lead::Failed(FailedAnswer::Answer { head, body }) => {
-                    let (status, headers) = known_head(&head);
+                    let (status, headers, saved) = known_head(&head);
                     let pipe = Pipe::new(Source::Whole(Some(body)), words, false);
-                    return Ok((Begun { status, headers, pipe }, CacheUse::Miss));
+                    return Ok((Begun { status, headers, pipe, saved }, CacheUse::Miss));
                 }
                 Lead::Failed(FailedAnswer::Error(error)) => return Err(error),
                 Lead::Failed(FailedAnswer::Abandoned) => {
@@ -419,7 +421,11 @@ impl Relay {
                     }
                     Some(Err(error)) => return ticket.fail(FailedAnswer::Error(error)),
                     None if matches!(begun.pipe.end(), Some(End::Failed)) => return ticket.finish_unkept(),
-                    None => return ticket.finish(),
+                    None => {
+                        let cost = trail.receipt.get().map_or(Neurons::ZERO, |charge| charge.cost);
+                        ticket.note(COST, cost.micro().to_string().into());
+                        return ticket.finish();
+                    }
                 }
             }
         });
@@ -471,8 +477,9 @@ impl Keying {
 
 /// The reply to a call, with what the gateway says in its headers.
 fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
-    let Begun { status, mut headers, pipe } = begun;
+    let Begun { status, mut headers, pipe, saved } = begun;
     record.flags(pipe.flags());
+    record.saves(saved);
     {
         let step = headers.text("cf-aig-step").parse().unwrap_or(0);
         let (provider, model) = (headers.text("cf-aig-provider"), headers.text("cf-aig-model"));
@@ -510,11 +517,11 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
 
 /// An answer out of the cache: as it was, with its chunks where those are events.
 fn hit(entry: Arc<Entry>, words: Words) -> Begun {
-    let (status, headers) = known_head(entry.head());
+    let (status, headers, saved) = known_head(entry.head());
     let events = is_events(&headers);
     let source =
         if events { Source::Chunks(Box::new(entry.chunks())) } else { Source::Whole(Some(entry.body().clone())) };
-    Begun { status, headers, pipe: Pipe::new(source, words, events) }
+    Begun { status, headers, pipe: Pipe::new(source, words, events), saved }
 }
 
 /// Status and headers as the cache keeps them.
@@ -524,14 +531,21 @@ fn cached_head(begun: &Begun) -> cache::Head {
     cache::Head { status: begun.status.as_u16(), headers }
 }
 
-fn known_head(head: &cache::Head) -> (StatusCode, Headers) {
+/// The same as it was, and what it cost, if that was known by then.
+fn known_head(head: &cache::Head) -> (StatusCode, Headers, Neurons) {
     let mut known = Headers::with_capacity(head.headers.len() + 8);
+    let mut cost = Neurons::ZERO;
     for (name, value) in &head.headers {
+        if **name == *COST {
+            let micro = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
+            cost = Neurons::from_micro(micro.unwrap_or(0));
+            continue;
+        }
         if let (Some(name), Ok(value)) = (headers::name(name), HeaderValue::from_maybe_shared(value.clone())) {
             known.append(name, value);
         }
     }
-    (StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY), known)
+    (StatusCode::from_u16(head.status).unwrap_or(StatusCode::BAD_GATEWAY), known, cost)
 }
 
 /// Text and images may be kept; what an upstream marks as not to be stored may not.

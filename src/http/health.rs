@@ -51,6 +51,17 @@ pub(super) async fn metrics(services: &Services) -> HttpResponse {
     ] {
         metrics.cache_state.with_label_values(&[what]).set(value as i64);
     }
+    let ledger = services.relays.ledger.health();
+    for (what, value) in [
+        ("open", ledger.open as u64),
+        ("queued", ledger.queued as u64),
+        ("faulty", u64::from(ledger.fault.is_some())),
+        ("faults", ledger.faults),
+        ("refused", ledger.refused),
+        ("unmetered", ledger.unmetered),
+    ] {
+        metrics.ledger.with_label_values(&[what]).set(value as i64);
+    }
     metrics.breakers.reset();
     for target in services.relays.fallback.health(Millis::now()).await.unwrap_or_default() {
         if target.rest != Rest::None {

@@ -98,7 +98,7 @@ pub struct Record {
     pub cost: Neurons,
     /// The caller named the price.
     pub custom_cost: bool,
-    /// What a hit would have cost.
+    /// What a hit would have cost; nothing where it was answered while the first was still being written.
     pub saved: Neurons,
     /// Which step answered, from 0.
     pub step: u16,

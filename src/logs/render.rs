@@ -6,7 +6,8 @@
 //!   Page   ─> result_info
 //! ```
 //!
-//! Times are milliseconds, money is USD; both are exact as far as JSON's numbers go. What a record does not have is `null`.
+//! Times are milliseconds, money is USD; both are exact as far as JSON's numbers go, but for `duration`, which clients read as a whole
+//! number (`timings` has the rest). What a record does not have is `null`.
 
 use serde_json::{Map, Number, Value, json};
 
@@ -78,7 +79,7 @@ fn fields(Stored { record, feedback, score }: &Stored) -> Map<String, Value> {
         "status_code": record.status,
         "success": record.success,
         "cached": record.cache.is_hit(),
-        "duration": duration(record.duration_us),
+        "duration": (record.duration_us + 500) / 1000,
         "tokens_in": tokens(|usage| usage.prompt_tokens),
         "tokens_out": tokens(|usage| usage.completion_tokens),
         "cost": cost(record.cost.micro()),
@@ -179,7 +180,7 @@ mod tests {
         let item = item(&stored());
         let wanted = json!({
             "created_at": "2023-11-14T22:13:20.123Z", "provider": "openai", "model": "model-1", "model_type": "text-generation",
-            "path": "v1/chat/completions", "status_code": 200, "success": true, "cached": false, "duration": 12.345,
+            "path": "v1/chat/completions", "status_code": 200, "success": true, "cached": false, "duration": 12,
             "tokens_in": 11, "tokens_out": 5, "cost": 0.000011, "custom_cost": false, "step": 0, "request_type": "http",
             "request_content_type": "application/json", "response_content_type": "application/json",
             "metadata": { "user": "ann", "paid": true, "n": 1.5 }, "feedback": -1, "score": null, "event_id": "event-1",

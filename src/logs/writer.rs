@@ -35,7 +35,7 @@ const GATHER: Duration = Duration::from_millis(5);
 const BATCH: usize = 4096;
 /// How often what is due by time is done while no records come.
 const TICK: Duration = Duration::from_millis(500);
-/// Bytes that a compressed answer may become.
+/// Bytes that a compressed body may become.
 const INFLATED: u64 = 1 << 20;
 /// Keys of gateways that are kept ready.
 const MAX_KEYS: usize = 1024;
@@ -255,9 +255,11 @@ impl Writer {
         }
         batch.retain(|record| record.id.is_some());
         for record in batch.iter_mut() {
-            inflate(&mut record.answered);
-            let Record { answered, response_content_type: kind, .. } = &mut **record;
-            drop_unreadable(answered, kind.as_deref().unwrap_or_default());
+            let Record { asked, request_content_type, answered, response_content_type, .. } = &mut **record;
+            for (body, kind) in [(asked, request_content_type), (answered, response_content_type)] {
+                inflate(body);
+                drop_unreadable(body, kind.as_deref().unwrap_or_default());
+            }
             self.redactor.apply(record);
         }
         if let Some(store) = &self.store {
@@ -331,7 +333,7 @@ impl Writer {
     }
 }
 
-/// A compressed answer as it reads: what is in it is to be found, by who looks for it and by who takes secrets out of it.
+/// A compressed body as it reads: what is in it is to be found, by who looks for it and by who takes secrets out of it.
 fn inflate(body: &mut Body) {
     if !body.kept.starts_with(&[0x1f, 0x8b]) {
         return;

@@ -98,6 +98,8 @@ pub struct Metrics {
     pub upstream_unpriced: IntCounterVec,
     /// Calls refused by a limit, by kind (rate, budget, allocation, ledger).
     pub refused_by_limits: IntCounterVec,
+    /// What the ledger has under way, and whether its disk keeps (faulty), by what is counted.
+    pub ledger: IntGaugeVec,
     /// Log records that were kept.
     pub log_records: IntCounter,
     /// Log records that were not: the queue or the disk was full, or their gateway is.
@@ -413,6 +415,11 @@ impl Metrics {
                 "neurond_refused_by_limits_total",
                 "Calls refused by a limit, by kind (rate, budget, allocation, ledger).",
                 &["kind"],
+            ),
+            ledger: r.gauges(
+                "neurond_ledger",
+                "What the ledger has under way (open reservations, settlements queued for the disk), and whether its disk is faulty, by what is counted (open, queued, faulty, faults, refused, unmetered).",
+                &["what"],
             ),
             log_records: r.counter("neurond_log_records_total", "Log records that were kept."),
             log_records_dropped: r.counter(

@@ -50,6 +50,8 @@ pub(super) struct Begun {
     /// What the upstream said, and who answered.
     pub(super) headers: Headers,
     pub(super) pipe: Pipe,
+    /// What it cost whoever asked first.
+    pub(super) saved: Neurons,
 }
 
 /// What was tried, for the log and for a header.
@@ -311,7 +313,7 @@ impl Relay {
             let checked = Box::pin(checked(&ask.gateway, &mut headers, pipe, ask.words, limit));
             pipe = timeout_at(until, checked).await.unwrap_or_else(|_| Err(late("the whole answer")))?;
         }
-        Ok(Begun { status, headers, pipe })
+        Ok(Begun { status, headers, pipe, saved: Neurons::ZERO })
     }
 
     /// Up to the head of an answer; where one is wary, up to its first content, since something else can be tried.
@@ -449,8 +451,8 @@ impl Begun {
     /// Says who answered and what was tried before.
     /// What it costs goes with it.
     fn billed(self, bill: Box<Bill>) -> Self {
-        let Self { status, headers, pipe } = self;
-        Self { status, headers, pipe: pipe.billed(bill) }
+        let Self { status, headers, pipe, saved } = self;
+        Self { status, headers, pipe: pipe.billed(bill), saved }
     }
 
     fn signed(mut self, step: &Step, trail: &Trail) -> Self {

@@ -88,6 +88,10 @@ async fn each_call_is_listed_with_what_it_was_and_what_it_cost_and_read_as_it_we
     assert!(stored.header("content-type").starts_with("text/event-stream"));
     let cached = detail(&id(&hit)).await;
     assert_eq!((cached["cached"].clone(), cached["cost"].clone()), (json!(true), json!(0)), "{cached}");
+    let paid = detail(&id(&stream)).await["cost"].clone();
+    assert!(paid.as_f64().unwrap() > 0.0 && cached["saved_cost"] == paid, "{paid} {cached}");
+    assert_eq!(hit.header("neurond-cost"), "", "what it cost is nobody else's");
+    assert!(record["duration"].is_u64(), "clients read a whole number: {record}");
     assert_eq!(detail(&id(&failed)).await["success"], json!(false));
     assert_eq!(detail(&id(&bare)).await["response_head"], json!(""));
 
