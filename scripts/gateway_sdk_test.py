@@ -1110,6 +1110,33 @@ def route_to(model: str) -> list[dict]:
     ]
 
 
+def log_records_are_listed_read_changed_and_deleted(bench: Bench) -> None:
+    logs, where = bench.management.logs, {"gateway_id": "told", "account_id": ACCOUNT}
+    with bench.gateway("told"):
+        client = bench.openai_at("openai", "told")
+        price = {"cf-aig-custom-cost": json.dumps({"total_cost": 0.25}), "cf-aig-metadata": json.dumps({"team": "red"})}
+        answer = client.chat.completions.with_raw_response.create(model="gpt-x", messages=MESSAGES, extra_headers=price)
+        bench.chat(client)
+        raised(lambda: bench.chat(client, extra_headers={"x-fake": "status=400"}), openai.BadRequestError)
+        log = answer.headers["cf-aig-log-id"]
+        dear = {"key": "cost", "operator": "gt", "value": [0.1]}
+        red = {"key": "metadata.value", "operator": "eq", "value": ["red", "blue"]}
+        listed = logs.list(**where, meta_info=True)
+        same((len(list(listed)), listed.result_info.to_dict()["total_count"]), (3, 3))
+        for query, count in [({"filters": [dear]}, 1), ({"filters": [dear, red]}, 1), ({"success": False}, 1), ({"per_page": 1}, 3)]:
+            same((query, len(list(logs.list(**where, **query)))), (query, count))
+        got = logs.get(log, **where)
+        same((got.id, got.provider, got.model, got.cost, got.custom_cost), (log, "openai", "gpt-x", 0.25, True))
+        assert isinstance(got.duration, int) and got.duration >= 0, got
+        same(logs.request(log, **where)["model"], "gpt-x")
+        same(logs.response(log, **where)["choices"][0]["message"]["content"], said("openai", "gpt-x"))
+        logs.edit(log, **where, feedback=1, score=90)
+        same(len(list(logs.list(**where, filters=[{"key": "feedback", "operator": "eq", "value": [1]}]))), 1)
+        logs.delete(**where, filters=[dear])
+        raised(lambda: logs.get(log, **where), cloudflare.NotFoundError)
+        same(len(list(logs.list(**where))), 2)
+
+
 def management_errors_are_the_exceptions_of_their_status(bench: Bench) -> None:
     api, us, nobody = bench.management, {"account_id": ACCOUNT}, "00000000-0000-4000-8000-000000000000"
     small, wrong, other = (bench.managed_by(token).ai_gateway for token in (SMALL_TOKEN, "wrong", OTHER_TOKEN))
@@ -1245,6 +1272,7 @@ CHECKS = [
     provider_keys_go_in_stand_in_and_never_come_out,
     custom_providers_are_made_read_changed_and_deleted,
     routes_answer_with_the_version_that_is_deployed,
+    log_records_are_listed_read_changed_and_deleted,
     management_errors_are_the_exceptions_of_their_status,
     what_was_made_is_there_when_the_daemon_was_killed,
 ]
