@@ -208,7 +208,7 @@ pub struct LedgerSection {
     /// How long settlements are gathered before they are written to disk together, in milliseconds.
     pub gather_ms: u64,
     /// When the disk is full or broken: `"refuse"`, calls that cost something are refused with 503 until it is back;
-    /// `"unmetered"`, they are served, and written down once it is back unless the process ends before.
+    /// `"unmetered"`, they are served within their limits, and neither charged nor listed.
     pub on_fault: OnFault,
 }
 
