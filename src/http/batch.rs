@@ -57,6 +57,10 @@ const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 const SWEEP: Duration = Duration::from_secs(600);
 /// Between two attempts at a request that found no room.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a response waits for the ledger's disk. After that it counts as charged: what has come so far is with the system.
+const CHARGED: Duration = Duration::from_secs(30);
+/// Between two attempts at a batch whose file could not be read or written.
+const AGAIN: Duration = Duration::from_secs(30);
 /// Attempts at a request that took too long.
 const SLOW_ATTEMPTS: u32 = 3;
 /// Served after everything that somebody waits for.
@@ -493,7 +497,7 @@ impl BatchActor {
             actix::spawn(async move {
                 let outcome = compute(&gateway, id, &path, &actor).await;
                 if let Err(error) = &outcome {
-                    warn!(batch = %id, %error, "a batch was given up until the next start");
+                    warn!(batch = %id, %error, "a batch cannot go on and is tried again in half a minute");
                 }
                 // The actor outlives its tasks, or nobody is left to tell.
                 actor.do_send(Over { id, whole: outcome.is_ok() });
@@ -524,6 +528,9 @@ async fn compute(gateway: &Gateway, id: RequestId, path: &Path, actor: &Addr<Bat
     let mut work = futures_util::stream::iter(work).buffer_unordered(ABREAST);
     while let Some(((response, usage, neurons), under_way)) = work.next().await {
         let outcome = if response.success { "done" } else { "failed" };
+        // Nothing is answered for good before it is charged for good: a request whose response is lost is run again under its
+        // id, and not charged again; one whose charge is lost would never be.
+        let _ = tokio::time::timeout(CHARGED, gateway.ledger.flush()).await;
         actor
             .send(Answered { id, frame: Frame::Response { response, usage, neurons: neurons.micro() } })
             .await
@@ -675,20 +682,28 @@ impl Handler<Over> for BatchActor {
 
     fn handle(&mut self, Over { id, whole }: Over, ctx: &mut Context<Self>) {
         self.running -= 1;
-        if let Some(known) = self.known.get_mut(&id)
-            && let Some(mut log) = known.log.take()
-            && whole
-        {
+        if let Some(known) = self.known.get_mut(&id) {
             let at = Millis::now();
-            let written = to_bytes(&Frame::Whole { at }).map(|frame| log.append(&frame));
-            match written {
-                Ok(Ok(())) => known.state = State::Whole { at },
-                Ok(Err(error)) => drop(on_disk(&path_of(&self.folder, id), error)),
-                Err(error) => warn!(batch = %id, %error, "a batch could not be closed"),
+            let closed = whole && known.log.as_mut().is_some_and(|log| close(log, &path_of(&self.folder, id), at));
+            if closed {
+                (known.state, known.log) = (State::Whole { at }, None);
+            } else {
+                known.state = State::Queued;
+                ctx.run_later(AGAIN, move |this, ctx| {
+                    this.line.push_back(id);
+                    this.work(ctx);
+                });
             }
         }
         self.work(ctx);
     }
+}
+
+/// Whether the file says now that the batch is whole.
+fn close(log: &mut Segment, path: &Path, at: Millis) -> bool {
+    let frame = to_bytes(&Frame::Whole { at });
+    let written = frame.and_then(|frame| log.append(&frame).map_err(|error| on_disk(path, error)));
+    written.is_ok()
 }
 
 fn to_bytes(frame: &Frame) -> Result<Vec<u8>> {
