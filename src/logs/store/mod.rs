@@ -32,6 +32,7 @@ mod columns;
 #[cfg(test)]
 #[path = "crash_test.rs"]
 mod crash;
+mod digits;
 mod filter;
 mod image;
 mod keep;
