@@ -254,7 +254,7 @@ pub struct Plan {
 }
 
 /// See `BudgetSection`. What is `None` has no bound.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Budget {
     /// Of this machine's models, a day.
     pub neurons_per_day: Option<Neurons>,

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, ModelId, Neurons, RequestId, Result};
-use crate::config::{CatalogEntry, ResultShape};
+use crate::config::{Budget, CatalogEntry, ResultShape};
 use crate::gateway::terms::Terms;
 use crate::gateway::{Call, Gateway};
 use crate::http::answer::{self, UsageJson};
@@ -87,11 +87,12 @@ struct Responses<'a> {
     usage: UsageJson,
 }
 
-/// Whose requests these are.
+/// Whose requests these are, and what limits them.
 #[derive(Clone)]
 struct Owner {
     account: AccountId,
     key: Option<KeyId>,
+    terms: Terms,
 }
 
 /// Answers all requests of the body, or puts them in line.
@@ -108,12 +109,13 @@ pub(super) async fn run(
     if entry.task != Task::TextGeneration && texts > MOST_TEXTS {
         return Err(fields.wrong("requests", &format!("may hold {MOST_TEXTS} texts altogether, not {texts}")));
     }
-    let owner = Owner { account: ask.caller.account.clone(), key: ask.caller.key.clone() };
+    let owner = Owner { account: ask.caller.account.clone(), key: ask.caller.key.clone(), terms: ask.terms.clone() };
     if queue {
         let batches = services.batches.as_ref().ok_or_else(no_folder)?;
         let head = Head {
             account: owner.account,
             key: owner.key,
+            budget: owner.terms.budget,
             model: entry.id.clone(),
             submitted: Millis::now(),
             requests: requests.to_vec(),
@@ -236,7 +238,8 @@ async fn one(
 
 /// A request of a batch as a call of its own.
 fn call<Input>(owner: &Owner, entry: &Arc<CatalogEntry>, job: &Job<'_>, input: Input) -> Call<Input> {
-    let terms = Terms { is_once: job.batch.is_some(), ..Terms::default() };
+    // Each counts as a request where somebody waits for it: a minute's limit is one of work.
+    let terms = Terms { is_once: job.batch.is_some(), ..owner.terms.clone() };
     Call {
         terms,
         id: job.batch.map_or_else(RequestId::random, |batch| batch.of(job.at)),
@@ -288,6 +291,9 @@ enum Frame {
 struct Head {
     account: AccountId,
     key: Option<KeyId>,
+    /// Of that key, when it was put in line.
+    #[serde(default)]
+    budget: Budget,
     model: ModelId,
     submitted: Millis,
     requests: Vec<Value>,
@@ -514,7 +520,9 @@ async fn compute(gateway: &Gateway, id: RequestId, path: &Path, actor: &Addr<Bat
     let batch = read.map_err(|error| Error::internal("a batch was not read").with_source(error))??;
     let head = batch.head.ok_or_else(|| Error::internal("a batch has lost its head"))?;
     let answered: HashSet<usize> = batch.responses.iter().map(|response| response.id).collect();
-    let owner = Owner { account: head.account.clone(), key: head.key.clone() };
+    // The operator's rules are about requests that somebody waits for; money is money.
+    let terms = Terms { budget: head.budget, ..Terms::default() };
+    let owner = Owner { account: head.account.clone(), key: head.key.clone(), terms };
     let end = head.submitted.0 + KEPT.as_millis() as u64;
     let left = head.requests.iter().enumerate().filter(|(at, _)| !answered.contains(at));
     let work = left.map(|(at, request)| {
