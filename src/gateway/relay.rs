@@ -244,12 +244,8 @@ impl Relay {
         if windows.is_empty() {
             return Ok(());
         }
-        let (mut tokens, mut cost) = (0, Neurons::ZERO);
-        if windows.iter().any(|window| window.counts != Counts::Requests) {
-            // Who answers is not known yet, so what it costs is not either.
-            tokens = u64::from(bill::most(&ask.body).total_tokens());
-            cost = Neurons::from_micro(1);
-        }
+        let counts_tokens = windows.iter().any(|window| window.counts == Counts::Tokens);
+        let tokens = if counts_tokens { u64::from(bill::most(&ask.body).total_tokens()) } else { 0 };
         let claim = Claim {
             request: ask.who.id,
             account: &ask.account,
@@ -257,7 +253,8 @@ impl Relay {
             windows: &windows,
             tokens,
             neurons: Neurons::ZERO,
-            cost,
+            // Who answers is not known yet, so what it costs is not either: a budget that is used up lets nothing through.
+            cost: Neurons::from_micro(u64::from(windows.iter().any(|window| window.counts.is_money()))),
             is_once: false,
         };
         let held = self.parts.ledger.reserve(&claim, Millis::now()).map_err(|denied| {
