@@ -362,8 +362,10 @@ async fn several_prompts_of_one_request_count_as_one_request_and_all_their_token
         let request = reqwest::Client::new().post(rig.daemon.url("/v1/completions")).bearer_auth("secret").json(&body);
         Answer::of(request).await
     };
+    let mut produced = 0;
     for left in ["1", "0"] {
         let answer = ask().await;
+        produced += answer.json()["usage"]["completion_tokens"].as_u64().unwrap();
         assert_eq!((answer.status, answer.json()["choices"].as_array().unwrap().len()), (200, 3), "{answer:?}");
         assert_eq!(answer.header("ratelimit-remaining"), left);
     }
@@ -373,7 +375,7 @@ async fn several_prompts_of_one_request_count_as_one_request_and_all_their_token
     let (requests, tokens) = rows
         .iter()
         .fold((0, 0), |(requests, tokens), (_, row)| (requests + row.requests, tokens + row.completion_tokens));
-    assert_eq!((requests, tokens), (6, 24), "each is billed");
+    assert_eq!((requests, tokens), (6, produced), "each is billed");
 }
 
 #[actix_web::test]
