@@ -1,4 +1,5 @@
 use super::*;
+use crate::ledger::once::ONCE;
 use crate::base::ModelId;
 use crate::task::Usage;
 

@@ -21,17 +21,25 @@
 //!
 //! Knows no prices, no HTTP and no configuration beyond [`Settings`]: a claim brings its plan and its limits.
 
+mod ask;
 mod book;
 mod claim;
 mod entry;
+mod fleet;
 mod folder;
 mod handle;
 mod journal;
+mod lease;
+mod member;
+mod once;
 mod rows;
+mod share;
+mod table;
 mod window;
 
 pub use book::{AccountTotals, Book, Open};
 pub use claim::{AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window};
+pub use fleet::{Fleet, FleetHealth, OnLoss};
 pub use handle::{Health, Ledger, OnFault, Reservation, Settings, Ticket};
 pub use rows::{Filter, Row, Who};
 pub use window::{Span, Technique};
@@ -39,4 +47,8 @@ pub use window::{Span, Technique};
 #[cfg(test)]
 mod kill_test;
 #[cfg(test)]
+mod model_store;
+#[cfg(test)]
 mod model_test;
+#[cfg(test)]
+mod test_store;

@@ -133,7 +133,7 @@ impl Relay {
         let growth = options.backoff.or(settings.retry.backoff.map(growth)).unwrap_or_default();
         let backoff = Backoff::new(u64::from(most), delay.as_millis() as u64, growth);
         let first_byte = options.request_timeout.or(settings.timeouts.first_byte);
-        let bill = match self.bill(ask, step, &trail.receipt) {
+        let bill = match self.bill(ask, step, &trail.receipt).await {
             Ok(bill) => bill,
             Err(error) => {
                 self.parts.fallback.settle(&watched, pass, Outcome::Abandoned, Millis::now());
@@ -215,7 +215,7 @@ impl Relay {
     }
 
     /// What a step may cost, held until its answer has ended.
-    fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt) -> Result<Box<Bill>> {
+    async fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt) -> Result<Box<Bill>> {
         let (provider, model) = (&*step.target.provider, &*step.target.model);
         let is_local = matches!(step.way, Way::Local(_));
         let config = self.parts.config.get();
@@ -257,7 +257,7 @@ impl Relay {
                 cost,
                 is_once: false,
             };
-            reservation = Some(self.parts.ledger.reserve(&claim, Millis::now()).map_err(|denied| {
+            reservation = Some(self.parts.ledger.claim(&claim, Millis::now()).await.map_err(|denied| {
                 self.parts.metrics.refused_by_limits.with_label_values(&[limits::label(&denied)]).inc();
                 limits::refusal(denied, provider, &model)
             })?);
