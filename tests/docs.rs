@@ -196,7 +196,10 @@ fn about(source: &str, name: &str) -> String {
 /// The file that a struct is written in.
 fn source(name: &str) -> &'static str {
     let holds = |source: &&str| source.contains(&format!("pub struct {name} {{\n"));
-    [FILE, METERING, FLEET, RECORDS, GATEWAY, CATALOG].into_iter().find(holds).unwrap_or_else(|| panic!("no struct {name}"))
+    [FILE, METERING, FLEET, RECORDS, GATEWAY, CATALOG]
+        .into_iter()
+        .find(holds)
+        .unwrap_or_else(|| panic!("no struct {name}"))
 }
 
 fn is_section(kind: &str) -> bool {

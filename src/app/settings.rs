@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::alert::{self, Channel, Errors, Filter, Login, Mail, Measure, Security, Severity, Slack, To, Webhook, What};
 use crate::base::{AccountId, Error, Result, Secret};
 use crate::config::{
-    self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, ShipSection,
-    OnLoss, ShipTo, SpoolFull, WithSecret,
+    self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, OnLoss,
+    ShipSection, ShipTo, SpoolFull, WithSecret,
 };
 use crate::ledger;
 use crate::logs::ship::{self, AtBound, Chosen, Destination, Job};

@@ -17,11 +17,11 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::base::{AccountId, Millis, Neurons, RequestId, UtcDay};
+use crate::ledger::ask::Place;
 use crate::ledger::claim::{
     AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window,
 };
 use crate::ledger::entry::{Bill, Entry};
-use crate::ledger::ask::Place;
 use crate::ledger::lease::{Amount, Leases};
 use crate::ledger::once::Once;
 use crate::ledger::rows::Who;
@@ -106,7 +106,8 @@ impl Default for Account {
 impl Book {
     /// An empty one, with so many windows at most: those that are over are forgotten first, then the ones that end first.
     pub fn new(max_windows: usize) -> Self {
-        let mut book = Self { accounts: HashMap::new(), windows: Windows::default(), once: Once::default(), leases: None };
+        let mut book =
+            Self { accounts: HashMap::new(), windows: Windows::default(), once: Once::default(), leases: None };
         book.restore(max_windows);
         book
     }

@@ -171,12 +171,14 @@ impl Keeper {
     ///
     /// # Errors
     /// When the folder cannot be written to.
-    pub(super) fn new(fleet: Fleet, folder: Option<PathBuf>) -> Result<(Link, impl FnOnce(Arc<Shared>) -> Self), Error> {
+    pub(super) fn new(
+        fleet: Fleet,
+        folder: Option<PathBuf>,
+    ) -> Result<(Link, impl FnOnce(Arc<Shared>) -> Self), Error> {
         fleet.store.check().map_err(|error| Error::bad_input(format!("The fleet's store: {error}.")))?;
         let member = match &folder {
-            Some(folder) => Member::next(folder).map_err(|error| {
-                Error::bad_input(format!("The ledger's folder {}: {error}.", folder.display()))
-            })?,
+            Some(folder) => Member::next(folder)
+                .map_err(|error| Error::bad_input(format!("The ledger's folder {}: {error}.", folder.display())))?,
             None => Member::new(),
         };
         let (wake, is_closing) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(false)));
@@ -185,8 +187,19 @@ impl Keeper {
         let link = Link { wake: wake.clone(), rounds: seen, patience, is_closing: is_closing.clone() };
         let (script, pulse) = (Script::new(include_str!("fleet.lua")), Script::new(PULSES));
         let (count, store_is) = (0, None);
-        let keeper =
-            move |shared| Self { shared, fleet, folder, member, count, script, pulse, store_is, wake, is_closing, rounds };
+        let keeper = move |shared| Self {
+            shared,
+            fleet,
+            folder,
+            member,
+            count,
+            script,
+            pulse,
+            store_is,
+            wake,
+            is_closing,
+            rounds,
+        };
         Ok((link, keeper))
     }
 
@@ -374,7 +387,10 @@ impl Keeper {
         let off = began.0.saturating_sub(theirs).max(theirs.saturating_sub(ours.0));
         let before = self.shared.fleet(|_, health| std::mem::replace(&mut health.clock_off_ms, off)).unwrap_or(0);
         if off > CLOCK_OFF_MS && before <= CLOCK_OFF_MS {
-            warn!(off_ms = off, "this clock and that of the fleet's store differ: windows begin at different times; set the clocks");
+            warn!(
+                off_ms = off,
+                "this clock and that of the fleet's store differ: windows begin at different times; set the clocks"
+            );
         }
         Ok(())
     }

@@ -12,7 +12,9 @@ use super::*;
 use crate::base::{AccountId, ModelId, Neurons, RequestId, Secret};
 use crate::ledger::model_store::{ModelStore, SHARE};
 use crate::ledger::test_store::TestStore;
-use crate::ledger::{AtLimit, Beyond, Claim, Counts, Denied, Ledger, Plan, Reservation, Settings, Spent, Technique, Window};
+use crate::ledger::{
+    AtLimit, Beyond, Claim, Counts, Denied, Ledger, Plan, Reservation, Settings, Spent, Technique, Window,
+};
 use crate::task::Usage;
 
 const FREE: Plan = Plan { allocation: Neurons::ZERO, beyond: Beyond::Bill, at_limit: AtLimit::Finish };
@@ -158,8 +160,11 @@ fn the_script_says_what_the_model_says() {
 #[tokio::test]
 async fn three_ledgers_with_many_threads_admit_exactly_the_limit() {
     let store = TestStore::start();
-    let ledgers =
-        [start(&store, OnLoss::Refuse, None).await, start(&store, OnLoss::Refuse, None).await, start(&store, OnLoss::Refuse, None).await];
+    let ledgers = [
+        start(&store, OnLoss::Refuse, None).await,
+        start(&store, OnLoss::Refuse, None).await,
+        start(&store, OnLoss::Refuse, None).await,
+    ];
     let patience = Duration::from_millis(1500);
     let requests = [window(1, 5000, false, Counts::Requests)];
     assert_eq!(race(&ledgers, FREE, &requests, patience), 5000);
@@ -364,7 +369,8 @@ fn process() {
             timeout: Duration::from_millis(250),
         };
         let fleet = Fleet { store, name: "test".to_owned(), share: SHARE, on_loss: OnLoss::Refuse };
-        let settings = Settings { fleet: Some(fleet), folder: Some(told["folder"].clone().into()), ..Settings::default() };
+        let settings =
+            Settings { fleet: Some(fleet), folder: Some(told["folder"].clone().into()), ..Settings::default() };
         let ledger = Ledger::start(settings).unwrap();
         assert!(ledger.joined(Duration::from_secs(10)).await);
         let windows = [window(1, 2000, true, Counts::Cost), window(2, 2000, false, Counts::Requests)];

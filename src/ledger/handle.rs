@@ -239,6 +239,34 @@ impl Ledger {
         Ok(standing)
     }
 
+    /// Whether a window has something left, as [`Ledger::pass`] would find it.
+    ///
+    /// # Errors
+    /// [`Denied::Unleased`]: what a fleet shares is not leased here; [`Denied::Dead`].
+    pub fn has_room(&self, window: &Window, now: Millis) -> Result<bool, Denied> {
+        self.shared.lock().ok_or(Denied::Dead)?.book.has_room(window, now)
+    }
+
+    /// Waits until these windows have something leased here, or are known to have nothing left.
+    ///
+    /// # Errors
+    /// As [`Ledger::has_room`].
+    pub async fn lease(&self, windows: &[Window], now: Millis) -> Result<(), Denied> {
+        let look = |now| {
+            let mut state = self.shared.lock().ok_or((Denied::Dead, None))?;
+            // All of them, so that they are asked for at once.
+            let looks = windows.iter().map(|window| state.book.has_room(window, now).map(drop));
+            let found = looks.fold(Ok(()), |all, one| all.and(one));
+            found.map_err(|denied| (denied, state.round()))
+        };
+        self.leased(now, look).await
+    }
+
+    /// Whether its counters are a fleet's.
+    pub fn is_shared(&self) -> bool {
+        self.shared.link.is_some()
+    }
+
     /// One account's money now.
     ///
     /// # Errors

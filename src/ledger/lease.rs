@@ -32,6 +32,8 @@ use crate::ledger::window::{Counter, Span, Technique, Terms};
 const AHEAD: u64 = 500;
 /// How long the store is not asked again for what it does not have, in milliseconds.
 const DRY: u64 = 100;
+/// How long what calls have waited for is not given back, in milliseconds.
+const FED: u64 = 100;
 /// A pace is that of at least so many milliseconds.
 const PACE: u64 = 20;
 /// Asks that are made at once.
@@ -95,6 +97,8 @@ struct Lease {
     /// The latest stretch of which the store must know.
     known_at: Option<u64>,
     dry_until: Millis,
+    /// Until then calls may be on their way that waited for what was leased.
+    fed_until: Millis,
     /// The last round in which it was looked at.
     round: u64,
 }
@@ -287,7 +291,8 @@ impl Leases {
         if needs > 0 {
             ask.need = taken.saturating_add(needs).saturating_sub(ask.keep);
             ask.ahead = ahead;
-        } else if free > ahead.saturating_mul(2) {
+            lease.fed_until = Millis(now.0.saturating_add(FED));
+        } else if now >= lease.fed_until && free > ahead.saturating_mul(2) {
             ask.keep = taken.saturating_add(ahead);
             counter.grant(index, ask.keep);
         } else if self.is_up && free < ahead / 2 && now >= lease.dry_until {
@@ -338,6 +343,7 @@ impl Leases {
                     told: None,
                     known_at: None,
                     dry_until: Millis(0),
+                    fed_until: Millis(0),
                     round: 0,
                 })
             }
@@ -350,9 +356,8 @@ impl Lease {
     fn known(&self, counter: &Counter, terms: Terms, now: Millis) -> Counter {
         let index = terms.span.index(now);
         let mut known = Counter::new(terms.span);
-        let all = |told: &Heard| {
-            told.others.saturating_add(told.carried).saturating_add(counter.slot(told.index).taken())
-        };
+        let all =
+            |told: &Heard| told.others.saturating_add(told.carried).saturating_add(counter.slot(told.index).taken());
         match &self.told {
             Some(told) if told.index == index => {
                 known.put(index.saturating_sub(1), told.before);
@@ -388,7 +393,6 @@ impl Lease {
 fn counts(index: u64, now: u64) -> bool {
     index > 0 && index.saturating_add(2) >= now
 }
-
 
 #[cfg(test)]
 #[path = "lease_test.rs"]

@@ -80,9 +80,8 @@ impl ModelStore {
     /// What a daemon has of a window.
     pub(super) fn lease(&self, window: &u128, index: u64, daemon: &str) -> u64 {
         let stretches = self.stretches.iter();
-        let mut found = stretches.filter(|((place, of), _)| {
-            *of == index && matches!(place, Place::Window(id, _) if id == window)
-        });
+        let mut found =
+            stretches.filter(|((place, of), _)| *of == index && matches!(place, Place::Window(id, _) if id == window));
         found.next().and_then(|(_, stretch)| stretch.records.get(daemon)).map_or(0, |(.., lease)| *lease)
     }
 }

@@ -3,7 +3,7 @@
 use crate::base::Millis;
 use crate::ledger::ask::{Ask, Heard, Place};
 use crate::ledger::book::Book;
-use crate::ledger::claim::Denied;
+use crate::ledger::claim::{Denied, Window};
 use crate::ledger::lease::{Amount, Leases, Room};
 use crate::ledger::window::{Counter, Span, Terms};
 
@@ -52,6 +52,17 @@ impl Book {
             Place::Allocation(account) => self.accounts.get_mut(account).map(|account| &mut account.free),
         };
         counter.is_none_or(|counter| leases.hear(heard, counter, now))
+    }
+
+    /// Whether a window has something left.
+    ///
+    /// # Errors
+    /// [`Denied::Unleased`].
+    pub(super) fn has_room(&mut self, window: &Window, now: Millis) -> Result<bool, Denied> {
+        let counter = self.windows.get(window.id, window.span);
+        let amount = Amount { wanted: 1, needed: 1, is_optional: false };
+        let room = self.room(|| Place::Window(window.id, window.span), &counter, window.terms(), amount, now)?;
+        Ok(room.left > 0)
     }
 
     /// What a call finds of a counter: what is left, or what is leased and left.

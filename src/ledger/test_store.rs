@@ -91,7 +91,8 @@ fn program() -> PathBuf {
     }
     let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/test-redis/bin/valkey-server");
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let installed = std::env::split_paths(&path).flat_map(|folder| ["valkey-server", "redis-server"].map(|name| folder.join(name)));
+    let installed =
+        std::env::split_paths(&path).flat_map(|folder| ["valkey-server", "redis-server"].map(|name| folder.join(name)));
     let found = std::iter::once(fetched).chain(installed).find(|program| program.is_file());
     found.expect("no server for fleets: run scripts/fetch_redis.sh, or name a redis-server in NEUROND_TEST_REDIS")
 }

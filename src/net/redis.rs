@@ -13,7 +13,9 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use redis::cluster::ClusterClientBuilder;
 use redis::cluster_async::ClusterConnection;
-use redis::{AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, TlsCertificates};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, RedisError, RedisResult, TlsCertificates,
+};
 
 use crate::base::Secret;
 
@@ -71,10 +73,8 @@ impl Address {
         // The first of a process is everybody's; whoever was earlier chose the same.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let infos = self.infos()?;
-        let certificates = self
-            .authorities
-            .as_ref()
-            .map(|pem| TlsCertificates { client_tls: None, root_cert: Some(pem.to_vec()) });
+        let certificates =
+            self.authorities.as_ref().map(|pem| TlsCertificates { client_tls: None, root_cert: Some(pem.to_vec()) });
         if self.is_cluster {
             let mut builder = ClusterClientBuilder::new(infos)
                 .retries(2)
