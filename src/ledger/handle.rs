@@ -171,17 +171,8 @@ impl Ledger {
         self.try_reserve(claim, now).map_err(|(denied, _)| denied)
     }
 
-    /// As [`Ledger::reserve`], and waits for a lease where a fleet shares what it needs: once for all its limits, not longer than the
-    /// settings say.
-    ///
-    /// # Errors
-    /// As [`Ledger::reserve`].
-    pub async fn claim(&self, claim: &Claim<'_>, now: Millis) -> Result<Reservation, Denied> {
-        self.leased(now, |now| self.try_reserve(claim, now)).await
-    }
-
     /// The round of asks that brings what is lacked comes with the refusal.
-    fn try_reserve(&self, claim: &Claim<'_>, now: Millis) -> Result<Reservation, (Denied, Option<u64>)> {
+    pub(super) fn try_reserve(&self, claim: &Claim<'_>, now: Millis) -> Result<Reservation, (Denied, Option<u64>)> {
         let mut state = self.shared.lock().ok_or((Denied::Dead, None))?;
         let is_metered = state.admit(&self.shared).map_err(|denied| (denied, None))?;
         let open = state.book.reserve(claim, now).map_err(|denied| (denied, state.round()))?;
@@ -193,35 +184,6 @@ impl Ledger {
         state.count_local();
         drop(state);
         Ok(Reservation { shared: self.shared.clone(), open: Some(open), is_metered, at: now })
-    }
-
-    /// Tries, and again when leases have come. One that others took meanwhile is asked for anew.
-    async fn leased<T>(
-        &self,
-        now: Millis,
-        attempt: impl Fn(Millis) -> Result<T, (Denied, Option<u64>)>,
-    ) -> Result<T, Denied> {
-        let began = Instant::now();
-        let mut is_first = true;
-        loop {
-            let waited = began.elapsed();
-            let round = match attempt(Millis(now.0.saturating_add(waited.as_millis() as u64))) {
-                Ok(done) => return Ok(done),
-                Err((Denied::Unleased, round)) => round,
-                Err((denied, _)) => return Err(denied),
-            };
-            let is_waiting = match (&self.shared.link, round) {
-                (Some(link), Some(round)) => {
-                    self.shared.fleet(|_, health| health.waits += u64::from(std::mem::take(&mut is_first)));
-                    link.round(round, waited).await
-                }
-                _ => false,
-            };
-            if !is_waiting {
-                self.shared.fleet(|_, health| health.refused += 1);
-                return Err(Denied::Unleased);
-            }
-        }
     }
 
     /// Passes a window without a reservation: one that counts requests counts this one, others only must have something left.
@@ -237,34 +199,6 @@ impl Ledger {
             state.push(entry, &self.shared);
         }
         Ok(standing)
-    }
-
-    /// Whether a window has something left, as [`Ledger::pass`] would find it.
-    ///
-    /// # Errors
-    /// [`Denied::Unleased`]: what a fleet shares is not leased here; [`Denied::Dead`].
-    pub fn has_room(&self, window: &Window, now: Millis) -> Result<bool, Denied> {
-        self.shared.lock().ok_or(Denied::Dead)?.book.has_room(window, now)
-    }
-
-    /// Waits until these windows have something leased here, or are known to have nothing left.
-    ///
-    /// # Errors
-    /// As [`Ledger::has_room`].
-    pub async fn lease(&self, windows: &[Window], now: Millis) -> Result<(), Denied> {
-        let look = |now| {
-            let mut state = self.shared.lock().ok_or((Denied::Dead, None))?;
-            // All of them, so that they are asked for at once.
-            let looks = windows.iter().map(|window| state.book.has_room(window, now).map(drop));
-            let found = looks.fold(Ok(()), |all, one| all.and(one));
-            found.map_err(|denied| (denied, state.round()))
-        };
-        self.leased(now, look).await
-    }
-
-    /// Whether its counters are a fleet's.
-    pub fn is_shared(&self) -> bool {
-        self.shared.link.is_some()
     }
 
     /// One account's money now.
@@ -291,16 +225,6 @@ impl Ledger {
         let (reply, answer) = oneshot::channel();
         self.shared.ask(Ask { filter, reply })?;
         answer.await.map_err(|_| dead())
-    }
-
-    /// Waits until the fleet's store leases, not longer than this. `false`: it does not yet. Without a fleet there is nothing to wait for.
-    pub async fn joined(&self, limit: Duration) -> bool {
-        let Some(link) = &self.shared.link else { return true };
-        let mut rounds = link.rounds.clone();
-        let is_up = || self.shared.fleet(|_, health| health.is_up).unwrap_or(false);
-        let joined = async { while !is_up() && rounds.changed().await.is_ok() {} };
-        let _ = tokio::time::timeout(limit, joined).await;
-        is_up()
     }
 
     /// How it is.
@@ -455,7 +379,7 @@ pub(super) struct Shared {
     room: usize,
     on_fault: OnFault,
     /// To the thread that asks the fleet's store.
-    link: Option<Link>,
+    pub(super) link: Option<Link>,
 }
 
 struct State {

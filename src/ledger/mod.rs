@@ -18,6 +18,8 @@
 //!   all, so a crash refunds them. Rows by day, and snapshots, belong to the journal's thread; no call waits for them.
 //! - **The disk may fail.** What is admitted can be settled, waits in memory, and is written when the disk is back; new calls
 //!   are refused meanwhile or go on unmetered.
+//! - **A fleet may share the counters.** Then a call takes of a lease, and [`Ledger::claim`] waits where there is none. Leases add
+//!   up to the limit at most; who hands them out is a store that runs one script (`fleet.lua`).
 //!
 //! Knows no prices, no HTTP and no configuration beyond [`Settings`]: a claim brings its plan and its limits.
 
@@ -35,6 +37,7 @@ mod once;
 mod rows;
 mod share;
 mod table;
+mod wait;
 mod window;
 
 pub use book::{AccountTotals, Book, Open};
