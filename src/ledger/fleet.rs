@@ -50,15 +50,6 @@ const EXACT: u64 = (1 << 53) - 1;
 /// So long what calls take late may still be told of a long window, and of a short one.
 const GRACE: (u64, u64) = (48 * 3_600_000, 60_000);
 
-/// A number that stays as long as what the store was told does, and the time.
-const PULSES: &str = "
-    local number = redis.call('GET', KEYS[1])
-    if not number then
-        number = ARGV[1]
-        redis.call('SET', KEYS[1], number)
-    end
-    local time = redis.call('TIME')
-    return {tonumber(number), tonumber(time[1]), tonumber(time[2])}";
 const FORGOTTEN: &str = "it has forgotten what it was told";
 
 /// With whom counters are shared.
@@ -185,7 +176,7 @@ impl Keeper {
         let (rounds, seen) = watch::channel(0);
         let patience = fleet.store.timeout;
         let link = Link { wake: wake.clone(), rounds: seen, patience, is_closing: is_closing.clone() };
-        let (script, pulse) = (Script::new(include_str!("fleet.lua")), Script::new(PULSES));
+        let (script, pulse) = (Script::new(include_str!("fleet.lua")), Script::new(include_str!("pulse.lua")));
         let (count, store_is) = (0, None);
         let keeper = move |shared| Self {
             shared,
