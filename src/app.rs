@@ -42,6 +42,8 @@ const HUNG: Duration = Duration::from_secs(120);
 
 /// How long what waits to be shipped may take at the end.
 const LOGS_LAST: Duration = Duration::from_secs(5);
+/// How long the store of the fleet may take at the start.
+const FLEET_FIRST: Duration = Duration::from_secs(5);
 /// How long the ledger's disk may take at the end.
 const LEDGER_LAST: Duration = Duration::from_secs(10);
 /// How long the streams that a hurried drain has cut off may take to say so.
@@ -106,7 +108,7 @@ impl App {
             warn!("{warning}");
         }
         let metrics = Arc::new(Metrics::new());
-        let ledger = Ledger::start(settings::ledger(&config.metering.ledger))?;
+        let ledger = Ledger::start(settings::ledger(&config.metering))?;
         let fleet = FleetView::default();
         let devices = Devices::start(&config, &fleet, &metrics)?;
         let vault = Vault::new(config.auth.clone());
@@ -234,6 +236,9 @@ impl App {
         let failed = failures(&report);
         if !failed.is_empty() && failed.len() == report.len() {
             return Err(Error::internal(format!("No configured model could be loaded: {}", failed.join("; "))));
+        }
+        if !self.ledger.joined(FLEET_FIRST).await {
+            warn!("the fleet's store has not answered yet: serving begins without leases");
         }
         self.phase.send_replace(Phase::Ready);
         self.notifier.ready();

@@ -16,13 +16,14 @@ use neurond::metrics::Metrics;
 
 const FILE: &str = include_str!("../src/config/file.rs");
 const METERING: &str = include_str!("../src/config/metering.rs");
+const FLEET: &str = include_str!("../src/config/fleet.rs");
 const RECORDS: &str = include_str!("../src/config/records.rs");
 const GATEWAY: &str = include_str!("../src/config/gateway.rs");
 const CATALOG: &str = include_str!("../src/config/catalog.rs");
 const METRICS: &str = include_str!("../src/metrics/mod.rs");
 
 /// Section, the struct behind it, whether it is a list of blocks, whether it is there by default.
-const SECTIONS: [(&str, &str, bool, bool); 31] = [
+const SECTIONS: [(&str, &str, bool, bool); 32] = [
     ("server", "ServerSection", false, true),
     ("binding", "BindingSection", false, false),
     ("auth", "AuthSection", false, true),
@@ -36,6 +37,7 @@ const SECTIONS: [(&str, &str, bool, bool); 31] = [
     ("limit", "LimitSection", true, false),
     ("prices", "PricesSection", false, true),
     ("ledger", "LedgerSection", false, true),
+    ("fleet", "FleetSection", false, true),
     ("logs", "LogsSection", false, true),
     ("redact", "RedactSection", true, false),
     ("ship", "ShipSection", true, false),
@@ -194,7 +196,10 @@ fn about(source: &str, name: &str) -> String {
 /// The file that a struct is written in.
 fn source(name: &str) -> &'static str {
     let holds = |source: &&str| source.contains(&format!("pub struct {name} {{\n"));
-    [FILE, METERING, RECORDS, GATEWAY, CATALOG].into_iter().find(holds).unwrap_or_else(|| panic!("no struct {name}"))
+    [FILE, METERING, FLEET, RECORDS, GATEWAY, CATALOG]
+        .into_iter()
+        .find(holds)
+        .unwrap_or_else(|| panic!("no struct {name}"))
 }
 
 fn is_section(kind: &str) -> bool {

@@ -7,13 +7,14 @@ use std::time::Duration;
 use crate::alert::{self, Channel, Errors, Filter, Login, Mail, Measure, Security, Severity, Slack, To, Webhook, What};
 use crate::base::{AccountId, Error, Result, Secret};
 use crate::config::{
-    self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, ShipSection,
-    ShipTo, SpoolFull, WithSecret,
+    self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, OnLoss,
+    ShipSection, ShipTo, SpoolFull, WithSecret,
 };
 use crate::ledger;
 use crate::logs::ship::{self, AtBound, Chosen, Destination, Job};
 use crate::logs::{self, Keep, Push, RedactRule, RedactRules, Redactor, Strategy, analytics};
 use crate::net::client;
+use crate::net::redis::Address;
 use crate::net::sigv4::Credentials;
 use crate::registry::Registry;
 
@@ -21,7 +22,8 @@ use crate::registry::Registry;
 const REPEAT_S: u64 = 4 * 3600;
 
 /// Of the ledger.
-pub fn ledger(config: &config::Ledger) -> ledger::Settings {
+pub fn ledger(metering: &config::Metering) -> ledger::Settings {
+    let config = &metering.ledger;
     ledger::Settings {
         folder: config.folder.clone(),
         commit_every: config.gather,
@@ -29,7 +31,26 @@ pub fn ledger(config: &config::Ledger) -> ledger::Settings {
             OnFault::Refuse => ledger::OnFault::Refuse,
             OnFault::Unmetered => ledger::OnFault::Unmetered,
         },
+        fleet: metering.fleet.as_ref().map(fleet),
         ..ledger::Settings::default()
+    }
+}
+
+fn fleet(config: &config::Fleet) -> ledger::Fleet {
+    ledger::Fleet {
+        store: Address {
+            urls: config.urls.clone(),
+            password: config.password.clone(),
+            is_cluster: config.is_cluster,
+            authorities: config.authorities.as_ref().map(|pem| pem.as_bytes().into()),
+            timeout: config.timeout,
+        },
+        name: config.name.clone(),
+        share: config.share,
+        on_loss: match config.on_loss {
+            OnLoss::Refuse => ledger::OnLoss::Refuse,
+            OnLoss::Local => ledger::OnLoss::Local,
+        },
     }
 }
 

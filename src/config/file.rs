@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::catalog::Block;
+use super::fleet::FleetSection;
 use super::gateway::{GatewaySection, ProviderSection, RegistrySection, VaultSection};
 use super::metering::{BudgetSection, LedgerSection, LimitSection, LimitsSection, PlanSection, PricesSection};
 use super::records::{
@@ -57,6 +58,8 @@ pub struct File {
     pub prices: PricesSection,
     /// Where it is written down who used what.
     pub ledger: LedgerSection,
+    /// With which daemons limits are shared.
+    pub fleet: FleetSection,
     /// Records of calls through gateways.
     pub logs: LogsSection,
     /// One block a pattern that is taken out of records.

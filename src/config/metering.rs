@@ -5,6 +5,7 @@
 //!     [limits], [[limit]] ──> Limits     how much in a time, for whoever shares a counter
 //!     [prices] ─────────────> Tariffs    what other providers cost
 //!     [ledger] ─────────────> Ledger     where all of that is kept
+//!     [fleet] ──────────────> Fleet      with whom it is shared (`fleet.rs`)
 
 use std::fmt;
 use std::net::IpAddr;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::check::{Check, state};
+use super::fleet::{self, Fleet, FleetSection};
 use super::gateway::Technique;
 use super::machine::Surroundings;
 use super::tariff::Tariffs;
@@ -240,6 +242,8 @@ pub struct Metering {
     pub tariffs: Arc<Tariffs>,
     /// Where it is written down.
     pub ledger: Ledger,
+    /// With whom it is shared; `None`: nobody.
+    pub fleet: Option<Fleet>,
 }
 
 /// See `PlanSection`.
@@ -411,6 +415,7 @@ pub(super) struct Sections<'a> {
     pub rules: &'a [LimitSection],
     pub prices: &'a PricesSection,
     pub ledger: &'a LedgerSection,
+    pub fleet: &'a FleetSection,
 }
 
 pub(super) fn resolve(check: &mut Check, written: &Sections<'_>, folder: &Path, machine: &Surroundings) -> Metering {
@@ -451,6 +456,7 @@ pub(super) fn resolve(check: &mut Check, written: &Sections<'_>, folder: &Path, 
             gather: Duration::from_millis(ledger.gather_ms),
             on_fault: ledger.on_fault,
         },
+        fleet: fleet::resolve(check, written.fleet, folder, machine),
     }
 }
 

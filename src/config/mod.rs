@@ -17,6 +17,7 @@ use crate::task::Task;
 
 pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
 pub use file::{File, LogFormat};
+pub use fleet::{Fleet, OnLoss};
 pub use metering::{
     AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Ledger, Limits, Metering, Network, OnFault, Plan, Rule,
 };
@@ -32,6 +33,7 @@ pub use value::ByteSize;
 mod catalog;
 mod check;
 mod file;
+mod fleet;
 pub mod gateway;
 mod machine;
 mod metering;

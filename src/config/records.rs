@@ -507,13 +507,20 @@ fn lacks(check: &mut Check, key: &str, needs: &[(&str, bool)]) {
     }
 }
 
-struct Secrets<'a> {
-    folder: &'a Path,
-    machine: &'a Surroundings<'a>,
+/// Where secrets are that a block only names.
+pub(super) struct Secrets<'a> {
+    pub(super) folder: &'a Path,
+    pub(super) machine: &'a Surroundings<'a>,
 }
 
 impl Secrets<'_> {
-    fn read(&self, check: &mut Check, key: &str, env: Option<&str>, file: Option<&Path>) -> Option<Secret<String>> {
+    pub(super) fn read(
+        &self,
+        check: &mut Check,
+        key: &str,
+        env: Option<&str>,
+        file: Option<&Path>,
+    ) -> Option<Secret<String>> {
         if env.is_some() && file.is_some() {
             check.problem(&format!("{key} has both secret_env and secret_file; keep one of them"));
         }

@@ -185,7 +185,7 @@ impl Changes {
     }
 
     fn metering(&mut self, old: &Metering, new: &Metering) {
-        let Metering { plan, limits, tariffs, ledger } = new;
+        let Metering { plan, limits, tariffs, ledger, fleet } = new;
         self.note("plan", old.plan, *plan, Effect::Live);
         if old.limits != *limits {
             self.note("limits", "as they were", "changed", Effect::Live);
@@ -195,6 +195,9 @@ impl Changes {
         }
         if old.ledger != *ledger {
             self.note("ledger", "as it was", "changed", Effect::Restart);
+        }
+        if old.fleet != *fleet {
+            self.note("fleet", "as it was", "changed", Effect::Restart);
         }
     }
 

@@ -70,6 +70,7 @@ pub(super) fn resolve(
         rules: &file.limit,
         prices: &file.prices,
         ledger: &file.ledger,
+        fleet: &file.fleet,
     };
     let metering = metering::resolve(&mut check, &written, folder, machine);
     let written = records::Sections {

@@ -81,7 +81,7 @@ impl Gateway {
         let texts = tokenize(&call.input, replica, truncate).await?;
         let tokens: usize = texts.iter().map(|text| text.ids.len()).sum();
         let usage = Usage { prompt_tokens: tokens as u32, ..Usage::default() };
-        let mut close = Close::new(self, call, self.hold(call, &usage, !lost.slots.is_empty())?);
+        let mut close = Close::new(self, call, self.hold(call, &usage, !lost.slots.is_empty()).await?);
 
         let pooling = match call.input.want {
             Want::Vectors(pooling) => pooling.unwrap_or(call.entry.pooling),

@@ -314,6 +314,10 @@ pub fn refusal(denied: Denied, provider: &str, model: &ModelId) -> Error {
             let message = "What calls cost cannot be written down at this moment (the disk); try again in a moment.";
             return Error::new(Kind::LedgerDown, message).with_retry_after(Duration::from_secs(5));
         }
+        Denied::Unleased => {
+            let message = "The store that shares limits with other servers does not answer at this moment; try again in a moment.";
+            return Error::new(Kind::LedgerDown, message).with_retry_after(Duration::from_secs(1));
+        }
         Denied::Dead => return Error::internal("The ledger is not answering."),
     };
     let wait = over.retry_after_ms.map(Duration::from_millis);
@@ -371,6 +375,7 @@ pub fn label(denied: &Denied) -> &'static str {
             What::Allocation => "allocation",
         },
         Denied::Settled => "settled",
+        Denied::Unleased => "fleet",
         Denied::Faulty | Denied::Dead => "ledger",
     }
 }

@@ -153,7 +153,7 @@ impl Gateway {
             completion_tokens: max_tokens.saturating_mul(call.input.choices),
             ..Usage::default()
         };
-        let reservation = self.hold(call, &most, !lost.slots.is_empty())?;
+        let reservation = self.hold(call, &most, !lost.slots.is_empty()).await?;
         let granted = reservation.granted().and_then(|granted| affordable(call, &most, granted));
         let max_tokens = granted.map_or(max_tokens, |tokens| tokens.min(max_tokens));
         if max_tokens == 0 && call.input.max_tokens != Some(0) {

@@ -188,7 +188,7 @@ impl Relay {
     pub async fn serve(self: &Rc<Self>, mut ask: Ask) -> Result<Reply> {
         let mut record = Record::begin(&self.counts, &ask);
         let mut trail = Trail { receipt: record.receipt().clone(), ..Trail::default() };
-        let outcome = match self.admit(&mut ask, &mut record) {
+        let outcome = match self.admit(&mut ask, &mut record).await {
             Ok(()) => self.answer(ask, &mut record, &mut trail).await,
             Err(error) => Err(error),
         };
@@ -211,7 +211,7 @@ impl Relay {
         let mut record = Record::begin(&self.counts, &ask);
         record.is_socket();
         let mut trail = Trail::default();
-        let outcome = match self.admit(&mut ask, &mut record) {
+        let outcome = match self.admit(&mut ask, &mut record).await {
             Ok(()) => self.handshake(ask, &mut trail).await,
             Err(error) => Err(error),
         };
@@ -237,7 +237,7 @@ impl Relay {
     }
 
     /// Looks at the limits that bind a call whoever answers it, and holds what it needs of them.
-    fn admit(&self, ask: &mut Ask, record: &mut Record) -> Result<()> {
+    async fn admit(&self, ask: &mut Ask, record: &mut Record) -> Result<()> {
         let mut windows = std::mem::take(&mut ask.ruled.windows);
         if let Some(limit) = &ask.gateway.settings.rate_limit {
             windows.push(limits::of_gateway(&ask.account, &ask.gateway.id, limit));
@@ -258,7 +258,7 @@ impl Relay {
             cost: Neurons::from_micro(u64::from(windows.iter().any(|window| window.counts.is_money()))),
             is_once: false,
         };
-        let held = self.parts.ledger.reserve(&claim, Millis::now()).map_err(|denied| {
+        let held = self.parts.ledger.claim(&claim, Millis::now()).await.map_err(|denied| {
             self.parts.metrics.refused_by_limits.with_label_values(&[limits::label(&denied)]).inc();
             limits::refusal(denied, &ask.provider, &ModelId::new("any model"))
         })?;

@@ -50,7 +50,7 @@ impl Held {
 
 impl Gateway {
     /// Holds what a call may use at most. `again`: it was tried before, and has been counted as a request.
-    pub(super) fn hold<Input>(&self, call: &Call<Input>, most: &Usage, again: bool) -> Result<Held> {
+    pub(super) async fn hold<Input>(&self, call: &Call<Input>, most: &Usage, again: bool) -> Result<Held> {
         let (config, terms, entry) = (self.config.get(), &call.terms, &call.entry);
         let mut windows = Vec::new();
         if terms.gateway.is_none() {
@@ -88,7 +88,7 @@ impl Gateway {
             cost: estimate,
             is_once: terms.is_once,
         };
-        let held = match self.ledger.reserve(&claim, Millis::now()) {
+        let held = match self.ledger.claim(&claim, Millis::now()).await {
             // Its answer was lost after it was paid for.
             Err(Denied::Settled) => Held::Paid,
             Err(denied) => {

@@ -355,10 +355,10 @@ impl Entrance {
         self.native(call, slug, &rest)
     }
 
-    pub(super) fn chat(self, relay: &Relay, call: Incoming) -> Result<Ask> {
+    pub(super) async fn chat(self, relay: &Relay, call: Incoming) -> Result<Ask> {
         let name = model(&call.body)?;
         if let Some(route) = name.strip_prefix("dynamic/") {
-            let plan = self.routed(relay, route, &call, false)?;
+            let plan = self.routed(relay, route, &call, false).await?;
             return self.ask(call, plan, Words::OpenAi, COMPAT);
         }
         let step = self.steps().chat(&name, call.headers.get(), &call.body, call.options.clone())?;
@@ -366,10 +366,10 @@ impl Entrance {
         self.ask(call, plan, Words::OpenAi, COMPAT)
     }
 
-    pub(super) fn messages(self, relay: &Relay, call: Incoming) -> Result<Ask> {
+    pub(super) async fn messages(self, relay: &Relay, call: Incoming) -> Result<Ask> {
         let name = model(&call.body)?;
         if let Some(route) = name.strip_prefix("dynamic/") {
-            let plan = self.routed(relay, route, &call, true)?;
+            let plan = self.routed(relay, route, &call, true).await?;
             return self.ask(call, plan, Words::Messages, COMPAT);
         }
         // Anthropic's own clients name Anthropic's models alone, and aliases of ours have no provider either.
@@ -433,7 +433,7 @@ impl Entrance {
     }
 
     /// The models that a dynamic route turns to, one after the other.
-    fn routed(&self, relay: &Relay, name: &str, call: &Incoming, messages: bool) -> Result<Plan> {
+    async fn routed(&self, relay: &Relay, name: &str, call: &Incoming, messages: bool) -> Result<Plan> {
         let Some(route) = self.view.route(self.account.as_str(), &self.gateway.id, name) else {
             let message = format!("There is no route `{name}` with a deployed version in this gateway.");
             return Err(Error::new(Kind::NoSuchModel, message).with_param("model"));
@@ -444,6 +444,21 @@ impl Entrance {
         // What the call costs counts against the budgets that it passed on its way.
         let budgets: Rc<RefCell<Vec<Window>>> = Rc::default();
         let passed = budgets.clone();
+        // Where a fleet shares them: which limits lie on the way is known by going it.
+        while ledger.is_shared() {
+            let mut unleased = Vec::new();
+            let mut look = |limit: &LimitNode, key: &str| {
+                let window = limits::of_route(&counters, limit, key);
+                ledger.has_room(&window, Millis::now()).unwrap_or_else(|_| {
+                    unleased.push(window);
+                    true
+                })
+            };
+            asked.with(|facts| drop(route.graph.walk(facts, &mut look)));
+            if unleased.is_empty() || ledger.lease(&unleased, Millis::now()).await.is_err() {
+                break;
+            }
+        }
         let mut within = move |limit: &LimitNode, key: &str| {
             let window = limits::of_route(&counters, limit, key);
             let is_within = ledger.pass(&window, Millis::now()).is_ok();
@@ -489,7 +504,7 @@ impl Entrance {
     }
 
     /// `{"model","input","provider"?}`: the call, the provider and the model.
-    pub(super) fn run(self, relay: &Relay, mut call: Incoming) -> Result<(Ask, String, String)> {
+    pub(super) async fn run(self, relay: &Relay, mut call: Incoming) -> Result<(Ask, String, String)> {
         #[derive(Deserialize)]
         struct Run {
             model: String,
@@ -512,7 +527,7 @@ impl Entrance {
             self.native(call, &slug, &format!("run/{model}"))?
         } else {
             let body = provider::splice_model(&call.body, &name)?;
-            self.chat(relay, Incoming { body, ..call })?
+            self.chat(relay, Incoming { body, ..call }).await?
         };
         Ok((ask, slug, model))
     }

@@ -68,7 +68,7 @@ pub(super) async fn serve(
     let ask = match endpoint {
         Endpoint::Provider { slug, rest, .. } => entrance.native(call, slug, rest),
         Endpoint::Universal { .. } => entrance.universal(call),
-        Endpoint::CompatChat { .. } => entrance.chat(relay, call),
+        Endpoint::CompatChat { .. } => entrance.chat(relay, call).await,
         Endpoint::CompatEmbeddings { .. } => entrance.embeddings(call),
         Endpoint::GatewayRun { .. } => return Box::pin(run(relay, entrance, call)).await,
         _ => return models::list(services),
@@ -91,8 +91,8 @@ pub(super) async fn serve_named(
     let mut call = Incoming::read(request, body);
     call.forget_token(*endpoint == Endpoint::Messages);
     let ask = match endpoint {
-        Endpoint::Messages => entrance.messages(relay, call),
-        Endpoint::ChatCompletions => entrance.chat(relay, call),
+        Endpoint::Messages => entrance.messages(relay, call).await,
+        Endpoint::ChatCompletions => entrance.chat(relay, call).await,
         Endpoint::Embeddings => entrance.embeddings(call),
         Endpoint::Completions => entrance.named_native(call, "completions"),
         Endpoint::Responses => entrance.named_native(call, "responses"),
@@ -123,7 +123,7 @@ pub(super) fn is_meant(headers: &HeaderMap, endpoint: &Endpoint, body: &[u8]) ->
 
 /// A call of the run form; a stream is handed on as it is, anything else in an envelope.
 async fn run(relay: &Rc<Relay>, entrance: Entrance, call: Incoming) -> Result<HttpResponse> {
-    let (ask, provider, model) = entrance.run(relay, call)?;
+    let (ask, provider, model) = entrance.run(relay, call).await?;
     let limit = relay.parts.config.get().upstream.max_answer_bytes;
     let reply = relay.serve(ask).await?;
     if reply.headers.get("content-type").is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream")) {

@@ -8,6 +8,7 @@ use crate::base::{Millis, Phase, Result};
 use crate::fallback::Rest;
 use crate::gateway::record::label;
 use crate::http::{Services, answer};
+use crate::ledger::FleetHealth;
 
 /// The process answers; nothing else is claimed.
 pub(super) fn live() -> Result<HttpResponse> {
@@ -62,6 +63,9 @@ pub(super) async fn metrics(services: &Services) -> HttpResponse {
     ] {
         metrics.ledger.with_label_values(&[what]).set(value as i64);
     }
+    for (what, value) in ledger.fleet.iter().flat_map(fleet) {
+        metrics.fleet.with_label_values(&[what]).set(value as i64);
+    }
     metrics.breakers.reset();
     for target in services.relays.fallback.health(Millis::now()).await.unwrap_or_default() {
         if target.rest != Rest::None {
@@ -70,4 +74,19 @@ pub(super) async fn metrics(services: &Services) -> HttpResponse {
         }
     }
     HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(services.metrics.render())
+}
+
+/// How it is with the store of the fleet, by what is counted.
+fn fleet(health: &FleetHealth) -> [(&'static str, u64); 9] {
+    [
+        ("up", u64::from(health.is_up)),
+        ("losses", health.losses),
+        ("leases", health.leases),
+        ("asks", health.asks),
+        ("rounds", health.rounds),
+        ("waits", health.waits),
+        ("refused", health.refused),
+        ("local", health.local),
+        ("clock_off_ms", health.clock_off_ms),
+    ]
 }

@@ -9,26 +9,25 @@
 //! ```
 //!
 //! An [`Open`] is a value that settling or releasing eats, so no call ends twice. [`Book::apply`] is what both settling and
-//! replaying do to what is kept. Where several daemons share a limit, each brings its lease of it as the limit.
+//! replaying do to what is kept. Where several daemons share a limit, each takes of its lease of it ([`Book::share`]).
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::base::{AccountId, Millis, Neurons, RequestId, UtcDay};
+use crate::ledger::ask::Place;
 use crate::ledger::claim::{
     AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window,
 };
 use crate::ledger::entry::{Bill, Entry};
+use crate::ledger::lease::{Amount, Leases};
+use crate::ledger::once::Once;
 use crate::ledger::rows::Who;
-use crate::ledger::window::{Charge, Counter, Span, Technique, Terms, Windows};
+use crate::ledger::table::Windows;
+use crate::ledger::window::{Charge, Counter, Span, Technique, Terms};
 use crate::task::Usage;
-
-/// How long the id of a call that counts once is remembered, in milliseconds.
-const ONCE: u64 = 48 * 3_600_000;
-/// So many are remembered at most; beyond it the oldest are forgotten early.
-const MAX_ONCE: usize = 1 << 20;
 
 /// One account's money.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -46,9 +45,12 @@ pub struct AccountTotals {
 /// Balances, windows, and calls that count once.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Book {
-    accounts: HashMap<AccountId, Account>,
-    windows: Windows,
+    pub(super) accounts: HashMap<AccountId, Account>,
+    pub(super) windows: Windows,
     once: Once,
+    /// What this daemon may take of what it shares with others; `None`: it shares nothing.
+    #[serde(skip)]
+    pub(super) leases: Option<Box<Leases>>,
 }
 
 /// A call under way: what is held for it. Give it to [`Book::settle`] or [`Book::release`].
@@ -83,9 +85,9 @@ impl Open {
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct Account {
+pub(super) struct Account {
     /// Against the allocation.
-    free: Counter,
+    pub(super) free: Counter,
     /// All that was settled.
     spent: Counter,
     billed: Counter,
@@ -104,7 +106,8 @@ impl Default for Account {
 impl Book {
     /// An empty one, with so many windows at most: those that are over are forgotten first, then the ones that end first.
     pub fn new(max_windows: usize) -> Self {
-        let mut book = Self { accounts: HashMap::new(), windows: Windows::default(), once: Once::default() };
+        let mut book =
+            Self { accounts: HashMap::new(), windows: Windows::default(), once: Once::default(), leases: None };
         book.restore(max_windows);
         book
     }
@@ -112,7 +115,7 @@ impl Book {
     /// Completes one that was read.
     pub(super) fn restore(&mut self, max_windows: usize) {
         self.windows.limit(max_windows);
-        self.once.known = self.once.order.iter().map(|(_, request)| *request).collect();
+        self.once.restore();
     }
 
     /// Looks at the allocation and all windows, then holds what the call may spend.
@@ -125,41 +128,57 @@ impl Book {
             return Err(Denied::Settled);
         }
         let allowance = terms_of(plan);
+        let (must, is_shared) = (plan.beyond == Beyond::Refuse, self.leases.is_some());
         let mut granted = Granted { neurons: claim.neurons, cost: claim.cost };
-        let mut free = u64::MAX;
-        if plan.beyond == Beyond::Refuse && claim.neurons > Neurons::ZERO {
+        let (mut free, mut is_unleased) = (u64::MAX, false);
+        if (must || is_shared) && claim.neurons > Neurons::ZERO {
             let counter = self.accounts.get(claim.account).map_or(Counter::new(Span::DAY), |account| account.free);
-            free = counter.left(allowance, now);
-            if free == 0 {
-                return Err(Denied::Over(Over {
-                    what: What::Allocation,
-                    rule: "allocation".into(),
-                    counts: Counts::Neurons,
-                    limit: allowance.limit,
-                    left: 0,
-                    retry_after_ms: counter.wait(allowance, now, 1),
-                }));
+            let amount = Amount { wanted: claim.neurons.micro(), needed: 1, is_optional: !must };
+            match self.room(|| Place::Allocation(claim.account.clone()), &counter, allowance, amount, now) {
+                Err(_) => is_unleased = true,
+                Ok(room) if must && room.left == 0 => {
+                    return Err(Denied::Over(Over {
+                        what: What::Allocation,
+                        rule: "allocation".into(),
+                        counts: Counts::Neurons,
+                        limit: allowance.limit,
+                        left: room.known.left(allowance, now),
+                        retry_after_ms: room.known.wait(allowance, now, 1),
+                    }));
+                }
+                Ok(room) => free = room.left,
             }
-            cut(&mut granted.neurons, plan, free);
+            if must {
+                cut(&mut granted.neurons, plan, free);
+            }
         }
-        let mut lefts = SmallVec::<[u64; 4]>::new();
+        // What may be taken here, and what is shown as left.
+        let mut lefts = SmallVec::<[(u64, u64); 4]>::new();
         for window in windows {
             let (terms, counter) = (window.terms(), self.windows.get(window.id, window.span));
-            let left = counter.left(terms, now);
             let (wanted, needed) = match window.counts {
                 Counts::Requests => (1, 1),
                 Counts::Tokens => (claim.tokens, claim.tokens),
                 Counts::Neurons => (claim.neurons.micro(), claim.neurons.micro().min(1)),
                 Counts::Cost => (claim.cost.micro(), claim.cost.micro().min(1)),
             };
-            if left < needed {
-                return Err(Denied::Over(over(window, left, counter.wait(terms, now, needed))));
+            let amount = Amount { wanted, needed, is_optional: false };
+            // All that are not leased are asked for at once.
+            let Ok(room) = self.room(|| Place::Window(window.id, window.span), &counter, terms, amount, now) else {
+                is_unleased = true;
+                continue;
+            };
+            if room.left < needed {
+                return Err(Denied::Over(over(window, &room.known, now, needed)));
             }
-            if left < wanted {
+            if room.left < wanted {
                 let amount = if window.counts == Counts::Cost { &mut granted.cost } else { &mut granted.neurons };
-                cut(amount, plan, left);
+                cut(amount, plan, room.left);
             }
-            lefts.push(left);
+            lefts.push((room.left, room.known.left(terms, now)));
+        }
+        if is_unleased {
+            return Err(Denied::Unleased);
         }
 
         let mut open = Open {
@@ -170,18 +189,20 @@ impl Book {
             granted,
             standing: None,
             day: Span::DAY.index(now),
-            held: if plan.beyond == Beyond::Refuse { granted.neurons.micro().min(free) } else { 0 },
+            held: if must || is_shared { granted.neurons.micro().min(free) } else { 0 },
             neurons: granted.neurons,
             charges: SmallVec::new(),
         };
         if open.neurons > Neurons::ZERO {
+            let terms = if is_shared { Terms::leased(Span::DAY) } else { allowance };
             let account = self.account(claim.account);
             account.reserved = account.reserved + open.neurons;
-            account.free.hold(allowance, now, open.held);
+            account.free.hold(terms, now, open.held);
         }
         let mut tightest: Option<(&Window, u64)> = None;
-        for (window, left) in windows.iter().zip(lefts) {
-            let (terms, counter) = (window.terms(), self.windows.open(window.id, window.span, now));
+        for (window, (left, shown)) in windows.iter().zip(lefts) {
+            let terms = if is_shared { Terms::leased(window.span) } else { window.terms() };
+            let counter = self.windows.open(window.id, window.span, now);
             let (amount, charge) = match window.counts {
                 Counts::Requests => (1, Charge::used(window.id, terms, counter.add(terms, now, 1), 1)),
                 counts => {
@@ -196,7 +217,7 @@ impl Book {
             if window.counts != Counts::Requests || window.span.is_durable() {
                 open.charges.push((window.counts, charge));
             }
-            let left = left.saturating_sub(amount);
+            let left = shown.saturating_sub(amount);
             if tightest.is_none_or(|(other, least)| is_tighter(window, left, other, least)) {
                 tightest = Some((window, left));
             }
@@ -213,17 +234,23 @@ impl Book {
             return (false, self.release(open, now));
         }
         let charges = self.charge(&open, &spent.usage, spent.neurons, spent.cost, now);
-        let plan = open.plan;
-        let account = self.account(&open.account);
+        let (plan, terms) = (open.plan, terms_of(open.plan));
+        let account = self.accounts.entry(open.account.clone()).or_default();
         account.reserved = account.reserved.saturating_sub(open.neurons);
-        let free = match plan.beyond {
-            Beyond::Refuse => spent.neurons,
-            Beyond::Bill => {
+        let free = match (plan.beyond, &self.leases) {
+            (Beyond::Refuse, _) => spent.neurons,
+            (Beyond::Bill, None) => {
                 let used = Neurons::from_micro(account.free.used(open.day));
                 spent.neurons.min(plan.allocation.saturating_sub(used))
             }
+            (Beyond::Bill, Some(leases)) => {
+                let place = Place::Allocation(open.account.clone());
+                let spare = leases.spare(&place, &account.free, terms, open.day, now);
+                spent.neurons.min(Neurons::from_micro(open.held.saturating_add(spare)))
+            }
         };
-        let held = Charge::held(0, terms_of(plan), open.day, open.held);
+        let terms = if self.leases.is_some() { Terms::leased(Span::DAY) } else { terms };
+        let held = Charge::held(0, terms, open.day, open.held);
         let bill = Bill {
             request: open.request,
             is_once: open.is_once,
@@ -302,17 +329,20 @@ impl Book {
     /// [`Denied::Over`].
     pub fn pass(&mut self, window: &Window, now: Millis) -> Result<(Standing, Option<Entry>), Denied> {
         let (terms, counter) = (window.terms(), self.windows.get(window.id, window.span));
-        let left = counter.left(terms, now);
-        if left == 0 {
-            return Err(Denied::Over(over(window, left, counter.wait(terms, now, 1))));
+        let amount = Amount { wanted: 1, needed: 1, is_optional: false };
+        let room = self.room(|| Place::Window(window.id, window.span), &counter, terms, amount, now)?;
+        if room.left == 0 {
+            return Err(Denied::Over(over(window, &room.known, now, 1)));
         }
+        let left = room.known.left(terms, now);
         if window.counts != Counts::Requests {
             return Ok((standing(window, left, now), None));
         }
+        let terms = if self.leases.is_some() { Terms::leased(window.span) } else { terms };
         let index = self.windows.open(window.id, window.span, now).add(terms, now, 1);
         let charge = Charge::used(window.id, terms, index, 1);
         let entry = window.span.is_durable().then(|| Entry { seq: 0, at: now, charges: vec![charge], bill: None });
-        Ok((standing(window, left - 1, now), entry))
+        Ok((standing(window, left.saturating_sub(1), now), entry))
     }
 
     /// One account's money now.
@@ -329,8 +359,12 @@ impl Book {
 
     /// What is left of the allocation, what calls under way hold taken off.
     pub fn left(&self, account: &AccountId, plan: Plan, now: Millis) -> Neurons {
-        let counter = self.accounts.get(account).map_or(Counter::new(Span::DAY), |account| account.free);
-        Neurons::from_micro(counter.left(terms_of(plan), now))
+        let (mut counter, terms) = (Counter::new(Span::DAY), terms_of(plan));
+        counter = self.accounts.get(account).map_or(counter, |account| account.free);
+        if let Some(leases) = &self.leases {
+            counter = leases.known(&Place::Allocation(account.clone()), &counter, terms, now);
+        }
+        Neurons::from_micro(counter.left(terms, now))
     }
 
     /// Whether a call that counts once was settled.
@@ -388,34 +422,14 @@ fn standing(window: &Window, left: u64, now: Millis) -> Standing {
     Standing { rule, counts, limit, left, reset_ms: ends.0.saturating_sub(now.0) }
 }
 
-fn over(window: &Window, left: u64, retry_after_ms: Option<u64>) -> Over {
-    let what = if window.counts.is_money() { What::Budget } else { What::Window };
-    Over { what, rule: window.rule.clone(), counts: window.counts, limit: window.limit, left, retry_after_ms }
-}
-
-/// Ids of calls that count once, and when they were settled.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct Once {
-    order: VecDeque<(Millis, RequestId)>,
-    #[serde(skip)]
-    known: HashSet<RequestId>,
-}
-
-impl Once {
-    fn has(&self, request: RequestId) -> bool {
-        self.known.contains(&request)
-    }
-
-    fn insert(&mut self, request: RequestId, now: Millis) {
-        while let Some((at, oldest)) = self.order.front().copied()
-            && (at.0.saturating_add(ONCE) < now.0 || self.order.len() >= MAX_ONCE)
-        {
-            self.order.pop_front();
-            self.known.remove(&oldest);
-        }
-        if self.known.insert(request) {
-            self.order.push_back((now, request));
-        }
+fn over(window: &Window, known: &Counter, now: Millis, needed: u64) -> Over {
+    Over {
+        what: if window.counts.is_money() { What::Budget } else { What::Window },
+        rule: window.rule.clone(),
+        counts: window.counts,
+        limit: window.limit,
+        left: known.left(window.terms(), now),
+        retry_after_ms: known.wait(window.terms(), now, needed),
     }
 }
 

@@ -1,5 +1,6 @@
 use super::*;
 use crate::base::ModelId;
+use crate::ledger::once::ONCE;
 use crate::task::Usage;
 
 const MINUTE: u64 = 60_000;

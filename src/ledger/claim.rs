@@ -153,6 +153,11 @@ pub enum Denied {
     Over(Over),
     /// A call that counts once was settled before: what it was answered is known already.
     Settled,
+    /// The limit is shared, what is leased of it here does not suffice, and more is not to be had: [`Ledger::claim`] asks the fleet for
+    /// it, whose store does not answer.
+    ///
+    /// [`Ledger::claim`]: crate::ledger::Ledger::claim
+    Unleased,
     /// The disk cannot keep what calls cost, or not as fast as they end.
     Faulty,
     /// The ledger has died. The process is about to end.

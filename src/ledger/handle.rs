@@ -8,6 +8,8 @@
 //! The queue to the journal is bounded, and a reservation is only made while there is room for its settlement: what was
 //! admitted can always be settled. At the bound, and while the disk is faulty, new calls are refused or go on unmetered, as
 //! the settings say.
+//!
+//! Where a fleet shares counters, a reservation may need a lease that is not here: [`Ledger::claim`] waits for it, outside the lock.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -20,6 +22,7 @@ use crate::base::{AccountId, Error, Kind, Millis, Neurons, Result, UtcDay};
 use crate::ledger::book::{AccountTotals, Book, Open};
 use crate::ledger::claim::{Claim, Denied, Granted, Plan, Spent, Standing, Window};
 use crate::ledger::entry::Entry;
+use crate::ledger::fleet::{Fleet, FleetHealth, Keeper, Link, OnLoss};
 use crate::ledger::folder::Folder;
 use crate::ledger::journal::{Ask, Journal, Work};
 use crate::ledger::kept::Kept;
@@ -48,6 +51,8 @@ pub struct Settings {
     pub max_windows: usize,
     /// Rows of usage that are kept at most, about 400 bytes each; the oldest day goes first.
     pub max_rows: usize,
+    /// With whom it shares its counters. `None`: nobody.
+    pub fleet: Option<Fleet>,
 }
 
 impl Default for Settings {
@@ -60,6 +65,7 @@ impl Default for Settings {
             segment_bytes: 64 << 20,
             max_windows: 200_000,
             max_rows: 200_000,
+            fleet: None,
         }
     }
 }
@@ -93,12 +99,14 @@ pub struct Health {
     pub last: u64,
     /// Number of the last entry that is on disk.
     pub durable: u64,
+    /// How it is with the fleet's store, if there is one.
+    pub fleet: Option<FleetHealth>,
 }
 
 /// The ledger's whole outside. It ends, and keeps all there is, when it is closed or the last of its clones is gone.
 #[derive(Clone)]
 pub struct Ledger {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     _closer: Arc<Closer>,
 }
 
@@ -119,12 +127,19 @@ impl Ledger {
             None => None,
         };
         let (durable, seen) = watch::channel(kept.seq);
+        let mut book = kept.book.clone();
+        let (mut link, mut keeper, mut told) = (None, None, None);
+        if let Some(fleet) = &settings.fleet {
+            let (made, make) = Keeper::new(fleet.clone(), settings.folder.clone())?;
+            book.share(fleet.on_loss == OnLoss::Local, settings.max_windows);
+            (link, keeper, told) = (Some(made), Some(make), Some(FleetHealth::default()));
+        }
         let state = State {
-            book: kept.book.clone(),
+            book,
             last: kept.seq,
             queue: Vec::new(),
             asks: Vec::new(),
-            health: Health { last: kept.seq, durable: kept.seq, ..Health::default() },
+            health: Health { last: kept.seq, durable: kept.seq, fleet: told, ..Health::default() },
             is_asleep: false,
             is_hurried: false,
             is_closing: false,
@@ -136,25 +151,37 @@ impl Ledger {
             durable: seen,
             room: settings.queue.max(1),
             on_fault: settings.on_fault,
+            link,
         });
+        if let Some(make) = keeper {
+            let keeper = make(shared.clone());
+            let thread = std::thread::Builder::new().name("fleet".to_owned()).spawn(move || keeper.run());
+            thread.map_err(|error| Error::internal("The fleet's thread cannot be started.").with_source(error))?;
+        }
         Journal::start(shared.clone(), kept, folder, durable, settings.commit_every)
             .map_err(|error| Error::internal("The ledger's threads cannot be started.").with_source(error))?;
         Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared })
     }
 
-    /// Holds what the claim may spend until the reservation is settled or dropped. Never waits for the disk.
+    /// Holds what the claim may spend until the reservation is settled or dropped. Never waits, neither for the disk nor for a lease.
     ///
     /// # Errors
-    /// Which limit refuses it, or that the disk does not keep. Nothing is charged then.
+    /// Which limit refuses it, that the disk does not keep, or that what a fleet shares is not leased here. Nothing is charged then.
     pub fn reserve(&self, claim: &Claim<'_>, now: Millis) -> Result<Reservation, Denied> {
-        let mut state = self.shared.lock().ok_or(Denied::Dead)?;
-        let is_metered = state.admit(&self.shared)?;
-        let open = state.book.reserve(claim, now)?;
+        self.try_reserve(claim, now).map_err(|(denied, _)| denied)
+    }
+
+    /// The round of asks that brings what is lacked comes with the refusal.
+    pub(super) fn try_reserve(&self, claim: &Claim<'_>, now: Millis) -> Result<Reservation, (Denied, Option<u64>)> {
+        let mut state = self.shared.lock().ok_or((Denied::Dead, None))?;
+        let is_metered = state.admit(&self.shared).map_err(|denied| (denied, None))?;
+        let open = state.book.reserve(claim, now).map_err(|denied| (denied, state.round()))?;
         if is_metered {
             state.health.open += 1;
         } else {
             state.health.unmetered += 1;
         }
+        state.count_local();
         drop(state);
         Ok(Reservation { shared: self.shared.clone(), open: Some(open), is_metered, at: now })
     }
@@ -167,6 +194,7 @@ impl Ledger {
         let mut state = self.shared.lock().ok_or(Denied::Dead)?;
         let is_metered = !window.span.is_durable() || state.admit(&self.shared)?;
         let (standing, entry) = state.book.pass(window, now)?;
+        state.count_local();
         if let Some(entry) = entry.filter(|_| is_metered) {
             state.push(entry, &self.shared);
         }
@@ -224,6 +252,10 @@ impl Ledger {
     /// # Errors
     /// [`Kind::Internal`] when the disk did not keep all of it.
     pub async fn close(&self) -> Result<()> {
+        if let Some(link) = &self.shared.link {
+            link.close();
+            link.ended().await;
+        }
         self.shared.close();
         let mut seen = self.shared.durable.clone();
         while seen.changed().await.is_ok() {}
@@ -341,6 +373,8 @@ pub(super) struct Shared {
     durable: watch::Receiver<u64>,
     room: usize,
     on_fault: OnFault,
+    /// To the thread that asks the fleet's store.
+    pub(super) link: Option<Link>,
 }
 
 struct State {
@@ -373,6 +407,17 @@ impl State {
         }
     }
 
+    /// The round of asks that has what calls lack, if the fleet's store answers.
+    fn round(&mut self) -> Option<u64> {
+        self.book.leases().and_then(|leases| leases.round())
+    }
+
+    fn count_local(&mut self) {
+        if let Some(fleet) = self.health.fleet.as_mut().filter(|fleet| !fleet.is_up) {
+            fleet.local += 1;
+        }
+    }
+
     fn push(&mut self, mut entry: Entry, shared: &Shared) -> u64 {
         self.last += 1;
         entry.seq = self.last;
@@ -394,6 +439,13 @@ impl Shared {
         self.state.lock().ok().filter(|state| !state.is_over)
     }
 
+    /// What the fleet's thread does to the book; `None` once it is lost.
+    pub(super) fn fleet<R>(&self, act: impl FnOnce(&mut Book, &mut FleetHealth) -> R) -> Option<R> {
+        let mut state = self.state.lock().ok()?;
+        let State { book, health, .. } = &mut *state;
+        Some(act(book, health.fleet.as_mut()?))
+    }
+
     async fn durable(&self, seq: u64) -> Result<()> {
         let mut seen = self.durable.clone();
         seen.wait_for(|durable| *durable >= seq).await.map(drop).map_err(|_| dead())
@@ -410,6 +462,9 @@ impl Shared {
     }
 
     fn close(&self) {
+        if let Some(link) = &self.link {
+            link.close();
+        }
         if let Some(mut state) = self.lock() {
             state.is_closing = true;
             self.wake.notify_all();

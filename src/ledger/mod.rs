@@ -19,21 +19,32 @@
 //!   refunds them. Rows by day, and snapshots, belong to the journal's thread; no call waits for them.
 //! - **The disk may fail.** What is admitted can be settled, waits in memory, and is written when the disk is back; new calls
 //!   are refused meanwhile or go on unmetered.
+//! - **A fleet may share the counters.** Then a call takes of a lease, and [`Ledger::claim`] waits where there is none. Leases add
+//!   up to the limit at most; who hands them out is a store that runs one script (`fleet.lua`).
 //!
 //! Knows no prices, no HTTP and no configuration beyond [`Settings`]: a claim brings its plan and its limits.
 
+mod ask;
 mod book;
 mod claim;
 mod entry;
+mod fleet;
 mod folder;
 mod handle;
 mod journal;
 mod kept;
+mod lease;
+mod member;
+mod once;
 mod rows;
+mod share;
+mod table;
+mod wait;
 mod window;
 
 pub use book::{AccountTotals, Book, Open};
 pub use claim::{AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window};
+pub use fleet::{Fleet, FleetHealth, OnLoss};
 pub use handle::{Health, Ledger, OnFault, Reservation, Settings, Ticket};
 pub use rows::{Filter, Row, Who};
 pub use window::{Span, Technique};
@@ -41,4 +52,8 @@ pub use window::{Span, Technique};
 #[cfg(test)]
 mod kill_test;
 #[cfg(test)]
+mod model_store;
+#[cfg(test)]
 mod model_test;
+#[cfg(test)]
+mod test_store;

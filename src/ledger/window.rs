@@ -1,4 +1,4 @@
-//! Counters of what passed in a stretch of time, and the table of them. Pure: `now` comes in as a value.
+//! Counters of what passed in a stretch of time. Pure: `now` comes in as a value.
 //!
 //! ```text
 //!   fixed     |····used····held··|            one stretch a number, aligned to the clock; what settles beyond the limit
@@ -7,25 +7,22 @@
 //! ```
 //!
 //! A counter knows the three latest stretches. So a call that ends in the next one is charged where it began, and a clock that is set back
-//! finds what it had counted instead of beginning anew. The table is bounded: each new counter looks at two old ones and forgets
-//! those that are over; when it is full all the same, the one that ends first goes, except where a call still holds something.
-
-use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+//! finds what it had counted instead of beginning anew.
+//!
+//! Where a fleet shares a counter, each stretch also has what of it is leased to this daemon (`lease.rs`), which is all that may be taken of it
+//! here; carrying and fading are then the fleet's.
 
 use serde::{Deserialize, Serialize};
 
 use crate::base::Millis;
 
-/// Counters that are looked at before one is forgotten that is not over.
-const LOOKS: usize = 32;
 /// A window that is longer survives a restart, in milliseconds.
 const DURABLE: u64 = 3_600_000;
 /// For so many milliseconds such a window is kept when it is over.
 const GRACE: u64 = 48 * 3_600_000;
 
 /// How long a window is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Span {
     /// So many milliseconds, aligned to multiples of them since 1970. Zero is taken for one.
     Millis(u64),
@@ -66,6 +63,12 @@ impl Span {
                 Millis(time.map_or(u64::MAX, |time| time.as_millisecond() as u64))
             }
         }
+    }
+
+    /// How much of the stretch before lies within one length of now, and that length.
+    pub(super) fn overlap(self, now: Millis) -> (u64, u64) {
+        let (passed, length) = self.within(now);
+        (length - passed, length)
     }
 
     /// Milliseconds that have passed of the stretch, and its length.
@@ -111,6 +114,13 @@ pub(super) struct Charge {
     pub(super) beyond: u64,
 }
 
+impl Terms {
+    /// Of what this daemon takes of a counter that a fleet shares: the fleet knows the limit.
+    pub(super) const fn leased(span: Span) -> Self {
+        Self { limit: u64::MAX, span, technique: Technique::Fixed }
+    }
+}
+
 impl Charge {
     pub(super) fn held(id: u128, terms: Terms, index: u64, held: u64) -> Self {
         Self { id, terms, index, held, used: 0, latest: index, beyond: 0 }
@@ -129,22 +139,55 @@ pub(super) struct Slot {
     /// By calls that have not ended; those of an earlier process are refunded.
     #[serde(skip)]
     pub(super) held: u64,
+    /// What of it is leased to this daemon, all that was taken included.
+    #[serde(skip)]
+    pub(super) grant: u64,
+}
+
+impl Slot {
+    /// Used, or held.
+    pub(super) fn taken(&self) -> u64 {
+        self.used.saturating_add(self.held)
+    }
 }
 
 /// What passed lately, under one id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Counter {
-    span: Span,
+    pub(super) span: Span,
     /// Latest first.
     slots: [Slot; 3],
     /// Calls that hold something of it.
     #[serde(skip)]
-    holders: u32,
+    pub(super) holders: u32,
+    /// How many counters had been forgotten before their end when this one began: one of its id may be among them.
+    #[serde(skip)]
+    pub(super) epoch: u32,
 }
 
 impl Counter {
     pub(super) const fn new(span: Span) -> Self {
-        Self { span, slots: [Slot { index: 0, used: 0, held: 0 }; 3], holders: 0 }
+        Self { span, slots: [Slot { index: 0, used: 0, held: 0, grant: 0 }; 3], holders: 0, epoch: 0 }
+    }
+
+    /// The latest stretches, latest first.
+    pub(super) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// One stretch, as far as this counter has one.
+    pub(super) fn slot(&self, index: u64) -> Slot {
+        self.slots.iter().find(|slot| slot.index == index).copied().unwrap_or(Slot { index, ..Slot::default() })
+    }
+
+    /// Says what of a stretch is leased.
+    pub(super) fn grant(&mut self, index: u64, grant: u64) {
+        self.open(Terms::leased(self.span), index).grant = grant;
+    }
+
+    /// Puts down what was counted elsewhere.
+    pub(super) fn put(&mut self, index: u64, used: u64) {
+        self.open(Terms::leased(self.span), index).used = used;
     }
 
     /// What was used in one stretch.
@@ -235,13 +278,13 @@ impl Counter {
 
     /// Whether nothing of it counts any more. A long one waits for calls that settle late: the journal does not know of them
     /// before.
-    fn is_over(&self, now: Millis) -> bool {
+    pub(super) fn is_over(&self, now: Millis) -> bool {
         let grace = if self.span.is_durable() { GRACE } else { 0 };
         self.ends().0.saturating_add(grace) <= now.0
     }
 
     /// What is carried reaches into the stretch after the latest.
-    fn ends(&self) -> Millis {
+    pub(super) fn ends(&self) -> Millis {
         self.span.start(self.slots[0].index.saturating_add(2))
     }
 
@@ -277,7 +320,7 @@ impl Counter {
             }
             _ => 0,
         };
-        Slot { index, used: carried, held: 0 }
+        Slot { index, used: carried, ..Slot::default() }
     }
 
     fn open(&mut self, terms: Terms, index: u64) -> &mut Slot {
@@ -297,103 +340,4 @@ impl Counter {
 fn fades(count: u64, room: u64, length: u64) -> u64 {
     let overlap = (u128::from(room) * u128::from(length)).checked_div(u128::from(count));
     length - overlap.and_then(|overlap| u64::try_from(overlap).ok()).map_or(length, |overlap| overlap.min(length))
-}
-
-/// Ids are hashes already.
-#[derive(Debug, Clone, Copy, Default)]
-struct AsIs(u64);
-
-impl Hasher for AsIs {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
-    }
-
-    fn write_u128(&mut self, id: u128) {
-        self.0 = id as u64 ^ (id >> 64) as u64;
-    }
-}
-
-/// Counters by id.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(transparent)]
-pub(super) struct Windows {
-    counters: HashMap<u128, Counter, BuildHasherDefault<AsIs>>,
-    /// All ids, those that were looked at longest ago first.
-    #[serde(skip)]
-    ring: VecDeque<u128>,
-    #[serde(skip)]
-    most: usize,
-}
-
-impl Windows {
-    /// Bounds the table.
-    pub(super) fn limit(&mut self, most: usize) {
-        self.most = most.max(1);
-        self.ring = self.counters.keys().copied().collect();
-    }
-
-    /// The counter as it is, or as it would begin.
-    pub(super) fn get(&self, id: u128, span: Span) -> Counter {
-        self.counters.get(&id).copied().filter(|counter| counter.span == span).unwrap_or(Counter::new(span))
-    }
-
-    /// The counter, made if need be.
-    pub(super) fn open(&mut self, id: u128, span: Span, now: Millis) -> &mut Counter {
-        if !self.counters.contains_key(&id) {
-            self.make_room(now);
-            self.ring.push_back(id);
-        }
-        let counter = self.counters.entry(id).or_insert(Counter::new(span));
-        if counter.span != span {
-            *counter = Counter::new(span);
-        }
-        counter
-    }
-
-    /// The charge as it is to be settled now.
-    pub(super) fn placed(&self, charge: Charge, used: u64) -> Charge {
-        self.get(charge.id, charge.terms.span).placed(charge, used)
-    }
-
-    pub(super) fn settle(&mut self, charge: &Charge, now: Millis) {
-        self.open(charge.id, charge.terms.span, now).settle(charge);
-    }
-
-    pub(super) fn release(&mut self, charge: &Charge) {
-        if let Some(counter) = self.counters.get_mut(&charge.id) {
-            counter.release(charge.index, charge.held);
-        }
-    }
-
-    /// Looks at two, so that forgetting is never a pause. If that is not enough, at some more: the first to end goes.
-    fn make_room(&mut self, now: Millis) {
-        let mut first: Option<(Millis, u128)> = None;
-        for looked in 0..LOOKS.min(self.ring.len()) {
-            if looked >= 2 && self.counters.len() < self.most {
-                break;
-            }
-            let Some(id) = self.ring.pop_front() else { break };
-            let Some(counter) = self.counters.get(&id) else { continue };
-            if counter.holders > 0 {
-                self.ring.push_back(id);
-            } else if counter.is_over(now) {
-                self.counters.remove(&id);
-            } else if let Some(later) = first.replace((counter.ends(), id)) {
-                let (sooner, later) =
-                    if later.0 < counter.ends() { (later, id) } else { ((counter.ends(), id), later.1) };
-                first = Some(sooner);
-                self.ring.push_back(later);
-            }
-        }
-        let Some((_, id)) = first else { return };
-        if self.counters.len() < self.most {
-            self.ring.push_back(id);
-        } else {
-            self.counters.remove(&id);
-        }
-    }
 }

@@ -96,10 +96,12 @@ pub struct Metrics {
     pub upstream_cost: IntCounterVec,
     /// Answers of upstreams whose model has no price, by provider.
     pub upstream_unpriced: IntCounterVec,
-    /// Calls refused by a limit, by kind (rate, budget, allocation, ledger).
+    /// Calls refused by a limit, by kind (rate, budget, allocation, ledger, fleet).
     pub refused_by_limits: IntCounterVec,
     /// What the ledger has under way, and whether its disk keeps (faulty), by what is counted.
     pub ledger: IntGaugeVec,
+    /// How it is with the store of the fleet, by what is counted.
+    pub fleet: IntGaugeVec,
     /// Log records that were kept.
     pub log_records: IntCounter,
     /// Log records that were not: the queue or the disk was full, or their gateway is.
@@ -413,12 +415,17 @@ impl Metrics {
             ),
             refused_by_limits: r.counters(
                 "neurond_refused_by_limits_total",
-                "Calls refused by a limit, by kind (rate, budget, allocation, ledger).",
+                "Calls refused by a limit, or without a look at it, by kind (rate, budget, allocation, ledger, fleet).",
                 &["kind"],
             ),
             ledger: r.gauges(
                 "neurond_ledger",
                 "What the ledger has under way (open reservations, settlements queued for the disk), and whether its disk is faulty, by what is counted (open, queued, faulty, faults, refused, unmetered).",
+                &["what"],
+            ),
+            fleet: r.gauges(
+                "neurond_fleet",
+                "How it is with the store that daemons share limits through: whether it answers (up), how often it was lost, leases, asks and their rounds, calls that waited for a lease, were refused without one or went on without the store (local), and milliseconds by which its clock differs, by what is counted (up, losses, leases, asks, rounds, waits, refused, local, clock_off_ms). Nothing without a fleet.",
                 &["what"],
             ),
             log_records: r.counter("neurond_log_records_total", "Log records that were kept."),

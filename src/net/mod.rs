@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod gather;
+pub mod redis;
 pub mod sigv4;
 pub mod sse;
 pub mod vertex;

@@ -47,13 +47,30 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("neurond.toml");
         write_config(&config, setup.config);
+        Self::launch(dir, setup.env)
+    }
+
+    /// Kills it, as a machine that fails does, and says what it had: [`Daemon::again`] goes on with that.
+    pub fn kill(mut self) -> tempfile::TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
+    }
+
+    /// One that goes on with what another had.
+    pub fn again(dir: tempfile::TempDir) -> Self {
+        Self::launch(dir, &[])
+    }
+
+    fn launch(dir: tempfile::TempDir, env: &[(&str, &str)]) -> Self {
+        let config = dir.path().join("neurond.toml");
         let mut child = Command::new(env!("CARGO_BIN_EXE_neurond"))
             .arg("serve")
             .arg("--config")
             .arg(&config)
             // What it keeps is its own: other tests' daemons run beside it.
             .env("XDG_STATE_HOME", dir.path())
-            .envs(setup.env.iter().copied())
+            .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

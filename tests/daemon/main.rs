@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod batch;
+mod fleet;
 mod gateway;
 #[cfg(feature = "emulate")]
 mod gpu;

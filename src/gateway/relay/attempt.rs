@@ -264,7 +264,7 @@ impl Relay {
                 cost,
                 is_once: false,
             };
-            reservation = Some(self.parts.ledger.reserve(&claim, Millis::now()).map_err(|denied| {
+            reservation = Some(self.parts.ledger.claim(&claim, Millis::now()).await.map_err(|denied| {
                 self.parts.metrics.refused_by_limits.with_label_values(&[limits::label(&denied)]).inc();
                 limits::refusal(denied, provider, &model)
             })?);
