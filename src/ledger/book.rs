@@ -69,7 +69,8 @@ pub struct Open {
     held: u64,
     /// What the account shows as reserved.
     neurons: Neurons,
-    charges: SmallVec<[(Counts, Charge); 4]>,
+    /// On the heap: what is held goes from hand to hand.
+    charges: Vec<(Counts, Charge)>,
 }
 
 impl Open {
@@ -191,7 +192,7 @@ impl Book {
             day: Span::DAY.index(now),
             held: if must || is_shared { granted.neurons.micro().min(free) } else { 0 },
             neurons: granted.neurons,
-            charges: SmallVec::new(),
+            charges: Vec::with_capacity(windows.len()),
         };
         if open.neurons > Neurons::ZERO {
             let terms = if is_shared { Terms::leased(Span::DAY) } else { allowance };
