@@ -1184,12 +1184,12 @@ def evaluations_say_what_the_logs_of_datasets_cost_took_and_were_liked(bench: Be
             "judged", **us, name="first", dataset_ids=[dataset.id], evaluation_type_ids=list(types.values())
         )
         same((made.name, made.processed, made.gateway_id), ("first", False, "judged"))
-        same([(one.id, one.name, one.filters) for one in made.datasets], [(dataset.id, "well", dataset.filters)])
+        same([one.to_dict() for one in made.datasets], [dataset.to_dict()])
         end = time.monotonic() + 10
         while not (done := api.evaluations.get(made.id, **where)).processed:
             assert time.monotonic() < end, done
             time.sleep(0.01)
-        same((done.total_logs, done.datasets), (4, made.datasets))
+        same((done.total_logs, [one.to_dict() for one in done.datasets]), (4, [dataset.to_dict()]))
         results = {result.evaluation_type_id: result for result in done.results}
         same([results[types[kind]].total_logs for kind in ("cost", "speed", "feedback")], [4, 4, 3])
         same({(result.status, result.evaluation_id) for result in done.results}, {(1, made.id)})
