@@ -295,6 +295,24 @@ fn ask(store: &Store) {
         let (best, cold, used, count) = (millis(best), millis(cold), millis(used), page.total_count);
         println!("{name:<24}{best:>8.1} ms  (first {cold:>8.1}, processor {used:>8.1})  {count:>9} records{part}");
     }
+    for (name, sets) in [
+        ("sums of all", &[""][..]),
+        (
+            "sums of four filters",
+            &["provider=groq&cached=false&success=true&filters.key=tokens_in&filters.operator=gt&filters.value=3000"],
+        ),
+        ("sums of three sets", &["provider=groq", "cached=true&success=true", "min_cost=0.001"]),
+    ] {
+        let sets: Vec<_> = sets.iter().map(|raw| Query::parse(raw).unwrap().filters).collect();
+        let (mut best, mut used, mut count) = (Duration::MAX, Duration::MAX, 0);
+        for _ in 0..3 {
+            let (begun, before) = (Instant::now(), thread_time());
+            count = store.sums(&account, "production", &sets).unwrap().count;
+            best = best.min(begun.elapsed());
+            used = used.min(thread_time() - before);
+        }
+        println!("{name:<24}{:>8.1} ms  (processor {:>8.1})  {count:>9} records", millis(best), millis(used));
+    }
     let page = store.list(&account, "production", &Query::parse("page=5000&per_page=50").unwrap()).unwrap();
     let id = page.records[0].record.id.unwrap();
     let begun = Instant::now();

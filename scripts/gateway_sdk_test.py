@@ -1110,6 +1110,104 @@ def route_to(model: str) -> list[dict]:
     ]
 
 
+def log_records_are_listed_read_changed_and_deleted(bench: Bench) -> None:
+    logs, where = bench.management.logs, {"gateway_id": "told", "account_id": ACCOUNT}
+    with bench.gateway("told"):
+        client = bench.openai_at("openai", "told")
+        price = {"cf-aig-custom-cost": json.dumps({"total_cost": 0.25}), "cf-aig-metadata": json.dumps({"team": "red"})}
+        answer = client.chat.completions.with_raw_response.create(model="gpt-x", messages=MESSAGES, extra_headers=price)
+        bench.chat(client)
+        raised(lambda: bench.chat(client, extra_headers={"x-fake": "status=400"}), openai.BadRequestError)
+        log = answer.headers["cf-aig-log-id"]
+        dear = {"key": "cost", "operator": "gt", "value": [0.1]}
+        red = {"key": "metadata.value", "operator": "eq", "value": ["red", "blue"]}
+        listed = logs.list(**where, meta_info=True)
+        same((len(list(listed)), listed.result_info.to_dict()["total_count"]), (3, 3))
+        for query, count in [({"filters": [dear]}, 1), ({"filters": [dear, red]}, 1), ({"success": False}, 1), ({"per_page": 1}, 3)]:
+            same((query, len(list(logs.list(**where, **query)))), (query, count))
+        got = logs.get(log, **where)
+        same((got.id, got.provider, got.model, got.cost, got.custom_cost), (log, "openai", "gpt-x", 0.25, True))
+        assert isinstance(got.duration, int) and got.duration >= 0, got
+        same(logs.request(log, **where)["model"], "gpt-x")
+        same(logs.response(log, **where)["choices"][0]["message"]["content"], said("openai", "gpt-x"))
+        logs.edit(log, **where, feedback=1, score=90)
+        same(len(list(logs.list(**where, filters=[{"key": "feedback", "operator": "eq", "value": [1]}]))), 1)
+        logs.delete(**where, filters=[dear])
+        raised(lambda: logs.get(log, **where), cloudflare.NotFoundError)
+        same(len(list(logs.list(**where))), 2)
+
+
+def datasets_are_made_read_replaced_listed_and_deleted(bench: Bench) -> None:
+    api, us = bench.management.datasets, {"account_id": ACCOUNT}
+    filters = [
+        {"key": "provider", "operator": "eq", "value": ["openai", "groq"]},
+        {"key": "cost", "operator": "gt", "value": [0.5]},
+        {"key": "success", "operator": "eq", "value": [True]},
+    ]
+    with bench.gateway("sets"):
+        made = api.create("sets", **us, name="dear", enable=True, filters=filters)
+        same((made.name, made.enable, made.gateway_id, made.created_at), ("dear", True, "sets", made.modified_at))
+        same([filter.to_dict() for filter in made.filters], filters)
+        same(api.get(made.id, **us, gateway_id="sets").to_dict(), made.to_dict())
+        changed = api.update(made.id, **us, gateway_id="sets", name="all", enable=False, filters=[])
+        same((changed.id, changed.name, changed.enable, changed.filters), (made.id, "all", False, []))
+        for number in range(1, 10):
+            api.create("sets", **us, name=f"set-{number}", enable=True, filters=filters[:1])
+        raised(lambda: api.create("sets", **us, name="more", enable=True, filters=[]), cloudflare.BadRequestError)
+        first = api.list("sets", **us, per_page=4)
+        same((len(first.result), first.result_info.total_count), (4, 10))
+        # The SDK goes on to the other pages by itself.
+        same([dataset.name for dataset in first], ["all", *(f"set-{number}" for number in range(1, 10))])
+        for query, names in [({"name": "set-2"}, ["set-2"]), ({"enable": False}, ["all"]), ({"search": "SET-7"}, ["set-7"])]:
+            same([dataset.name for dataset in api.list("sets", **us, **query)], names)
+        same(api.delete(made.id, **us, gateway_id="sets").to_dict(), changed.to_dict())
+        raised(lambda: api.get(made.id, **us, gateway_id="sets"), cloudflare.NotFoundError)
+
+
+def evaluations_say_what_the_logs_of_datasets_cost_took_and_were_liked(bench: Bench) -> None:
+    api, us = bench.management, {"account_id": ACCOUNT}
+    types = {kind.type: kind.id for kind in api.evaluation_types.list(**us, order_by="name", order_by_direction="asc")}
+    same(list(types), ["cost", "feedback", "speed"])
+    same([kind.name for kind in api.evaluation_types.list(**us, per_page=1)], ["Cost", "Speed", "Human feedback"])
+    with bench.gateway("judged"):
+        where = {**us, "gateway_id": "judged"}
+        for feedback in (1, 1, -1, None):
+            answer = bench.openai_at("openai", "judged").chat.completions.with_raw_response.create(
+                model="gpt-x", messages=MESSAGES, extra_headers={"cf-aig-custom-cost": '{"per_token_in": 0.001, "per_token_out": 0.002}'}
+            )
+            if feedback is not None:
+                api.logs.edit(answer.headers["cf-aig-log-id"], **where, feedback=feedback)
+        dataset = api.datasets.create(
+            "judged", **us, name="well", enable=True, filters=[{"key": "success", "operator": "eq", "value": [True]}]
+        )
+        made = api.evaluations.create(
+            "judged", **us, name="first", dataset_ids=[dataset.id], evaluation_type_ids=list(types.values())
+        )
+        same((made.name, made.processed, made.gateway_id), ("first", False, "judged"))
+        same([(one.id, one.name, one.filters) for one in made.datasets], [(dataset.id, "well", dataset.filters)])
+        end = time.monotonic() + 10
+        while not (done := api.evaluations.get(made.id, **where)).processed:
+            assert time.monotonic() < end, done
+            time.sleep(0.01)
+        same((done.total_logs, done.datasets), (4, made.datasets))
+        results = {result.evaluation_type_id: result for result in done.results}
+        same([results[types[kind]].total_logs for kind in ("cost", "speed", "feedback")], [4, 4, 3])
+        same({(result.status, result.evaluation_id) for result in done.results}, {(1, made.id)})
+        records = list(api.logs.list("judged", **us, per_page=50))
+        assert len(records) == 4 and all(record.cost for record in records), records
+        for kind, field in (("cost", "cost"), ("speed", "duration")):
+            average = sum(getattr(record, field) or 0 for record in records) / 4
+            # Records have whole milliseconds.
+            assert abs(float(results[types[kind]].result) - average) <= (1 if kind == "speed" else 1e-11), (kind, results, average)
+        assert abs(float(results[types["feedback"]].result) - 2 / 3) < 1e-9, results
+        # What was done is there when the daemon was killed.
+        bench.restart()
+        api = bench.management
+        same([one.to_dict() for one in api.evaluations.list("judged", **us, processed=True, name="first")], [done.to_dict()])
+        same(api.evaluations.delete(made.id, **where).to_dict(), done.to_dict())
+        raised(lambda: api.evaluations.get(made.id, **where), cloudflare.NotFoundError)
+
+
 def management_errors_are_the_exceptions_of_their_status(bench: Bench) -> None:
     api, us, nobody = bench.management, {"account_id": ACCOUNT}, "00000000-0000-4000-8000-000000000000"
     small, wrong, other = (bench.managed_by(token).ai_gateway for token in (SMALL_TOKEN, "wrong", OTHER_TOKEN))
@@ -1131,6 +1229,17 @@ def management_errors_are_the_exceptions_of_their_status(bench: Bench) -> None:
             (not_there, lambda: routes.get(nobody, **way)),
             (not_there, lambda: routes.get_version(nobody, **way, id=route.id)),
             (not_there, lambda: routes.create_deployment(route.id, **way, version_id=nobody)),
+            (not_there, lambda: api.datasets.get(nobody, **way)),
+            (not_there, lambda: api.datasets.update(nobody, **way, name="x", enable=True, filters=[])),
+            (not_there, lambda: api.datasets.delete(nobody, **way)),
+            (not_there, lambda: api.datasets.list("nowhere", **us)),
+            (not_there, lambda: api.evaluations.get(nobody, **way)),
+            (not_there, lambda: api.evaluations.delete(nobody, **way)),
+            (bad, lambda: api.datasets.create("taken", **us, name="x", enable=True, filters=[
+                {"key": "cost", "operator": "contains", "value": [1]}])),
+            (bad, lambda: api.evaluations.create(
+                "taken", **us, name="x", dataset_ids=[nobody], evaluation_type_ids=["cost"])),
+            (bad, lambda: api.evaluation_types.list(**us, order_by="size")),
             # A name that is taken is a bad one: there is no 409.
             (bad, lambda: api.create(**us, id="taken", **PLAIN)),
             (bad, lambda: routes.create(**way, name="way", elements=route_to("gpt-x"))),
@@ -1245,6 +1354,9 @@ CHECKS = [
     provider_keys_go_in_stand_in_and_never_come_out,
     custom_providers_are_made_read_changed_and_deleted,
     routes_answer_with_the_version_that_is_deployed,
+    log_records_are_listed_read_changed_and_deleted,
+    datasets_are_made_read_replaced_listed_and_deleted,
+    evaluations_say_what_the_logs_of_datasets_cost_took_and_were_liked,
     management_errors_are_the_exceptions_of_their_status,
     what_was_made_is_there_when_the_daemon_was_killed,
 ]

@@ -25,7 +25,7 @@ use crate::cache::Cache;
 use crate::config::{self, Config, Live, Overrides};
 use crate::gateway::Gateway;
 use crate::gateway::relay::{self, Parts};
-use crate::http::{self, Batches, Listener, Services};
+use crate::http::{self, Batches, Evaluations, Listener, Services};
 use crate::ledger::{self, Ledger};
 use crate::logs::Logs;
 use crate::metrics::Metrics;
@@ -129,6 +129,7 @@ impl App {
         let folder = live.get().batches.clone();
         let batches = folder.map(|folder| Batches::start(&folder, gateway.clone())).transpose()?;
         let alerts = alerts::start(&live, clients.clone(), &relays, devices.pulses())?;
+        let evaluations = Evaluations::start(relays.registry.clone(), relays.logs.clone());
         let services = Services {
             alerts: alerts.clone(),
             config: live.clone(),
@@ -136,6 +137,7 @@ impl App {
             relays: relays.clone(),
             clients,
             batches,
+            evaluations,
             fleet,
             vault: vault.clone(),
             metrics: metrics.clone(),

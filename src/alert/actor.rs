@@ -19,11 +19,12 @@ use serde::Serialize;
 use tracing::{error, info, warn};
 
 use super::courier::{ChannelStatus, Courier, Verdict};
+use super::failure::Failure;
 use super::keep::{Keep, Kept};
 use super::notice::{Event, Notice};
 use super::outbox::Outbox;
 use super::rules::{Reading, RuleStatus, Rules};
-use super::send::{Failure, Sender};
+use super::send::Sender;
 use super::settings::{Channel, Measure, Settings};
 use crate::base::{Error, Kind, Millis, Result};
 use crate::net::client::Client;

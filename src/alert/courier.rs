@@ -12,7 +12,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tracing::{error, warn};
 
-use super::send::{Failure, Sender};
+use super::failure::Failure;
+use super::send::Sender;
 use crate::base::Millis;
 
 /// The longest rest.

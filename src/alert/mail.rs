@@ -15,8 +15,8 @@ use lettre::transport::smtp::client::{Certificate, Tls as Privacy, TlsParameters
 use lettre::transport::smtp::{AsyncSmtpTransport, Error as SmtpError};
 use lettre::{AsyncTransport, Tokio1Executor};
 
+use super::failure::{Failure, cut};
 use super::notice::{Event, Notice};
-use super::send::{Failure, cut};
 use super::settings::{Mail, Security, Severity};
 use crate::base::{Error, Result};
 use crate::net::client::Tls;

@@ -11,7 +11,9 @@
 //! Where figures come from is not known here: the source is asked for what a [`Measure`] names.
 
 mod actor;
+mod check;
 mod courier;
+mod failure;
 mod keep;
 mod mail;
 mod notice;
@@ -24,8 +26,7 @@ mod webhook;
 
 pub use actor::{Alerts, Source, Status};
 pub use courier::ChannelStatus;
-pub use notice::Unit;
 pub use rules::{AlertStatus, Reading, RuleStatus, State};
 pub use settings::{
-    Channel, Errors, Filter, Login, Mail, Measure, Rule, Security, Settings, Severity, Slack, To, Webhook, What,
+    Channel, Errors, Filter, Login, Mail, Measure, Rule, Security, Settings, Severity, Slack, To, Unit, Webhook, What,
 };

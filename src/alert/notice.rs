@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::settings::{Errors, Measure, Rule, Severity, What};
+use super::settings::{Errors, Measure, Rule, Severity, Unit, What};
 use crate::base::Millis;
 
 /// One thing to be told, once.
@@ -77,20 +77,6 @@ impl Event {
             Self::Test => "test",
         }
     }
-}
-
-/// What figures are counted in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Unit {
-    /// US dollars.
-    Usd,
-    /// Percent.
-    Percent,
-    /// Milliseconds.
-    Milliseconds,
-    /// Seconds.
-    Seconds,
 }
 
 impl Unit {

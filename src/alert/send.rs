@@ -15,6 +15,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use ring::hmac;
 use tokio::time::timeout;
 
+use super::failure::{Failure, cut};
 use super::mail::Mailer;
 use super::notice::Notice;
 use super::settings::To;
@@ -34,23 +35,6 @@ pub(super) enum Sender {
     Mail(Mailer),
     Slack(Hook),
     Webhook(Hook, Option<hmac::Key>),
-}
-
-/// Why a notice was not delivered.
-#[derive(Clone, PartialEq, Debug)]
-pub(super) struct Failure {
-    /// For who runs this; holds no secret.
-    pub why: String,
-    /// Whether it was understood and not wanted: the same again will hardly help.
-    pub is_refusal: bool,
-    /// How long the other side wants to be left alone.
-    pub wait: Option<Duration>,
-}
-
-impl Failure {
-    pub(super) fn later(why: impl Into<String>) -> Self {
-        Self { why: why.into(), is_refusal: false, wait: None }
-    }
 }
 
 impl Sender {
@@ -162,11 +146,6 @@ fn shown(answer: &[u8]) -> String {
         "" => String::new(),
         text => format!(": {}", text.escape_debug()),
     }
-}
-
-/// So many letters at most.
-pub(super) fn cut(text: &str, most: usize) -> &str {
-    text.char_indices().nth(most).map_or(text, |(end, _)| &text[..end])
 }
 
 #[cfg(test)]

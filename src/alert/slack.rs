@@ -7,8 +7,8 @@
 use bytes::Bytes;
 use serde_json::{Value, json};
 
+use super::failure::cut;
 use super::notice::{Event, Notice};
-use super::send::cut;
 use super::settings::Severity;
 
 /// Letters of a fact; Slack takes 2,000, and an escaped letter counts as up to five.

@@ -68,6 +68,32 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Its HTTP status, on every surface that has no other of its own.
+    pub const fn status(self) -> u16 {
+        match self {
+            Self::Unauthorized => 401,
+            Self::Forbidden => 403,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::Timeout | Self::Aborted => 408,
+            Self::TooLarge => 413,
+            Self::PromptBlocked | Self::AnswerBlocked => 424,
+            Self::RateLimited | Self::OutOfNeurons | Self::OverBudget | Self::Busy => 429,
+            Self::Internal => 500,
+            Self::Unreachable => 502,
+            Self::ModelUnavailable | Self::EngineLost | Self::ShuttingDown | Self::LedgerDown => 503,
+            Self::UpstreamTimeout => 504,
+            Self::BadInput
+            | Self::Incomplete
+            | Self::ContextLength
+            | Self::NoSuchModel
+            | Self::Unsupported
+            | Self::NoSuchGateway
+            | Self::NoSuchProvider
+            | Self::NoStoredKey => 400,
+        }
+    }
+
     /// For metric labels and logs.
     pub const fn as_str(self) -> &'static str {
         match self {

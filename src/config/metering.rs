@@ -210,7 +210,7 @@ pub struct LedgerSection {
     /// How long settlements are gathered before they are written to disk together, in milliseconds.
     pub gather_ms: u64,
     /// When the disk is full or broken: `"refuse"`, calls that cost something are refused with 503 until it is back;
-    /// `"unmetered"`, they are served, and written down once it is back unless the process ends before.
+    /// `"unmetered"`, they are served within their limits, and neither charged nor listed.
     pub on_fault: OnFault,
 }
 
@@ -258,7 +258,7 @@ pub struct Plan {
 }
 
 /// See `BudgetSection`. What is `None` has no bound.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Budget {
     /// Of this machine's models, a day.
     pub neurons_per_day: Option<Neurons>,

@@ -13,8 +13,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use actix_web::http::header::{AUTHORIZATION, HeaderMap};
+use actix_web::http::header::{AUTHORIZATION, HeaderMap, HeaderName};
 use serde_json::{Map, Value};
+use smallvec::SmallVec;
 
 use crate::base::{AccountId, Error, KeyId, Kind, Limit, ModelId, Neurons};
 use crate::config::gateway::{self, RateLimit, Scope, SpendRule};
@@ -25,6 +26,15 @@ use crate::task::Task;
 
 /// A rate limit longer than this is not worth waiting for: a client that obeys `Retry-After` would sleep all the while.
 pub const WORTH_WAITING: Duration = Duration::from_secs(60);
+
+/// Where callers show who they are.
+static CREDENTIALS: [HeaderName; 5] = [
+    AUTHORIZATION,
+    HeaderName::from_static("cf-aig-authorization"),
+    HeaderName::from_static("x-api-key"),
+    HeaderName::from_static("api-key"),
+    HeaderName::from_static("x-goog-api-key"),
+];
 
 /// What of a request tells callers apart.
 pub struct Seen<'a> {
@@ -48,7 +58,7 @@ pub struct Ruled {
     /// Counters of the call.
     pub windows: Vec<Window>,
     /// Rules that depend on who is asked, by number, with what of the counter is known already.
-    later: Vec<(usize, blake3::Hasher)>,
+    later: Vec<(usize, Named)>,
     limits: Option<Arc<Limits>>,
 }
 
@@ -63,10 +73,10 @@ impl Ruled {
             if !rule.gateways.is_empty() && !seen.gateway.is_some_and(|id| admits(&rule.gateways, id)) {
                 continue;
             }
-            let hash = counter(rule, seen, &limits.proxies);
+            let named = counter(rule, seen, &limits.proxies);
             match rule.is_of_target() {
-                false => windows(rule, &hash, &mut ruled.windows),
-                true => ruled.later.push((number, hash)),
+                false => windows(rule, &named, &mut ruled.windows),
+                true => ruled.later.push((number, named)),
             }
         }
         ruled.limits = (!ruled.later.is_empty()).then(|| limits.clone());
@@ -76,22 +86,22 @@ impl Ruled {
     /// Adds the counters of one who is asked.
     pub fn of_target(&self, provider: &str, model: &str, task: Option<Task>, out: &mut Vec<Window>) {
         let Some(limits) = &self.limits else { return };
-        for (number, hash) in &self.later {
+        for (number, named) in &self.later {
             let rule = &limits.rules[*number];
             let is_task = rule.tasks.is_empty() || task.is_some_and(|task| rule.tasks.contains(&task));
             if !is_task || !admits(&rule.providers, provider) || !admits(&rule.models, model) {
                 continue;
             }
-            let mut hash = hash.clone();
+            let mut named = named.clone();
             for by in &rule.by {
                 match by {
-                    By::Provider => add(&mut hash, provider),
-                    By::Model => add(&mut hash, model),
-                    By::Task => add(&mut hash, task.map_or("", Task::name)),
+                    By::Provider => named.add(provider),
+                    By::Model => named.add(model),
+                    By::Task => named.add(task.map_or("", Task::name)),
                     _ => {}
                 }
             }
-            windows(rule, &hash, out);
+            windows(rule, &named, out);
         }
     }
 }
@@ -101,29 +111,29 @@ fn admits(names: &[String], name: &str) -> bool {
 }
 
 /// What tells this caller's counter from others', as far as the request says it.
-fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> blake3::Hasher {
-    let mut hash = named("rule", &rule.name);
+fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> Named {
+    let mut named = Named::of("rule", &rule.name);
     for by in &rule.by {
         match by {
-            By::Ip => add(&mut hash, address(seen, proxies).map_or_else(String::new, |ip| ip.to_string())),
+            By::Ip => named.add(address(seen, proxies).map_or_else(String::new, |ip| ip.to_string())),
             By::Authorization => {
                 // Credentials may come in any of them; together they say who it is.
-                for name in [AUTHORIZATION.as_str(), "cf-aig-authorization", "x-api-key", "api-key", "x-goog-api-key"] {
-                    add(&mut hash, seen.headers.get(name).map_or(&[][..], |value| value.as_bytes()));
+                for name in &CREDENTIALS {
+                    named.add(seen.headers.get(name).map_or(&[][..], |value| value.as_bytes()));
                 }
             }
-            By::Token => add(&mut hash, seen.key.map_or("", |key| key.as_str())),
-            By::Account => add(&mut hash, seen.account.as_str()),
+            By::Token => named.add(seen.key.map_or("", |key| key.as_str())),
+            By::Account => named.add(seen.account.as_str()),
             By::Gateway => {
-                add(&mut hash, seen.account.as_str());
-                add(&mut hash, seen.gateway.unwrap_or_default());
+                named.add(seen.account.as_str());
+                named.add(seen.gateway.unwrap_or_default());
             }
-            By::Header(name) => add(&mut hash, seen.headers.get(name).map_or(&[][..], |value| value.as_bytes())),
-            By::Metadata(key) => add(&mut hash, metadata(seen.metadata, key)),
+            By::Header(name) => named.add(seen.headers.get(name).map_or(&[][..], |value| value.as_bytes())),
+            By::Metadata(key) => named.add(metadata(seen.metadata, key)),
             By::Provider | By::Model | By::Task => {}
         }
     }
-    hash
+    named
 }
 
 /// Where the call comes from: the last address that is no proxy of ours, as each proxy adds the one before it.
@@ -155,18 +165,18 @@ fn metadata(all: Option<&Map<String, Value>>, key: &str) -> String {
     }
 }
 
-fn windows(rule: &Rule, hash: &blake3::Hasher, out: &mut Vec<Window>) {
+fn windows(rule: &Rule, named: &Named, out: &mut Vec<Window>) {
     for (counted, limit) in &rule.counts {
-        let mut hash = hash.clone();
+        let mut named = named.clone();
         let counts = match counted {
             Counted::Requests => Counts::Requests,
             Counted::Tokens => Counts::Tokens,
             Counted::Neurons => Counts::Neurons,
             Counted::Cost => Counts::Cost,
         };
-        hash.update(&[*counted as u8]);
+        named.mark(*counted as u8);
         out.push(Window {
-            id: id(&hash),
+            id: named.id(),
             rule: rule.name.clone(),
             limit: *limit,
             span: Span::Millis(rule.window.as_millis() as u64),
@@ -178,10 +188,10 @@ fn windows(rule: &Rule, hash: &blake3::Hasher, out: &mut Vec<Window>) {
 
 /// The rate limit of a gateway.
 pub fn of_gateway(account: &AccountId, gateway: &str, limit: &RateLimit) -> Window {
-    let mut hash = named("gateway", gateway);
-    add(&mut hash, account.as_str());
+    let mut named = Named::of("gateway", gateway);
+    named.add(account.as_str());
     Window {
-        id: id(&hash),
+        id: named.id(),
         rule: gateway.into(),
         limit: limit.limit,
         span: Span::Millis(limit.interval.as_millis() as u64),
@@ -198,20 +208,20 @@ pub fn of_spending(
     told: Option<&Map<String, Value>>,
     (provider, model): (&str, &str),
 ) -> Option<Window> {
-    let mut hash = named("spend", gateway);
-    add(&mut hash, account.as_str());
-    add(&mut hash, &rule.id);
+    let mut named = Named::of("spend", gateway);
+    named.add(account.as_str());
+    named.add(&rule.id);
     let sides = rule.metadata.iter().map(|(key, scope)| (metadata(told, key), scope));
     let sides = sides.chain(rule.model.iter().map(|scope| (model.to_owned(), scope)));
     for (value, scope) in sides.chain(rule.provider.iter().map(|scope| (provider.to_owned(), scope))) {
         match scope {
-            Scope::Partition => add(&mut hash, &value),
+            Scope::Partition => named.add(&value),
             Scope::Filter(values) if values.contains(&value) => {}
             Scope::Filter(_) => return None,
         }
     }
     Some(Window {
-        id: id(&hash),
+        id: named.id(),
         rule: rule.id.as_str().into(),
         limit: Neurons::from_usd(rule.limit_usd).micro(),
         span: Span::Millis(rule.window.as_millis() as u64),
@@ -228,11 +238,11 @@ pub fn of_budget(key: &KeyId, budget: &Budget, money: bool, out: &mut Vec<Window
     };
     for (limit, span, name) in [(day, Span::DAY, "day"), (month, Span::Month, "month")] {
         let Some(limit) = limit else { continue };
-        let mut hash = named("budget", key.as_str());
-        add(&mut hash, name);
-        hash.update(&[u8::from(money)]);
+        let mut named = Named::of("budget", key.as_str());
+        named.add(name);
+        named.mark(u8::from(money));
         out.push(Window {
-            id: id(&hash),
+            id: named.id(),
             rule: format!("budget of {key} a {name}").into(),
             limit: limit.micro(),
             span,
@@ -245,11 +255,11 @@ pub fn of_budget(key: &KeyId, budget: &Budget, money: bool, out: &mut Vec<Window
 /// The catalog's limit on requests a minute: of the task, all its models together, or of a model that has its own.
 pub fn of_catalog(account: &AccountId, entry: &CatalogEntry) -> Window {
     let own = entry.has_own_rate();
-    let mut hash = named("catalog", account.as_str());
-    add(&mut hash, if own { entry.id.as_str() } else { entry.task.name() });
-    hash.update(&[u8::from(own)]);
+    let mut named = Named::of("catalog", account.as_str());
+    named.add(if own { entry.id.as_str() } else { entry.task.name() });
+    named.mark(u8::from(own));
     Window {
-        id: id(&hash),
+        id: named.id(),
         rule: if own { entry.id.as_str().into() } else { entry.task.name().into() },
         limit: u64::from(entry.rate_per_minute),
         span: Span::Millis(60_000),
@@ -260,15 +270,15 @@ pub fn of_catalog(account: &AccountId, entry: &CatalogEntry) -> Window {
 
 /// The counter of a limit in a dynamic route.
 pub fn of_route(route: &str, limit: &LimitNode, key: &str) -> Window {
-    let mut hash = named("route", route);
-    add(&mut hash, &*limit.id);
-    add(&mut hash, key);
+    let mut named = Named::of("route", route);
+    named.add(&*limit.id);
+    named.add(key);
     let (counts, most) = match limit.counts {
         route::Counts::Requests => (Counts::Requests, limit.limit as u64),
         route::Counts::Cost => (Counts::Cost, Neurons::from_usd(limit.limit).micro()),
     };
     Window {
-        id: id(&hash),
+        id: named.id(),
         rule: limit.id.clone(),
         limit: most,
         span: Span::Millis(limit.window_s.max(1) * 1000),
@@ -389,23 +399,33 @@ fn technique(technique: gateway::Technique) -> Technique {
     }
 }
 
-/// Of one kind of rule, and one rule.
-fn named(kind: &str, name: &str) -> blake3::Hasher {
-    let mut hash = blake3::Hasher::new();
-    add(&mut hash, kind);
-    add(&mut hash, name);
-    hash
-}
+/// What a counter is named by: a kind of rule, one rule, and what tells callers apart. Hashed when it is whole, since a named under way
+/// is two kilobytes that would be carried from hand to hand.
+#[derive(Debug, Clone)]
+struct Named(SmallVec<[u8; 120]>);
 
-/// With its length, so that no two values run into each other.
-fn add(hash: &mut blake3::Hasher, value: impl AsRef<[u8]>) {
-    let value = value.as_ref();
-    hash.update(&(value.len() as u64).to_le_bytes());
-    hash.update(value);
-}
+impl Named {
+    fn of(kind: &str, name: &str) -> Self {
+        let mut named = Self(SmallVec::new());
+        named.add(kind);
+        named.add(name);
+        named
+    }
 
-fn id(hash: &blake3::Hasher) -> u128 {
-    let mut half = [0; 16];
-    half.copy_from_slice(&hash.finalize().as_bytes()[..16]);
-    u128::from_le_bytes(half)
+    /// With its length, so that no two values run into each other.
+    fn add(&mut self, value: impl AsRef<[u8]>) {
+        let value = value.as_ref();
+        self.0.extend_from_slice(&(value.len() as u64).to_le_bytes());
+        self.0.extend_from_slice(value);
+    }
+
+    fn mark(&mut self, byte: u8) {
+        self.0.push(byte);
+    }
+
+    fn id(&self) -> u128 {
+        let mut half = [0; 16];
+        half.copy_from_slice(&blake3::hash(&self.0).as_bytes()[..16]);
+        u128::from_le_bytes(half)
+    }
 }

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde_json::json;
 use tracing::info;
 
-use crate::base::{AccountId, Error, KeyId, Kind, LogId, Millis, Neurons, RequestId};
+use crate::base::{AccountId, Error, KeyId, LogId, Millis, Neurons, RequestId};
 use crate::gateway::asked::Ask;
 use crate::gateway::bill::{Charge, Receipt};
 use crate::gateway::counts::{Counts, Outcome};
@@ -233,7 +233,7 @@ impl Record {
     /// There was no answer but our own refusal, which whoever tells the caller counts as an error.
     pub fn refused(&mut self, error: &Error) {
         self.trail = error.attempts().unwrap_or_default().into();
-        self.status = status_of(error.kind());
+        self.status = error.kind().status();
         self.close(Outcome::Refused, Some(error.kind().as_str()));
     }
 
@@ -400,24 +400,6 @@ impl Drop for Record {
 
 /// What nginx calls a request whose caller left before there was an answer.
 const CALLER_LEFT: u16 = 499;
-
-/// The status that a refusal of ours has on the gateway's own addresses.
-fn status_of(kind: Kind) -> u16 {
-    match kind {
-        Kind::RateLimited | Kind::OutOfNeurons | Kind::OverBudget | Kind::Busy => 429,
-        Kind::Unauthorized => 401,
-        Kind::Forbidden => 403,
-        Kind::NotFound => 404,
-        Kind::TooLarge => 413,
-        Kind::PromptBlocked | Kind::AnswerBlocked => 424,
-        Kind::Unreachable => 502,
-        Kind::UpstreamTimeout => 504,
-        Kind::ModelUnavailable | Kind::EngineLost | Kind::ShuttingDown | Kind::LedgerDown => 503,
-        Kind::Timeout | Kind::Aborted => 408,
-        Kind::Internal => 500,
-        _ => 400,
-    }
-}
 
 /// The path at the provider, of one of the gateway's own addresses; any other as it is. Without its query.
 fn path_of(endpoint: &str) -> &str {

@@ -44,6 +44,7 @@ use crate::gateway::limits;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::Record;
 use crate::gateway::step::{LocalCall, Way};
+use crate::gateway::talk::Talk;
 use crate::gateway::terms;
 use crate::gateway::watch::Watch;
 use crate::ledger::{Claim, Counts, Ledger, Plan};
@@ -206,17 +207,17 @@ impl Relay {
     ///
     /// # Errors
     /// As [`Relay::serve`].
-    pub async fn upgrade(&self, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>)> {
+    pub async fn upgrade(self: &Rc<Self>, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>, Talk)> {
         let mut record = Record::begin(&self.counts, &ask);
         record.is_socket();
         let mut trail = Trail::default();
         let outcome = match self.admit(&mut ask, &mut record).await {
-            Ok(()) => self.handshake(&mut ask, &mut trail).await,
+            Ok(()) => self.handshake(ask, &mut trail).await,
             Err(error) => Err(error),
         };
         record.waited(trail.elsewhere);
         match outcome {
-            Ok((mut headers, upgraded, target)) => {
+            Ok((mut headers, upgraded, target, talk)) => {
                 let status = StatusCode::SWITCHING_PROTOCOLS;
                 record.begun(status, CacheUse::Off, (&target.provider, &target.model), 0, &trail.text, "");
                 headers.insert("cf-aig-step", http::HeaderValue::from_static("0"));
@@ -225,7 +226,7 @@ impl Relay {
                 {
                     headers.insert("cf-aig-log-id", value);
                 }
-                Ok((headers, upgraded, record))
+                Ok((headers, upgraded, record, talk))
             }
             Err(error) => {
                 let error = error.with_attempts(&trail.text);
@@ -244,12 +245,8 @@ impl Relay {
         if windows.is_empty() {
             return Ok(());
         }
-        let (mut tokens, mut cost) = (0, Neurons::ZERO);
-        if windows.iter().any(|window| window.counts != Counts::Requests) {
-            // Who answers is not known yet, so what it costs is not either.
-            tokens = u64::from(bill::most(&ask.body).total_tokens());
-            cost = Neurons::from_micro(1);
-        }
+        let counts_tokens = windows.iter().any(|window| window.counts == Counts::Tokens);
+        let tokens = if counts_tokens { u64::from(bill::most(&ask.body).total_tokens()) } else { 0 };
         let claim = Claim {
             request: ask.who.id,
             account: &ask.account,
@@ -257,7 +254,8 @@ impl Relay {
             windows: &windows,
             tokens,
             neurons: Neurons::ZERO,
-            cost,
+            // Who answers is not known yet, so what it costs is not either: a budget that is used up lets nothing through.
+            cost: Neurons::from_micro(u64::from(windows.iter().any(|window| window.counts.is_money()))),
             is_once: false,
         };
         let held = self.parts.ledger.claim(&claim, Millis::now()).await.map_err(|denied| {
@@ -268,7 +266,11 @@ impl Relay {
         Ok(())
     }
 
-    async fn handshake(&self, ask: &mut Ask, trail: &mut Trail) -> Result<(http::HeaderMap, Upgraded, Target)> {
+    async fn handshake(
+        self: &Rc<Self>,
+        mut ask: Ask,
+        trail: &mut Trail,
+    ) -> Result<(http::HeaderMap, Upgraded, Target, Talk)> {
         let step = ask.next_step().unwrap_or_else(|| Err(Error::internal("a call without steps")))?;
         let Way::Upstream { attempt, sign } = &step.way else {
             return Err(Error::unsupported("The models of this server have no realtime sockets."));
@@ -281,14 +283,18 @@ impl Relay {
         let mut attempt = signed.unwrap_or_else(|| attempt.clone());
         attempt.headers.insert(header::CONNECTION, http::HeaderValue::from_static("Upgrade"));
         attempt.headers.insert(header::UPGRADE, http::HeaderValue::from_static("websocket"));
+        // Compressed, nobody here could read what it costs.
+        attempt.headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
+        let target = step.target.clone();
+        let talk = Talk::begin(self, ask, step).await?;
         let patience = self.parts.config.get().upstream.first_byte_timeout;
         let began = Instant::now();
         let outcome = timeout(patience, self.client.upgrade(&attempt)).await;
         trail.elsewhere += began.elapsed();
         let outcome = outcome.unwrap_or(Err(Fault::Timeout("the handshake")));
-        trail.note(&step.target, outcome.as_ref().map_or_else(word, |_| "101"));
-        let (headers, upgraded) = outcome.map_err(|fault| no_answer(&step.target, &fault))?;
-        Ok((headers, upgraded, step.target))
+        trail.note(&target, outcome.as_ref().map_or_else(word, |_| "101"));
+        let (headers, upgraded) = outcome.map_err(|fault| no_answer(&target, &fault))?;
+        Ok((headers, upgraded, target, talk))
     }
 
     async fn answer(self: &Rc<Self>, ask: Ask, record: &mut Record, trail: &mut Trail) -> Result<(Begun, CacheUse)> {

@@ -190,7 +190,9 @@ impl Steps<'_> {
         let known = self.known(slug)?;
         let query = (!query.is_empty()).then_some(query);
         let url = known.provider.url(known.base.as_deref(), rest, query)?;
-        let model = if asked.is_empty() { known.provider.model_in_path(rest).unwrap_or_default() } else { asked };
+        let model = Some(asked).filter(|asked| !asked.is_empty()).or_else(|| known.provider.model_in_path(rest));
+        // Sockets have no body to name it in.
+        let model = model.or_else(|| query.and_then(model_in_query)).unwrap_or_default();
         if !covers_encodings(&headers) {
             narrow_encodings(&mut headers);
         }
@@ -578,6 +580,11 @@ fn brought_sign(known: &Known, headers: &HeaderMap) -> Result<Sign> {
 
 fn google(account: ServiceAccount, secret: &str) -> Sign {
     Sign::Google { account: Box::new(account), secret: *blake3::hash(secret.as_bytes()).as_bytes() }
+}
+
+fn model_in_query(query: &str) -> Option<String> {
+    let model = query.split('&').find_map(|pair| pair.strip_prefix("model="))?;
+    Some(percent_encoding::percent_decode_str(model).decode_utf8_lossy().into_owned())
 }
 
 /// Whether a caller's own signature (AWS) is over `accept-encoding` as well, so that it must stay as it is.

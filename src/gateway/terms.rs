@@ -24,6 +24,8 @@ pub struct Terms {
     pub tally: Option<Tally>,
     /// Where the surface hears how the tightest limit stands.
     pub standing: Arc<OnceLock<Standing>>,
+    /// Another call of the same request counts as the request; this one counts what it uses.
+    pub is_part: bool,
     /// A second run of the same call, after a crash, is not billed again.
     pub is_once: bool,
 }
@@ -70,7 +72,7 @@ impl Gateway {
         if is_limited && !terms.is_once {
             windows.push(limits::of_catalog(&call.account, entry));
         }
-        if again {
+        if again || terms.is_part {
             windows.retain(|window| window.counts != Counts::Requests);
         }
         let account = config.accounts.iter().find(|account| account.id == call.account);

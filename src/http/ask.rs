@@ -104,9 +104,11 @@ impl Ask {
         reject_if_busy: bool,
     ) -> Result<Vec<Delivery>> {
         let calls = inputs.into_iter().enumerate().map(|(i, input)| {
-            // The ledger settles by id, so each call has its own; the first has the request's.
+            // The ledger settles by id, so each call has its own; the first has the request's, and counts as it.
             let id = if i == 0 { self.id } else { RequestId::random() };
-            services.gateway.serve(self.call(id, entry, input, reject_if_busy))
+            let mut call = self.call(id, entry, input, reject_if_busy);
+            call.terms.is_part = i > 0;
+            services.gateway.serve(call)
         });
         let deliveries = try_join_all(calls).await?;
         self.served.set(true);

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, ModelId, Neurons, RequestId, Result};
-use crate::config::{CatalogEntry, ResultShape};
+use crate::config::{Budget, CatalogEntry, ResultShape};
 use crate::gateway::terms::Terms;
 use crate::gateway::{Call, Gateway};
 use crate::http::answer::{self, UsageJson};
@@ -57,6 +57,10 @@ const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 const SWEEP: Duration = Duration::from_secs(600);
 /// Between two attempts at a request that found no room.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a response waits for the ledger's disk. After that it counts as charged: what has come so far is with the system.
+const CHARGED: Duration = Duration::from_secs(30);
+/// Between two attempts at a batch whose file could not be read or written.
+const AGAIN: Duration = Duration::from_secs(30);
 /// Attempts at a request that took too long.
 const SLOW_ATTEMPTS: u32 = 3;
 /// Served after everything that somebody waits for.
@@ -83,11 +87,12 @@ struct Responses<'a> {
     usage: UsageJson,
 }
 
-/// Whose requests these are.
+/// Whose requests these are, and what limits them.
 #[derive(Clone)]
 struct Owner {
     account: AccountId,
     key: Option<KeyId>,
+    terms: Terms,
 }
 
 /// Answers all requests of the body, or puts them in line.
@@ -104,12 +109,13 @@ pub(super) async fn run(
     if entry.task != Task::TextGeneration && texts > MOST_TEXTS {
         return Err(fields.wrong("requests", &format!("may hold {MOST_TEXTS} texts altogether, not {texts}")));
     }
-    let owner = Owner { account: ask.caller.account.clone(), key: ask.caller.key.clone() };
+    let owner = Owner { account: ask.caller.account.clone(), key: ask.caller.key.clone(), terms: ask.terms.clone() };
     if queue {
         let batches = services.batches.as_ref().ok_or_else(no_folder)?;
         let head = Head {
             account: owner.account,
             key: owner.key,
+            budget: owner.terms.budget,
             model: entry.id.clone(),
             submitted: Millis::now(),
             requests: requests.to_vec(),
@@ -232,7 +238,8 @@ async fn one(
 
 /// A request of a batch as a call of its own.
 fn call<Input>(owner: &Owner, entry: &Arc<CatalogEntry>, job: &Job<'_>, input: Input) -> Call<Input> {
-    let terms = Terms { is_once: job.batch.is_some(), ..Terms::default() };
+    // Each counts as a request where somebody waits for it: a minute's limit is one of work.
+    let terms = Terms { is_once: job.batch.is_some(), ..owner.terms.clone() };
     Call {
         terms,
         id: job.batch.map_or_else(RequestId::random, |batch| batch.of(job.at)),
@@ -284,6 +291,9 @@ enum Frame {
 struct Head {
     account: AccountId,
     key: Option<KeyId>,
+    /// Of that key, when it was put in line.
+    #[serde(default)]
+    budget: Budget,
     model: ModelId,
     submitted: Millis,
     requests: Vec<Value>,
@@ -493,7 +503,7 @@ impl BatchActor {
             actix::spawn(async move {
                 let outcome = compute(&gateway, id, &path, &actor).await;
                 if let Err(error) = &outcome {
-                    warn!(batch = %id, %error, "a batch was given up until the next start");
+                    warn!(batch = %id, %error, "a batch cannot go on and is tried again in half a minute");
                 }
                 // The actor outlives its tasks, or nobody is left to tell.
                 actor.do_send(Over { id, whole: outcome.is_ok() });
@@ -510,7 +520,9 @@ async fn compute(gateway: &Gateway, id: RequestId, path: &Path, actor: &Addr<Bat
     let batch = read.map_err(|error| Error::internal("a batch was not read").with_source(error))??;
     let head = batch.head.ok_or_else(|| Error::internal("a batch has lost its head"))?;
     let answered: HashSet<usize> = batch.responses.iter().map(|response| response.id).collect();
-    let owner = Owner { account: head.account.clone(), key: head.key.clone() };
+    // The operator's rules are about requests that somebody waits for; money is money.
+    let terms = Terms { budget: head.budget, ..Terms::default() };
+    let owner = Owner { account: head.account.clone(), key: head.key.clone(), terms };
     let end = head.submitted.0 + KEPT.as_millis() as u64;
     let left = head.requests.iter().enumerate().filter(|(at, _)| !answered.contains(at));
     let work = left.map(|(at, request)| {
@@ -524,6 +536,9 @@ async fn compute(gateway: &Gateway, id: RequestId, path: &Path, actor: &Addr<Bat
     let mut work = futures_util::stream::iter(work).buffer_unordered(ABREAST);
     while let Some(((response, usage, neurons), under_way)) = work.next().await {
         let outcome = if response.success { "done" } else { "failed" };
+        // Nothing is answered for good before it is charged for good: a request whose response is lost is run again under its
+        // id, and not charged again; one whose charge is lost would never be.
+        let _ = tokio::time::timeout(CHARGED, gateway.ledger.flush()).await;
         actor
             .send(Answered { id, frame: Frame::Response { response, usage, neurons: neurons.micro() } })
             .await
@@ -675,20 +690,28 @@ impl Handler<Over> for BatchActor {
 
     fn handle(&mut self, Over { id, whole }: Over, ctx: &mut Context<Self>) {
         self.running -= 1;
-        if let Some(known) = self.known.get_mut(&id)
-            && let Some(mut log) = known.log.take()
-            && whole
-        {
+        if let Some(known) = self.known.get_mut(&id) {
             let at = Millis::now();
-            let written = to_bytes(&Frame::Whole { at }).map(|frame| log.append(&frame));
-            match written {
-                Ok(Ok(())) => known.state = State::Whole { at },
-                Ok(Err(error)) => drop(on_disk(&path_of(&self.folder, id), error)),
-                Err(error) => warn!(batch = %id, %error, "a batch could not be closed"),
+            let closed = whole && known.log.as_mut().is_some_and(|log| close(log, &path_of(&self.folder, id), at));
+            if closed {
+                (known.state, known.log) = (State::Whole { at }, None);
+            } else {
+                known.state = State::Queued;
+                ctx.run_later(AGAIN, move |this, ctx| {
+                    this.line.push_back(id);
+                    this.work(ctx);
+                });
             }
         }
         self.work(ctx);
     }
+}
+
+/// Whether the file says now that the batch is whole.
+fn close(log: &mut Segment, path: &Path, at: Millis) -> bool {
+    let frame = to_bytes(&Frame::Whole { at });
+    let written = frame.and_then(|frame| log.append(&frame).map_err(|error| on_disk(path, error)));
+    written.is_ok()
 }
 
 fn to_bytes(frame: &Frame) -> Result<Vec<u8>> {

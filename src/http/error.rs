@@ -19,8 +19,6 @@ use crate::http::route::Surface;
 
 /// What a kind is called on the wire.
 struct Wire {
-    /// Status on Cloudflare's surfaces and the binding.
-    status: u16,
     /// Cloudflare's number.
     code: u32,
     /// Status on `/v1`.
@@ -34,44 +32,38 @@ struct Wire {
 const fn wire(kind: Kind) -> Wire {
     const INVALID: &str = "invalid_request_error";
     const SERVER: &str = "server_error";
-    const fn w(
-        status: u16,
-        code: u32,
-        openai_status: u16,
-        openai_type: &'static str,
-        openai_code: &'static str,
-    ) -> Wire {
-        Wire { status, code, openai_status, openai_type, openai_code: Some(openai_code) }
+    const fn w(code: u32, openai_status: u16, openai_type: &'static str, openai_code: &'static str) -> Wire {
+        Wire { code, openai_status, openai_type, openai_code: Some(openai_code) }
     }
     match kind {
-        Kind::BadInput => Wire { status: 400, code: 5006, openai_status: 400, openai_type: INVALID, openai_code: None },
-        Kind::Incomplete => w(400, 3039, 400, INVALID, "finetune_incomplete"),
-        Kind::TooLarge => w(413, 3006, 413, INVALID, "request_too_large"),
-        Kind::ContextLength => w(400, 5021, 400, INVALID, "context_length_exceeded"),
-        Kind::NoSuchModel => w(400, 5007, 404, INVALID, "model_not_found"),
-        Kind::NotFound => w(404, 7000, 404, INVALID, "not_found"),
-        Kind::MethodNotAllowed => w(405, 7001, 405, INVALID, "method_not_allowed"),
-        Kind::Unsupported => w(400, 5006, 400, INVALID, "unsupported"),
-        Kind::Unauthorized => w(401, 10000, 401, "authentication_error", "invalid_api_key"),
-        Kind::Forbidden => w(403, 10000, 403, "permission_error", "forbidden"),
-        Kind::RateLimited => w(429, 3040, 429, "rate_limit_error", "rate_limit_exceeded"),
-        Kind::OutOfNeurons => w(429, 4006, 429, "insufficient_quota", "insufficient_quota"),
-        Kind::OverBudget => w(429, 2041, 429, "insufficient_quota", "insufficient_quota"),
-        Kind::LedgerDown => w(503, 3040, 503, SERVER, "ledger_unavailable"),
-        Kind::Busy => w(429, 3040, 503, SERVER, "overloaded"),
-        Kind::ModelUnavailable => w(503, 3040, 503, SERVER, "model_unavailable"),
-        Kind::Timeout => w(408, 3007, 408, "timeout_error", "timeout"),
-        Kind::Aborted => w(408, 3008, 408, SERVER, "aborted"),
-        Kind::EngineLost => w(503, 3040, 503, SERVER, "engine_lost"),
-        Kind::ShuttingDown => w(503, 3040, 503, SERVER, "shutting_down"),
-        Kind::NoSuchGateway => w(400, 2001, 400, INVALID, "gateway_not_found"),
-        Kind::NoSuchProvider => w(400, 2008, 400, INVALID, "provider_not_found"),
-        Kind::NoStoredKey => w(400, 2040, 400, INVALID, "stored_key_not_found"),
-        Kind::Unreachable => w(502, 2005, 502, SERVER, "upstream_unreachable"),
-        Kind::UpstreamTimeout => w(504, 2005, 504, SERVER, "upstream_timeout"),
-        Kind::PromptBlocked => w(424, 2016, 424, INVALID, "prompt_blocked"),
-        Kind::AnswerBlocked => w(424, 2017, 424, INVALID, "response_blocked"),
-        Kind::Internal => w(500, 3043, 500, SERVER, "internal_error"),
+        Kind::BadInput => Wire { code: 5006, openai_status: 400, openai_type: INVALID, openai_code: None },
+        Kind::Incomplete => w(3039, 400, INVALID, "finetune_incomplete"),
+        Kind::TooLarge => w(3006, 413, INVALID, "request_too_large"),
+        Kind::ContextLength => w(5021, 400, INVALID, "context_length_exceeded"),
+        Kind::NoSuchModel => w(5007, 404, INVALID, "model_not_found"),
+        Kind::NotFound => w(7000, 404, INVALID, "not_found"),
+        Kind::MethodNotAllowed => w(7001, 405, INVALID, "method_not_allowed"),
+        Kind::Unsupported => w(5006, 400, INVALID, "unsupported"),
+        Kind::Unauthorized => w(10000, 401, "authentication_error", "invalid_api_key"),
+        Kind::Forbidden => w(10000, 403, "permission_error", "forbidden"),
+        Kind::RateLimited => w(3040, 429, "rate_limit_error", "rate_limit_exceeded"),
+        Kind::OutOfNeurons => w(4006, 429, "insufficient_quota", "insufficient_quota"),
+        Kind::OverBudget => w(2041, 429, "insufficient_quota", "insufficient_quota"),
+        Kind::LedgerDown => w(3040, 503, SERVER, "ledger_unavailable"),
+        Kind::Busy => w(3040, 503, SERVER, "overloaded"),
+        Kind::ModelUnavailable => w(3040, 503, SERVER, "model_unavailable"),
+        Kind::Timeout => w(3007, 408, "timeout_error", "timeout"),
+        Kind::Aborted => w(3008, 408, SERVER, "aborted"),
+        Kind::EngineLost => w(3040, 503, SERVER, "engine_lost"),
+        Kind::ShuttingDown => w(3040, 503, SERVER, "shutting_down"),
+        Kind::NoSuchGateway => w(2001, 400, INVALID, "gateway_not_found"),
+        Kind::NoSuchProvider => w(2008, 400, INVALID, "provider_not_found"),
+        Kind::NoStoredKey => w(2040, 400, INVALID, "stored_key_not_found"),
+        Kind::Unreachable => w(2005, 502, SERVER, "upstream_unreachable"),
+        Kind::UpstreamTimeout => w(2005, 504, SERVER, "upstream_timeout"),
+        Kind::PromptBlocked => w(2016, 424, INVALID, "prompt_blocked"),
+        Kind::AnswerBlocked => w(2017, 424, INVALID, "response_blocked"),
+        Kind::Internal => w(3043, 500, SERVER, "internal_error"),
     }
 }
 
@@ -98,7 +90,7 @@ pub(super) fn status(surface: Surface, error: &Error) -> StatusCode {
         Surface::OpenAi | Surface::Messages => wire.openai_status,
         Surface::Management if error.kind() == Kind::BadInput => 400,
         Surface::CloudflareV1 | Surface::Native | Surface::Binding | Surface::Gateway | Surface::Management => {
-            wire.status
+            error.kind().status()
         }
     };
     StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)

@@ -37,6 +37,10 @@ pub(super) async fn serve(
     if let Some(answer) = Box::pin(told).await {
         return answer;
     }
+    let is_evaluation = method == registry::Method::Post && matches!(path[..], ["gateways", _, "evaluations"]);
+    if is_evaluation {
+        records::kept(&services.relays.logs)?;
+    }
     // Addresses in answers are those that the caller used.
     let base = {
         let connection = request.connection_info();
@@ -44,6 +48,9 @@ pub(super) async fn serve(
     };
     let Reply { status, body } =
         services.relays.registry.serve(&caller.account, method, &path, &query, body, &base).await;
+    if is_evaluation {
+        services.evaluations.wake();
+    }
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     Ok(HttpResponse::build(status).content_type("application/json").body(body.to_string()))
 }

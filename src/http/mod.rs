@@ -18,6 +18,7 @@ mod completions;
 mod encode;
 mod entrance;
 mod error;
+mod evaluations;
 mod fields;
 mod finetunes;
 mod format;
@@ -42,6 +43,7 @@ mod tools;
 mod tests;
 
 pub use batch::Batches;
+pub use evaluations::Evaluations;
 pub use route::Listener;
 pub use server::start;
 
@@ -88,6 +90,8 @@ pub struct Services {
     pub alerts: Option<Alerts>,
     /// Batches in line, if there is a folder for them.
     pub batches: Option<Batches>,
+    /// Whoever runs evaluations.
+    pub evaluations: Evaluations,
     /// What is loaded.
     pub fleet: FleetView,
     /// Who may call.

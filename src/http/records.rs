@@ -20,7 +20,7 @@ use crate::base::{AccountId, Error, KeyId, Kind, LogId, Millis, ModelId, Result,
 use crate::gateway::limits;
 use crate::http::Services;
 use crate::ledger::{Filter, Row, Who};
-use crate::logs::{self, Body, Patch, Query, Store};
+use crate::logs::{self, Body, Logs, Patch, Query, Store};
 
 /// Rows of the ledger that are told at once.
 const MOST_ROWS: usize = 100_000;
@@ -65,10 +65,7 @@ async fn logs_of(
     if services.relays.registry.view().gateway(account.as_str(), gateway).is_none() {
         return Err(Error::new(Kind::NotFound, format!("There is no gateway `{gateway}` in this account.")));
     }
-    let Some(store) = logs.store().cloned() else {
-        let message = "This server keeps no log records: `logs.keep` is off, or it has no folder for them.";
-        return Err(Error::new(Kind::NotFound, message));
-    };
+    let store = kept(logs)?.clone();
     let (account, gateway) = (account.clone(), gateway.to_owned());
     // Whoever looks for a call that has just ended finds it.
     logs.flush().await;
@@ -115,6 +112,17 @@ async fn logs_of(
         }
         _ => Err(wrong(method, rest.len() < 3)),
     }
+}
+
+/// The records that are kept.
+///
+/// # Errors
+/// `NotFound` with what the server's operator has to do.
+pub(super) fn kept(logs: &Logs) -> Result<&Store> {
+    logs.store().ok_or_else(|| {
+        let message = "This server keeps no log records: `logs.keep` is off, or it has no folder for them.";
+        Error::new(Kind::NotFound, message)
+    })
 }
 
 /// A body as it was kept.

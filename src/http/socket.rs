@@ -4,11 +4,11 @@
 //!     realtime     the client's own handshake --> the provider; then bytes both ways, as they come
 //!
 //! Many requests share a universal socket, told apart by `eventId`; each is a call like any other. A realtime socket is one
-//! call, and nothing in it is read.
+//! call, and nothing in it is read but what the provider says that it used.
 
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::http::StatusCode;
@@ -27,6 +27,7 @@ use crate::base::{Error, RequestId, Result};
 use crate::gateway::pipe::End;
 use crate::gateway::record::Record;
 use crate::gateway::relay::{Relay, Reply};
+use crate::gateway::talk::Talk;
 use crate::http::entrance::{Entrance, Incoming};
 use crate::http::route::Surface;
 use crate::http::{auth, error};
@@ -34,6 +35,8 @@ use crate::net::sse;
 
 /// Requests of one universal socket that are served at the same time; the next is read when one is done.
 const MAX_OPEN: usize = 32;
+/// Longest reason for closing a socket, in bytes.
+const CLOSE_REASON: usize = 123;
 /// Largest message.
 const MAX_MESSAGE: usize = 16 << 20;
 
@@ -199,7 +202,7 @@ pub(super) async fn realtime(
     rest: &str,
 ) -> Result<HttpResponse> {
     let rest = if rest.is_empty() { realtime_path(slug) } else { rest };
-    let (headers, upgraded, record) = relay.upgrade(entrance.realtime(call, slug, rest)?).await?;
+    let (headers, upgraded, record, talk) = relay.upgrade(entrance.realtime(call, slug, rest)?).await?;
     let mut response = HttpResponse::new(StatusCode::SWITCHING_PROTOCOLS);
     for (name, value) in &headers {
         let name = HeaderName::from_bytes(name.as_str().as_bytes());
@@ -210,7 +213,7 @@ pub(super) async fn realtime(
     response.head_mut().set_connection_type(actix_web::http::ConnectionType::Upgrade);
     let (from, to) = tokio::io::split(TokioIo::new(upgraded));
     let pump = actix_web::rt::spawn(pump(payload, to));
-    Ok(response.set_body(BoxBody::new(Realtime { from, pump, record, buffer: BytesMut::new() })))
+    Ok(response.set_body(BoxBody::new(Realtime { from, pump, record, talk, buffer: BytesMut::new(), is_over: false })))
 }
 
 /// Where a provider's sockets are that a client only named by the provider.
@@ -238,7 +241,9 @@ struct Realtime {
     from: ReadHalf<TokioIo<Upgraded>>,
     pump: JoinHandle<()>,
     record: Box<Record>,
+    talk: Talk,
     buffer: BytesMut,
+    is_over: bool,
 }
 
 impl MessageBody for Realtime {
@@ -250,15 +255,25 @@ impl MessageBody for Realtime {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<std::io::Result<Bytes>>> {
         let this = &mut *self;
+        if this.is_over {
+            return Poll::Ready(None);
+        }
+        if let Err(reason) = ready!(this.talk.poll_settled(cx)) {
+            this.end();
+            // Between two messages it can be said why.
+            let said = this.talk.is_between().then(|| Ok(close(reason.message()).into()));
+            return Poll::Ready(said);
+        }
         this.buffer.reserve(16 * 1024);
         let read = tokio_util::io::poll_read_buf(Pin::new(&mut this.from), cx, &mut this.buffer);
-        match std::task::ready!(read) {
+        match ready!(read) {
             Ok(0) => {
-                this.record.ended(&End::Whole);
+                this.end();
                 Poll::Ready(None)
             }
             Ok(bytes) => {
                 this.record.passed(bytes);
+                this.talk.hear(&this.buffer);
                 Poll::Ready(Some(Ok(this.buffer.split().freeze())))
             }
             Err(error) => Poll::Ready(Some(Err(error))),
@@ -266,8 +281,35 @@ impl MessageBody for Realtime {
     }
 }
 
+impl Realtime {
+    fn end(&mut self) {
+        self.is_over = true;
+        self.pump.abort();
+        if let Some(charge) = self.talk.end() {
+            let _ = self.record.receipt().set(charge);
+        }
+        self.record.ended(&End::Whole);
+    }
+}
+
 impl Drop for Realtime {
     fn drop(&mut self) {
         self.pump.abort();
+        // The client left. What was said up to then is owed, and the record tells it when it is dropped.
+        if let Some(charge) = self.talk.end() {
+            let _ = self.record.receipt().set(charge);
+        }
     }
+}
+
+/// A server's frame that closes a socket because of a policy, and says why as far as there is room.
+fn close(reason: &str) -> Vec<u8> {
+    let mut end = reason.len().min(CLOSE_REASON);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut frame = vec![0x88, 2 + end as u8];
+    frame.extend_from_slice(&u16::from(CloseCode::Policy).to_be_bytes());
+    frame.extend_from_slice(&reason.as_bytes()[..end]);
+    frame
 }

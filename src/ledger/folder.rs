@@ -2,60 +2,36 @@
 //!
 //! ```text
 //!   book             version, checksum, everything up to entry n        replaced as a whole
-//!   00000007.wal     [entries …] [entries …]                            one frame a group commit
+//!   00000007.wal     [n | entries …] [n | entries …]                    one frame a write: what is on disk by now, what is new
 //!   lock             held by the daemon that writes here
+//!
+//! push ─ write ─> the system has it: a killed process loses nothing of it
+//!          └─ job ─ run, by another thread ─ finish ─> on disk: a loss of power does not either
 //! ```
 //!
-//! - **A start ends with a snapshot**, before anything else is written: what an earlier process believed to be on disk is
-//!   written anew, and no old segment is ever appended to.
+//! - **Nothing waits for the disk.** Writing goes on while a [`Job`] syncs what was written before, or writes a snapshot,
+//!   which begins a new segment.
+//! - **A start ends with a snapshot**: what an earlier process believed to be on disk is written anew, and no old segment is
+//!   ever appended to.
 //! - **A segment that failed once is left alone.** After a sync that failed nobody knows what the disk holds, and the next
 //!   sync would say that all is well. What is not known to be on disk is written again, to a new segment.
-//! - **Entries are numbered without gaps.** One that is met twice counts once; one that is missing stops the start.
-//! - A torn end is not an error: nobody was told that it was on disk.
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use crate::base::{Error, Result};
-use crate::ledger::book::Book;
 use crate::ledger::entry::Entry;
-use crate::ledger::rows::Rows;
-use crate::store::{Disk, Segment, lock, snapshot};
+use crate::ledger::kept::{Kept, frame, replay};
+use crate::store::{Bytes, Disk, Segment, lock, snapshot};
 
-const VERSION: u8 = 1;
 const BOOK: &str = "book";
 const SUFFIX: &str = "wal";
 /// Bytes of entries in one frame, about.
 const FRAME_BYTES: usize = 1 << 20;
-
-/// All that survives a crash: the sum of all entries.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Kept {
-    /// The last entry in it.
-    pub(super) seq: u64,
-    pub(super) book: Book,
-    pub(super) rows: Rows,
-}
-
-impl Kept {
-    pub(super) fn new(max_windows: usize, max_rows: usize) -> Self {
-        let mut kept = Self { seq: 0, book: Book::new(max_windows), rows: Rows::default() };
-        kept.rows.limit(max_rows);
-        kept
-    }
-
-    pub(super) fn apply(&mut self, entry: &Entry) {
-        self.seq = entry.seq;
-        self.book.apply(entry);
-        if let Some(bill) = &entry.bill {
-            self.rows.add(bill);
-        }
-    }
-}
 
 /// The folder, open for one writer.
 pub(super) struct Folder<D: Disk> {
@@ -64,17 +40,64 @@ pub(super) struct Folder<D: Disk> {
     /// Held as long as this lives.
     _lock: File,
     active: Option<Segment<D::File>>,
-    /// Whether the active one has entries that are on disk.
-    is_active_used: bool,
     /// Number of the active segment, or of the last there was.
     number: u64,
-    /// Frames that are not known to be on disk.
-    pending: Vec<Vec<u8>>,
+    /// Whether anything in the active segment is on disk.
+    is_sure: bool,
+    /// A segment that was given up with nothing in it on disk. It goes when what it has is written elsewhere.
+    given_up: Option<u64>,
+    /// Entries that are not known to be on disk.
+    frames: VecDeque<Frame>,
+    /// How many of the frames are written.
+    written: usize,
+    /// The active segment, if it has been written to since it was synced.
+    unsynced: Option<D::File>,
+    /// Whether a job is under way.
+    is_at_work: bool,
+    /// Whether one is that began before a segment was given up: it tells what must be written again.
+    is_unclear: bool,
+    /// Number of the last entry that is on disk.
+    durable: u64,
     segment_bytes: u64,
-    /// A snapshot is due when the active segment has this many bytes.
-    snapshot_at: u64,
-    /// Whether nothing may be written before a snapshot is.
+    /// Whether a snapshot must be on disk before anything counts as being there.
     is_stale: bool,
+}
+
+/// Entries that are written together.
+struct Frame {
+    bytes: Vec<u8>,
+    /// Number of the last one.
+    last: u64,
+}
+
+/// Brings to disk what was written; for another thread to run.
+pub(super) struct Job<D: Disk> {
+    disk: D,
+    path: PathBuf,
+    file: Option<D::File>,
+    /// Number of the last entry in the file.
+    last: u64,
+    /// Number of the last segment.
+    number: u64,
+    snapshot: Option<Snapshot>,
+}
+
+struct Snapshot {
+    bytes: Vec<u8>,
+    /// Number of the last entry in it.
+    seq: u64,
+    /// Whether nothing is on disk without it.
+    is_needed: bool,
+}
+
+/// How a job went.
+pub(super) struct Done {
+    /// Number of the last entry that is on disk by it.
+    outcome: io::Result<u64>,
+    /// Number of the segment that was synced.
+    number: u64,
+    /// Whether there is a new snapshot, and no segment is left.
+    is_snapshot: bool,
 }
 
 impl<D: Disk> Folder<D> {
@@ -100,14 +123,22 @@ impl<D: Disk> Folder<D> {
             Error::bad_input(format!("The ledger's folder {name} is used by another daemon: give each its own."))
         })?;
         if let Some(bytes) = snapshot::read(&path.join(BOOK)).map_err(refuse)? {
-            *kept = decode(&bytes, &path.join(BOOK))?;
+            *kept = Kept::decode(&bytes, &path.join(BOOK))?;
             kept.book.restore(bounds.0);
             kept.rows.limit(bounds.1);
         }
         let segments = segments(path).map_err(refuse)?;
         let before = kept.seq;
+        let mut durable = before;
         for number in &segments {
-            replay(&path_of(path, *number), kept)?;
+            durable = durable.max(replay(&path_of(path, *number), kept)?);
+        }
+        if kept.seq < durable {
+            return Err(Error::bad_input(format!(
+                "The ledger's folder {name} has all entries up to {}, and they were kept up to {durable}: bring back the files \
+                 that are missing from a backup, or move the folder away to begin anew.",
+                kept.seq
+            )));
         }
         info!(folder = %name, entries = kept.seq - before, "the ledger goes on with what was settled");
         Ok(Self {
@@ -115,99 +146,166 @@ impl<D: Disk> Folder<D> {
             path: path.to_path_buf(),
             _lock: lock,
             active: None,
-            is_active_used: false,
             number: segments.last().copied().unwrap_or(0),
-            pending: Vec::new(),
+            is_sure: false,
+            given_up: None,
+            frames: VecDeque::new(),
+            written: 0,
+            unsynced: None,
+            is_at_work: false,
+            is_unclear: false,
+            durable,
             segment_bytes: segment_bytes.max(1),
-            snapshot_at: segment_bytes.max(1),
             is_stale: !segments.is_empty(),
         })
     }
 
-    /// Entries to be written by the next commit.
+    /// Entries for the next write.
     pub(super) fn push(&mut self, entries: &[Entry]) {
         for entry in entries {
-            if self.pending.last().is_none_or(|frame| frame.len() >= FRAME_BYTES) {
-                self.pending.push(vec![VERSION]);
+            let is_new = self.written == self.frames.len();
+            if is_new || self.frames.back().is_none_or(|frame| frame.bytes.len() >= FRAME_BYTES) {
+                self.frames.push_back(Frame { bytes: frame(self.durable), last: entry.seq });
             }
+            let Some(frame) = self.frames.back_mut() else { continue };
+            frame.last = entry.seq;
             // Writing to memory does not fail.
-            if let Some(frame) = self.pending.last_mut()
-                && let Err(error) = rmp_serde::encode::write(frame, entry)
-            {
+            if let Err(error) = rmp_serde::encode::write(&mut frame.bytes, entry) {
                 warn!(%error, seq = entry.seq, "an entry of the ledger cannot be encoded");
             }
         }
     }
 
-    /// Whether all that was pushed is on disk.
-    pub(super) fn is_clean(&self) -> bool {
-        self.pending.is_empty() && !self.is_stale
+    /// Whether something that was pushed waits for a write.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.written < self.frames.len() && !self.is_unclear
     }
 
-    /// Brings what was pushed to disk; it is there when this returns. `kept` has all of it.
+    /// Whether a job is under way.
+    pub(super) fn is_at_work(&self) -> bool {
+        self.is_at_work
+    }
+
+    /// Whether there is something for a job to do, and none under way.
+    pub(super) fn is_due(&self) -> bool {
+        !self.is_at_work && (self.is_stale || self.unsynced.is_some() || self.is_full())
+    }
+
+    /// Gives the system what was pushed.
     ///
     /// # Errors
-    /// The system's; all that was pushed is still to be written then.
-    pub(super) fn commit(&mut self, kept: &Kept) -> io::Result<()> {
-        if self.is_stale {
-            return self.snapshot(kept);
-        }
-        if self.pending.is_empty() {
+    /// The system's. What is not known to be on disk is written again, to another segment, by the next call.
+    pub(super) fn write(&mut self) -> io::Result<()> {
+        if !self.is_waiting() {
             return Ok(());
         }
-        if let Err(error) = self.write() {
-            self.abandon();
-            return Err(error);
-        }
-        self.pending.clear();
-        self.is_active_used = true;
-        let end = self.active.as_ref().map_or(0, Segment::end);
-        if end >= self.snapshot_at
-            && let Err(error) = self.snapshot(kept)
-        {
-            warn!(%error, "the ledger cannot write a snapshot and goes on in its segment");
-            self.snapshot_at = end + self.segment_bytes;
+        self.try_write().inspect_err(|_| self.give_up())?;
+        self.written = self.frames.len();
+        if let Some(number) = self.given_up.take() {
+            // Best effort: what is read twice counts once.
+            let _ = self.disk.remove(&path_of(&self.path, number));
         }
         Ok(())
     }
 
-    /// Writes everything in one file, which makes the segments superfluous.
+    /// What is to be done now: a sync of what was written, and a snapshot if one is due or asked for. `kept` has all that was
+    /// pushed. Say how it [went](Self::finish) before there is another.
     ///
     /// # Errors
-    /// The system's; nothing is lost then.
-    pub(super) fn snapshot(&mut self, kept: &Kept) -> io::Result<()> {
-        self.disk.replace(&self.path.join(BOOK), &encode(kept)?)?;
-        self.pending.clear();
-        (self.active, self.is_active_used, self.is_stale) = (None, false, false);
-        self.snapshot_at = self.segment_bytes;
-        for number in segments(&self.path)? {
-            // One that stays is read again, and its entries are known already.
-            if let Err(error) = self.disk.remove(&path_of(&self.path, number)) {
-                warn!(number, %error, "the ledger cannot remove a segment that it needs no more");
-            }
+    /// None that a book can cause.
+    pub(super) fn job(&mut self, kept: &Kept, with_snapshot: bool) -> io::Result<Job<D>> {
+        let mut snapshot = None;
+        if with_snapshot || self.is_stale || self.is_full() {
+            snapshot = Some(Snapshot { bytes: kept.encode()?, seq: kept.seq, is_needed: self.is_stale });
+            self.active = None;
         }
-        Ok(())
+        let last = self.written.checked_sub(1).and_then(|at| self.frames.get(at));
+        let last = last.map_or(self.durable, |frame| frame.last);
+        self.is_at_work = true;
+        let (disk, path, number) = (self.disk.clone(), self.path.clone(), self.number);
+        Ok(Job { disk, path, file: self.unsynced.take(), last, number, snapshot })
     }
 
-    fn write(&mut self) -> io::Result<()> {
+    /// Hears how a job went. Returns the number of the last entry that is on disk.
+    ///
+    /// # Errors
+    /// The job's. What is not known to be on disk is written again, as after [`Folder::write`].
+    pub(super) fn finish(&mut self, done: Done) -> io::Result<u64> {
+        (self.is_at_work, self.is_unclear) = (false, false);
+        let last = done.outcome.inspect_err(|_| self.give_up())?;
+        self.is_stale &= !done.is_snapshot;
+        self.is_sure |= done.number == self.number;
+        self.given_up.take_if(|number| *number == done.number);
+        self.durable = self.durable.max(last);
+        while self.frames.front().is_some_and(|frame| frame.last <= self.durable) {
+            self.frames.pop_front();
+            self.written = self.written.saturating_sub(1);
+        }
+        Ok(self.durable)
+    }
+
+    /// Whether the active segment has grown enough for a snapshot to take its place.
+    fn is_full(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.end() >= self.segment_bytes)
+    }
+
+    fn try_write(&mut self) -> io::Result<()> {
         let segment = match &mut self.active {
             Some(active) => active,
             empty => {
                 self.number += 1;
-                self.is_active_used = false;
+                self.is_sure = false;
                 empty.insert(self.disk.create(&path_of(&self.path, self.number))?)
             }
         };
-        let frames: Vec<&[u8]> = self.pending.iter().map(Vec::as_slice).collect();
-        segment.write(&frames)?;
-        segment.sync()
+        if self.unsynced.is_none() {
+            self.unsynced = Some(segment.file()?);
+        }
+        let frames: Vec<&[u8]> = self.frames.range(self.written..).map(|frame| &frame.bytes[..]).collect();
+        segment.write(&frames).map(drop)
     }
 
-    fn abandon(&mut self) {
-        self.active = None;
-        if !self.is_active_used {
-            // Best effort: what is in it is written again elsewhere.
-            let _ = self.disk.remove(&path_of(&self.path, self.number));
+    fn give_up(&mut self) {
+        match self.active.take() {
+            Some(active) if active.end() == 0 => {
+                let _ = self.disk.remove(&path_of(&self.path, self.number));
+            }
+            Some(_) if !self.is_sure => self.given_up = Some(self.number),
+            _ => {}
+        }
+        self.written = 0;
+        self.unsynced = None;
+        self.is_unclear = self.is_at_work;
+    }
+}
+
+impl<D: Disk> Job<D> {
+    /// Takes as long as the disk does.
+    pub(super) fn run(self) -> Done {
+        let mut outcome = self.file.iter().try_for_each(Bytes::sync_data).map(|()| self.last);
+        let mut is_snapshot = false;
+        if let Some(snapshot) = self.snapshot {
+            match self.disk.replace(&self.path.join(BOOK), &snapshot.bytes) {
+                Ok(()) => {
+                    // It has what the segments have, whether they are on disk or not.
+                    (outcome, is_snapshot) = (Ok(snapshot.seq), true);
+                    remove(&self.disk, &self.path, self.number);
+                }
+                Err(error) if snapshot.is_needed => outcome = Err(error),
+                Err(error) => warn!(%error, "the ledger cannot write a snapshot: its segments stay until the next one"),
+            }
+        }
+        Done { outcome, number: self.number, is_snapshot }
+    }
+}
+
+/// Removes the segments up to one.
+fn remove(disk: &impl Disk, folder: &Path, last: u64) {
+    let numbers = segments(folder).inspect_err(|error| warn!(%error, "the ledger cannot list its segments"));
+    for number in numbers.unwrap_or_default().into_iter().take_while(|number| *number <= last) {
+        // One that stays is read again, and its entries are known already.
+        if let Err(error) = disk.remove(&path_of(folder, number)) {
+            warn!(number, %error, "the ledger cannot remove a segment that it needs no more");
         }
     }
 }
@@ -227,65 +325,6 @@ fn segments(folder: &Path) -> io::Result<Vec<u64>> {
     }
     numbers.sort_unstable();
     Ok(numbers)
-}
-
-fn replay(path: &Path, kept: &mut Kept) -> Result<()> {
-    let mut outcome = Ok(());
-    let read = Segment::read(path, |frame| {
-        if outcome.is_ok() {
-            outcome = replay_frame(frame, path, kept);
-        }
-    });
-    read.map_err(|error| Error::bad_input(format!("The ledger cannot read {}: {error}.", path.display())))?;
-    outcome
-}
-
-fn replay_frame(frame: &[u8], path: &Path, kept: &mut Kept) -> Result<()> {
-    let Some((&VERSION, mut rest)) = frame.split_first() else { return Err(foreign(path)) };
-    while !rest.is_empty() {
-        let entry: Entry = rmp_serde::from_read(&mut rest).map_err(|error| foreign(path).with_source(error))?;
-        if entry.seq <= kept.seq {
-            continue;
-        }
-        if entry.seq != kept.seq + 1 {
-            let (known, next) = (kept.seq, entry.seq);
-            return Err(Error::bad_input(format!(
-                "The ledger knows its entries up to {known}, and {} goes on at {next}: bring back the files that are missing \
-                 from a backup, or move the folder away to begin anew.",
-                path.display()
-            )));
-        }
-        kept.apply(&entry);
-    }
-    Ok(())
-}
-
-fn encode(kept: &Kept) -> io::Result<Vec<u8>> {
-    let body = rmp_serde::to_vec(kept).map_err(io::Error::other)?;
-    let mut bytes = Vec::with_capacity(body.len() + 33);
-    bytes.push(VERSION);
-    bytes.extend_from_slice(blake3::hash(&body).as_bytes());
-    bytes.extend_from_slice(&body);
-    Ok(bytes)
-}
-
-fn decode(bytes: &[u8], path: &Path) -> Result<Kept> {
-    let Some((&VERSION, rest)) = bytes.split_first() else { return Err(foreign(path)) };
-    let Some((sum, body)) = rest.split_first_chunk::<32>() else { return Err(damaged(path)) };
-    if blake3::hash(body).as_bytes() != sum {
-        return Err(damaged(path));
-    }
-    rmp_serde::from_slice(body).map_err(|error| foreign(path).with_source(error))
-}
-
-fn foreign(path: &Path) -> Error {
-    let name = path.display();
-    Error::bad_input(format!("{name} is not of a ledger that this version reads: start the version that wrote it."))
-}
-
-fn damaged(path: &Path) -> Error {
-    let name = path.display();
-    Error::bad_input(format!("{name} is damaged: bring it back from a backup, or move the ledger's folder away."))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 use super::*;
 use crate::base::{AccountId, Millis, ModelId, Neurons, RequestId};
+use crate::ledger::book::Book;
 use crate::ledger::claim::{Claim, Plan, Spent};
 use crate::store::RealDisk;
 use crate::store::fault::{Faults, FaultyDisk};
@@ -52,8 +53,19 @@ impl<D: Disk> Life<D> {
         self.folder.push(&[entry]);
     }
 
+    /// Writes and syncs it.
     fn commit(&mut self) -> io::Result<()> {
-        self.folder.commit(&self.kept)
+        self.folder.write()?;
+        if self.folder.is_due() {
+            let job = self.folder.job(&self.kept, false)?;
+            assert_eq!(self.folder.finish(job.run())?, self.kept.seq);
+        }
+        Ok(())
+    }
+
+    fn snapshot(&mut self) {
+        let job = self.folder.job(&self.kept, true).unwrap();
+        assert_eq!(self.folder.finish(job.run()).unwrap(), self.kept.seq);
     }
 
     fn total(&self) -> u64 {
@@ -114,7 +126,7 @@ fn a_snapshot_takes_the_place_of_segments_and_no_entry_counts_twice() {
     let (seq, wal) = (life.kept.seq, names(path).into_iter().find(|name| name.ends_with("wal")).unwrap());
     // A crash between a snapshot and the removal of what it replaces.
     let bytes = fs::read(path.join(&wal)).unwrap();
-    life.folder.snapshot(&life.kept).unwrap();
+    life.snapshot();
     assert_eq!(names(path), ["book", "lock"]);
     drop(life);
     fs::write(path.join(wal), bytes).unwrap();
@@ -180,8 +192,7 @@ fn what_an_earlier_process_did_not_sync_is_made_sure_of_before_anything_follows(
     life.commit().unwrap();
     life.settle(1);
     // Killed between the write and the sync.
-    let frame = life.folder.pending[0].clone();
-    life.folder.active.as_mut().unwrap().write(&[&frame]).unwrap();
+    life.folder.write().unwrap();
     drop(life);
     let mut life = begin();
     assert_eq!(life.total(), 2);
@@ -230,13 +241,13 @@ fn what_is_missing_or_foreign_or_damaged_stops_the_start_and_says_what_to_do() {
     let mut life = Life::begin(RealDisk, path, 1 << 20).unwrap();
     life.settle(1);
     life.commit().unwrap();
-    // As after a failure: another segment.
+    // As after a snapshot that failed: another segment.
     life.folder.active = None;
     life.settle(1);
     life.commit().unwrap();
     let segment = |number| path_of(path, number);
     let (first, second) = (fs::read(segment(1)).unwrap(), fs::read(segment(2)).unwrap());
-    life.folder.snapshot(&life.kept).unwrap();
+    life.snapshot();
     drop(life);
     let book = fs::read(path.join(BOOK)).unwrap();
     let check = |files: &[(PathBuf, &[u8])], says: &str| {
@@ -259,4 +270,59 @@ fn what_is_missing_or_foreign_or_damaged_stops_the_start_and_says_what_to_do() {
     check(&[(path.join(BOOK), &damaged)], "is damaged");
     damaged[0] = 9;
     check(&[(path.join(BOOK), &damaged)], "start the version that wrote it");
+}
+
+#[test]
+fn writing_goes_on_beside_a_job_and_a_gap_that_nobody_was_promised_is_passed_over() {
+    // Two segments of which neither is synced, and power that is lost: whatever of each reached the disk, what was promised is
+    // there, and nothing counts without what came before it.
+    for (first, second) in [(0, 0), (0, 1000), (1000, 0), (1000, 1000), (100, 1000), (1000, 100)] {
+        let (folder, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::default());
+        let mut life = Life::begin(disk.clone(), folder.path(), 1 << 20).unwrap();
+        (0..3).for_each(|_| life.settle(1));
+        life.commit().unwrap();
+        let sure = life.total();
+        life.settle(1);
+        life.folder.write().unwrap();
+        life.settle(1);
+        // The job begins another segment, and is not run before the power goes.
+        let job = life.folder.job(&life.kept, true).unwrap();
+        assert!(!life.folder.is_due());
+        life.settle(1);
+        life.folder.write().unwrap();
+        disk.power_off_with(|path| if path.ends_with("00000001.wal") { first } else { second });
+        drop(life);
+        let next = Life::begin(disk.clone(), folder.path(), 1 << 20).unwrap();
+        let expected = match (first, second) {
+            (1000, 1000) => sure + 3,
+            (1000, _) => sure + 1,
+            _ => sure,
+        };
+        assert_eq!((next.total(), next.kept.seq), (expected, expected), "{first} {second}");
+        drop(job);
+    }
+}
+
+#[test]
+fn a_job_that_ends_after_a_write_failed_keeps_what_it_synced() {
+    for (fails, torn) in [(false, 0), (true, 0), (false, 300), (true, 300)] {
+        let (folder, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::default());
+        let mut life = Life::begin(disk.clone(), folder.path(), 1 << 20).unwrap();
+        life.settle(1);
+        life.folder.write().unwrap();
+        let job = life.folder.job(&life.kept, false).unwrap();
+        life.settle(1);
+        disk.set(Faults { torn: 1, ..Faults::default() });
+        life.folder.write().unwrap_err();
+        // What must be written again is known when the job has ended.
+        assert!(!life.folder.is_waiting());
+        disk.set(Faults { deaf: u32::from(fails), ..Faults::default() });
+        assert_eq!(life.folder.finish(job.run()).ok(), (!fails).then_some(1));
+        assert!(life.folder.is_waiting());
+        life.folder.write().unwrap();
+        disk.power_off(torn);
+        let sure = if torn > 0 { 2 } else { u64::from(!fails) };
+        drop(life);
+        assert_eq!(Life::begin(disk, folder.path(), 1 << 20).unwrap().total(), sure, "{fails} {torn}");
+    }
 }

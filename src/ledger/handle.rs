@@ -23,8 +23,9 @@ use crate::ledger::book::{AccountTotals, Book, Open};
 use crate::ledger::claim::{Claim, Denied, Granted, Plan, Spent, Standing, Window};
 use crate::ledger::entry::Entry;
 use crate::ledger::fleet::{Fleet, FleetHealth, Keeper, Link, OnLoss};
-use crate::ledger::folder::{Folder, Kept};
+use crate::ledger::folder::Folder;
 use crate::ledger::journal::{Ask, Journal, Work};
+use crate::ledger::kept::Kept;
 use crate::ledger::rows::{Filter, Row, Who};
 use crate::store::{Disk, RealDisk};
 use crate::task::Usage;
@@ -157,9 +158,8 @@ impl Ledger {
             let thread = std::thread::Builder::new().name("fleet".to_owned()).spawn(move || keeper.run());
             thread.map_err(|error| Error::internal("The fleet's thread cannot be started.").with_source(error))?;
         }
-        let journal = Journal { shared: shared.clone(), kept, folder, durable, commit_every: settings.commit_every };
-        let thread = std::thread::Builder::new().name("ledger".to_owned()).spawn(move || journal.run());
-        thread.map_err(|error| Error::internal("The ledger's thread cannot be started.").with_source(error))?;
+        Journal::start(shared.clone(), kept, folder, durable, settings.commit_every)
+            .map_err(|error| Error::internal("The ledger's threads cannot be started.").with_source(error))?;
         Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared })
     }
 
@@ -243,12 +243,7 @@ impl Ledger {
     /// # Errors
     /// As [`Ledger::totals`].
     pub async fn flush(&self) -> Result<()> {
-        let last = {
-            let mut state = self.shared.lock().ok_or_else(dead)?;
-            state.is_hurried = true;
-            state.last
-        };
-        self.shared.wake.notify_all();
+        let last = self.shared.lock().ok_or_else(dead)?.last;
         self.shared.durable(last).await
     }
 
@@ -476,23 +471,27 @@ impl Shared {
         }
     }
 
-    /// Waits for something to do and gathers some more of it. `false` once the book is lost.
-    pub(super) fn take(&self, work: &mut Work, gather: Duration, retry_at: Option<Instant>) -> bool {
+    /// Waits until then for something to do, and gathers some more of it. `None`: there is nothing to do at any time, so it
+    /// waits for the first, and gathers for so long. `false` once the book is lost.
+    pub(super) fn take(&self, work: &mut Work, until: Option<Instant>, gather: Duration) -> bool {
         let Some(mut state) = self.lock() else { return false };
-        let gathered = match retry_at {
+        let wait = match until {
             Some(at) => at.saturating_duration_since(Instant::now()),
             None => {
                 state.is_asleep = true;
-                let woken = self.wake.wait_while(state, |state| state.is_idle() && state.queue.is_empty());
-                let Ok(woken) = woken else { return false };
+                let is_asleep = |state: &mut State| state.is_idle() && state.queue.is_empty() && !state.is_over;
+                let Ok(woken) = self.wake.wait_while(state, is_asleep) else { return false };
                 state = woken;
                 state.is_asleep = false;
                 gather
             }
         };
-        let Ok((mut state, _)) = self.wake.wait_timeout_while(state, gathered, |state| state.is_idle()) else {
+        let Ok((mut state, _)) = self.wake.wait_timeout_while(state, wait, |state| state.is_idle()) else {
             return false;
         };
+        if state.is_over {
+            return false;
+        }
         std::mem::swap(&mut state.queue, &mut work.entries);
         std::mem::swap(&mut state.asks, &mut work.asks);
         state.is_hurried = false;
@@ -516,10 +515,20 @@ impl Shared {
         state.health.faults += 1;
     }
 
+    /// Wakes the journal, which gathers no longer.
+    pub(super) fn hurry(&self) {
+        if let Ok(mut state) = self.state.lock() {
+            state.is_hurried = true;
+        }
+        self.wake.notify_all();
+    }
+
+    /// One of its threads has ended.
     pub(super) fn ended(&self) {
         if let Ok(mut state) = self.state.lock() {
             state.is_over = true;
         }
+        self.wake.notify_all();
     }
 }
 

@@ -259,3 +259,50 @@ async fn until(ledger: &Ledger, is_met: impl Fn(&Health) -> bool) -> Health {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
+
+#[tokio::test]
+async fn while_a_sync_takes_its_time_what_is_settled_is_written_all_the_same() {
+    let (folder, disk) = (tempfile::tempdir().unwrap(), FaultyDisk::default());
+    let settings = Settings { segment_bytes: 2000, queue: 200, ..settings(&folder) };
+    let ledger = Ledger::start_on(disk.clone(), settings.clone()).unwrap();
+    settle(&ledger, 1).durable().await.unwrap();
+    disk.set(Faults { is_stuck: true, ..Faults::default() });
+    let tickets: Vec<_> = (0..100).map(|_| settle(&ledger, 1)).collect();
+    // What a process that is killed now leaves behind.
+    let killed = tempfile::tempdir().unwrap();
+    let path = killed.path().join("ledger");
+    let is_written = || {
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        for entry in std::fs::read_dir(settings.folder.as_ref().unwrap()).unwrap() {
+            let entry = entry.unwrap();
+            // A segment may go meanwhile.
+            let _ = std::fs::copy(entry.path(), path.join(entry.file_name()));
+        }
+        let mut kept = Kept::new(100, 100);
+        Folder::open(RealDisk, &path, 2000, &mut kept, (100, 100)).unwrap();
+        kept.seq == 101
+    };
+    for _ in 0..1000 {
+        if is_written() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(is_written());
+    assert_eq!((ledger.health().durable, ledger.health().queued), (1, 100));
+    assert_eq!(ledger.health().fault, None);
+    // What waits is bounded.
+    let account = AccountId::new("a");
+    let reserve = || ledger.reserve(&claim(&account, Plan::PAID, &[], 1, 1), Millis(0));
+    let held: Vec<_> = (0..100).map(|_| reserve().unwrap()).collect();
+    assert_eq!(reserve().err(), Some(Denied::Faulty));
+    drop(held);
+    disk.set(Faults::default());
+    for ticket in tickets {
+        ticket.durable().await.unwrap();
+    }
+    assert_eq!(ledger.health().durable, 101);
+    ledger.close().await.unwrap();
+    assert_eq!(total(&Ledger::start(settings).unwrap()), 101);
+}

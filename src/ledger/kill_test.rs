@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::base::{AccountId, Millis, ModelId, Neurons, RequestId};
-use crate::ledger::folder::{Folder, Kept};
+use crate::ledger::folder::Folder;
+use crate::ledger::kept::Kept;
 use crate::ledger::{Claim, Denied, Ledger, Plan, Settings, Spent};
 use crate::store::RealDisk;
 use crate::task::Usage;

@@ -14,8 +14,9 @@
 //!   allocates much under the lock, and its order is the journal's: entries are queued under it. The lock is the standard
 //!   library's because it knows when somebody panicked inside: such a book is used by nobody again, and
 //!   [`Ledger::is_alive`] says so.
-//! - **Settled is on disk** when the [`Ticket`] says so: one sync for all of some milliseconds. Reservations are not written at
-//!   all, so a crash refunds them. Rows by day, and snapshots, belong to the journal's thread; no call waits for them.
+//! - **Settled is on disk** when the [`Ticket`] says so: one sync for all of some milliseconds. Written it is before: what a
+//!   process that is killed loses is what it settled in the last of them. Reservations are not written at all, so a crash
+//!   refunds them. Rows by day, and snapshots, belong to the journal's thread; no call waits for them.
 //! - **The disk may fail.** What is admitted can be settled, waits in memory, and is written when the disk is back; new calls
 //!   are refused meanwhile or go on unmetered.
 //! - **A fleet may share the counters.** Then a call takes of a lease, and [`Ledger::claim`] waits where there is none. Leases add
@@ -31,6 +32,7 @@ mod fleet;
 mod folder;
 mod handle;
 mod journal;
+mod kept;
 mod lease;
 mod member;
 mod once;

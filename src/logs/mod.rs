@@ -22,5 +22,5 @@ pub use query::{Filter, Query};
 pub use record::{Body, CacheUse, Record};
 pub use redact::{Redactor, Rule as RedactRule, Rules as RedactRules};
 pub use render::{detail, item, moment, result_info};
-pub use store::{Keep, Page, Patch, Settings as StoreSettings, Store, Stored, Strategy};
+pub use store::{Keep, Page, Patch, Settings as StoreSettings, Store, Stored, Strategy, Sums};
 pub use writer::{Logs, Push, Settings};

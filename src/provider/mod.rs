@@ -27,6 +27,7 @@ mod schema;
 mod sieve;
 mod splice;
 mod table;
+mod talk;
 #[cfg(test)]
 mod testing;
 mod translate;
@@ -36,6 +37,7 @@ mod usage;
 
 pub use failure::failure;
 pub use splice::{Facts, facts, splice_model};
+pub use talk::Talk;
 pub use translate::{Translator, answer};
 pub use url::Url;
 pub use usage::Meter;

@@ -129,6 +129,7 @@ impl<'de> Visitor<'de> for CountsWalk {
                 | "output_tokens"
                 | "outputTokens"
                 | "outputTokenCount"
+                | "responseTokenCount"
                 | "candidatesTokenCount" => &mut counts.output,
                 "thoughtsTokenCount" => &mut counts.thoughts,
                 "reasoning_tokens" => &mut counts.reasoning,
@@ -146,8 +147,10 @@ impl<'de> Visitor<'de> for CountsWalk {
                 "toolUsePromptTokenCount" => &mut counts.tool_prompt,
                 "prompt_tokens_details"
                 | "input_tokens_details"
+                | "input_token_details"
                 | "completion_tokens_details"
-                | "output_tokens_details" => {
+                | "output_tokens_details"
+                | "output_token_details" => {
                     if let Some(details) = map.next_value::<Maybe<Counts>>()?.0 {
                         counts.cached = counts.cached.max(details.cached);
                         counts.reasoning = counts.reasoning.max(details.reasoning);

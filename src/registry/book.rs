@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use crate::base::Millis;
+use crate::base::{Millis, Result};
 use crate::config::gateway::canonical;
+use crate::logs::{Filter, Query};
 
 /// All of an account.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,12 @@ pub(super) struct Book {
     /// Oldest first.
     #[serde(default)]
     pub providers: Vec<ProviderRecord>,
+    /// Oldest first.
+    #[serde(default)]
+    pub datasets: Vec<DatasetRecord>,
+    /// Oldest first.
+    #[serde(default)]
+    pub evaluations: Vec<EvaluationRecord>,
 }
 
 /// A gateway.
@@ -116,6 +123,79 @@ pub(super) struct ProviderRecord {
     pub modified: Millis,
 }
 
+/// A selection of a gateway's log records. Its gateway may be one of the file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct DatasetRecord {
+    pub id: Uuid,
+    pub gateway: String,
+    pub name: String,
+    pub enable: bool,
+    /// All must let a record through.
+    pub filters: Vec<FilterRecord>,
+    pub created: Millis,
+    pub modified: Millis,
+}
+
+/// A filter, in the words of the wire; that it is one was checked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct FilterRecord {
+    pub key: String,
+    pub operator: String,
+    pub value: Vec<Value>,
+}
+
+/// What was to be found out about the records of some datasets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct EvaluationRecord {
+    pub id: Uuid,
+    pub gateway: String,
+    pub name: String,
+    /// As they were when it was made: they may be changed or deleted since.
+    pub datasets: Vec<DatasetRecord>,
+    /// One for each evaluator.
+    pub results: Vec<ResultRecord>,
+    /// Records that were looked at.
+    pub total_logs: u64,
+    /// Whether it is over, well or not.
+    pub processed: bool,
+    pub created: Millis,
+    pub modified: Millis,
+}
+
+/// What one evaluator says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct ResultRecord {
+    pub id: Uuid,
+    pub evaluator: Evaluator,
+    pub status: Status,
+    pub description: String,
+    /// A number as text; empty where there is none.
+    pub result: String,
+    /// Records that it rests on.
+    pub total_logs: u64,
+}
+
+/// What is found out about records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Evaluator {
+    /// What one costs.
+    Cost,
+    /// How long one takes.
+    Speed,
+    /// How many that people judged they like.
+    Feedback,
+}
+
+/// How far a result is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Status {
+    Waiting,
+    Done,
+    Failed,
+}
+
 impl Book {
     /// A generation that was never given before, not even by a book that was lost.
     pub(super) fn generation(&mut self, now: Millis) -> u64 {
@@ -131,6 +211,16 @@ impl Book {
     /// The routes of a gateway, oldest first.
     pub(super) fn routes(&self, gateway: &str) -> impl DoubleEndedIterator<Item = &RouteRecord> {
         self.routes.iter().filter(move |route| route.gateway == gateway)
+    }
+
+    /// The datasets of a gateway, oldest first.
+    pub(super) fn datasets(&self, gateway: &str) -> impl Iterator<Item = &DatasetRecord> {
+        self.datasets.iter().filter(move |dataset| dataset.gateway == gateway)
+    }
+
+    /// The evaluations of a gateway, oldest first.
+    pub(super) fn evaluations(&self, gateway: &str) -> impl Iterator<Item = &EvaluationRecord> {
+        self.evaluations.iter().filter(move |evaluation| evaluation.gateway == gateway)
     }
 }
 
@@ -155,6 +245,22 @@ impl RouteRecord {
     pub(super) fn version(&self, id: Uuid) -> Option<&VersionRecord> {
         self.versions.iter().find(|version| version.id == id)
     }
+}
+
+impl FilterRecord {
+    /// As the wire has it.
+    pub(super) fn written(&self) -> Value {
+        json!({ "key": self.key, "operator": self.operator, "value": self.value })
+    }
+}
+
+/// Filters as the log understands them.
+///
+/// # Errors
+/// Names the filter, and what it may be.
+pub(super) fn compile(filters: &[FilterRecord]) -> Result<Vec<Filter>> {
+    let written: Vec<Value> = filters.iter().map(FilterRecord::written).collect();
+    Ok(Query::of_filters(&written.into())?.filters)
 }
 
 /// What a stored key is sealed to.

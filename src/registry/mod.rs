@@ -1,4 +1,5 @@
-//! What the gateway was told: gateways, custom providers, stored keys and routes, by the file and by the management API.
+//! What the gateway was told: gateways, custom providers, stored keys, routes, datasets and evaluations, by the file and by the management
+//! API.
 //!
 //!     neurond.toml ──> Fixed ───────────────────┐ wins
 //!     management API ──admin──> actor ──sync──> │ <folder>/<account>.json, secrets sealed
@@ -12,12 +13,14 @@ mod actor;
 mod admin;
 mod book;
 mod edit;
+mod evaluation;
 mod folder;
 mod offline;
 mod view;
 
 pub use actor::Registry;
 pub use admin::{Method, Reply};
+pub use evaluation::Due;
 pub use offline::{KeyLine, KeyName, Offline};
 pub use view::{CustomProvider, DeployedRoute, Gateway, StoredKey, View, check};
 

@@ -87,6 +87,7 @@ fn story() -> Vec<(Method, &'static str, Value)> {
         (Method::Put, "gateways/g", json!({ "cache_ttl": 120 })),
         (Method::Post, "gateways/g/provider_configs", key),
         (Method::Post, "gateways/g/routes", route),
+        (Method::Post, "gateways/g/datasets", json!({ "name": "d", "enable": true, "filters": [] })),
         (Method::Post, "custom-providers", custom),
         (Method::Post, "gateways", gateway("h")),
         (Method::Delete, "gateways/h", Value::Null),
@@ -100,7 +101,7 @@ async fn seen(registry: &Registry) -> Vec<Value> {
         seen.push(call(registry, Method::Get, path, Value::Null).await);
     }
     if registry.view().gateway("acme", "g").is_some() {
-        for path in ["gateways/g/provider_configs", "gateways/g/routes"] {
+        for path in ["gateways/g/provider_configs", "gateways/g/routes", "gateways/g/datasets"] {
             seen.push(call(registry, Method::Get, path, Value::Null).await);
         }
     }

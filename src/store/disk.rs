@@ -14,7 +14,7 @@ use std::path::Path;
 use crate::store::{Segment, snapshot};
 
 /// A file that is written from its start to its end.
-pub trait Bytes: Write {
+pub trait Bytes: Write + Sized {
     /// Cuts off what follows.
     ///
     /// # Errors
@@ -27,6 +27,12 @@ pub trait Bytes: Write {
     /// # Errors
     /// The system's.
     fn sync_data(&self) -> Result<()>;
+
+    /// The same file once more.
+    ///
+    /// # Errors
+    /// The system's.
+    fn try_clone(&self) -> Result<Self>;
 }
 
 impl Bytes for File {
@@ -37,10 +43,14 @@ impl Bytes for File {
     fn sync_data(&self) -> Result<()> {
         Self::sync_data(self)
     }
+
+    fn try_clone(&self) -> Result<Self> {
+        Self::try_clone(self)
+    }
 }
 
 /// Where segments and snapshots are written.
-pub trait Disk: Send + 'static {
+pub trait Disk: Clone + Send + 'static {
     /// What segments are written to.
     type File: Bytes + Send;
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! full after n bytes: the write is cut short, then ENOSPC      deaf: each sync is EIO, and what it should have kept is lost
+//! stuck: syncs take as long as one likes
 //! power off: every file is what it was when it was synced last, and torn somewhere behind
 //! ```
 //!
@@ -12,6 +13,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Result, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -37,6 +39,8 @@ pub struct Faults {
     pub deaf: u32,
     /// Writes that fail with EIO before they succeed again, half of each done.
     pub torn: u32,
+    /// Whether syncs wait until they do not any longer.
+    pub is_stuck: bool,
 }
 
 impl FaultyDisk {
@@ -47,10 +51,15 @@ impl FaultyDisk {
 
     /// Takes the power away: of each file is left what was synced, and `torn` bytes of what was not.
     pub fn power_off(&self, torn: u64) {
+        self.power_off_with(|_| torn);
+    }
+
+    /// As [`FaultyDisk::power_off`], other bytes of each file.
+    pub fn power_off_with(&self, torn: impl Fn(&Path) -> u64) {
         for (path, kept) in &self.0.lock().kept {
             let Ok(file) = OpenOptions::new().write(true).open(path) else { continue };
             let length = file.metadata().unwrap().len();
-            file.set_len(length.min(kept + torn)).unwrap();
+            file.set_len(length.min(kept + torn(path))).unwrap();
         }
     }
 }
@@ -102,6 +111,9 @@ impl Bytes for FaultyFile {
     }
 
     fn sync_data(&self) -> Result<()> {
+        while self.disk.0.lock().faults.is_stuck {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let mut state = self.disk.0.lock();
         let length = self.file.metadata()?.len();
         let kept = state.kept.get(&self.path).copied().unwrap_or(0).min(length);
@@ -114,6 +126,10 @@ impl Bytes for FaultyFile {
         }
         state.kept.insert(self.path.clone(), length);
         Ok(())
+    }
+
+    fn try_clone(&self) -> Result<Self> {
+        Ok(Self { file: self.file.try_clone()?, path: self.path.clone(), disk: self.disk.clone() })
     }
 }
 

@@ -95,14 +95,6 @@ impl Segment {
         let is_whole = is_filled(file.read_exact(&mut frame))?;
         Ok((is_whole && checksum(&frame) == sum).then_some(frame))
     }
-
-    /// The file once more, for whoever syncs it on another thread.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn file(&self) -> Result<File> {
-        self.file.try_clone()
-    }
 }
 
 impl<F: Bytes> Segment<F> {
@@ -142,6 +134,14 @@ impl<F: Bytes> Segment<F> {
         let begin = self.end;
         self.end += frames.iter().map(|frame| (HEAD + frame.len()) as u64).sum::<u64>();
         Ok(begin)
+    }
+
+    /// The file once more, for whoever syncs it on another thread.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn file(&self) -> Result<F> {
+        self.file.try_clone()
     }
 
     /// Waits until what was written is on disk.

@@ -26,7 +26,10 @@ async fn post(daemon: &Daemon, query: &str, body: Value) -> Value {
 #[actix::test]
 async fn a_batch_goes_on_after_a_kill_and_every_request_is_answered_and_charged_once() {
     let folder = tempfile::tempdir().unwrap();
-    let config = |step_ms| format!("[batch]\nfolder = {:?}\n{}", folder.path(), sim(step_ms, ""));
+    let config = |step_ms| {
+        let state = folder.path().join("ledger");
+        format!("[batch]\nfolder = {:?}\n[ledger]\nfolder = {state:?}\n{}", folder.path(), sim(step_ms, ""))
+    };
     // All as long as each other, so that all cost the same.
     let request = |at: usize| json!({"prompt": format!("Story number {at:02}"), "max_tokens": 16, "temperature": 0});
 
@@ -69,6 +72,13 @@ async fn a_batch_goes_on_after_a_kill_and_every_request_is_answered_and_charged_
     let charged = daemon.metric(&format!("neurond_micro_neurons_total{{model=\"{MODEL}\"}}")).await / 1e6;
     assert!(all > 0.0 && (charged - all * left / REQUESTS as f64).abs() < 1e-3, "{charged} for {left} of {all}");
     assert_eq!(result["usage"]["completion_tokens"], 16 * REQUESTS);
+    // The ledger has each once, of both processes.
+    let usage = format!("{}/client/v4/accounts/test/ai-gateway/usage", daemon.base);
+    let usage: Value = reqwest::get(usage).await.unwrap().json().await.unwrap();
+    let rows = usage["result"]["rows"].as_array().unwrap();
+    let requests: u64 = rows.iter().map(|row| row["requests"].as_u64().unwrap()).sum();
+    assert_eq!(requests, REQUESTS as u64, "{usage}");
+    assert!((usage["result"]["total_neurons"].as_f64().unwrap() - all).abs() < 1e-3, "{usage} for {all}");
     for response in responses {
         let alone = post(&daemon, "", request(response["id"].as_u64().unwrap() as usize)).await;
         assert_eq!(response["result"]["response"], alone["response"]);

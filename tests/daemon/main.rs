@@ -1,4 +1,4 @@
-//! The real process: signals, drain, hot-swap, systemd's socket, a device that dies, and what a gateway holds.
+//! The real process: signals, drain, hot-swap, systemd's socket, a device that dies, what a gateway holds, and what is left when it is killed.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -8,6 +8,7 @@ mod gateway;
 #[cfg(feature = "emulate")]
 mod gpu;
 mod harness;
+mod killed;
 mod parallel;
 mod signals;
 mod swap;

@@ -11,7 +11,7 @@ use neurond::base::{AccountId, DeviceId, KeyId, Millis, ModelId, Phase};
 use neurond::config::{Binding, CatalogLimits, Config, KvType, Limits, Live, Model, Precision, Scopes, Token};
 use neurond::gateway::Gateway;
 use neurond::gateway::relay::{self, Parts};
-use neurond::http::{self, Batches, Listener, Services};
+use neurond::http::{self, Batches, Evaluations, Listener, Services};
 use neurond::ledger::{Filter, Ledger, Row, Who};
 use neurond::logs::Logs;
 use neurond::metrics::Metrics;
@@ -140,6 +140,7 @@ impl Daemon {
                 let gateway =
                     Gateway { config: config_view, fleet: fleet_view, adapters, ledger, logs, metrics: series };
                 let batches = wanted.batches.as_deref().map(|folder| Batches::start(folder, gateway.clone()).unwrap());
+                let evaluations = Evaluations::start(relays.registry.clone(), relays.logs.clone());
                 let alerts = None;
                 let services = Services {
                     config,
@@ -148,6 +149,7 @@ impl Daemon {
                     clients,
                     alerts,
                     batches,
+                    evaluations,
                     fleet,
                     vault,
                     metrics,

@@ -133,7 +133,7 @@ impl Relay {
         let growth = options.backoff.or(settings.retry.backoff.map(growth)).unwrap_or_default();
         let backoff = Backoff::new(u64::from(most), delay.as_millis() as u64, growth);
         let first_byte = options.request_timeout.or(settings.timeouts.first_byte);
-        let bill = match self.bill(ask, step, &trail.receipt).await {
+        let bill = match self.bill(ask, step, &trail.receipt, false).await {
             Ok(bill) => bill,
             Err(error) => {
                 self.parts.fallback.settle(&watched, pass, Outcome::Abandoned, Millis::now());
@@ -214,8 +214,12 @@ impl Relay {
         }
     }
 
-    /// What a step may cost, held until its answer has ended.
-    async fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt) -> Result<Box<Bill>> {
+    /// What a step may cost, held until its answer has ended. `again`: it goes on with a call that has been counted as a
+    /// request.
+    ///
+    /// # Errors
+    /// Which limit refuses it.
+    pub async fn bill(&self, ask: &Ask, step: &Step, receipt: &Receipt, again: bool) -> Result<Box<Bill>> {
         let (provider, model) = (&*step.target.provider, &*step.target.model);
         let is_local = matches!(step.way, Way::Local(_));
         let config = self.parts.config.get();
@@ -230,6 +234,9 @@ impl Relay {
         let told = ask.options.metadata.as_ref();
         for rule in &ask.gateway.settings.spend_limits {
             windows.extend(limits::of_spending(&ask.account, &ask.gateway.id, rule, told, (provider, model)));
+        }
+        if again {
+            windows.retain(|window| window.counts != Counts::Requests);
         }
         let (mut tokens, mut cost) = (0, Neurons::ZERO);
         if windows.iter().any(|window| window.counts != Counts::Requests) {

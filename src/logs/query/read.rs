@@ -79,18 +79,18 @@ pub(super) fn filters(list: &Value) -> Result<Vec<Filter>> {
     if list.len() > MOST_FILTERS {
         return Err(wrong("filters", format_args!("must be at most {MOST_FILTERS}")));
     }
-    list.iter()
-        .map(|filter| {
-            let text = |name| filter.get(name).and_then(Value::as_str).map(str::to_owned);
-            let key = text("key").ok_or_else(|| wrong("filters.key", "must be given with each filter"))?;
-            let values = match filter.get("value") {
-                None => Vec::new(),
-                Some(Value::Array(values)) => values.clone(),
-                Some(value) => vec![value.clone()],
-            };
-            compile(&Written { key, operator: text("operator"), values })
-        })
-        .collect()
+    let read = |filter: &Value| {
+        let text = |name| filter.get(name).and_then(Value::as_str).map(str::to_owned);
+        let key = text("key").ok_or_else(|| wrong("filters.key", "must be given with each filter"))?;
+        let values = match filter.get("value") {
+            None => Vec::new(),
+            Some(Value::Array(values)) => values.clone(),
+            Some(value) => vec![value.clone()],
+        };
+        compile(&Written { key, operator: text("operator"), values })
+    };
+    let each = list.iter().enumerate();
+    each.map(|(at, filter)| read(filter).map_err(|error| error.context(format_args!("filters.{at}")))).collect()
 }
 
 fn pairs(raw: &str) -> impl Iterator<Item = (String, String)> + '_ {

@@ -8,6 +8,7 @@ use std::ops::{Range, RangeInclusive};
 use memchr::memmem;
 
 use super::columns::{FIRST_TEXT, Vocabulary};
+use super::digits::Digits;
 use super::memory::{ENTRIES, KEYS, VALUES};
 use super::scan::Source;
 use crate::logs::query::{Filter, Match, Test};
@@ -92,7 +93,8 @@ impl Hits {
             Test::IdPart(parts) => {
                 source.ids(&mut self.ids)?;
                 self.hits.clear();
-                self.hits.extend(self.ids.iter().map(|id| parts.iter().any(|part| has_part(*id, *part))));
+                let parts: Vec<_> = parts.iter().map(|part| Digits::of(*part)).collect();
+                self.hits.extend(self.ids.iter().map(|id| parts.iter().any(|part| part.are_in(*id))));
             }
         }
         Ok(Whole::Some)
@@ -193,18 +195,4 @@ fn raised(range: &RangeInclusive<u64>) -> RangeInclusive<u64> {
         true => range.clone(),
         false => range.start().saturating_add(1)..=range.end().saturating_add(1),
     }
-}
-
-/// Whether an id has these digits somewhere.
-pub(super) fn has_part(id: u128, (part, digits): (u128, u32)) -> bool {
-    if digits >= 26 {
-        return id == part;
-    }
-    let mask = (1u128 << (5 * digits)) - 1;
-    let mut rest = id;
-    (0..=26 - digits).fold(false, |has, _| {
-        let is_here = rest & mask == part;
-        rest >>= 5;
-        has | is_here
-    })
 }

@@ -32,6 +32,7 @@ mod columns;
 #[cfg(test)]
 #[path = "crash_test.rs"]
 mod crash;
+mod digits;
 mod filter;
 mod image;
 mod keep;
@@ -42,6 +43,7 @@ mod row;
 mod scan;
 mod search;
 mod settings;
+mod sums;
 #[cfg(test)]
 pub(in crate::logs) mod tests;
 
@@ -69,6 +71,7 @@ pub(in crate::logs) use memory::{dlp_action, model_type};
 pub use row::Stored;
 pub use scan::{Measure, MetaInfo};
 pub use settings::{Keep, Settings, Strategy};
+pub use sums::Sums;
 
 /// Records of a segment.
 const ROWS: usize = 64 << 10;

@@ -8,7 +8,8 @@ use regex::bytes::{Regex, RegexBuilder};
 
 use super::block;
 use super::columns::{BLOCK, FIRST_TEXT, SLOT};
-use super::filter::{containing, has_part};
+use super::digits::Digits;
+use super::filter::containing;
 use super::scan::Source;
 use crate::base::{Error, Result};
 use crate::logs::query::{Text, part_of_id};
@@ -19,7 +20,7 @@ const SEARCHED: usize = 8 << 10;
 /// A text that is looked for everywhere.
 pub(super) struct Search {
     pattern: Regex,
-    part: Option<(u128, u32)>,
+    digits: Option<Digits>,
     budget: u64,
     pub(super) is_complete: bool,
 }
@@ -30,16 +31,16 @@ impl Search {
     pub(super) fn new(text: &str, budget: u64) -> Result<Self> {
         let pattern = RegexBuilder::new(&regex::escape(text)).case_insensitive(true).build();
         let pattern = pattern.map_err(|_| Error::bad_field("search", "'search' is too long: look for a part of it"))?;
-        Ok(Self { pattern, part: part_of_id(text), budget, is_complete: true })
+        Ok(Self { pattern, digits: part_of_id(text).map(Digits::of), budget, is_complete: true })
     }
 
     /// Leaves the rows that have it: ids and names first, then bodies, newest first, while the budget lasts.
     pub(super) fn narrow(&mut self, source: &mut Source, mask: &mut [bool]) -> io::Result<()> {
         let mut hits = vec![false; mask.len()];
-        if let Some(part) = self.part {
+        if let Some(digits) = &self.digits {
             let mut ids = Vec::new();
             source.ids(&mut ids)?;
-            hits.iter_mut().zip(ids).for_each(|(hit, id)| *hit = has_part(id, part));
+            hits.iter_mut().zip(ids).for_each(|(hit, id)| *hit = digits.are_in(id));
         }
         let mut numbers = Vec::new();
         for text in Self::TEXTS {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::super::actor::Bench;
 use super::super::book::{Book, GatewayRecord, setting_name};
 use super::super::view::{DEFAULT, View, checked, compile_guard};
-use super::{Answer, Call, Method, keys, missing, moment, not_found, routes, wrong};
+use super::{Answer, Call, Method, datasets, evaluations, keys, missing, moment, not_found, routes, wrong};
 use crate::base::{Error, Millis, Result};
 use crate::config::gateway::{FIELDS, FixedGateway, MASK, each_secret, is_slug};
 
@@ -40,6 +40,14 @@ pub(super) async fn serve(mut call: Call<'_>, method: Method, path: &[&str]) -> 
         ([id, "routes", rest @ ..], _) => {
             must_exist(&call, id)?;
             routes::serve(call, method, id, rest).await
+        }
+        ([id, "datasets", rest @ ..], _) => {
+            must_exist(&call, id)?;
+            datasets::serve(call, method, id, rest).await
+        }
+        ([id, "evaluations", rest @ ..], _) => {
+            must_exist(&call, id)?;
+            evaluations::serve(call, method, id, rest).await
         }
         ([_] | [_, "url"] | [_, "url", _], _) => Ok(Answer::NoMethod),
         _ => Ok(Answer::NoPath),
@@ -148,7 +156,9 @@ async fn delete(call: &Call<'_>, id: &str) -> Result<Answer> {
         let record = book.gateways.remove(&id).ok_or_else(|| not_found("gateway", &id))?;
         book.keys.retain(|key| key.gateway != id);
         book.routes.retain(|route| route.gateway != id);
-        info!(account = bench.account, gateway = id, "gateway deleted, its keys and routes with it");
+        book.datasets.retain(|dataset| dataset.gateway != id);
+        book.evaluations.retain(|evaluation| evaluation.gateway != id);
+        info!(account = bench.account, gateway = id, "gateway deleted, and what belonged to it");
         Ok(show(bench.account, &id, &record))
     });
     gone.await.map(Answer::Result)

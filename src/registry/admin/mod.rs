@@ -1,10 +1,13 @@
-//! The management API of gateways, custom providers, stored keys and routes, without HTTP: path and values in, status and value out.
+//! The management API of gateways and what belongs to them, without HTTP: path and values in, status and value out.
 //!
 //!     gateways                                  list create
 //!     gateways/{id}                             get put delete
 //!     gateways/{id}/url[/{provider}]            get
 //!     gateways/{id}/provider_configs[/{id}]     keys.rs
 //!     gateways/{id}/routes[/{id}/…]             routes.rs
+//!     gateways/{id}/datasets[/{id}]             datasets.rs
+//!     gateways/{id}/evaluations[/{id}]          evaluations.rs
+//!     evaluation-types                          evaluations.rs
 //!     custom-providers[/{id}]                   providers.rs
 //!
 //! Answers have the usual envelope but for four of the routes. Reads come from the snapshot, changes go through the actor. Who may
@@ -18,6 +21,8 @@ use serde_json::{Map, Value, json};
 use super::actor::Registry;
 use crate::base::{AccountId, Error, Kind, Millis, Result};
 
+mod datasets;
+mod evaluations;
 pub(super) mod gateways;
 pub(super) mod keys;
 mod providers;
@@ -92,6 +97,7 @@ impl Registry {
         let answer = match path {
             ["gateways", rest @ ..] => gateways::serve(call, method, rest).await,
             ["custom-providers", rest @ ..] => providers::serve(call, method, rest).await,
+            ["evaluation-types"] => evaluations::types(&call, method),
             _ => Ok(Answer::NoPath),
         };
         match answer {

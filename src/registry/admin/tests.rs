@@ -10,6 +10,9 @@ use crate::config::gateway::Fixed;
 use crate::registry::Registry;
 use crate::registry::tests::{fixed, sealer};
 
+#[path = "sets_test.rs"]
+mod sets;
+
 /// A registry, and an account that calls it.
 struct Peer {
     registry: Registry,

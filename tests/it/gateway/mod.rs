@@ -11,6 +11,7 @@ mod providers;
 mod records;
 mod retry;
 mod schemas;
+mod sets;
 mod shipping;
 mod soak;
 mod socket;

@@ -14,7 +14,7 @@ fn keeping(more: &str) -> (tempfile::TempDir, Rig) {
     (folder, rig)
 }
 
-async fn manage(rig: &Rig, method: Method, path: &str, body: Value) -> Answer {
+pub(super) async fn manage(rig: &Rig, method: Method, path: &str, body: Value) -> Answer {
     let url = rig.daemon.url(&format!("/client/v4/accounts/acme/ai-gateway/{path}"));
     let request = reqwest::Client::new().request(method, url).bearer_auth("secret");
     Answer::of(if body.is_null() { request } else { request.json(&body) }).await

@@ -143,3 +143,110 @@ async fn a_providers_own_socket_passes_both_ways() {
     );
     rig.is_clean().await;
 }
+
+/// A provider that answers each message with so many tokens in and out, as OpenAI's realtime API does.
+async fn realtime() -> (u16, std::sync::mpsc::Receiver<bool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (packed, seen) = std::sync::mpsc::channel();
+    actix_web::rt::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let packed = packed.clone();
+            actix_web::rt::spawn(async move {
+                #[allow(clippy::result_large_err)]
+                let callback = |request: &tokio_tungstenite::tungstenite::handshake::server::Request, response| {
+                    packed.send(request.headers().contains_key("sec-websocket-extensions")).unwrap();
+                    Ok(response)
+                };
+                let mut socket = tokio_tungstenite::accept_hdr_async(stream, callback).await.unwrap();
+                while let Some(Ok(message)) = socket.next().await {
+                    if !message.is_text() {
+                        continue;
+                    }
+                    let done = json!({ "type": "response.done", "response": { "id": "r", "usage": {
+                        "total_tokens": 130, "input_tokens": 100, "output_tokens": 30,
+                        "input_token_details": { "text_tokens": 100, "cached_tokens": 40 } } } });
+                    for said in [json!({ "type": "response.text.delta", "delta": "usage" }), done] {
+                        if socket.send(Message::text(said.to_string())).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+        }
+    });
+    (port, seen)
+}
+
+#[actix_web::test]
+async fn what_a_realtime_socket_takes_is_charged_as_it_is_told_and_a_budget_ends_it() {
+    let (port, packed) = realtime().await;
+    let provider =
+        format!("[[provider]]\nslug = \"deepseek\"\nbase_url = \"http://127.0.0.1:{port}\"\nallow_private = true\n");
+    let usage = neurond::task::Usage {
+        prompt_tokens: 100,
+        cached_tokens: 40,
+        completion_tokens: 30,
+        ..neurond::task::Usage::default()
+    };
+    let tariffs = neurond::config::Tariffs::load(None).unwrap();
+    let each = tariffs.charge("deepseek", "deepseek-chat", &usage).unwrap();
+    let rig = Rig::made(&provider, false, move |config| {
+        // Enough for three.
+        config.auth.tokens[0].budget.cost_per_month =
+            Some(neurond::base::Neurons::from_micro(each.micro() * 2 + each.micro() / 2));
+    });
+    let path = "/v1/acme/g/deepseek/realtime?model=deepseek-chat";
+    let plain = [("authorization", "Bearer k"), ("sec-websocket-extensions", "permessage-deflate")];
+    let own = [plain[0], ("cf-aig-authorization", "Bearer secret")];
+    let row = async |requests: u64| {
+        for _ in 0..400 {
+            let rows = rig.daemon.rows().await;
+            if let Some((_, row)) =
+                rows.iter().find(|(who, row)| who.model.as_str() == "deepseek-chat" && row.requests == requests)
+            {
+                return row.clone();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        panic!("no row of {requests}: {:?}", rig.daemon.rows().await);
+    };
+    // Without a token of ours there is no budget. Each answer is charged while the socket is open.
+    let mut socket = open(&rig, path, &plain).await.unwrap();
+    assert!(!packed.recv().unwrap(), "compressed it could not be read");
+    for round in 1..=2u64 {
+        socket.send(Message::text("{}")).await.unwrap();
+        for _ in 0..2 {
+            assert!(socket.next().await.unwrap().unwrap().is_text());
+        }
+        let row = row(round).await;
+        assert_eq!(
+            (row.prompt_tokens, row.cached_tokens, row.completion_tokens),
+            (100 * round, 40 * round, 30 * round)
+        );
+        assert_eq!(row.cost.micro(), each.micro() * round);
+    }
+    socket.close(None).await.unwrap();
+    while let Some(Ok(_)) = socket.next().await {}
+    rig.is_clean().await;
+    // With one, what is left after the third is nothing.
+    let mut socket = open(&rig, path, &own).await.unwrap();
+    let mut answers = 0;
+    let closed = loop {
+        if answers % 2 == 0 {
+            socket.send(Message::text("{}")).await.unwrap();
+        }
+        match socket.next().await.unwrap().unwrap() {
+            Message::Close(frame) => break frame.unwrap(),
+            message => assert!(message.is_text(), "{message:?}"),
+        }
+        answers += 1;
+        assert!(answers <= 6, "it goes on without money");
+    };
+    assert_eq!(answers, 6);
+    assert_eq!(u16::from(closed.code), 1008);
+    assert!(closed.reason.contains("budget of ada a month"), "{}", closed.reason);
+    let refused = open(&rig, path, &own).await;
+    assert!(matches!(&refused, Err(Error::Http(response)) if response.status() == 429), "{refused:?}");
+    rig.is_clean().await;
+}

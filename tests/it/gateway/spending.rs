@@ -350,3 +350,65 @@ async fn calls_of_this_machines_models_are_written_down_once_through_a_gateway_o
     assert!(row.neurons > Neurons::ZERO && row.cost == row.neurons, "{row:?}");
     assert_eq!(row.completion_tokens, answer.json()["usage"]["completion_tokens"].as_u64().unwrap());
 }
+
+#[actix_web::test]
+async fn several_prompts_of_one_request_count_as_one_request_and_all_their_tokens() {
+    let rig = Rig::with(
+        "[[limit]]\nname = \"two\"\nrequests = 2\nwindow_s = 86400\n\
+         [[limit]]\nname = \"tokens\"\ntokens = 100000\nwindow_s = 86400\n",
+    );
+    let ask = async || {
+        let body = json!({ "model": CLASSIC, "prompt": ["one", "two", "three"], "max_tokens": 4 });
+        let request = reqwest::Client::new().post(rig.daemon.url("/v1/completions")).bearer_auth("secret").json(&body);
+        Answer::of(request).await
+    };
+    let mut produced = 0;
+    for left in ["1", "0"] {
+        let answer = ask().await;
+        produced += answer.json()["usage"]["completion_tokens"].as_u64().unwrap();
+        assert_eq!((answer.status, answer.json()["choices"].as_array().unwrap().len()), (200, 3), "{answer:?}");
+        assert_eq!(answer.header("ratelimit-remaining"), left);
+    }
+    let refused = ask().await;
+    assert_eq!((refused.status, refused.json()["error"]["code"].clone()), (429, json!("rate_limit_exceeded")));
+    let rows = rig.daemon.rows().await;
+    let (requests, tokens) = rows
+        .iter()
+        .fold((0, 0), |(requests, tokens), (_, row)| (requests + row.requests, tokens + row.completion_tokens));
+    assert_eq!((requests, tokens), (6, produced), "each is billed");
+}
+
+#[actix_web::test]
+async fn requests_of_a_batch_are_bound_by_the_budget_of_its_token() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_owned();
+    let rig = Rig::made("", false, move |config| {
+        config.batches = Some(path);
+        config.auth.tokens[0].budget.neurons_per_month = Some(Neurons::from_micro(1));
+    });
+    let requests = json!([{ "prompt": "one", "max_tokens": 4 }, { "prompt": "two", "max_tokens": 4 }]);
+    let answer = run(&rig, json!({ "requests": [{ "prompt": "first of all", "max_tokens": 4 }] })).await;
+    assert_eq!(answer.json()["result"]["responses"][0]["success"], true, "what is left is something: {answer:?}");
+    let over = |result: &Value| {
+        let responses = result["responses"].as_array().unwrap();
+        assert_eq!(responses.len(), 2, "{result}");
+        for response in responses {
+            assert_eq!(response["success"], false, "{result}");
+            assert!(response["error"].to_string().contains("budget of ada a month"), "{result}");
+        }
+    };
+    over(&run(&rig, json!({ "requests": requests })).await.json()["result"]);
+    // In line as well.
+    let url = rig.daemon.url(&format!("/client/v4/accounts/acme/ai/run/{CLASSIC}?queueRequest=true"));
+    let queued = reqwest::Client::new().post(url).bearer_auth("secret").json(&json!({ "requests": requests }));
+    let id = Answer::of(queued).await.json()["result"]["request_id"].clone();
+    let whole = async {
+        loop {
+            let answer = run(&rig, json!({ "request_id": id })).await.json();
+            if answer["result"].get("responses").is_some() {
+                break answer["result"].clone();
+            }
+        }
+    };
+    over(&tokio::time::timeout(Duration::from_secs(20), whole).await.unwrap());
+}

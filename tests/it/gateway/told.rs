@@ -13,7 +13,7 @@ async fn manage(rig: &Rig, method: Method, path: &str, body: Value) -> Answer {
     Answer::of(if body.is_null() { request } else { request.json(&body) }).await
 }
 
-fn folders(rig: &str) -> (tempfile::TempDir, String) {
+pub(super) fn folders(rig: &str) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().display();
     let more =
