@@ -46,7 +46,7 @@ pub struct Settings {
     pub on_fault: OnFault,
     /// Bytes of a segment, after which there is a snapshot: a start reads at most about as many.
     pub segment_bytes: u64,
-    /// Windows that are kept at most, about 150 bytes each. Those that are over are forgotten first, then the ones that end
+    /// Windows that are kept at most, about 190 bytes each. Those that are over are forgotten first, then the ones that end
     /// first.
     pub max_windows: usize,
     /// Rows of usage that are kept at most, about 400 bytes each; the oldest day goes first.
