@@ -27,9 +27,10 @@ stage_model() {
     scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
 stage_cuda() { scripts/fetch_cuda.sh; }
-# Programs that tests talk to: a mail server, and one that speaks S3 and checks signatures.
+# Programs that tests talk to: a mail server, a collector of traces, and one that speaks S3 and checks signatures.
 stage_servers() {
     scripts/fetch_smtp.sh
+    scripts/fetch_otlp.sh
     scripts/s3_server.sh
 }
 stage_clippy() { NEUROND_CUDA_CHIPS='' cargo clippy --locked --all-targets --features cuda,emulate -- -D warnings; }
