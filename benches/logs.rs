@@ -105,6 +105,8 @@ fn record(dice: &mut Dice, number: u64, body: usize) -> Record {
         request_content_type: Some("application/json".into()),
         response_content_type: Some("application/json".into()),
         metadata: Some(format!(r#"{{"user":"u{}","team":"t{}"}}"#, dice.roll(100_000), dice.roll(20)).into()),
+        trace: None,
+        zero_retention: false,
         event: Some(format!("event-{number:012x}").into()),
         user_agent: Some(dice.pick(&["sdk-python/1.99", "sdk-node/5.2", "curl/8.5"]).into()),
         authenticated: true,

@@ -27,9 +27,10 @@ stage_model() {
     scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
 stage_cuda() { scripts/fetch_cuda.sh; }
-# Programs that tests talk to: a mail server, one that speaks S3 and checks signatures, and the store of a fleet.
+# Programs that tests talk to: a mail server, a collector of traces, one that speaks S3 and checks signatures, and the store of a fleet.
 stage_servers() {
     scripts/fetch_smtp.sh
+    scripts/fetch_otlp.sh
     scripts/s3_server.sh
     scripts/fetch_redis.sh
 }

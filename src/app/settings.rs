@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use crate::alert::{self, Channel, Errors, Filter, Login, Mail, Measure, Security, Severity, Slack, To, Webhook, What};
 use crate::base::{AccountId, Error, Result, Secret};
+use crate::config::gateway::Otel;
 use crate::config::{
     self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, OnLoss,
     ShipSection, ShipTo, SpoolFull, WithSecret,
 };
 use crate::ledger;
 use crate::logs::ship::{self, AtBound, Chosen, Destination, Job};
-use crate::logs::{self, Keep, Push, RedactRule, RedactRules, Redactor, Strategy, analytics};
+use crate::logs::{self, Keep, Push, RedactRule, RedactRules, Redactor, Strategy, analytics, trace};
 use crate::net::client;
 use crate::net::redis::Address;
 use crate::net::sigv4::Credentials;
@@ -93,6 +94,7 @@ pub fn logs(config: &Config, registry: &Registry, client: client::Settings) -> R
         keep: Arc::new(keep),
         ..logs::StoreSettings::new(folder.join("records"))
     });
+    let traces = trace::Settings::new(client.clone());
     let ship = match folder {
         _ if records.ship.is_empty() => None,
         None => {
@@ -130,6 +132,7 @@ pub fn logs(config: &Config, registry: &Registry, client: client::Settings) -> R
         Push {
             enabled: all || settings.is_some_and(|settings| settings.logpush) || is_named(),
             key: settings.and_then(|settings| settings.logpush_public_key.as_deref()).map(Arc::from),
+            traces: settings.map_or_else(Arc::default, |settings| settings.otel.iter().map(destination).collect()),
         }
     };
     let sums = &records.analytics;
@@ -137,6 +140,7 @@ pub fn logs(config: &Config, registry: &Registry, client: client::Settings) -> R
         store,
         redactor: Redactor::new(&rules)?,
         ship,
+        traces,
         analytics: analytics::Settings {
             folder: folder.map(|folder| folder.join("analytics")),
             minutes_for_hours: sums.minutes_for_hours,
@@ -147,6 +151,11 @@ pub fn logs(config: &Config, registry: &Registry, client: client::Settings) -> R
         },
         push: Arc::new(push),
     })
+}
+
+fn destination(otel: &Otel) -> trace::Destination {
+    let Otel { url, headers, authorization, protobuf, allow_private } = otel.clone();
+    trace::Destination { url, headers, authorization, protobuf, allow_private }
 }
 
 /// `ACCOUNT/GATEWAY`, or a gateway of any account.

@@ -6,6 +6,7 @@ mod neuron;
 mod phase;
 mod secret;
 mod time;
+mod trace;
 
 pub use error::{Error, Kind, Limit, Result};
 pub use id::{AccountId, DeviceId, KeyId, LogId, ModelId, RequestId, SlotId};
@@ -13,3 +14,4 @@ pub use neuron::Neurons;
 pub use phase::Phase;
 pub use secret::Secret;
 pub use time::{Millis, UtcDay};
+pub use trace::{TraceContext, span_id, trace_id};

@@ -192,7 +192,8 @@ pub struct GatewaySection {
     /// Example: `{ response = { type = "object" } }`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schemas: Option<GatewaySchemas>,
-    /// Where a span of each call is sent, OTLP over HTTP. Left out: nowhere.
+    /// Where a span of each call is sent, OTLP over HTTP; a server on a private address needs `allow_private = true`, which only this file can
+    /// say. Left out: nowhere.
     /// Example: `[{ url = "https://otel.example/v1/traces", authorization = { env = "OTEL_AUTHORIZATION" }, content_type = "json" }]`
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub otel: Option<Vec<GatewayOtel>>,
@@ -263,6 +264,10 @@ pub struct GatewayOtel {
     /// `"json"` or `"protobuf"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content_type: Option<String>,
+    /// The server may be on a private address. Not among the fields of the wire: whoever may change a gateway by its management API must
+    /// not reach what only the daemon can.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_private: bool,
 }
 
 /// Where a secret is: never in this file.

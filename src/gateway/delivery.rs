@@ -282,6 +282,8 @@ impl Close {
             request_content_type,
             response_content_type,
             metadata,
+            trace: None,
+            zero_retention: false,
             event,
             user_agent,
             authenticated: self.key.is_some(),

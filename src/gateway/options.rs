@@ -1,18 +1,21 @@
 //! What a caller wants of the gateway, said in `cf-aig-…` headers or in the `config` of a universal step.
 //!
 //! A malformed value never fails a request: it counts as not sent, and its name is kept for the log. None of these headers
-//! is forwarded, nor are those that belong to one connection only.
+//! is forwarded, nor are those that belong to one connection only. `traceparent` is read as well, and is forwarded as it came.
 
 use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Map, Value};
 
+use crate::base::{TraceContext, span_id, trace_id};
 use crate::fallback::Growth;
 use crate::task::Usage;
 
 /// Shortest and longest time an answer may be kept by a header.
 const CACHE_TTL_S: std::ops::RangeInclusive<u64> = 60..=2_678_400;
+/// W3C's header of traces.
+const TRACEPARENT: &str = "traceparent";
 /// Entries of metadata that are kept.
 const MAX_METADATA: usize = 5;
 /// Longest wait before a retry that a caller may ask for.
@@ -51,6 +54,14 @@ pub struct Options {
     pub byok_alias: Option<String>,
     /// `provider/model` names to turn to, in this order, when the one that was asked fails. An addition of ours.
     pub fallback: Option<Vec<String>>,
+    /// Nobody who answers may keep the call.
+    pub zero_retention: Option<bool>,
+    /// The trace that the call is of.
+    pub trace_id: Option<[u8; 16]>,
+    /// The caller's own span in it.
+    pub parent_span_id: Option<[u8; 8]>,
+    /// Both, as the standard has them.
+    pub traceparent: Option<TraceContext>,
     /// Names of headers whose values made no sense.
     pub ignored: Vec<&'static str>,
 }
@@ -86,7 +97,7 @@ impl Options {
     /// What a request's headers say.
     pub fn read<'a>(headers: impl Iterator<Item = (&'a str, &'a [u8])>) -> Self {
         let mut options = Self::default();
-        for (name, value) in headers.filter(|(name, _)| is_ours(name)) {
+        for (name, value) in headers.filter(|(name, _)| is_ours(name) || *name == TRACEPARENT) {
             // What is no text makes no sense either.
             options.take(name, std::str::from_utf8(value).unwrap_or("\u{0}"));
         }
@@ -95,8 +106,9 @@ impl Options {
 
     fn take(&mut self, name: &str, value: &str) {
         let Some(rest) = name.strip_prefix("cf-aig-") else {
-            // Their older names.
             match name {
+                TRACEPARENT => self.traceparent = self.checked(TRACEPARENT, TraceContext::parse(value)),
+                // Their older names.
                 "cf-cache-ttl" => self.cache_ttl = self.cache_ttl.or(self.checked("cf-cache-ttl", ttl(value))),
                 _ => self.skip_cache = self.skip_cache.or(self.checked("cf-skip-cache", flag(value))),
             }
@@ -120,6 +132,11 @@ impl Options {
             "retry-delay" => self.retry_delay = self.checked("cf-aig-retry-delay", number(value).and_then(delay)),
             "backoff" => self.backoff = self.checked("cf-aig-backoff", Growth::parse(value.trim())),
             "fallback" => self.fallback = self.checked("cf-aig-fallback", names(value)),
+            "zdr" => self.zero_retention = self.checked("cf-aig-zdr", flag(value)),
+            "otel-trace-id" => self.trace_id = self.checked("cf-aig-otel-trace-id", trace_id(value.trim())),
+            "otel-parent-span-id" => {
+                self.parent_span_id = self.checked("cf-aig-otel-parent-span-id", span_id(value.trim()));
+            }
             "byok-alias" => self.byok_alias = self.checked("cf-aig-byok-alias", text(value)),
             _ => {}
         }
@@ -172,8 +189,21 @@ impl Options {
             backoff: self.backoff.or(request.backoff),
             fallback: self.fallback.clone().or_else(|| request.fallback.clone()),
             byok_alias: self.byok_alias.clone().or_else(|| request.byok_alias.clone()),
+            zero_retention: self.zero_retention.or(request.zero_retention),
+            trace_id: self.trace_id.or(request.trace_id),
+            parent_span_id: self.parent_span_id.or(request.parent_span_id),
+            traceparent: self.traceparent.or(request.traceparent),
             ignored,
         }
+    }
+
+    /// Where the call stands in a trace of its caller's. What Cloudflare's headers say wins; a span of another trace is no parent.
+    pub fn trace(&self) -> Option<TraceContext> {
+        let standard = self.traceparent.filter(|known| self.trace_id.is_none_or(|trace| trace == known.trace));
+        let trace = self.trace_id.or(standard.map(|known| known.trace))?;
+        let parent = self.parent_span_id.or(standard.and_then(|known| known.parent));
+        let flags = standard.map_or(TraceContext::SAMPLED, |known| known.flags);
+        Some(TraceContext { trace, parent, flags })
     }
 
     fn checked<T>(&mut self, name: &'static str, value: Option<T>) -> Option<T> {
@@ -352,11 +382,43 @@ mod tests {
             ("cf-aig-metadata", "[1]"),
             ("cf-aig-custom-cost", "{\"per_token_in\":-1}"),
             ("cf-aig-event-id", ""),
+            ("cf-aig-zdr", "perhaps"),
+            ("cf-aig-otel-trace-id", "00000000000000000000000000000000"),
+            ("cf-aig-otel-parent-span-id", "00f067aa0ba902b"),
         ] {
             let (options, forwarded) = read(&[(name, value)]);
             assert_eq!(options, Options { ignored: vec![name], ..Options::default() }, "{name}: {value}");
             assert!(forwarded.is_empty());
         }
+    }
+
+    #[test]
+    fn a_trace_is_joined_as_the_headers_say_and_the_standard_one_goes_on() {
+        let (trace, other) = ("4bf92f3577b34da6a3ce929d0e0e4736", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa");
+        let (span, mine) = ("00f067aa0ba902b7", "bbbbbbbbbbbbbbbb");
+        let standard = format!("00-{trace}-{span}-00");
+        let check = |headers: &[(&str, &str)], expected: Option<(&str, Option<&str>, u8)>| {
+            let (options, forwarded) = read(headers);
+            let expected = expected.map(|(trace, parent, flags)| TraceContext {
+                trace: trace_id(trace).unwrap(),
+                parent: parent.map(|span| span_id(span).unwrap()),
+                flags,
+            });
+            assert_eq!(options.trace(), expected, "{headers:?}");
+            let sent = headers.iter().filter(|(name, _)| *name == TRACEPARENT);
+            assert_eq!(forwarded, sent.map(|(name, value)| format!("{name}: {value}")).collect::<Vec<_>>());
+        };
+        let (id, parent) = ("cf-aig-otel-trace-id", "cf-aig-otel-parent-span-id");
+        check(&[], None);
+        check(&[(TRACEPARENT, &standard)], Some((trace, Some(span), 0)));
+        check(&[(TRACEPARENT, "00-nonsense")], None);
+        check(&[(id, other)], Some((other, None, 1)));
+        check(&[(id, other), (parent, mine)], Some((other, Some(mine), 1)));
+        check(&[(parent, mine)], None);
+        check(&[(TRACEPARENT, &standard), (parent, mine)], Some((trace, Some(mine), 0)));
+        check(&[(TRACEPARENT, &standard), (id, other)], Some((other, None, 1)));
+        check(&[(TRACEPARENT, &standard), (id, trace)], Some((trace, Some(span), 0)));
+        check(&[(TRACEPARENT, &standard), (id, "short")], Some((trace, Some(span), 0)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde_json::json;
 use tracing::info;
 
-use crate::base::{AccountId, Error, KeyId, LogId, Millis, Neurons, RequestId};
+use crate::base::{AccountId, Error, KeyId, LogId, Millis, Neurons, RequestId, TraceContext};
 use crate::gateway::asked::Ask;
 use crate::gateway::bill::{Charge, Receipt};
 use crate::gateway::counts::{Counts, Outcome};
@@ -47,6 +47,8 @@ pub struct Record {
     step: usize,
     status: u16,
     metadata: Option<String>,
+    trace: Option<TraceContext>,
+    zero_retention: bool,
     ignored: Vec<&'static str>,
     flags: Vec<Finding>,
     custom_cost: Option<CustomCost>,
@@ -112,6 +114,8 @@ impl Record {
             step: 0,
             status: 0,
             metadata: ask.options.metadata.as_ref().and_then(|all| serde_json::to_string(all).ok()),
+            trace: ask.options.trace(),
+            zero_retention: ask.options.zero_retention.unwrap_or(ask.gateway.settings.zero_data_retention),
             ignored: ask.options.ignored.clone(),
             flags: Vec::new(),
             custom_cost: ask.options.custom_cost,
@@ -317,6 +321,8 @@ impl Record {
             request_content_type: self.request_kind.take().map(String::into_boxed_str),
             response_content_type: (!self.answer_kind.is_empty()).then(|| std::mem::take(&mut self.answer_kind)),
             metadata: self.metadata.take().map(String::into_boxed_str),
+            trace: self.trace,
+            zero_retention: self.zero_retention,
             event: self.event.take().map(String::into_boxed_str),
             user_agent: self.user_agent.as_ref().and_then(|agent| agent.to_str().ok()).map(Box::from),
             authenticated: self.authenticated,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AccountId, KeyId, LogId, Millis, Neurons, RequestId};
+use crate::base::{AccountId, KeyId, LogId, Millis, Neurons, RequestId, TraceContext};
 use crate::task::{Task, Usage};
 
 /// What the cache did for a call.
@@ -110,6 +110,10 @@ pub struct Record {
     pub response_content_type: Option<Box<str>>,
     /// What the caller sent along: a JSON object of at most five entries, as text.
     pub metadata: Option<Box<str>>,
+    /// Where the call stands in a trace of its caller's; `None`: it begins one.
+    pub trace: Option<TraceContext>,
+    /// Zero data retention was asked for: no trace has bodies.
+    pub zero_retention: bool,
     /// What the caller calls the call.
     pub event: Option<Box<str>>,
     /// Who the caller's program says it is.

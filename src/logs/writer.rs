@@ -1,7 +1,7 @@
 //! The thread that takes records in, and the handle by which calls give them to it.
 //!
 //! ```text
-//!   append ─> queue ─ 5 ms ─> batch: observe, redact ─> store.append, ship.append
+//!   append ─> queue ─ 5 ms ─> batch: observe, redact ─> store.append, ship.append, trace.append
 //! ```
 //!
 //! It sleeps while records gather, so that a busy gateway wakes it two hundred times a second and not for each call.
@@ -21,6 +21,7 @@ use super::analytics::{self, Analytics};
 use super::redact::Redactor;
 use super::ship::{self, Outgoing, PublicKey, Ship};
 use super::store::{self, Store};
+use super::trace::{self, Traces};
 use crate::base::{AccountId, Error, Millis, Result};
 use crate::logs::record::{Body, Record};
 use crate::metrics::Metrics;
@@ -48,23 +49,30 @@ pub struct Settings {
     pub redactor: Redactor,
     /// Where they are shipped to, if anywhere.
     pub ship: Option<ship::Settings>,
+    /// How spans are sent.
+    pub traces: trace::Settings,
     /// Sums.
     pub analytics: analytics::Settings,
-    /// Whether a gateway's records are shipped, and for whom they are sealed: asked with every batch.
+    /// Where a gateway's records go: asked with every batch.
     pub push: Arc<PushOf>,
 }
 
-/// What a gateway says of shipping.
+/// What a gateway says of where its records go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Push {
     /// Its records are shipped.
     pub enabled: bool,
     /// An RSA key, PEM, that metadata and bodies are sealed for.
     pub key: Option<Arc<str>>,
+    /// Who gets a span of each call.
+    pub traces: Arc<[trace::Destination]>,
 }
 
 /// See [`Settings::push`].
 pub type PushOf = dyn Fn(&AccountId, &str) -> Push + Send + Sync;
+
+/// What the gateways of a batch say.
+type Told = HashMap<(AccountId, Arc<str>), Push>;
 
 /// The log's whole outside. Cheap to clone.
 #[derive(Clone)]
@@ -77,6 +85,7 @@ struct Shared {
     metrics: Arc<Metrics>,
     store: Option<Store>,
     ship: Option<Arc<Ship>>,
+    traces: Arc<Traces>,
     analytics: Arc<Analytics>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -95,9 +104,10 @@ impl Logs {
     /// # Errors
     /// When a folder cannot be used, or a destination cannot be one.
     pub fn start(settings: Settings, metrics: Arc<Metrics>) -> Result<Self> {
-        let Settings { store, redactor, ship, analytics, push } = settings;
+        let Settings { store, redactor, ship, traces, analytics, push } = settings;
         let store = store.map(Store::open).transpose()?;
         let ship = ship.map(Ship::start).transpose()?.map(Arc::new);
+        let traces = Arc::new(Traces::start(traces, &metrics)?);
         let analytics = Arc::new(Analytics::open(analytics, Millis::now())?);
         let (queue, records) = flume::bounded(QUEUE);
         let bytes = Arc::new(AtomicUsize::new(0));
@@ -107,6 +117,7 @@ impl Logs {
             redactor,
             store: store.clone(),
             ship: ship.clone(),
+            traces: traces.clone(),
             analytics: analytics.clone(),
             push,
             keys: HashMap::new(),
@@ -117,7 +128,7 @@ impl Logs {
         let thread =
             thread.map_err(|error| Error::internal("the log's thread cannot be started").with_source(error))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self(Arc::new(Shared { queue, bytes, metrics, store, ship, analytics, thread })))
+        Ok(Self(Arc::new(Shared { queue, bytes, metrics, store, ship, traces, analytics, thread })))
     }
 
     /// Takes a record. Never waits.
@@ -158,20 +169,29 @@ impl Logs {
         self.tell(Message::Flush).await;
     }
 
-    /// Writes down what there is, and ends. Shipping gets `patience` to catch up; what does not arrive is shipped by the next start.
+    /// Writes down what there is, and ends. Shipping and sending get `patience` to catch up; records that do not arrive are shipped by the
+    /// next start, spans are lost.
     pub async fn close(&self, patience: Duration) {
         self.tell(Message::End).await;
-        let (store, ship, analytics) = (self.0.store.clone(), self.0.ship.clone(), self.0.analytics.clone());
+        let Shared { store, ship, traces, analytics, .. } = &*self.0;
+        let (store, ship, traces, analytics) = (store.clone(), ship.clone(), traces.clone(), analytics.clone());
         let thread = self.0.thread.lock().take();
         let closing = tokio::task::spawn_blocking(move || {
             if thread.is_some_and(|thread| thread.join().is_err()) {
                 error!("the log's thread had panicked");
             }
-            if let Some(ship) = ship
-                && !ship.flush(patience)
-            {
-                warn!("some log records are not shipped yet: the next start does it");
-            }
+            std::thread::scope(|beside| {
+                beside.spawn(|| {
+                    if !traces.close(patience) {
+                        warn!("some spans are not sent yet: they are lost");
+                    }
+                });
+                if let Some(ship) = ship
+                    && !ship.flush(patience)
+                {
+                    warn!("some log records are not shipped yet: the next start does it");
+                }
+            });
             analytics.flush(Millis::now());
             if let Some(Err(error)) = store.map(|store| store.flush()) {
                 error!(%error, "the log's last records");
@@ -197,6 +217,7 @@ struct Writer {
     redactor: Redactor,
     store: Option<Store>,
     ship: Option<Arc<Ship>>,
+    traces: Arc<Traces>,
     analytics: Arc<Analytics>,
     push: Arc<PushOf>,
     /// By their PEM; `None`: that is none.
@@ -253,8 +274,11 @@ impl Writer {
         for record in batch.iter() {
             self.analytics.observe(record);
         }
-        batch.retain(|record| record.id.is_some());
-        for record in batch.iter_mut() {
+        let told = self.ask(batch);
+        // They are not to be logged; their spans have no bodies, which were not kept.
+        let unlogged = batch.extract_if(.., |record| record.id.is_none());
+        let mut unlogged: Vec<_> = unlogged.filter(|record| destinations(&told, record).is_some()).collect();
+        for record in batch.iter_mut().chain(&mut unlogged) {
             let Record { asked, request_content_type, answered, response_content_type, .. } = &mut **record;
             for (body, kind) in [(asked, request_content_type), (answered, response_content_type)] {
                 inflate(body);
@@ -277,19 +301,28 @@ impl Writer {
                 }
             }
         }
-        self.hand_on(batch);
+        self.hand_on(batch, &told);
+        for record in batch.drain(..).chain(unlogged) {
+            if let Some(to) = destinations(&told, &record) {
+                self.traces.append(record, to.clone());
+            }
+        }
         self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-        batch.clear();
+    }
+
+    /// What the gateways say whose records these are.
+    fn ask(&self, batch: &[Box<Record>]) -> Told {
+        let mut told = Told::new();
+        for record in batch {
+            told.entry((record.account.clone(), record.gateway.clone()))
+                .or_insert_with(|| (self.push)(&record.account, &record.gateway));
+        }
+        told
     }
 
     /// Ships what is to be shipped.
-    fn hand_on(&mut self, batch: &[Box<Record>]) {
+    fn hand_on(&mut self, batch: &[Box<Record>], told: &Told) {
         let Some(ship) = &self.ship else { return };
-        let mut told: HashMap<(&AccountId, &str), Push> = HashMap::new();
-        for record in batch {
-            told.entry((&record.account, &record.gateway))
-                .or_insert_with(|| (self.push)(&record.account, &record.gateway));
-        }
         if self.keys.len() > MAX_KEYS {
             self.keys.clear();
         }
@@ -300,7 +333,7 @@ impl Writer {
             });
         }
         let outgoing = batch.iter().filter_map(|record| {
-            let push = told.get(&(&record.account, &*record.gateway)).filter(|push| push.enabled)?;
+            let push = told.get(&(record.account.clone(), record.gateway.clone())).filter(|push| push.enabled)?;
             let key = match &push.key {
                 None => None,
                 // What is to be sealed and cannot be stays here.
@@ -331,6 +364,12 @@ impl Writer {
             }
         }
     }
+}
+
+/// Who gets a span of a call, if anybody.
+fn destinations<'a>(told: &'a Told, record: &Record) -> Option<&'a Arc<[trace::Destination]>> {
+    let push = told.get(&(record.account.clone(), record.gateway.clone()))?;
+    Some(&push.traces).filter(|to| !to.is_empty())
 }
 
 /// A compressed body as it reads: what is in it is to be found, by who looks for it and by who takes secrets out of it.

@@ -108,6 +108,8 @@ pub struct Metrics {
     pub log_records_dropped: IntCounter,
     /// Log records that went without their bodies, since too many bytes waited.
     pub log_bodies_dropped: IntCounter,
+    /// Spans of calls by what became of them (sent, rejected, failed, dropped), each destination counted for itself.
+    pub spans: IntCounterVec,
     /// What is kept of log records, by what is counted (records, bytes, segments).
     pub log_store: IntGaugeVec,
     /// Bytes of records that wait to be shipped.
@@ -436,6 +438,11 @@ impl Metrics {
             log_bodies_dropped: r.counter(
                 "neurond_log_bodies_dropped_total",
                 "Log records that went without their bodies, since too many bytes waited.",
+            ),
+            spans: r.counters(
+                "neurond_spans_total",
+                "Spans of calls by what became of them (sent, rejected, failed, dropped), each destination counted for itself.",
+                &["outcome"],
             ),
             log_store: r.gauges(
                 "neurond_log_store",

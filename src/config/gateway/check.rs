@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use http::HeaderName;
 use serde_json::{Map, Value};
 
 use super::settings::{
@@ -287,12 +288,15 @@ fn otel(read: &mut Reader) -> Vec<Otel> {
         let mut headers = Vec::new();
         if let Some(mut names) = entry.object("headers") {
             for name in names.fields.keys() {
+                if HeaderName::try_from(name).is_err() {
+                    names.wrong(name, &Value::from("(hidden)"), "is no name of a header; give letters, digits and -");
+                }
                 headers.extend(names.secret(name).map(|value| (name.clone(), value)));
             }
         }
         let protobuf = entry.word("content_type", &[("json", false), ("protobuf", true)]).unwrap_or(false);
         let authorization = entry.secret("authorization");
-        found.push(Otel { url, headers, authorization, protobuf });
+        found.push(Otel { url, headers, authorization, protobuf, allow_private: false });
     }
     found
 }

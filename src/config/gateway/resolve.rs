@@ -83,15 +83,19 @@ fn gateway(check: &mut Check, index: usize, section: &GatewaySection, found: &mu
         let secret = secret.and_then(|source| check.secret(&format!("{key}.otel[{at}].authorization"), source));
         if let Some(entry) = fields.get_mut("otel").and_then(|list| list.get_mut(at)).and_then(Value::as_object_mut) {
             entry.remove("authorization");
+            entry.remove("allow_private");
             entry.extend(secret.map(|secret| ("authorization".to_owned(), secret.expose().as_str().into())));
         }
     }
-    let settings = match Settings::check(&fields) {
+    let mut settings = match Settings::check(&fields) {
         Ok(settings) => settings,
         Err(problems) => {
             return check.problems.extend(problems.iter().map(|problem| format!("{}: {key}.{problem}", check.origin)));
         }
     };
+    for (otel, written) in settings.otel.iter_mut().zip(section.otel.iter().flatten()) {
+        otel.allow_private = written.allow_private;
+    }
     if settings.rate_limit.is_none() && section.rate_limiting_limit.is_some_and(|limit| limit > 0) {
         check.warnings.push(format!("{key}.rate_limiting_limit: limits nothing without rate_limiting_interval"));
     }

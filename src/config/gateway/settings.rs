@@ -266,6 +266,8 @@ pub struct Otel {
     pub authorization: Option<Secret<String>>,
     /// Protobuf, or else JSON.
     pub protobuf: bool,
+    /// The server may be on a private address: the file says so.
+    pub allow_private: bool,
 }
 
 /// One mistake in the fields.

@@ -110,7 +110,7 @@ fn everything_that_is_written_counts() {
         dlp = { enabled = true, policies = [{ id = "p", enabled = true, action = "FLAG", check = ["RESPONSE"], profiles = ["x"] }] }
         rules = [{ name = "card", pattern = '\d{16}' }, { name = "word", pattern = "x", on = "response", action = "flag" }]
         schemas = { request = { type = "object" }, response = "answer.json" }
-        otel = [{ url = "https://otel.example/v1/traces", headers = { x-team = "a" }, authorization = { env = "OPENAI_API_KEY" }, content_type = "protobuf" }]
+        otel = [{ url = "https://otel.example/v1/traces", headers = { x-team = "a" }, authorization = { env = "OPENAI_API_KEY" }, content_type = "protobuf" }, { url = "http://10.0.0.7:4318/v1/traces", allow_private = true }]
         logpush = true
         logpush_public_key = "-----BEGIN PUBLIC KEY-----"
         zdr = true
@@ -140,6 +140,12 @@ fn everything_that_is_written_counts() {
     assert_eq!((s.rules[1].sides, s.rules[1].action), (Sides { request, response }, Action::Flag));
     assert_eq!(s.schemas.response, Some(json!({ "type": "object" })));
     assert_eq!(s.otel[0].authorization.as_ref().unwrap().expose(), "sk-from-the-environment");
+    assert_eq!(s.otel.iter().map(|otel| otel.allow_private).collect::<Vec<_>>(), [false, true]);
+    assert_eq!(
+        gateway.fields["otel"][1],
+        json!({ "url": "http://10.0.0.7:4318/v1/traces", "headers": {} }),
+        "the file's alone"
+    );
     assert!(s.otel[0].protobuf && s.logpush && s.zero_data_retention);
     // What is shown is in the names of the wire, and no secret is.
     assert_eq!(gateway.fields["otel"][0]["authorization"], MASK);
@@ -195,6 +201,7 @@ fn mistakes_in_gateways_are_all_told_with_what_to_do() {
             "otel = [{ url = \"https://x/\", authorization = { env = \"UNSET\" } }]",
             "otel[0].authorization.env = \"UNSET\"",
         ),
+        ("otel = [{ url = \"https://x/\", headers = { \"a b\" = \"c\" } }]", "otel[0].headers.a b"),
         ("logpush_public_key = \"short\"", "is not a text of 16 to 1024 characters"),
         ("account = \"a/b\"", "gateway[0] (prod).account = \"a/b\": is not an account"),
     ] {

@@ -40,6 +40,8 @@ pub(super) fn record(second: u64) -> Call {
         request_content_type: None,
         response_content_type: None,
         metadata: None,
+        trace: None,
+        zero_retention: false,
         event: None,
         user_agent: None,
         authenticated: true,

@@ -19,20 +19,14 @@ use tokio::time::{interval, sleep};
 use tracing::{debug, error, info, warn};
 
 use super::pack::{self, Chosen, Failure, Object};
-use super::sink::{Sink, Trouble};
+use super::sink::Sink;
 use super::spool::{Shipped, Spool, write_cursor};
 use crate::base::{Millis, RequestId};
+use crate::logs::post::{self, Trouble};
 use crate::net::client::{self, Client};
 
 /// How often is looked what is to be sealed and synced, at most.
 const TICK: Duration = Duration::from_secs(1);
-/// The longest wait, in first ones.
-const MAX_WAIT: u32 = 60;
-/// The wait where somebody must see to it, in first ones.
-const HELD_WAIT: u32 = 300;
-
-/// How nice the threads are to others, of 19.
-pub(super) const NICE: i32 = 15;
 
 /// What the writer and the jobs share.
 pub(super) struct Shared {
@@ -84,7 +78,7 @@ pub(super) fn run(
     manner: Manner,
     stop: oneshot::Receiver<()>,
 ) {
-    step_back();
+    post::step_back();
     let local = LocalSet::new();
     local.block_on(&runtime, async {
         let client = Client::new(manner.client.clone());
@@ -101,15 +95,6 @@ pub(super) fn run(
     });
     drop(local);
     runtime.shutdown_timeout(TICK);
-}
-
-/// Calls come first: where they want the processor, this thread has little of it.
-pub(super) fn step_back() {
-    // SAFETY: it takes numbers only. On Linux 0 is the thread that asks.
-    #[cfg(target_os = "linux")]
-    unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, NICE);
-    }
 }
 
 /// Seals what is old, and makes what was written outlive the machine.
@@ -173,7 +158,7 @@ async fn carry(carrier: Carrier, shared: Arc<Shared>, client: Client, manner: Ma
             }
             Err(trouble) => {
                 tries += 1;
-                let wait = wait(&trouble, tries, manner.first_wait, RequestId::random().low_bits());
+                let wait = trouble.wait(tries, manner.first_wait, RequestId::random().low_bits());
                 tell(&shared, &carrier, trouble, tries, wait);
                 tokio::select! {
                     () = sleep(wait) => {}
@@ -204,21 +189,6 @@ fn unpacked(failure: Failure) -> Trouble {
     }
 }
 
-/// How long to wait after so many tries; `random` is any number.
-fn wait(trouble: &Trouble, tries: u32, first: Duration, random: u64) -> Duration {
-    let most = match trouble {
-        Trouble::Lasting(_) => first * HELD_WAIT,
-        Trouble::Passing(..) => first * (1 << (tries - 1).min(16)).min(MAX_WAIT),
-    };
-    // Between a half and all of it: many daemons that failed together do not come back together.
-    let half = most / 2;
-    let drawn = half + Duration::from_micros(random % (half.as_micros() as u64 + 1));
-    match trouble {
-        Trouble::Passing(_, Some(asked)) => drawn.max(*asked),
-        _ => drawn,
-    }
-}
-
 fn tell(shared: &Shared, carrier: &Carrier, trouble: Trouble, tries: u32, wait: Duration) {
     let (why, is_held) = match trouble {
         Trouble::Passing(why, _) => (why, false),
@@ -233,34 +203,4 @@ fn tell(shared: &Shared, carrier: &Carrier, trouble: Trouble, tries: u32, wait: 
         debug!(job, why, tries, ?wait, "log records could not be exported");
     }
     shared.spool.lock().give_back(carrier.number, &why, is_held, Millis::now());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_double_up_to_a_bound_and_are_drawn_from_their_upper_half() {
-        let second = Duration::from_secs(1);
-        let check = |trouble: &Trouble, tries: u32, expected: [u64; 2]| {
-            let drawn = (0..200u64).map(|draw| {
-                let random = draw.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-                wait(trouble, tries, second, random).as_millis() as u64
-            });
-            let (least, most) = drawn.fold((u64::MAX, 0), |(least, most), ms| (least.min(ms), most.max(ms)));
-            let [from, to] = expected;
-            assert!(
-                from <= least && most <= to && most - least >= (to - from) / 2,
-                "{trouble:?} {tries}: {least}..{most}"
-            );
-        };
-        let passing = Trouble::Passing(String::new(), None);
-        check(&passing, 1, [500, 1000]);
-        check(&passing, 2, [1000, 2000]);
-        check(&passing, 6, [16_000, 32_000]);
-        check(&passing, 7, [30_000, 60_000]);
-        check(&passing, 4_000_000_000, [30_000, 60_000]);
-        check(&Trouble::Lasting(String::new()), 1, [150_000, 300_000]);
-        check(&Trouble::Passing(String::new(), Some(second * 90)), 1, [90_000, 90_000]);
-    }
 }

@@ -45,6 +45,8 @@ pub(in crate::logs::ship) fn sample() -> Record {
         request_content_type: Some("application/json".into()),
         response_content_type: Some("text/event-stream".into()),
         metadata: Some(r#"{"user":"a \"b\"","n":1}"#.into()),
+        trace: None,
+        zero_retention: false,
         event: Some("ev-1".into()),
         user_agent: Some("curl/8".into()),
         authenticated: true,

@@ -37,6 +37,7 @@ pub use self::spool::AtBound;
 use self::spool::{Bounds, Spool};
 pub use self::status::{JobStatus, Status};
 use crate::base::{Error, Millis, Result};
+use crate::logs::post;
 use crate::logs::record::Record;
 use crate::net::client;
 
@@ -145,7 +146,7 @@ impl Ship {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name("ship-disk")
-            .on_thread_start(carry::step_back)
+            .on_thread_start(post::step_back)
             .max_blocking_threads(2 * carriers.len() + 1)
             .build()
             .map_err(failed)?;

@@ -167,7 +167,7 @@ fn the_threads_that_ship_step_back_behind_those_that_serve() {
     };
     // One of another test may just have begun.
     let begin = Instant::now();
-    while !threads().iter().all(|nice| *nice == carry::NICE) || threads().len() < 2 {
+    while !threads().iter().all(|nice| *nice == post::NICE) || threads().len() < 2 {
         assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", threads());
         std::thread::sleep(Duration::from_millis(5));
     }

@@ -141,6 +141,9 @@ pub(super) fn decode(bytes: &mut &[u8]) -> Option<Record> {
         request_content_type,
         response_content_type,
         metadata,
+        // For spans, which are sent once and not from here.
+        trace: None,
+        zero_retention: false,
         event,
         user_agent,
         authenticated,

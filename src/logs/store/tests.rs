@@ -41,6 +41,8 @@ pub(in crate::logs) fn record(at: u64, number: u64) -> Record {
         request_content_type: Some("application/json".into()),
         response_content_type: Some("application/json".into()),
         metadata: Some(format!(r#"{{"user":"u{}","n":{number}}}"#, number % 11).into()),
+        trace: None,
+        zero_retention: false,
         event: Some(format!("event-{number}").into()),
         user_agent: None,
         authenticated: true,

@@ -249,6 +249,7 @@ async fn what_is_wrong_with_a_gateway_is_told() {
         ("retry_backoff", json!("cubic"), "exponential"),
         ("logpush_public_key", json!("short"), "16 to 1024"),
         ("otel", json!([{ "url": "x" }]), "otel[0].url"),
+        ("otel", json!([{ "url": "http://10.0.0.7/", "allow_private": true }]), "otel[0].allow_private"),
         ("otel", json!([{ "url": "https://x/", "secret": "hush" }]), "otel[0].secret = \"(hidden)\""),
         ("spend_limits", json!({ "rules": vec![json!({}); 21] }), "more than 20"),
         ("guardrails", json!({ "prompt": { "S99": "BLOCK" } }), "S99"),

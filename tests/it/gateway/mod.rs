@@ -17,6 +17,7 @@ mod soak;
 mod socket;
 mod spending;
 mod told;
+mod tracing;
 mod unified;
 mod world;
 

@@ -325,6 +325,8 @@ fn record(number: usize) -> Record {
         request_content_type: None,
         response_content_type: None,
         metadata: None,
+        trace: None,
+        zero_retention: false,
         event: None,
         user_agent: None,
         authenticated: false,
@@ -524,7 +526,7 @@ fn head_of(reader: &mut impl BufRead) -> Option<String> {
 
 /// What a collector does with a request.
 #[derive(Clone, Copy)]
-enum Behaviour {
+pub enum Behaviour {
     Take,
     /// A status and more headers.
     Answer(u16, &'static str),
@@ -538,17 +540,17 @@ enum Behaviour {
     TakeAndReset,
 }
 
-type Seen = Mutex<Vec<(String, Vec<u8>)>>;
+pub type Seen = Mutex<Vec<(String, Vec<u8>)>>;
 
-/// A server that takes lines, in ways told beforehand; well where nothing is left of them.
-struct Collector {
-    address: SocketAddr,
+/// A server that takes what is posted, in ways told beforehand; well where nothing is left of them.
+pub struct Collector {
+    pub address: SocketAddr,
     /// Heads and bodies of what it has taken.
-    seen: Arc<Seen>,
+    pub seen: Arc<Seen>,
 }
 
 impl Collector {
-    fn start(script: Vec<Behaviour>) -> Self {
+    pub fn start(script: Vec<Behaviour>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
         let (seen, script) = (Arc::default(), Arc::new(Mutex::new(VecDeque::from(script))));

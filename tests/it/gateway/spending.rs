@@ -259,7 +259,12 @@ async fn run(rig: &Rig, body: Value) -> Answer {
     let url = rig.daemon.url(&format!("/client/v4/accounts/acme/ai/run/{CLASSIC}"));
     let answer = Answer::of(reqwest::Client::new().post(url).bearer_auth("secret").json(&body)).await;
     // What a call took is counted when its answer has ended.
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    for _ in 0..1000 {
+        if rig.daemon.services.gateway.ledger.health().open == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     answer
 }
 
