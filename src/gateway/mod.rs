@@ -18,7 +18,6 @@ pub mod record;
 pub mod relay;
 pub mod route;
 pub mod step;
-pub mod talk;
 pub mod terms;
 pub mod watch;
 

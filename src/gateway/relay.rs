@@ -12,6 +12,7 @@
 
 mod attempt;
 mod credentials;
+pub mod talk;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -27,15 +28,13 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::unfold;
-use http::{Method, header};
-use hyper::upgrade::Upgraded;
-use tokio::time::timeout;
+use http::Method;
 
 use crate::base::{AccountId, Error, Kind, Millis, ModelId, Neurons, Result};
 use crate::cache::{self, Cache, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
 use crate::config::gateway::KeyFiles;
 use crate::config::{self, Config, Live};
-use crate::fallback::{Fallback, Policy, Target};
+use crate::fallback::{Fallback, Policy};
 use crate::gateway::asked::{Ask, Who};
 use crate::gateway::bill::{self, Receipt};
 use crate::gateway::counts;
@@ -43,19 +42,18 @@ use crate::gateway::headers::{self, Headers};
 use crate::gateway::limits;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::Record;
-use crate::gateway::step::{LocalCall, Way};
-use crate::gateway::talk::Talk;
+use crate::gateway::step::LocalCall;
 use crate::gateway::terms;
 use crate::gateway::watch::Watch;
 use crate::ledger::{Claim, Counts, Ledger, Plan};
 use crate::logs::{CacheUse, Logs};
 use crate::metrics::Metrics;
-use crate::net::client::{self, Client, Fault};
+use crate::net::client::{self, Client};
 use crate::net::vertex::AccessToken;
 use crate::registry::{Gateway, Registry};
 use crate::vault::seal::Sealer;
 
-use attempt::{Begun, Failure, MAX_FAILURE_BYTES, Trail, collect, content_type, is_events, is_frames, no_answer, word};
+use attempt::{Begun, MAX_FAILURE_BYTES, Trail, collect, content_type, is_events, is_frames};
 
 /// How long an answer is kept that only a custom key asks to keep.
 const KEY_ALONE_TTL: Duration = Duration::from_secs(300);
@@ -203,39 +201,6 @@ impl Relay {
         }
     }
 
-    /// Hands a handshake for a WebSocket to the provider of a call's first step.
-    ///
-    /// # Errors
-    /// As [`Relay::serve`].
-    pub async fn upgrade(self: &Rc<Self>, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>, Talk)> {
-        let mut record = Record::begin(&self.counts, &ask);
-        record.is_socket();
-        let mut trail = Trail::default();
-        let outcome = match self.admit(&mut ask, &mut record).await {
-            Ok(()) => self.handshake(ask, &mut trail).await,
-            Err(error) => Err(error),
-        };
-        record.waited(trail.elsewhere);
-        match outcome {
-            Ok((mut headers, upgraded, target, talk)) => {
-                let status = StatusCode::SWITCHING_PROTOCOLS;
-                record.begun(status, CacheUse::Off, (&target.provider, &target.model), 0, &trail.text, "");
-                headers.insert("cf-aig-step", http::HeaderValue::from_static("0"));
-                if let Some(log) = record.log
-                    && let Ok(value) = http::HeaderValue::from_str(&log.to_string())
-                {
-                    headers.insert("cf-aig-log-id", value);
-                }
-                Ok((headers, upgraded, record, talk))
-            }
-            Err(error) => {
-                let error = error.with_attempts(&trail.text);
-                record.refused(&error);
-                Err(error)
-            }
-        }
-    }
-
     /// Looks at the limits that bind a call whoever answers it, and holds what it needs of them.
     async fn admit(&self, ask: &mut Ask, record: &mut Record) -> Result<()> {
         let mut windows = std::mem::take(&mut ask.ruled.windows);
@@ -264,37 +229,6 @@ impl Relay {
         })?;
         record.hold(held);
         Ok(())
-    }
-
-    async fn handshake(
-        self: &Rc<Self>,
-        mut ask: Ask,
-        trail: &mut Trail,
-    ) -> Result<(http::HeaderMap, Upgraded, Target, Talk)> {
-        let step = ask.next_step().unwrap_or_else(|| Err(Error::internal("a call without steps")))?;
-        let Way::Upstream { attempt, sign } = &step.way else {
-            return Err(Error::unsupported("The models of this server have no realtime sockets."));
-        };
-        let failed = |failure| match failure {
-            Failure::Ours(error) => error,
-            Failure::Fault(fault) => no_answer(&step.target, &fault),
-        };
-        let signed = self.signed(attempt, sign, &ask.gateway).await.map_err(failed)?;
-        let mut attempt = signed.unwrap_or_else(|| attempt.clone());
-        attempt.headers.insert(header::CONNECTION, http::HeaderValue::from_static("Upgrade"));
-        attempt.headers.insert(header::UPGRADE, http::HeaderValue::from_static("websocket"));
-        // Compressed, nobody here could read what it costs.
-        attempt.headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
-        let target = step.target.clone();
-        let talk = Talk::begin(self, ask, step).await?;
-        let patience = self.parts.config.get().upstream.first_byte_timeout;
-        let began = Instant::now();
-        let outcome = timeout(patience, self.client.upgrade(&attempt)).await;
-        trail.elsewhere += began.elapsed();
-        let outcome = outcome.unwrap_or(Err(Fault::Timeout("the handshake")));
-        trail.note(&target, outcome.as_ref().map_or_else(word, |_| "101"));
-        let (headers, upgraded) = outcome.map_err(|fault| no_answer(&target, &fault))?;
-        Ok((headers, upgraded, target, talk))
     }
 
     async fn answer(self: &Rc<Self>, ask: Ask, record: &mut Record, trail: &mut Trail) -> Result<(Begun, CacheUse)> {

@@ -117,7 +117,7 @@ impl Daemon {
                 let vault = Vault::new(config.auth.clone());
                 let config = Live::new(config);
                 let fleet = FleetView::default();
-                let ledger = Ledger::start(settings::ledger(&config.get().metering.ledger)).unwrap();
+                let ledger = Ledger::start(settings::ledger(&config.get().metering)).unwrap();
                 let wanted = config.get();
                 let start =
                     |id| Supervisor::start(DeviceId(id), Place::Cpu, 1, fleet.clone(), metrics.clone()).unwrap();

@@ -72,8 +72,7 @@ fn said(span: &Span) -> BTreeMap<&str, String> {
         Any::BoolValue(is_so) => is_so.to_string(),
         other => format!("{other:?}"),
     };
-    let value =
-        |one: &opentelemetry_proto::tonic::common::v1::KeyValue| text(one.value.as_ref()?.value.as_ref()?).into();
+    let value = |one: &opentelemetry_proto::tonic::common::v1::KeyValue| one.value.as_ref()?.value.as_ref().map(text);
     span.attributes.iter().filter_map(|one| Some((one.key.as_str(), value(one)?))).collect()
 }
 

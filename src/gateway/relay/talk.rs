@@ -10,18 +10,94 @@
 
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
+use actix_web::http::StatusCode;
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
+use http::header;
+use hyper::upgrade::Upgraded;
+use tokio::time::timeout;
 
-use crate::base::Result;
+use super::Relay;
+use super::attempt::{Failure, Trail, no_answer, word};
+use crate::base::{Error, Result};
+use crate::fallback::Target;
 use crate::gateway::asked::Ask;
 use crate::gateway::bill::{Bill, Charge, Receipt};
 use crate::gateway::options::CustomCost;
-use crate::gateway::relay::Relay;
-use crate::gateway::step::Step;
+use crate::gateway::record::Record;
+use crate::gateway::step::{Step, Way};
+use crate::logs::CacheUse;
+use crate::net::client::Fault;
 use crate::provider;
 use crate::task::Usage;
+
+impl Relay {
+    /// Hands a handshake for a WebSocket to the provider of a call's first step.
+    ///
+    /// # Errors
+    /// As [`Relay::serve`].
+    pub async fn upgrade(self: &Rc<Self>, mut ask: Ask) -> Result<(http::HeaderMap, Upgraded, Box<Record>, Talk)> {
+        let mut record = Record::begin(&self.counts, &ask);
+        record.is_socket();
+        let mut trail = Trail::default();
+        let outcome = match self.admit(&mut ask, &mut record).await {
+            Ok(()) => self.handshake(ask, &mut trail).await,
+            Err(error) => Err(error),
+        };
+        record.waited(trail.elsewhere);
+        match outcome {
+            Ok((mut headers, upgraded, target, talk)) => {
+                let status = StatusCode::SWITCHING_PROTOCOLS;
+                record.begun(status, CacheUse::Off, (&target.provider, &target.model), 0, &trail.text, "");
+                headers.insert("cf-aig-step", http::HeaderValue::from_static("0"));
+                if let Some(log) = record.log
+                    && let Ok(value) = http::HeaderValue::from_str(&log.to_string())
+                {
+                    headers.insert("cf-aig-log-id", value);
+                }
+                Ok((headers, upgraded, record, talk))
+            }
+            Err(error) => {
+                let error = error.with_attempts(&trail.text);
+                record.refused(&error);
+                Err(error)
+            }
+        }
+    }
+
+    async fn handshake(
+        self: &Rc<Self>,
+        mut ask: Ask,
+        trail: &mut Trail,
+    ) -> Result<(http::HeaderMap, Upgraded, Target, Talk)> {
+        let step = ask.next_step().unwrap_or_else(|| Err(Error::internal("a call without steps")))?;
+        let Way::Upstream { attempt, sign } = &step.way else {
+            return Err(Error::unsupported("The models of this server have no realtime sockets."));
+        };
+        let failed = |failure| match failure {
+            Failure::Ours(error) => error,
+            Failure::Fault(fault) => no_answer(&step.target, &fault),
+        };
+        let signed = self.signed(attempt, sign, &ask.gateway).await.map_err(failed)?;
+        let mut attempt = signed.unwrap_or_else(|| attempt.clone());
+        attempt.headers.insert(header::CONNECTION, http::HeaderValue::from_static("Upgrade"));
+        attempt.headers.insert(header::UPGRADE, http::HeaderValue::from_static("websocket"));
+        // Compressed, nobody here could read what it costs.
+        attempt.headers.remove(header::SEC_WEBSOCKET_EXTENSIONS);
+        let target = step.target.clone();
+        let talk = Talk::begin(self, ask, step).await?;
+        let patience = self.parts.config.get().upstream.first_byte_timeout;
+        let began = Instant::now();
+        let outcome = timeout(patience, self.client.upgrade(&attempt)).await;
+        trail.elsewhere += began.elapsed();
+        let outcome = outcome.unwrap_or(Err(Fault::Timeout("the handshake")));
+        trail.note(&target, outcome.as_ref().map_or_else(word, |_| "101"));
+        let (headers, upgraded) = outcome.map_err(|fault| no_answer(&target, &fault))?;
+        Ok((headers, upgraded, target, talk))
+    }
+}
 
 /// See the top of this file.
 pub struct Talk {
@@ -43,7 +119,7 @@ impl Talk {
     ///
     /// # Errors
     /// Which of them refuses it.
-    pub async fn begin(relay: &Rc<Relay>, ask: Ask, step: Step) -> Result<Self> {
+    async fn begin(relay: &Rc<Relay>, ask: Ask, step: Step) -> Result<Self> {
         let bill = Some(relay.bill(&ask, &step, &Receipt::default(), false).await?);
         let (relay, about) = (relay.clone(), Rc::new((ask, step)));
         Ok(Self { relay, about, bill, next: None, heard: provider::Talk::default(), told: None, sum: None })
