@@ -21,10 +21,9 @@ use crate::ledger::ask::Place;
 use crate::ledger::claim::{
     AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window,
 };
-use crate::ledger::entry::{Bill, Entry};
+use crate::ledger::entry::{Bill, Entry, Who};
 use crate::ledger::lease::{Amount, Leases};
 use crate::ledger::once::Once;
-use crate::ledger::rows::Who;
 use crate::ledger::table::Windows;
 use crate::ledger::window::{Charge, Counter, Span, Technique, Terms};
 use crate::task::Usage;

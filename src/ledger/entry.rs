@@ -7,10 +7,11 @@
 //! An entry holds sums that are decided, and no reservation: what is replayed comes out as it was, and calls that were open are
 //! refunded because nothing says that they were.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Millis, Neurons, RequestId, UtcDay};
-use crate::ledger::rows::Who;
+use crate::base::{AccountId, KeyId, Millis, ModelId, Neurons, RequestId, UtcDay};
 use crate::ledger::window::Charge;
 
 /// One call that has ended, or has passed a long window.
@@ -43,4 +44,19 @@ pub(super) struct Bill {
     pub(super) prompt_tokens: u32,
     pub(super) cached_tokens: u32,
     pub(super) completion_tokens: u32,
+}
+
+/// Whose sums, and of what.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Who {
+    /// Who pays.
+    pub account: AccountId,
+    /// With which key, if with one.
+    pub key: Option<KeyId>,
+    /// Through which gateway; empty for none.
+    pub gateway: Arc<str>,
+    /// From which provider.
+    pub provider: Arc<str>,
+    /// Of which model; `other` for what one day had too many of.
+    pub model: ModelId,
 }

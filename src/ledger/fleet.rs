@@ -26,8 +26,8 @@ use tracing::{error, info, warn};
 
 use crate::base::{Error, Millis};
 use crate::ledger::ask::{Ask, Heard, Place};
-use crate::ledger::handle::Shared;
 use crate::ledger::member::Member;
+use crate::ledger::shared::{FleetHealth, Link, Shared};
 use crate::ledger::window::Span;
 use crate::net::redis::{Address, Script, Store};
 
@@ -73,65 +73,6 @@ pub enum OnLoss {
     Refuse,
     /// They go on, within limits that count for this daemon alone, and are told when it is back.
     Local,
-}
-
-/// How it is with the fleet's store, and what has been since the start.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct FleetHealth {
-    /// Whether the store answers, and leases.
-    pub is_up: bool,
-    /// Why not.
-    pub fault: Option<Arc<str>>,
-    /// How often it was lost.
-    pub losses: u64,
-    /// Counters of which this daemon has, or had of late, a lease.
-    pub leases: u64,
-    /// What was asked of the store.
-    pub asks: u64,
-    /// In so many rounds.
-    pub rounds: u64,
-    /// Calls that waited for a lease.
-    pub waits: u64,
-    /// Calls that were refused because the store did not answer.
-    pub refused: u64,
-    /// Calls that went on while it did not.
-    pub local: u64,
-    /// By how much the store's clock differed, in milliseconds.
-    pub clock_off_ms: u64,
-}
-
-/// What the ledger holds of the thread.
-pub(super) struct Link {
-    pub(super) wake: Arc<Notify>,
-    /// The last round that was answered or lost.
-    pub(super) rounds: watch::Receiver<u64>,
-    pub(super) patience: Duration,
-    is_closing: Arc<AtomicBool>,
-}
-
-impl Link {
-    /// Gives everything back, and ends.
-    pub(super) fn close(&self) {
-        self.is_closing.store(true, Ordering::Relaxed);
-        self.wake.notify_one();
-    }
-
-    /// Waits until it has ended, not for ever.
-    pub(super) async fn ended(&self) {
-        let mut rounds = self.rounds.clone();
-        let ended = async { while rounds.changed().await.is_ok() {} };
-        // What is not given back counts as taken until this daemon is back.
-        let _ = timeout(self.patience * 4 + TICK, ended).await;
-    }
-
-    /// Waits for a round, for so long as a call may. `false`: it was too long.
-    pub(super) async fn round(&self, round: u64, waited: Duration) -> bool {
-        // A round may wait for the one before, and either may end in the store's being given up.
-        let Some(limit) = (self.patience * 2 + TICK).checked_sub(waited) else { return false };
-        self.wake.notify_one();
-        let mut rounds = self.rounds.clone();
-        matches!(timeout(limit, rounds.wait_for(|done| *done >= round)).await, Ok(Ok(_)))
-    }
 }
 
 /// See the top of this file.

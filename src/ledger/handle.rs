@@ -12,26 +12,23 @@
 //! Where a fleet shares counters, a reservation may need a lease that is not here: [`Ledger::claim`] waits for it, outside the lock.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
-use crate::base::{AccountId, Error, Kind, Millis, Neurons, Result, UtcDay};
-use crate::ledger::book::{AccountTotals, Book, Open};
+use crate::base::{AccountId, Error, Millis, Neurons, Result, UtcDay};
+use crate::ledger::book::{AccountTotals, Open};
 use crate::ledger::claim::{Claim, Denied, Granted, Plan, Spent, Standing, Window};
-use crate::ledger::entry::Entry;
-use crate::ledger::fleet::{Fleet, FleetHealth, Keeper, Link, OnLoss};
+use crate::ledger::entry::Who;
+use crate::ledger::fleet::{Fleet, Keeper, OnLoss};
 use crate::ledger::folder::Folder;
-use crate::ledger::journal::{Ask, Journal, Work};
+use crate::ledger::journal::Journal;
 use crate::ledger::kept::Kept;
-use crate::ledger::rows::{Filter, Row, Who};
+use crate::ledger::rows::{Filter, Row};
+use crate::ledger::shared::{Ask, FleetHealth, Health, OnFault, Shared, State, dead};
 use crate::store::{Disk, RealDisk};
 use crate::task::Usage;
-
-/// Questions that wait at most; one more is refused.
-const MAX_ASKS: usize = 64;
 
 /// How the ledger keeps.
 #[derive(Debug, Clone)]
@@ -68,39 +65,6 @@ impl Default for Settings {
             fleet: None,
         }
     }
-}
-
-/// What becomes of new calls when the disk does not keep what they cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnFault {
-    /// They are refused.
-    Refuse,
-    /// They go on, within their limits, and are neither charged nor listed.
-    Unmetered,
-}
-
-/// How it is, and what it has done since its start.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Health {
-    /// Why the disk does not keep, while it does not.
-    pub fault: Option<Arc<str>>,
-    /// How often that began.
-    pub faults: u64,
-    /// Entries that are not on disk yet.
-    pub queued: usize,
-    /// Reservations that are neither settled nor dropped.
-    pub open: usize,
-    /// Calls that were refused because of the disk.
-    pub refused: u64,
-    /// Calls that went on unmetered because of it.
-    pub unmetered: u64,
-    /// Number of the last entry.
-    pub last: u64,
-    /// Number of the last entry that is on disk.
-    pub durable: u64,
-    /// How it is with the fleet's store, if there is one.
-    pub fleet: Option<FleetHealth>,
 }
 
 /// The ledger's whole outside. It ends, and keeps all there is, when it is closed or the last of its clones is gone.
@@ -267,10 +231,6 @@ impl Ledger {
     }
 }
 
-fn dead() -> Error {
-    Error::new(Kind::Internal, "The ledger is not answering.")
-}
-
 /// An amount held for one call. Dropped without being settled, it is given back.
 #[must_use]
 pub struct Reservation {
@@ -362,180 +322,6 @@ impl Ticket {
     /// [`Kind::Internal`] when the ledger has died or was closed before.
     pub async fn durable(self) -> Result<()> {
         self.shared.durable(self.seq).await
-    }
-}
-
-/// What handles, reservations and the journal share.
-pub(super) struct Shared {
-    state: Mutex<State>,
-    /// For the journal.
-    wake: Condvar,
-    durable: watch::Receiver<u64>,
-    room: usize,
-    on_fault: OnFault,
-    /// To the thread that asks the fleet's store.
-    pub(super) link: Option<Link>,
-}
-
-struct State {
-    book: Book,
-    /// Number of the last entry.
-    last: u64,
-    /// In the order in which the book has them.
-    queue: Vec<Entry>,
-    asks: Vec<Ask>,
-    health: Health,
-    /// Whether the journal waits for something to do.
-    is_asleep: bool,
-    is_hurried: bool,
-    is_closing: bool,
-    is_over: bool,
-}
-
-impl State {
-    /// Whether a call may be metered. Its settlement will find room.
-    fn admit(&mut self, shared: &Shared) -> Result<bool, Denied> {
-        if self.health.fault.is_none() && self.health.queued + self.health.open < shared.room {
-            return Ok(true);
-        }
-        match shared.on_fault {
-            OnFault::Refuse => {
-                self.health.refused += 1;
-                Err(Denied::Faulty)
-            }
-            OnFault::Unmetered => Ok(false),
-        }
-    }
-
-    /// The round of asks that has what calls lack, if the fleet's store answers.
-    fn round(&mut self) -> Option<u64> {
-        self.book.leases().and_then(|leases| leases.round())
-    }
-
-    fn count_local(&mut self) {
-        if let Some(fleet) = self.health.fleet.as_mut().filter(|fleet| !fleet.is_up) {
-            fleet.local += 1;
-        }
-    }
-
-    fn push(&mut self, mut entry: Entry, shared: &Shared) -> u64 {
-        self.last += 1;
-        entry.seq = self.last;
-        self.queue.push(entry);
-        self.health.queued += 1;
-        let is_full = self.queue.len() == shared.room / 8 + 1;
-        self.is_hurried |= is_full;
-        if self.is_asleep || is_full {
-            self.is_asleep = false;
-            shared.wake.notify_one();
-        }
-        self.last
-    }
-}
-
-impl Shared {
-    /// Nobody gets at a book that a panic has left half changed, nor at one that nobody keeps.
-    fn lock(&self) -> Option<MutexGuard<'_, State>> {
-        self.state.lock().ok().filter(|state| !state.is_over)
-    }
-
-    /// What the fleet's thread does to the book; `None` once it is lost.
-    pub(super) fn fleet<R>(&self, act: impl FnOnce(&mut Book, &mut FleetHealth) -> R) -> Option<R> {
-        let mut state = self.state.lock().ok()?;
-        let State { book, health, .. } = &mut *state;
-        Some(act(book, health.fleet.as_mut()?))
-    }
-
-    async fn durable(&self, seq: u64) -> Result<()> {
-        let mut seen = self.durable.clone();
-        seen.wait_for(|durable| *durable >= seq).await.map(drop).map_err(|_| dead())
-    }
-
-    fn ask(&self, ask: Ask) -> Result<()> {
-        let mut state = self.lock().ok_or_else(dead)?;
-        if state.asks.len() >= MAX_ASKS {
-            return Err(Error::new(Kind::Busy, "Too many ask for the ledger's rows at once. Try again in a moment."));
-        }
-        state.asks.push(ask);
-        self.wake.notify_one();
-        Ok(())
-    }
-
-    fn close(&self) {
-        if let Some(link) = &self.link {
-            link.close();
-        }
-        if let Some(mut state) = self.lock() {
-            state.is_closing = true;
-            self.wake.notify_all();
-        }
-    }
-
-    /// Waits until then for something to do, and gathers some more of it. `None`: there is nothing to do at any time, so it
-    /// waits for the first, and gathers for so long. `false` once the book is lost.
-    pub(super) fn take(&self, work: &mut Work, until: Option<Instant>, gather: Duration) -> bool {
-        let Some(mut state) = self.lock() else { return false };
-        let wait = match until {
-            Some(at) => at.saturating_duration_since(Instant::now()),
-            None => {
-                state.is_asleep = true;
-                let is_asleep = |state: &mut State| state.is_idle() && state.queue.is_empty() && !state.is_over;
-                let Ok(woken) = self.wake.wait_while(state, is_asleep) else { return false };
-                state = woken;
-                state.is_asleep = false;
-                gather
-            }
-        };
-        let Ok((mut state, _)) = self.wake.wait_timeout_while(state, wait, |state| state.is_idle()) else {
-            return false;
-        };
-        if state.is_over {
-            return false;
-        }
-        std::mem::swap(&mut state.queue, &mut work.entries);
-        std::mem::swap(&mut state.asks, &mut work.asks);
-        state.is_hurried = false;
-        work.is_last = state.is_closing;
-        // From here on nothing can be settled that the last round does not see.
-        state.is_over |= work.is_last;
-        true
-    }
-
-    /// All up to this one is on disk, which keeps.
-    pub(super) fn kept(&self, seq: u64) {
-        let Ok(mut state) = self.state.lock() else { return };
-        state.health.queued -= (seq - state.health.durable) as usize;
-        state.health.durable = seq;
-        state.health.fault = None;
-    }
-
-    pub(super) fn failed(&self, error: &std::io::Error) {
-        let Ok(mut state) = self.state.lock() else { return };
-        state.health.fault = Some(error.to_string().into());
-        state.health.faults += 1;
-    }
-
-    /// Wakes the journal, which gathers no longer.
-    pub(super) fn hurry(&self) {
-        if let Ok(mut state) = self.state.lock() {
-            state.is_hurried = true;
-        }
-        self.wake.notify_all();
-    }
-
-    /// One of its threads has ended.
-    pub(super) fn ended(&self) {
-        if let Ok(mut state) = self.state.lock() {
-            state.is_over = true;
-        }
-        self.wake.notify_all();
-    }
-}
-
-impl State {
-    /// Whether nobody waits for the journal to act at once.
-    fn is_idle(&self) -> bool {
-        !self.is_hurried && !self.is_closing && self.asks.is_empty()
     }
 }
 

@@ -17,35 +17,18 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tracing::{error, info};
 
-use crate::base::UtcDay;
-use crate::ledger::entry::Entry;
 use crate::ledger::folder::{Done, Folder, Job};
-use crate::ledger::handle::Shared;
 use crate::ledger::kept::Kept;
-use crate::ledger::rows::{Filter, Row, Who};
+use crate::ledger::shared::{Shared, Work};
 use crate::store::Disk;
 
 /// The first wait before a faulty disk is tried again; each next one is twice as long.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 /// The longest one.
 const LAST_WAIT: Duration = Duration::from_secs(2);
-
-/// A question for the rows, answered when all that was settled before it is in them.
-pub(super) struct Ask {
-    pub(super) filter: Filter,
-    pub(super) reply: oneshot::Sender<Vec<(UtcDay, Who, Row)>>,
-}
-
-/// What the thread is given to do.
-#[derive(Default)]
-pub(super) struct Work {
-    pub(super) entries: Vec<Entry>,
-    pub(super) asks: Vec<Ask>,
-    pub(super) is_last: bool,
-}
 
 pub(super) struct Journal<D: Disk> {
     shared: Arc<Shared>,

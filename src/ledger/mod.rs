@@ -38,15 +38,18 @@ mod member;
 mod once;
 mod rows;
 mod share;
+mod shared;
 mod table;
 mod wait;
 mod window;
 
 pub use book::{AccountTotals, Book, Open};
 pub use claim::{AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window};
-pub use fleet::{Fleet, FleetHealth, OnLoss};
-pub use handle::{Health, Ledger, OnFault, Reservation, Settings, Ticket};
-pub use rows::{Filter, Row, Who};
+pub use entry::Who;
+pub use fleet::{Fleet, OnLoss};
+pub use handle::{Ledger, Reservation, Settings, Ticket};
+pub use rows::{Filter, Row};
+pub use shared::{FleetHealth, Health, OnFault};
 pub use window::{Span, Technique};
 
 #[cfg(test)]

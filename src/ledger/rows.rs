@@ -12,27 +12,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{AccountId, KeyId, ModelId, Neurons, UtcDay};
-use crate::ledger::entry::Bill;
+use crate::ledger::entry::{Bill, Who};
 
 /// Days that are kept.
 const DAYS: u32 = 400;
 /// What stands for a model when one day alone has too many rows.
 const OTHER: &str = "other";
-
-/// Whose sums, and of what.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Who {
-    /// Who pays.
-    pub account: AccountId,
-    /// With which key, if with one.
-    pub key: Option<KeyId>,
-    /// Through which gateway; empty for none.
-    pub gateway: Arc<str>,
-    /// From which provider.
-    pub provider: Arc<str>,
-    /// Of which model; `other` for what one day had too many of.
-    pub model: ModelId,
-}
 
 /// What was used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
