@@ -39,17 +39,88 @@ struct Written {
     values: Vec<Value>,
 }
 
+/// What belongs to several filters of which all keys were named first, then all operators, then all values, as Cloudflare's SDK
+/// for Python writes them.
+#[derive(Default)]
+struct Columns {
+    operators: Vec<String>,
+    values: Vec<Value>,
+}
+
+impl Columns {
+    /// Gives each filter what is its own. Which values those are is not written, so there must be one way only in which all of
+    /// them can be read: `cost` has no value `openai`.
+    fn deal(self, written: &mut [Written]) -> Result<()> {
+        let (filters, values) = (written.len(), self.values.len());
+        if filters > MOST_FILTERS || values > MOST_VALUES {
+            let most = format_args!("must be at most {MOST_VALUES}, of at most {MOST_FILTERS} filters");
+            return Err(wrong("filters.value", most));
+        }
+        if self.operators.len() > filters || (1..filters).contains(&self.operators.len()) || values < filters {
+            return Err(wrong("filters", "must have an operator and a value for each key"));
+        }
+        for (filter, operator) in written.iter_mut().zip(self.operators) {
+            filter.operator = Some(operator);
+        }
+        let fits = |at: usize, value: &Value| {
+            let Written { key, operator, .. } = &written[at];
+            let alone = Written { key: key.clone(), operator: operator.clone(), values: vec![value.clone()] };
+            compile(&alone).is_ok()
+        };
+        // ways[n][v]: how often, up to two, the first `n` filters can have the first `v` values; and how many the last one has then.
+        let mut ways = vec![vec![(0u8, 0); values + 1]; filters + 1];
+        ways[0][0] = (1, 0);
+        for at in 0..filters {
+            for end in at + 1..=values {
+                for begin in (at..end).rev().take_while(|begin| fits(at, &self.values[*begin])) {
+                    let (before, _) = ways[at][begin];
+                    if before > 0 {
+                        let (known, _) = ways[at + 1][end];
+                        ways[at + 1][end] = ((known + before).min(2), end - begin);
+                    }
+                }
+            }
+        }
+        let mut end = values;
+        if values > filters && ways[filters][values].0 > 1 {
+            let remedy = "could belong to several of the filters: send filters=[{key, operator, value}, …] as JSON, or each \
+                          filters.key with its values behind it";
+            return Err(wrong("filters.value", remedy));
+        }
+        let mut left = self.values;
+        for at in (0..filters).rev() {
+            // Where there is no way, each has one, and what is wrong is said of the filter that it is wrong with.
+            let count = if ways[filters][values].0 == 0 { 1.max(end - at) } else { ways[at + 1][end].1 };
+            end -= count;
+            written[at].values = left.split_off(end);
+        }
+        Ok(())
+    }
+}
+
 pub(super) fn query(raw: &str) -> Result<Query> {
     let mut query = Query::default();
     let mut written: Vec<Written> = Vec::new();
+    let mut columns = None::<Columns>;
     for (name, value) in pairs(raw) {
         match name
             .strip_prefix("filters.")
             .or_else(|| name.strip_prefix("filters[]").map(|rest| rest.trim_start_matches('.')))
         {
-            Some("key") => written.push(Written { key: value, ..Written::default() }),
-            Some("operator") => last(&mut written, &name)?.operator = Some(value),
-            Some("value" | "value[]") => last(&mut written, &name)?.values.push(Value::String(value)),
+            Some("key") => {
+                if written.last().is_some_and(|before| before.operator.is_none() && before.values.is_empty()) {
+                    columns.get_or_insert_default();
+                }
+                written.push(Written { key: value, ..Written::default() });
+            }
+            Some("operator") => match &mut columns {
+                Some(columns) => columns.operators.push(value),
+                None => last(&mut written, &name)?.operator = Some(value),
+            },
+            Some("value" | "value[]") => match &mut columns {
+                Some(columns) => columns.values.push(Value::String(value)),
+                None => last(&mut written, &name)?.values.push(Value::String(value)),
+            },
             _ if name == "filters" => {
                 let list = serde_json::from_str(&value)
                     .map_err(|error| wrong("filters", format_args!("must be a JSON array: {error}")))?;
@@ -57,6 +128,9 @@ pub(super) fn query(raw: &str) -> Result<Query> {
             }
             _ => parameter(&mut query, &name, value)?,
         }
+    }
+    if let Some(columns) = columns {
+        columns.deal(&mut written)?;
     }
     for filter in written {
         query.filters.push(compile(&filter)?);

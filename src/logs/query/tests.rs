@@ -34,6 +34,38 @@ fn a_new_filter_begins_at_each_key_and_values_are_repeated() {
 }
 
 #[test]
+fn keys_operators_and_values_in_columns_belong_together_where_that_can_be_told() {
+    let rows = "filters.key=cost&filters.operator=gt&filters.value=0.1&filters.key=provider&filters.operator=eq\
+                &filters.value=openai&filters.value=groq";
+    let columns = "filters.key=cost&filters.key=provider&filters.operator=gt&filters.operator=eq&filters.value=0.1\
+                   &filters.value=openai&filters.value=groq";
+    assert_eq!(filters(columns), filters(rows));
+    let turned = "filters.key=provider&filters.key=cost&filters.operator=eq&filters.operator=gt&filters.value=openai\
+                  &filters.value=groq&filters.value=0.1";
+    assert_eq!(filters(turned), filters(rows).into_iter().rev().collect::<Vec<_>>());
+    let each =
+        "filters.key=provider&filters.key=model&filters.key=success&filters.value=a&filters.value=b&filters.value=true";
+    assert_eq!(
+        filters(each),
+        [
+            text(Text::Provider, &[is("a")]),
+            text(Text::Model, &[is("b")]),
+            number(Number::Success, std::slice::from_ref(&(1..=1)))
+        ]
+    );
+    for (raw, says) in [
+        ("filters.key=provider&filters.key=model&filters.value=a&filters.value=b&filters.value=c", "as JSON"),
+        ("filters.key=provider&filters.key=model&filters.operator=eq&filters.value=a&filters.value=b", "for each key"),
+        ("filters.key=provider&filters.key=model&filters.value=a", "for each key"),
+        ("filters.key=cost&filters.key=success&filters.value=a&filters.value=true", "not \"a\""),
+        ("filters.key=cost&filters.key=success&filters.value=1&filters.value=2&filters.value=x", "must be"),
+    ] {
+        let error = Query::parse(raw).unwrap_err();
+        assert!(error.message().contains(says), "{raw}: {error}");
+    }
+}
+
+#[test]
 fn numbers_are_read_in_the_units_of_the_wire() {
     let rows: [(&str, &str, &str, Number, RangeInclusive<u64>); 16] = [
         ("duration", "eq", "12", Number::Duration, 12_000..=12_000),
