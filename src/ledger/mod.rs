@@ -55,5 +55,3 @@ mod kill_test;
 mod model_store;
 #[cfg(test)]
 mod model_test;
-#[cfg(test)]
-mod test_store;
