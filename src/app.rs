@@ -115,7 +115,8 @@ impl App {
         let (phase, phase_view) = watch::channel(Phase::Starting);
         let live = Live::new(config);
         let clients = relay::clients(&live.get().upstream)?;
-        let relays = Parts::start(&live, &ledger, &metrics, |config, registry| {
+        let shared = settings::shared_cache(&live.get().metering, &metrics)?;
+        let relays = Parts::start(&live, &ledger, shared, &metrics, |config, registry| {
             Logs::start(settings::logs(config, registry, clients.clone())?, metrics.clone())
         })?;
         let gateway = Gateway {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::alert::{self, Channel, Errors, Filter, Login, Mail, Measure, Security, Severity, Slack, To, Webhook, What};
 use crate::base::{AccountId, Error, Result, Secret};
+use crate::cache;
 use crate::config::gateway::Otel;
 use crate::config::{
     self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, OnLoss,
@@ -14,6 +15,7 @@ use crate::config::{
 use crate::ledger;
 use crate::logs::ship::{self, AtBound, Chosen, Destination, Job};
 use crate::logs::{self, Keep, Push, RedactRule, RedactRules, Redactor, Strategy, analytics, trace};
+use crate::metrics::Metrics;
 use crate::net::client;
 use crate::net::redis::Address;
 use crate::net::sigv4::Credentials;
@@ -39,13 +41,7 @@ pub fn ledger(metering: &config::Metering) -> ledger::Settings {
 
 fn fleet(config: &config::Fleet) -> ledger::Fleet {
     ledger::Fleet {
-        store: Address {
-            urls: config.urls.clone(),
-            password: config.password.clone(),
-            is_cluster: config.is_cluster,
-            authorities: config.authorities.as_ref().map(|pem| pem.as_bytes().into()),
-            timeout: config.timeout,
-        },
+        store: store(config, &config.urls),
         name: config.name.clone(),
         share: config.share,
         on_loss: match config.on_loss {
@@ -53,6 +49,30 @@ fn fleet(config: &config::Fleet) -> ledger::Fleet {
             OnLoss::Local => ledger::OnLoss::Local,
         },
     }
+}
+
+fn store(config: &config::Fleet, urls: &[Secret<String>]) -> Address {
+    Address {
+        urls: urls.to_vec(),
+        password: config.password.clone(),
+        is_cluster: config.is_cluster,
+        authorities: config.authorities.as_ref().map(|pem| pem.as_bytes().into()),
+        timeout: config.timeout,
+    }
+}
+
+/// Of what is shared of the cache, if anything is.
+///
+/// # Errors
+/// When the store cannot be one.
+pub fn shared_cache(metering: &config::Metering, metrics: &Arc<Metrics>) -> Result<Option<cache::Fleet>> {
+    let Some((config, shared)) = metering.fleet.as_ref().and_then(|fleet| Some((fleet, fleet.cache.as_ref()?))) else {
+        return Ok(None);
+    };
+    let store = store(config, &shared.urls);
+    store.check().map_err(|error| Error::bad_input(format!("The fleet's store of cached answers: {error}.")))?;
+    let (name, max_entry_bytes, metrics) = (config.name.clone(), shared.max_entry_bytes, metrics.clone());
+    Ok(Some(cache::Fleet { store, name, max_entry_bytes, metrics }))
 }
 
 /// Of the log. What gateways say of it themselves is asked of the registry.

@@ -25,6 +25,7 @@ use crate::base::{Error, Millis, Result};
 use crate::cache::disk::{Disk, bytes_of};
 use crate::cache::entry::{Entry, Record};
 use crate::cache::fill::Fill;
+use crate::cache::fleet::Shelf;
 use crate::cache::handle::{Found, Settings, Stats};
 use crate::cache::index::{Changes, Index, Limits, Place};
 use crate::cache::key::{Digest, Key, Scope};
@@ -82,7 +83,11 @@ impl CacheActor {
         let max_entry_bytes = settings.max_entry_bytes.min(MAX_ENTRY_BYTES);
         let limits = Limits { memory_bytes: settings.memory_bytes, entries: settings.max_entries };
         let mut actor = Self {
-            shared: Arc::new(Shared::new(max_entry_bytes, settings.memory_bytes.max(max_entry_bytes))),
+            shared: Arc::new(Shared::new(
+                max_entry_bytes,
+                settings.memory_bytes.max(max_entry_bytes),
+                settings.fleet.map(Shelf::start),
+            )),
             limits,
             index: Index::new(limits),
             disk: None,
@@ -139,7 +144,7 @@ impl CacheActor {
             return Found::Follow(follower);
         }
         counters.misses.fetch_add(1, Ordering::Relaxed);
-        let fill = Fill::new(key, addr, self.shared.clone(), true);
+        let fill = Fill::new(key, addr, self.shared.clone(), true, now);
         let ticket = fill.ticket();
         self.fills.insert(key.digest, fill);
         Found::Fill(ticket)
@@ -184,8 +189,8 @@ impl CacheActor {
         }
     }
 
-    /// Stores an answer that is whole.
-    fn store(&mut self, fill: &Fill, now: Millis) {
+    /// Stores an answer that is whole, and tells others of one that is ours.
+    fn store(&mut self, fill: &Fill, is_ours: bool, now: Millis) {
         let Some((head, chunks, keep)) = fill.whole() else { return };
         if !self.shared.generations.are_current(&fill.stamps) {
             return;
@@ -202,6 +207,9 @@ impl CacheActor {
         self.show(&entry);
         self.alias(&fill.key);
         self.done.stores += 1;
+        if let (true, Some(shelf), Some(common)) = (is_ours, &self.shared.shelf, fill.key.common) {
+            shelf.offer(&common.digest, entry, fill.begun);
+        }
     }
 
     /// Finds a place on disk.
@@ -418,7 +426,11 @@ pub(super) struct Alias(pub(super) Key);
 /// An answer is whole and may be stored.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub(super) struct Store(pub(super) Arc<Fill>);
+pub(super) struct Store {
+    pub(super) fill: Arc<Fill>,
+    /// Nobody else had it.
+    pub(super) is_ours: bool,
+}
 
 /// Nobody may join any more.
 #[derive(Message)]
@@ -457,8 +469,8 @@ impl Handler<Alias> for CacheActor {
 
 impl Handler<Store> for CacheActor {
     type Result = ();
-    fn handle(&mut self, Store(fill): Store, _: &mut Context<Self>) {
-        self.guarded(|this| this.store(&fill, Millis::now()));
+    fn handle(&mut self, Store { fill, is_ours }: Store, _: &mut Context<Self>) {
+        self.guarded(|this| this.store(&fill, is_ours, Millis::now()));
         // Only now, so that there is never a moment with neither the fill nor the entry.
         self.unlist(&fill);
     }

@@ -18,10 +18,11 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::base::Result;
+use crate::base::{Millis, Result};
 use crate::cache::actor::{CacheActor, Over, Store};
 use crate::cache::buffer::{Beginning, Buffer, FailedAnswer, Next, Pushed};
-use crate::cache::entry::{Head, Stamps};
+use crate::cache::entry::{Entry, Head, Stamps};
+use crate::cache::handle::Found;
 use crate::cache::key::Key;
 use crate::cache::view::Shared;
 
@@ -30,6 +31,7 @@ pub(super) struct Fill {
     pub(super) key: Key,
     /// The generations that it belongs to: those of its beginning.
     pub(super) stamps: Stamps,
+    pub(super) begun: Millis,
     addr: Addr<CacheActor>,
     shared: Arc<Shared>,
     /// Whether the actor lets others join.
@@ -42,10 +44,17 @@ pub(super) struct Fill {
 }
 
 impl Fill {
-    pub(super) fn new(key: Key, addr: Addr<CacheActor>, shared: Arc<Shared>, is_listed: bool) -> Arc<Self> {
+    pub(super) fn new(
+        key: Key,
+        addr: Addr<CacheActor>,
+        shared: Arc<Shared>,
+        is_listed: bool,
+        begun: Millis,
+    ) -> Arc<Self> {
         let stamps = shared.generations.stamps(key.scopes);
         let buffer = Mutex::new(Buffer::new(shared.max_entry_bytes));
-        Arc::new(Self { key, stamps, addr, shared, is_listed, buffer, grown: Notify::new(), space: Notify::new() })
+        let (grown, space) = (Notify::new(), Notify::new());
+        Arc::new(Self { key, stamps, begun, addr, shared, is_listed, buffer, grown, space })
     }
 
     /// The only ticket of a new fill.
@@ -123,6 +132,38 @@ impl FillTicket {
         self
     }
 
+    /// Asks the fleet, which is at hand or a miss. The ticket is done with if another daemon has the answer.
+    pub(super) async fn find(self, now: Millis) -> Found {
+        let fill = self.fill.clone();
+        let Fill { key, shared, .. } = &*fill;
+        let (Some(shelf), Some(common)) = (&shared.shelf, key.common) else { return Found::Fill(self.accept()) };
+        // A ticket that is dropped meanwhile was never in anybody's hands: one of those who wait takes over.
+        let since = fill.stamps.iter().flatten().map(|(_, generation)| *generation).fold(common.since.0, u64::max);
+        let Some(found) = shelf.find(&common.digest, Millis(since), shared.max_entry_bytes, now).await else {
+            return Found::Fill(self.accept());
+        };
+        let entry = Arc::new(found);
+        self.adopt(&entry, now);
+        Found::Hit(entry)
+    }
+
+    /// The answer is there, from another daemon: it is kept for as long as it would be there.
+    fn adopt(mut self, entry: &Arc<Entry>, now: Millis) {
+        self.is_done = true;
+        let keep = Duration::from_millis(entry.expires().0.saturating_sub(now.0));
+        let is_kept = self.fill.advance(|buffer| {
+            buffer.begin(Head::clone(entry.head()), Some(keep));
+            // Within the limit and whole, so nobody has to wait for a reader.
+            for chunk in entry.clone().chunks() {
+                buffer.push(&chunk, false);
+            }
+            buffer.finish()
+        });
+        if is_kept {
+            self.fill.addr.do_send(Store { fill: self.fill.clone(), is_ours: false });
+        }
+    }
+
     /// A reader of this attempt's own, for the caller that it came from: it hears this attempt's failure and leads no other.
     /// To be made before the first chunk.
     pub fn follow(&self) -> Follower {
@@ -166,7 +207,7 @@ impl FillTicket {
     pub fn finish(mut self) {
         self.is_done = true;
         if self.fill.advance(Buffer::finish) {
-            self.fill.addr.do_send(Store(self.fill.clone()));
+            self.fill.addr.do_send(Store { fill: self.fill.clone(), is_ours: true });
         }
     }
 

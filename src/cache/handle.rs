@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Cache ── peek ──────────> Shared.view                      no actor, no await
-//!     ├───── lookup ─ view? ─ CacheActor: memory, disk, a fill to follow, a ticket
+//!     ├───── lookup ─ view? ─ CacheActor: memory, disk, a fill to follow, a ticket ─ Shelf: has another daemon the answer?
 //!     └───── purge ─> Shared.generations, and the actor notes it on disk
 //! ```
 //!
@@ -19,6 +19,7 @@ use crate::base::{Millis, Result};
 use crate::cache::actor::{Alias, CacheActor, Flush, Look, Lookup, Purged};
 use crate::cache::entry::Entry;
 use crate::cache::fill::{Fill, FillTicket, Follower};
+use crate::cache::fleet::Fleet;
 use crate::cache::key::{Key, RawKey, Scope};
 use crate::cache::view::Shared;
 
@@ -40,6 +41,8 @@ pub struct Settings {
     pub max_entry_bytes: u64,
     /// Where the disk tier is. `None` keeps answers in memory only.
     pub folder: Option<PathBuf>,
+    /// With whom answers are shared.
+    pub fleet: Option<Fleet>,
 }
 
 /// How the cache is, and what it has done since its start.
@@ -65,7 +68,7 @@ pub struct Stats {
     pub followers: u64,
     /// Lookups and peeks that were answered.
     pub hits: u64,
-    /// Lookups that got a ticket, refreshes included.
+    /// Lookups that got a ticket, refreshes included, and those that others of a fleet had the answer for.
     pub misses: u64,
     /// Lookups that got a follower.
     pub coalesced: u64,
@@ -114,6 +117,11 @@ impl Cache {
         Ok(Self { addr, shared })
     }
 
+    /// Whether answers are shared with other daemons.
+    pub fn is_shared(&self) -> bool {
+        self.shared.shelf.is_some()
+    }
+
     /// The answer in memory to exactly these bytes. Neither waits nor allocates; `None` says nothing about the disk, nor
     /// about the same request written differently: ask [`Cache::lookup`].
     pub fn peek(&self, raw: &RawKey, now: Millis) -> Option<Arc<Entry>> {
@@ -134,7 +142,7 @@ impl Cache {
             return Found::Hit(entry);
         }
         match tokio::time::timeout(PATIENCE, addr.send(Lookup { key, now })).await {
-            Ok(Ok(Found::Fill(ticket))) => Found::Fill(ticket.accept()),
+            Ok(Ok(Found::Fill(ticket))) => ticket.find(now).await,
             Ok(Ok(found)) => found,
             Ok(Err(_)) | Err(_) => Found::Off,
         }
@@ -144,13 +152,13 @@ impl Cache {
     /// follows it, and others of the same key are answered from the old entry meanwhile.
     pub fn refresh(&self, key: Key) -> FillTicket {
         self.shared.counters.misses.fetch_add(1, Ordering::Relaxed);
-        Fill::new(key, self.addr.clone(), self.shared.clone(), false).ticket().accept()
+        Fill::new(key, self.addr.clone(), self.shared.clone(), false, Millis::now()).ticket().accept()
     }
 
     /// Nothing of this scope that was stored or begun before is served from now on. It counts at once, and after a start
     /// as well once [`Cache::flush`] has returned.
     pub fn purge(&self, scope: Scope) {
-        let generation = self.shared.generations.raise(scope);
+        let generation = self.shared.generations.raise(scope, Millis::now());
         self.addr.do_send(Purged { scope, generation });
     }
 

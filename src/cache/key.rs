@@ -12,6 +12,7 @@ use std::fmt;
 
 use sha2::{Digest as _, Sha256};
 
+use crate::base::Millis;
 use crate::cache::json;
 
 /// Part of every hash. Another way to compute keys needs another number, or old answers are served to new questions.
@@ -53,6 +54,15 @@ impl Scope {
     }
 }
 
+/// What a gateway is called where a fleet shares its answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Common {
+    /// The same on every daemon that has the gateway alike, and another one on others.
+    pub gateway: Scope,
+    /// When this daemon's gateway was emptied last: nothing of before is taken.
+    pub since: Millis,
+}
+
 /// The parts of a request that count.
 #[derive(Clone, Copy, Debug)]
 pub struct Material<'a> {
@@ -60,6 +70,8 @@ pub struct Material<'a> {
     pub account: Option<&'a str>,
     /// The gateway that is asked, its owner included.
     pub gateway: Scope,
+    /// The same for a fleet. `None`: its answers are not shared.
+    pub common: Option<Common>,
     /// The provider's slug.
     pub provider: &'a str,
     /// The provider's own scope, if it is one that can be changed or deleted.
@@ -79,37 +91,46 @@ pub struct Material<'a> {
 impl Material<'_> {
     /// The key over the exact bytes.
     pub fn raw(&self) -> RawKey {
-        if let Some(custom) = self.custom {
-            let mut fields = self.owned(b"custom");
-            fields.add(custom.as_bytes());
-            return RawKey(fields.digest());
-        }
-        let mut fields = self.asked(b"bytes");
-        fields.add(self.body);
-        RawKey(fields.digest())
+        RawKey(self.bytes(self.gateway))
     }
 
     /// The key that entries are kept under. `raw` is what [`Material::raw`] said.
     pub fn key(&self, raw: &RawKey) -> Key {
         let json = if self.custom.is_some() { None } else { json::digest(self.body) };
-        let digest = json.map_or(raw.0, |body| {
-            let mut fields = self.asked(b"json");
+        let meant = |gateway, body: [u8; 32]| {
+            let mut fields = self.asked(b"json", gateway);
             fields.add(&body);
             fields.digest()
+        };
+        let digest = json.map_or(raw.0, |body| meant(self.gateway, body));
+        let common = self.common.map(|Common { gateway, since }| {
+            let digest = json.map_or_else(|| self.bytes(gateway), |body| meant(gateway, body));
+            CommonKey { digest, since }
         });
-        Key { digest, raw: raw.0, scopes: [Some(self.gateway), self.provider_scope] }
+        Key { digest, raw: raw.0, scopes: [Some(self.gateway), self.provider_scope], common }
     }
 
-    fn owned(&self, kind: &[u8]) -> Fields {
+    fn bytes(&self, gateway: Scope) -> Digest {
+        if let Some(custom) = self.custom {
+            let mut fields = self.owned(b"custom", gateway);
+            fields.add(custom.as_bytes());
+            return fields.digest();
+        }
+        let mut fields = self.asked(b"bytes", gateway);
+        fields.add(self.body);
+        fields.digest()
+    }
+
+    fn owned(&self, kind: &[u8], gateway: Scope) -> Fields {
         let mut fields = Fields::new(kind);
-        fields.add(&self.gateway.0);
+        fields.add(&gateway.0);
         fields.add(&[u8::from(self.account.is_some())]);
         fields.add(self.account.unwrap_or_default().as_bytes());
         fields
     }
 
-    fn asked(&self, kind: &[u8]) -> Fields {
-        let mut fields = self.owned(kind);
+    fn asked(&self, kind: &[u8], gateway: Scope) -> Fields {
+        let mut fields = self.owned(kind, gateway);
         for text in [self.provider, self.method, self.endpoint] {
             fields.add(text.as_bytes());
         }
@@ -132,6 +153,14 @@ pub struct Key {
     /// The same as `digest` where the body is no JSON.
     pub(super) raw: Digest,
     pub(super) scopes: [Option<Scope>; 2],
+    pub(super) common: Option<CommonKey>,
+}
+
+/// The same request to a fleet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct CommonKey {
+    pub(super) digest: Digest,
+    pub(super) since: Millis,
 }
 
 /// Fields one behind the other, each with its length: no two lists of fields have the same bytes. SHA-256, since processors
@@ -166,6 +195,7 @@ mod tests {
         Material {
             account: Some("a"),
             gateway: Scope::gateway("owner", "g"),
+            common: None,
             provider: "openai",
             provider_scope: None,
             method: "POST",
@@ -234,6 +264,33 @@ mod tests {
         assert_eq!(key(&one), one.raw().0);
         let url = |data: &str| format!(r#"{{"image_url":{{"url":"data:image/png;base64,{data}"}}}}"#);
         assert_ne!(key(&material(&url("AAAA"))), key(&material(&url("AAAB"))));
+    }
+
+    #[test]
+    fn daemons_that_call_a_gateway_alike_have_one_key_in_common_for_each_of_their_own() {
+        let common = |name: &str| Some(Common { gateway: Scope::gateway("owner", name), since: Millis(5) });
+        let key = |own: &str, material: Material<'_>| {
+            let material = Material { gateway: Scope::gateway("owner", own), ..material };
+            material.key(&material.raw())
+        };
+        let base = Material { common: common("g#alike"), ..material(BODY) };
+        let (one, other) = (key("g#1", base), key("g#2", base));
+        assert_ne!(one.digest, other.digest);
+        assert_eq!(one.common, other.common);
+        for (why, other) in [
+            ("settings", Material { common: common("g#else"), ..base }),
+            ("account", Material { account: Some("b"), ..base }),
+            ("a shared gateway", Material { account: None, ..base }),
+            ("auth", Material { auth: &[b"Bearer l"], ..base }),
+            ("body", Material { body: b"{}", ..base }),
+            ("no JSON", Material { body: b"x", ..base }),
+            ("the caller's own key", Material { custom: Some("k"), ..base }),
+        ] {
+            let other = key("g#1", other).common.unwrap();
+            assert_ne!(other.digest, one.common.unwrap().digest, "{why}");
+            assert_eq!(other.since, Millis(5));
+        }
+        assert_eq!(key("g#1", material(BODY)).common, None);
     }
 
     #[test]

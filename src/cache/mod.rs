@@ -4,7 +4,7 @@
 //! ```text
 //!   Material ─> RawKey ─ peek ──────────────────────────────────> Entry           most hits: one hash, one look
 //!          └──> Key ─── lookup ─> Hit ───────────────────────────> Entry
-//!                          ├────> Fill ─> FillTicket ─ upstream ─> stored  ┐
+//!                          ├────> Fill ─> FillTicket ─ upstream ─> stored  ┐   and sent to the others of a fleet
 //!                          ├────> Follow ─> Follower <─ chunks as they come┘
 //!                          └────> Off: go upstream, as if there were no cache
 //! ```
@@ -14,6 +14,7 @@
 //!   beginning, and one of an earlier generation is not served. Nothing is searched for, and fills under way are purged too.
 //! - **A crash loses, and never spoils.** Entries are written at once and synced every few seconds. A killed process loses
 //!   nothing, a machine without power what was written since. A torn end is cut, a damaged frame is a miss.
+//! - **A fleet's answers are hits here too** (`fleet.rs`): who would go upstream asks the store that daemons share.
 //! - **No trouble of the cache's is the caller's.** It is a miss, or `Off`.
 //!
 //! Knows nothing of HTTP beyond statuses and headers as bytes, nor of who may share answers with whom: the caller says what
@@ -24,6 +25,7 @@ mod buffer;
 mod disk;
 mod entry;
 mod fill;
+mod fleet;
 mod handle;
 mod index;
 mod json;
@@ -36,5 +38,6 @@ mod tests;
 pub use buffer::FailedAnswer;
 pub use entry::{Entry, Head};
 pub use fill::{FillTicket, Follower, Lead, Unwanted};
+pub use fleet::Fleet;
 pub use handle::{Cache, Found, Settings, Stats};
-pub use key::{Key, Material, RawKey, Scope};
+pub use key::{Common, Key, Material, RawKey, Scope};

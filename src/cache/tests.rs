@@ -2,6 +2,7 @@
 
 mod disk;
 mod fills;
+mod fleet;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ fn settings(folder: Option<&Path>) -> Settings {
         max_entries: 1000,
         max_entry_bytes: MIB,
         folder: folder.map(Path::to_path_buf),
+        fleet: None,
     }
 }
 
@@ -40,6 +42,7 @@ fn material(body: &str) -> Material<'_> {
     Material {
         account: Some("a"),
         gateway: Scope::gateway("a", "g"),
+        common: None,
         provider: "custom-p",
         provider_scope: Some(Scope::provider("a", "p")),
         method: "POST",

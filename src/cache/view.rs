@@ -15,6 +15,7 @@ use parking_lot::RwLock;
 
 use crate::base::Millis;
 use crate::cache::entry::{Entry, Stamps};
+use crate::cache::fleet::Shelf;
 use crate::cache::key::{Digest, Scope};
 
 /// Locks that hits are divided over. A power of two.
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub(super) view: View,
     pub(super) generations: Generations,
     pub(super) counters: Counters,
+    /// What is shared with others.
+    pub(super) shelf: Option<Shelf>,
     /// The cache has turned itself off.
     pub(super) is_off: AtomicBool,
     /// Most bytes of an answer that is stored.
@@ -34,9 +37,9 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(max_entry_bytes: u64, max_filling_bytes: u64) -> Self {
+    pub(super) fn new(max_entry_bytes: u64, max_filling_bytes: u64, shelf: Option<Shelf>) -> Self {
         let (view, generations, counters) = Default::default();
-        Self { view, generations, counters, is_off: AtomicBool::new(false), max_entry_bytes, max_filling_bytes }
+        Self { view, generations, counters, shelf, is_off: AtomicBool::new(false), max_entry_bytes, max_filling_bytes }
     }
 
     /// An entry that may be served now.
@@ -118,7 +121,7 @@ impl View {
     }
 }
 
-/// How often each scope was purged.
+/// When each scope was purged last.
 #[derive(Default)]
 pub(super) struct Generations {
     /// Purges of this process, all scopes together.
@@ -132,11 +135,12 @@ impl Generations {
         *self.known.write() = known;
     }
 
-    /// From now on nothing of before is served. Returns the new generation.
-    pub(super) fn raise(&self, scope: Scope) -> u64 {
+    /// From now on nothing of before is served. Returns the new generation, which says when that was: answers of a fleet are
+    /// known by their time.
+    pub(super) fn raise(&self, scope: Scope, now: Millis) -> u64 {
         let mut known = self.known.write();
         let generation = known.entry(scope).or_default();
-        *generation += 1;
+        *generation = (*generation + 1).max(now.0);
         self.purges.fetch_add(1, Ordering::Release);
         *generation
     }
@@ -175,14 +179,14 @@ mod tests {
     fn an_entry_is_served_until_it_expires_or_one_of_its_scopes_is_purged() {
         let [gateway, provider, other] = ["g", "p", "o"].map(|name| Scope::gateway("a", name));
         let check = |scopes: [Option<Scope>; 2], purged: &[Scope], now: u64, is_served: bool| {
-            let shared = Shared::new(0, 0);
+            let shared = Shared::new(0, 0, None);
             shared.generations.restore(HashMap::from([(gateway, 4)]));
             let stamps = shared.generations.stamps(scopes);
             let record = Record { digest: Digest([1; 32]), created: Millis(10), expires: Millis(20), stamps };
             let head = Head { status: 200, headers: Vec::new() };
             shared.view.insert(record.digest, Arc::new(Entry::new(record, &head, &[], Millis(10)).unwrap()));
             assert!(shared.hit(&record.digest, Millis(10)).is_some());
-            purged.iter().for_each(|scope| assert!(shared.generations.raise(*scope) > 0));
+            purged.iter().for_each(|scope| assert!(shared.generations.raise(*scope, Millis(10)) > 0));
             assert_eq!(shared.hit(&record.digest, Millis(now)).is_some(), is_served, "{scopes:?} {purged:?} {now}");
             assert_eq!(shared.view.hits(), 1 + u64::from(is_served));
             assert_eq!(

@@ -1,4 +1,4 @@
-//! `[fleet]`: which store several daemons share limits through, as it is written and as it is used.
+//! `[fleet]`: which store several daemons share limits and cached answers through, as it is written and as it is used.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::check::Check;
 use super::machine::Surroundings;
 use super::records::Secrets;
+use super::value::ByteSize;
 use crate::base::Secret;
 
 /// `[fleet]`: several daemons that share what accounts and tokens may use, and all limits. Each leases parts of them from a
@@ -44,7 +45,20 @@ pub struct FleetSection {
     /// While the store does not answer and a lease is used up: `"refuse"`, calls that need more are refused with 503;
     /// `"local"`, they go on within limits that each daemon counts for itself, and the store is told when it is back.
     pub on_loss: OnLoss,
+    /// Whether daemons find each other's cached answers: who has none asks the store before it goes upstream, and sends what it
+    /// keeps. Answers lie there as they are, for as long as they are kept. While the store does not answer each has its own.
+    pub cache: bool,
+    /// A larger cached answer is not shared, 64 MiB at most.
+    pub cache_entry_bytes: ByteSize,
+    /// Another store for cached answers, written as `url`, with the same password and the same of `cluster`: one that may forget
+    /// them to make room (`maxmemory-policy allkeys-lru`). Left out: the store of the limits, which has to have room for all.
+    /// Example: `"rediss://neurond@10.0.0.6:6379"`
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_url: Option<String>,
 }
+
+/// The most that `fleet.cache_entry_bytes` may be.
+const CACHE_ENTRY_BYTES: u64 = 64 << 20;
 
 impl Default for FleetSection {
     fn default() -> Self {
@@ -58,6 +72,9 @@ impl Default for FleetSection {
             timeout_ms: 250,
             lease_share: 0.1,
             on_loss: OnLoss::Refuse,
+            cache: false,
+            cache_entry_bytes: ByteSize(1 << 20),
+            cache_url: None,
         }
     }
 }
@@ -92,6 +109,17 @@ pub struct Fleet {
     pub share: f64,
     /// While it does not answer.
     pub on_loss: OnLoss,
+    /// What of the cache is shared.
+    pub cache: Option<FleetCache>,
+}
+
+/// How cached answers are shared.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FleetCache {
+    /// Where they lie, as [`Fleet::urls`].
+    pub urls: Vec<Secret<String>>,
+    /// A larger one is not shared.
+    pub max_entry_bytes: u64,
 }
 
 pub(super) fn resolve(
@@ -100,16 +128,15 @@ pub(super) fn resolve(
     folder: &Path,
     machine: &Surroundings,
 ) -> Option<Fleet> {
-    let url = written.url.as_deref()?;
-    let urls: Vec<_> = url.split(',').map(|url| Secret::new(url.trim().to_owned())).collect();
-    let is_url = |url: &Secret<String>| ["redis://", "rediss://"].iter().any(|scheme| url.expose().starts_with(scheme));
-    if !urls.iter().all(is_url) {
-        // It may have a password in it.
-        check.problem("fleet.url is no address of a store: write redis://HOST:PORT, or rediss://HOST:PORT with TLS");
+    let urls = addresses(check, "fleet.url", written.url.as_deref()?, written.cluster);
+    let cache_urls = written.cache_url.as_ref().map(|url| addresses(check, "fleet.cache_url", url, written.cluster));
+    let max_entry_bytes = written.cache_entry_bytes.0;
+    if !(1..=CACHE_ENTRY_BYTES).contains(&max_entry_bytes) {
+        let remedy = "is not from 1 byte to 64 MiB; \"1MiB\" is the default";
+        check.wrong("fleet.cache_entry_bytes", max_entry_bytes, remedy);
     }
-    if urls.len() > 1 && !written.cluster {
-        check.problem("fleet.url has several addresses: that is for the nodes of a cluster; set fleet.cluster = true");
-    }
+    let urls_of_answers = cache_urls.unwrap_or_else(|| urls.clone());
+    let cache = written.cache.then_some(FleetCache { urls: urls_of_answers, max_entry_bytes });
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.:".contains(c);
     if written.name.is_empty() || written.name.len() > 64 || !written.name.chars().all(is_plain) {
         let remedy = "is not a name; write up to 64 letters, digits, -, _, . and :";
@@ -136,5 +163,23 @@ pub(super) fn resolve(
         timeout: Duration::from_millis(written.timeout_ms),
         share: written.lease_share,
         on_loss: written.on_loss,
+        cache,
     })
+}
+
+fn addresses(check: &mut Check, key: &str, written: &str, is_cluster: bool) -> Vec<Secret<String>> {
+    let urls: Vec<_> = written.split(',').map(|url| Secret::new(url.trim().to_owned())).collect();
+    let is_url = |url: &Secret<String>| ["redis://", "rediss://"].iter().any(|scheme| url.expose().starts_with(scheme));
+    if !urls.iter().all(is_url) {
+        // It may have a password in it.
+        check.problem(&format!(
+            "{key} is no address of a store: write redis://HOST:PORT, or rediss://HOST:PORT with TLS"
+        ));
+    }
+    if urls.len() > 1 && !is_cluster {
+        check.problem(&format!(
+            "{key} has several addresses: that is for the nodes of a cluster; set fleet.cluster = true"
+        ));
+    }
+    urls
 }

@@ -17,7 +17,7 @@ use crate::task::Task;
 
 pub use catalog::{Catalog, CatalogEntry, Deprecation, ResultShape, is_unpinned};
 pub use file::{File, LogFormat};
-pub use fleet::{Fleet, OnLoss};
+pub use fleet::{Fleet, FleetCache, OnLoss};
 pub use metering::{
     AtTheEnd, Beyond, Budget, By, CatalogLimits, Counted, Ledger, Limits, Metering, Network, OnFault, Plan, Rule,
 };

@@ -31,7 +31,7 @@ use futures_util::stream::unfold;
 use http::Method;
 
 use crate::base::{AccountId, Error, Kind, Millis, ModelId, Neurons, Result};
-use crate::cache::{self, Cache, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
+use crate::cache::{self, Cache, Common, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
 use crate::config::gateway::KeyFiles;
 use crate::config::{self, Config, Live};
 use crate::fallback::{Fallback, Policy};
@@ -87,6 +87,7 @@ impl Parts {
     pub fn start(
         live: &Live,
         ledger: &Ledger,
+        fleet: Option<cache::Fleet>,
         metrics: &Arc<Metrics>,
         logs: impl FnOnce(&Config, &Registry) -> Result<Logs>,
     ) -> Result<Self> {
@@ -95,7 +96,14 @@ impl Parts {
         let sealer = Sealer::open_files(named.as_deref(), default.as_deref(), previous)?;
         let registry = Registry::start(config.registry.as_deref(), config.fixed.clone(), sealer)?;
         let config::Cache { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder } = config.cache.clone();
-        let settings = |folder| cache::Settings { memory_bytes, disk_bytes, max_entries, max_entry_bytes, folder };
+        let settings = |folder| cache::Settings {
+            memory_bytes,
+            disk_bytes,
+            max_entries,
+            max_entry_bytes,
+            folder,
+            fleet: fleet.clone(),
+        };
         let cache = Cache::start(settings(folder)).or_else(|error| {
             // A service's user may have no home to write to; answers that are lost at a restart are no reason not to start.
             tracing::warn!(%error, "answers are kept in memory only");
@@ -128,7 +136,7 @@ pub struct Relay {
     /// What it has in common with others.
     pub parts: Parts,
     counts: Rc<counts::Counts>,
-    last_scope: RefCell<Option<(Arc<Gateway>, AccountId, Scope)>>,
+    last_scope: RefCell<Option<(Arc<Gateway>, AccountId, Names)>>,
     client: Client,
     local: Local,
     /// Google's access tokens, by the hash of the secret they were made from.
@@ -242,7 +250,7 @@ impl Relay {
         let Some(keep) = kept_for(&ask) else {
             return Ok((Box::pin(self.attempts(ask, trail)).await?, CacheUse::Off));
         };
-        let keying = Keying::of(&ask, self.scope(&ask));
+        let keying = self.keying(&ask);
         let auth = [ask.credentials.as_slice()];
         let material = keying.material(&ask, &auth);
         let raw = material.raw();
@@ -272,19 +280,40 @@ impl Relay {
     }
 
     /// What a gateway is called in the cache. Most calls are of the gateway that the last one was of.
-    fn scope(&self, ask: &Ask) -> Scope {
+    fn names(&self, ask: &Ask) -> Names {
         let mut last = self.last_scope.borrow_mut();
-        if let Some((gateway, account, scope)) = &*last
+        if let Some((gateway, account, names)) = &*last
             && Arc::ptr_eq(gateway, &ask.gateway)
             && *account == ask.account
         {
-            return *scope;
+            return *names;
         }
         // A change of the gateway that empties its cache changes its name there.
         let name = format!("{}#{}", ask.gateway.id, ask.gateway.generation);
-        let scope = Scope::gateway(ask.account.as_str(), &name);
-        *last = Some((ask.gateway.clone(), ask.account.clone(), scope));
-        scope
+        let own = Scope::gateway(ask.account.as_str(), &name);
+        let names = Names { own, common: common(ask, "") };
+        *last = Some((ask.gateway.clone(), ask.account.clone(), names));
+        names
+    }
+
+    /// What stands for a request in the cache.
+    fn keying(&self, ask: &Ask) -> Keying {
+        let Names { own, common: named } = self.names(ask);
+        let slug = ask.provider.strip_prefix("custom-");
+        // Daemons share answers of a provider of the account's own where they call it under one address.
+        let common = self.parts.cache.is_shared().then(|| match slug {
+            Some(slug) => {
+                let custom = self.parts.registry.view().custom(ask.account.as_str(), slug);
+                common(ask, custom.as_ref().map_or("", |custom| &custom.base_url))
+            }
+            None => named,
+        });
+        Keying {
+            gateway: own,
+            common,
+            provider: slug.map(|slug| Scope::provider(ask.account.as_str(), slug)),
+            owner: ask.gateway.settings.cache_per_account.then(|| ask.who.caller.account.clone()),
+        }
     }
 
     /// Reads an answer that is being written, by this call's own task or by another's. `ask` is there as long as this call
@@ -382,28 +411,37 @@ fn kept_for(ask: &Ask) -> Option<Duration> {
     ask.options.cache_ttl.or(gateways).or(alone).filter(|ttl| !ttl.is_zero())
 }
 
+/// What a gateway is called in the cache, and where a fleet shares its answers.
+#[derive(Clone, Copy)]
+struct Names {
+    own: Scope,
+    common: Common,
+}
+
+/// The name that daemons have in common whose gateways are alike in all settings, and when this one was emptied.
+fn common(ask: &Ask, base: &str) -> Common {
+    let gateway = &ask.gateway;
+    // What the file says has no time of its own: where a change of it empties the cache, the name changes with it.
+    let since = Millis(if gateway.fixed { 0 } else { gateway.generation });
+    let name = format!("{}#{:x}#{base}", gateway.id, gateway.shape);
+    Common { gateway: Scope::gateway(ask.account.as_str(), &name), since }
+}
+
 /// What stands for a request in the cache.
 struct Keying {
     gateway: Scope,
+    common: Option<Common>,
     provider: Option<Scope>,
     /// Whose answers these are; `None`: everybody's.
     owner: Option<AccountId>,
 }
 
 impl Keying {
-    fn of(ask: &Ask, gateway: Scope) -> Self {
-        let slug = ask.provider.strip_prefix("custom-");
-        Self {
-            gateway,
-            provider: slug.map(|slug| Scope::provider(ask.account.as_str(), slug)),
-            owner: ask.gateway.settings.cache_per_account.then(|| ask.who.caller.account.clone()),
-        }
-    }
-
     fn material<'a>(&'a self, ask: &'a Ask, auth: &'a [&'a [u8]]) -> Material<'a> {
         Material {
             account: self.owner.as_ref().map(AccountId::as_str),
             gateway: self.gateway,
+            common: self.common,
             provider: &ask.provider,
             provider_scope: self.provider,
             method: ask.method.as_str(),

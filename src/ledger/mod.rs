@@ -58,5 +58,3 @@ mod kill_test;
 mod model_store;
 #[cfg(test)]
 mod model_test;
-#[cfg(test)]
-mod test_store;

@@ -126,6 +126,8 @@ pub struct Metrics {
     pub upstream_idle: IntGauge,
     /// Entries, bytes and open fills of the response cache, by what is counted.
     pub cache_state: IntGaugeVec,
+    /// Answers looked for at, and sent to, the store of a fleet, by what became of them (hit, miss, failed, sent, dropped).
+    pub cache_shared: IntCounterVec,
     /// State of breakers that are not closed, by provider: 1 open, 2 half-open.
     pub breakers: IntGaugeVec,
 
@@ -470,6 +472,11 @@ impl Metrics {
                 "neurond_cache",
                 "The response cache: entries, memory_bytes, disk_bytes, fills and followers.",
                 &["what"],
+            ),
+            cache_shared: r.counters(
+                "neurond_cache_shared_total",
+                "Cached answers that a fleet shares, by outcome: found at the store (hit), not found there (miss), sent to it (sent), asked or sent without success, or damaged (failed), not sent since too many wait or the store is gone (dropped).",
+                &["outcome"],
             ),
             breakers: r.gauges(
                 "neurond_breakers_open",

@@ -6,3 +6,6 @@ pub mod redis;
 pub mod sigv4;
 pub mod sse;
 pub mod vertex;
+
+#[cfg(test)]
+pub(crate) mod test_store;

@@ -1,7 +1,8 @@
-//! A connection to Redis, Valkey, or a cluster of them, which runs scripts.
+//! A connection to Redis, Valkey, or a cluster of them, which runs scripts and keeps values.
 //!
 //! ```text
 //! Address ─ open ─> Store ─ run(script, keys, arguments) ─> numbers        many at once: they share a connection
+//!                        └─ get, set ────────────────────> bytes
 //! ```
 //!
 //! An error is the connection's end: whoever holds a [`Store`] drops it and opens another. Nothing is tried again here but what
@@ -129,6 +130,30 @@ impl Store {
         match self {
             Self::One(connection) => call.invoke_async(connection).await,
             Self::Cluster(connection) => call.invoke_async(connection).await,
+        }
+    }
+
+    /// What is kept under a key.
+    ///
+    /// # Errors
+    /// The connection's, or the server's.
+    pub async fn get(&mut self, key: &str) -> RedisResult<Option<Vec<u8>>> {
+        self.ask(redis::cmd("GET").arg(key)).await
+    }
+
+    /// Keeps a value for a time.
+    ///
+    /// # Errors
+    /// The connection's, or the server's.
+    pub async fn set(&mut self, key: &str, value: &[u8], keep: Duration) -> RedisResult<()> {
+        let keep = u64::try_from(keep.as_millis()).unwrap_or(u64::MAX).max(1);
+        self.ask(redis::cmd("SET").arg(key).arg(value).arg("PX").arg(keep)).await
+    }
+
+    async fn ask<T: redis::FromRedisValue>(&mut self, command: &redis::Cmd) -> RedisResult<T> {
+        match self {
+            Self::One(connection) => command.query_async(connection).await,
+            Self::Cluster(connection) => command.query_async(connection).await,
         }
     }
 }

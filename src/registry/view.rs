@@ -41,6 +41,8 @@ pub struct Gateway {
     pub guard: Guard,
     /// Part of the keys of its cached answers: another number, and all of them are forgotten.
     pub generation: u64,
+    /// Says all of its settings: the same on every daemon that was told the same.
+    pub shape: u64,
     /// Written in the file.
     pub fixed: bool,
 }
@@ -254,9 +256,10 @@ impl FixedView {
                     continue;
                 }
             };
+            let shape = shape_of(fields);
             let generation = if settings.cache_invalidate_on_update { generation_of(fields) } else { 0 };
             let gateway =
-                Gateway { id: id.as_str().into(), settings: settings.clone(), guard, generation, fixed: true };
+                Gateway { id: id.as_str().into(), settings: settings.clone(), guard, generation, shape, fixed: true };
             view.gateways.entry(id.clone()).or_default().push((account.clone(), Arc::new(gateway)));
         }
         for provider in &view.written.providers {
@@ -359,7 +362,8 @@ fn gateway(account: &str, id: &str, record: &GatewayRecord, sealer: &Sealer) -> 
     })?;
     let settings = checked(&open)?;
     let guard = compile_guard(&settings)?;
-    Ok(Gateway { id: id.into(), settings, guard, generation: record.generation, fixed: false })
+    let shape = shape_of(&open);
+    Ok(Gateway { id: id.into(), settings, guard, generation: record.generation, shape, fixed: false })
 }
 
 /// Settings of fields whose secrets are open.
@@ -443,6 +447,13 @@ fn custom(account: &str, record: &ProviderRecord, sealer: &Sealer) -> Result<Cus
 /// Follows from what was written, so that it is the same after a restart and another one after any change.
 fn generation_of(fields: &Map<String, Value>) -> u64 {
     short_hash(Value::Object(fields.clone()).to_string().as_bytes())
+}
+
+/// In whatever order it was told.
+fn shape_of(fields: &Map<String, Value>) -> u64 {
+    let mut fields = Value::Object(fields.clone());
+    fields.sort_all_objects();
+    short_hash(fields.to_string().as_bytes())
 }
 
 fn short_hash(bytes: &[u8]) -> u64 {

@@ -17,21 +17,21 @@ const REQUESTS: u64 = 300;
 const NEURONS: f64 = 20.0;
 
 /// A server as production has it, which is looked for as the ledger's own tests look for it.
-struct Store {
+pub struct Store {
     child: Option<Child>,
-    port: u16,
+    pub port: u16,
     folder: tempfile::TempDir,
 }
 
 impl Store {
-    fn start() -> Self {
+    pub fn start() -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut store = Self { child: None, port, folder: tempfile::tempdir().unwrap() };
         store.again();
         store
     }
 
-    fn again(&mut self) {
+    pub fn again(&mut self) {
         let mut command = Command::new(program());
         command.args(["--bind", "127.0.0.1", "--port", &self.port.to_string(), "--save", "", "--appendonly", "yes"]);
         command.arg("--dir").arg(self.folder.path()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -43,11 +43,20 @@ impl Store {
         }
     }
 
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+impl Store {
+    /// Stops it in the midst of what it does, or lets it go on.
+    pub fn signal(&self, signal: i32) {
+        let id = self.child.as_ref().unwrap().id();
+        // SAFETY: a process of ours that was not waited for.
+        assert_eq!(unsafe { libc::kill(id as i32, signal) }, 0);
     }
 }
 

@@ -10,6 +10,7 @@ mod gpu;
 mod harness;
 mod killed;
 mod parallel;
+mod shared;
 mod signals;
 mod swap;
 

@@ -9,7 +9,7 @@ use crate::base::Secret;
 use crate::net::redis::Address;
 
 /// See the top of this file. Ends when it is dropped.
-pub(super) struct TestStore {
+pub(crate) struct TestStore {
     child: Option<Child>,
     port: u16,
     folder: tempfile::TempDir,
@@ -18,12 +18,12 @@ pub(super) struct TestStore {
 
 impl TestStore {
     /// One that keeps nothing.
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::with(&["--save", "", "--appendonly", "no"])
     }
 
     /// With options of the server's.
-    pub(super) fn with(options: &[&'static str]) -> Self {
+    pub(crate) fn with(options: &[&'static str]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let folder = tempfile::tempdir().unwrap();
         let mut store = Self { child: None, port, folder, options: options.to_vec() };
@@ -32,7 +32,7 @@ impl TestStore {
     }
 
     /// Starts it again, with what it has kept.
-    pub(super) fn again(&mut self) {
+    pub(crate) fn again(&mut self) {
         self.kill();
         let mut command = Command::new(program());
         command.args(["--bind", "127.0.0.1", "--port", &self.port.to_string(), "--dir"]).arg(self.folder.path());
@@ -45,7 +45,7 @@ impl TestStore {
         }
     }
 
-    pub(super) fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
             let _ = child.wait();
@@ -53,11 +53,11 @@ impl TestStore {
     }
 
     /// Stops it in the midst of what it does; connections stay.
-    pub(super) fn pause(&self) {
+    pub(crate) fn pause(&self) {
         self.signal(libc::SIGSTOP);
     }
 
-    pub(super) fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.signal(libc::SIGCONT);
     }
 
@@ -67,7 +67,7 @@ impl TestStore {
         assert_eq!(unsafe { libc::kill(id as i32, signal) }, 0);
     }
 
-    pub(super) fn address(&self) -> Address {
+    pub(crate) fn address(&self) -> Address {
         Address {
             urls: vec![Secret::new(format!("redis://127.0.0.1:{}", self.port))],
             password: None,

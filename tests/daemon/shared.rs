@@ -1,0 +1,123 @@
+//! Daemons that find each other's cached answers through a store.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::fleet::Store;
+use crate::harness::{Daemon, PATIENCE, Setup, sim};
+use crate::upstream::Upstream;
+
+/// What the store may take.
+const TIMEOUT: Duration = Duration::from_millis(250);
+
+fn config(store: &Store, upstream: &Upstream, gateway: &str) -> String {
+    format!(
+        "[fleet]\nurl = \"redis://127.0.0.1:{}\"\ncache = true\n\
+         [[provider]]\nslug = \"openai\"\nbase_url = \"{}\"\nallow_private = true\n\
+         [[gateway]]\nid = \"g\"\nauthentication = false\ncache_ttl = 600\n{gateway}{}",
+        store.port,
+        upstream.base("openai"),
+        sim(0, "")
+    )
+}
+
+fn start(config: &str) -> Daemon {
+    let mut daemon = Daemon::start(Setup { config, env: &[] });
+    daemon.wait_log("the fleet's store answers: cached answers are shared");
+    daemon
+}
+
+struct Told {
+    status: u16,
+    cache: String,
+    kind: String,
+    text: String,
+    took: Duration,
+}
+
+/// Asks through a gateway of the file's, or one that is made when it is asked for.
+async fn ask(daemon: &Daemon, gateway: &str, question: &str, stream: bool) -> Told {
+    let body: Value = json!({ "model": "gpt", "stream": stream, "stream_options": { "include_usage": true },
+                              "messages": [{ "role": "user", "content": question }] });
+    let url = format!("{}/v1/test/{gateway}/openai/chat/completions", daemon.base);
+    let began = Instant::now();
+    let request =
+        reqwest::Client::new().post(url).header("cf-aig-cache-ttl", "600").header("x-fake", "chunks=4; gap=2");
+    let response = request.json(&body).send().await.unwrap();
+    let header = |name: &str| response.headers().get(name).map_or("", |value| value.to_str().unwrap()).to_owned();
+    let (cache, kind, status) = (header("cf-aig-cache-status"), header("content-type"), response.status().as_u16());
+    let text = response.text().await.unwrap();
+    Told { status, cache, kind, text, took: began.elapsed() }
+}
+
+async fn until(daemon: &Daemon, outcome: &str, count: f64) {
+    let (series, began) = (format!("neurond_cache_shared_total{{outcome=\"{outcome}\"}}"), Instant::now());
+    while daemon.metric(&series).await < count {
+        assert!(began.elapsed() < PATIENCE, "{outcome}: {count}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[actix::test]
+async fn an_answer_of_one_daemon_is_a_hit_of_another_and_a_store_that_hangs_slows_nobody_down() {
+    let (mut store, upstream) = (Store::start(), Upstream::start());
+    let config_of = |gateway: &str| config(&store, &upstream, gateway);
+    let file = config_of("");
+    let (mut one, mut other) = (start(&file), start(&file));
+    for (at, gateway) in ["g", "default"].into_iter().enumerate() {
+        // A gateway that comes with its first call is as old as that: what was asked before is not for it.
+        ask(&one, gateway, "first", false).await;
+        ask(&other, gateway, "first of the other", false).await;
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        for stream in [false, true] {
+            let calls = upstream.count();
+            let told = ask(&one, gateway, "what is shared?", stream).await;
+            assert_eq!((told.status, told.cache.as_str()), (200, "MISS"), "{}", told.text);
+            until(&one, "sent", (3 * at + 2 + usize::from(stream)) as f64).await;
+            let again = ask(&other, gateway, "what is shared?", stream).await;
+            assert_eq!((again.status, again.cache.as_str()), (200, "HIT"), "{gateway} {stream}");
+            assert_eq!((again.kind, again.text), (told.kind.clone(), told.text), "{gateway} {stream}");
+            assert_eq!(told.kind.starts_with("text/event-stream"), stream);
+            assert_eq!(upstream.count(), calls + 1, "{gateway} {stream}");
+        }
+    }
+    let saved = other.metric(r#"neurond_cache_shared_total{outcome="hit"}"#).await;
+    assert_eq!(saved, 4.0);
+
+    // Another set of rules, another gateway.
+    let strict = start(&config_of("cache_invalidate_on_update = true\nretry_max_attempts = 2\n"));
+    assert_eq!(ask(&strict, "g", "what is shared?", false).await.cache, "MISS");
+    drop(strict);
+
+    store.signal(libc::SIGSTOP);
+    let first = ask(&other, "g", "hanging", false).await;
+    assert_eq!((first.status, first.cache.as_str()), (200, "MISS"));
+    other.wait_log("the fleet's store does not answer: cached answers are not shared");
+    let began = Instant::now();
+    for question in 0..20 {
+        let told = ask(&other, "g", &format!("hanging {question}"), false).await;
+        assert_eq!((told.status, told.cache.as_str()), (200, "MISS"));
+        assert!(told.took < TIMEOUT, "{question}: {:?}", told.took);
+    }
+    println!("20 misses beside a store that hangs: {:?}", began.elapsed());
+    one.wait_log("the fleet's store does not answer: cached answers are not shared");
+    store.signal(libc::SIGCONT);
+    for daemon in [&mut one, &mut other] {
+        daemon.wait_logs("the fleet's store answers: cached answers are shared", 2);
+    }
+    ask(&other, "g", "back", false).await;
+    until(&other, "sent", 3.0).await;
+    assert_eq!(ask(&one, "g", "back", false).await.cache, "HIT");
+
+    // Killed, and back empty.
+    store.kill();
+    other.wait_logs("the fleet's store does not answer: cached answers are not shared", 2);
+    assert_eq!(ask(&other, "g", "gone", false).await.status, 200);
+    store.again();
+    other.wait_logs("the fleet's store answers: cached answers are shared", 3);
+    for mut daemon in [one, other] {
+        daemon.signal(libc::SIGTERM);
+        assert_eq!(daemon.wait_exit().code(), Some(0));
+    }
+}
