@@ -366,3 +366,21 @@ fn a_file_on_disk_is_found_read_and_its_syntax_errors_have_a_line() {
     let gone = crate::config::load(Some(&folder.path().join("none.toml")), &Overrides::default()).unwrap_err();
     assert!(gone.message().contains("name an existing file with --config"), "{gone}");
 }
+
+#[test]
+fn a_fleet_shares_cached_answers_where_it_is_told_to_in_its_store_or_in_another() {
+    let shared = |more: &str| {
+        let config = good(&format!("[fleet]\nurl = \"redis://limits:1\"\n{more}"));
+        let cache = config.metering.fleet.unwrap().cache?;
+        Some((cache.urls.iter().map(|url| url.expose().clone()).collect::<Vec<_>>().join(" "), cache.max_entry_bytes))
+    };
+    assert_eq!(shared(""), None);
+    assert_eq!(shared("cache = true"), Some(("redis://limits:1".to_owned(), 1 << 20)));
+    let elsewhere = "cache = true\ncache_url = \"rediss://answers:2\"\ncache_entry_bytes = \"64KiB\"";
+    assert_eq!(shared(elsewhere), Some(("rediss://answers:2".to_owned(), 64 << 10)));
+    let wrong = |more: &str, wanted: &str| refused(&format!("[fleet]\nurl = \"redis://limits:1\"\n{more}"), wanted);
+    wrong("cache_url = \"answers:2\"", "fleet.cache_url is no address");
+    wrong("cache_url = \"redis://a:2, redis://b:2\"", "fleet.cache_url has several addresses");
+    wrong("cache_entry_bytes = 0", "fleet.cache_entry_bytes = 0: is not from 1 byte");
+    wrong("cache_entry_bytes = \"65MiB\"", "fleet.cache_entry_bytes");
+}

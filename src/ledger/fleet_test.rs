@@ -11,10 +11,10 @@ use proptest::test_runner::TestRunner;
 use super::*;
 use crate::base::{AccountId, ModelId, Neurons, RequestId, Secret};
 use crate::ledger::model_store::{ModelStore, SHARE};
-use crate::net::test_store::TestStore;
 use crate::ledger::{
     AtLimit, Beyond, Claim, Counts, Denied, Ledger, Plan, Reservation, Settings, Spent, Technique, Window,
 };
+use crate::net::test_store::TestStore;
 use crate::task::Usage;
 
 const FREE: Plan = Plan { allocation: Neurons::ZERO, beyond: Beyond::Bill, at_limit: AtLimit::Finish };

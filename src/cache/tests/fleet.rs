@@ -59,6 +59,10 @@ impl Daemon {
         name(&self.look(body).await)
     }
 
+    async fn ticket(&self, body: &str) -> FillTicket {
+        ticket(&self.cache, self.key(body)).await
+    }
+
     /// What became of lookups and answers.
     fn count(&self, outcome: &str) -> u64 {
         self.metrics.cache_shared.with_label_values(&[outcome]).get()
@@ -76,7 +80,7 @@ impl Daemon {
     /// Answers a question, and waits until others can know.
     async fn answer(&self, body: &str, chunks: &[&'static str]) {
         let sent = self.count("sent");
-        let Found::Fill(ticket) = self.look(body).await else { panic!("{body} is answered") };
+        let ticket = self.ticket(body).await;
         answer(ticket, chunks).await;
         self.until("sent", sent + 1).await;
     }
@@ -132,30 +136,21 @@ async fn an_answer_of_one_is_a_hit_of_the_other_with_its_chunks_and_what_is_left
 async fn only_whole_good_answers_within_the_limit_are_shared_and_only_among_the_same() {
     let store = TestStore::start();
     let (one, other) = (Daemon::with(&store, "g#1", 300).await, Daemon::start(&store, "g#1").await);
-    let ticket = |daemon: &Daemon, body: &'static str| {
-        let found = daemon.cache.lookup(daemon.key(body), Millis::now());
-        async move {
-            match found.await {
-                Found::Fill(ticket) => ticket,
-                other => panic!("{body}: {}", name(&other)),
-            }
-        }
-    };
-    let mut broken = ticket(&one, "broken").await;
+    let mut broken = one.ticket("broken").await;
     broken.begin(head(), KEEP);
     broken.push(Bytes::from("half")).await.unwrap();
     broken.fail(failed("broke off"));
-    let mut said = ticket(&one, "a failure in the stream").await;
+    let mut said = one.ticket("a failure in the stream").await;
     said.begin(head(), KEEP);
     said.push(Bytes::from("error")).await.unwrap();
     said.finish_unkept();
-    let mut refused = ticket(&one, "an error").await;
+    let mut refused = one.ticket("an error").await;
     refused.begin(Head { status: 500, ..head() }, KEEP);
     refused.finish();
-    let mut short = ticket(&one, "not to be kept").await;
+    let mut short = one.ticket("not to be kept").await;
     short.begin(head(), None);
     short.finish();
-    let mut large = ticket(&one, "large").await;
+    let mut large = one.ticket("large").await;
     large.begin(head(), KEEP);
     large.push(Bytes::from(vec![b'x'; 300])).await.unwrap();
     large.finish();
@@ -204,14 +199,14 @@ async fn a_store_that_hangs_costs_one_timeout_and_is_used_again_when_it_is_back(
         let began = Instant::now();
         assert_eq!(other.word("before").await, "fill");
         assert!(began.elapsed() < TIMEOUT / 2, "call {calls}: {:?}", began.elapsed());
-        let Found::Fill(ticket) = other.look(["e", "f"][calls % 2]).await else { panic!("answered") };
+        let ticket = other.ticket(["e", "f"][calls % 2]).await;
         ticket.fail(failed("no"));
         calls += 1;
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(calls > 20, "{calls}");
     // What cannot be sent is dropped, and kept where it is.
-    let Found::Fill(ticket) = other.look("meanwhile").await else { panic!("answered") };
+    let ticket = other.ticket("meanwhile").await;
     answer(ticket, &["m"]).await;
     other.until("dropped", 1).await;
     assert_eq!(other.word("meanwhile").await, "hit");
@@ -283,7 +278,7 @@ async fn nothing_of_before_a_purge_or_a_change_of_the_gateway_comes_back() {
     let one = Daemon::start(&store, "g#1").await;
     let mut other = Daemon::start(&store, "g#1").await;
     one.answer("x", &["old"]).await;
-    let Found::Fill(mut under_way) = one.look("y").await else { panic!("answered") };
+    let mut under_way = one.ticket("y").await;
     under_way.begin(head(), KEEP);
     assert_eq!(other.word("x").await, "hit");
     // A purge of one scope, and the gateway's own invalidation: both are times.
