@@ -78,8 +78,7 @@ fn config(store: &Store) -> String {
         "{}[fleet]\nurl = \"redis://127.0.0.1:{}\"\n\
          [limits]\ncatalog = \"off\"\n\
          [[limit]]\nname = \"rate\"\nby = [\"header:x-rate\"]\nrequests = {REQUESTS}\nwindow_s = {window_s}\n\
-         [[limit]]\nname = \"budget\"\nby = [\"header:x-team\"]\nneurons = {NEURONS}\nwindow_s = {month_s}\n\
-         [auth]\nanonymous = \"local\"\n",
+         [[limit]]\nname = \"budget\"\nby = [\"header:x-team\"]\nneurons = {NEURONS}\nwindow_s = {month_s}\n",
         sim(0, ""),
         store.port
     )
@@ -120,7 +119,7 @@ async fn drain(daemons: &[&Daemon], rate: &str, team: Option<&str>) -> u64 {
 
 /// Neurons that a daemon has written down.
 async fn neurons(daemon: &Daemon) -> f64 {
-    let url = format!("{}/client/v4/accounts/local/ai-gateway/usage", daemon.base);
+    let url = format!("{}/client/v4/accounts/test/ai-gateway/usage", daemon.base);
     let told: Value = reqwest::get(url).await.unwrap().json().await.unwrap();
     let rows = told["result"]["rows"].as_array().unwrap_or_else(|| panic!("{told}"));
     rows.iter().map(|row| row["neurons"].as_f64().unwrap()).sum()
