@@ -27,12 +27,14 @@ stage_model() {
     scripts/fetch_model.sh embedding "$NEUROND_TEST_MODELS"
 }
 stage_cuda() { scripts/fetch_cuda.sh; }
-# Programs that tests talk to: a mail server, a collector of traces, one that speaks S3 and checks signatures, and the store of a fleet.
+# Programs that tests talk to: a mail server, a collector of traces, one that speaks S3 and checks signatures, the store of a fleet,
+# and a reader of Parquet.
 stage_servers() {
     scripts/fetch_smtp.sh
     scripts/fetch_otlp.sh
     scripts/s3_server.sh
     scripts/fetch_redis.sh
+    scripts/fetch_parquet.sh
 }
 stage_clippy() { NEUROND_CUDA_CHIPS='' cargo clippy --locked --all-targets --features cuda,emulate -- -D warnings; }
 # Compiles the kernels for every GPU, and fails where one spills. The generated documents, the floors, the goldens and GPU

@@ -10,10 +10,10 @@ use crate::cache;
 use crate::config::gateway::Otel;
 use crate::config::{
     self, AlertOn, AlertSection, AlertSeverity, ChannelSection, ChannelTo, Config, MailSecurity, OnFault, OnLoss,
-    ShipSection, ShipTo, SpoolFull, WithSecret,
+    ShipFormat, ShipSection, ShipTo, SpoolFull, WithSecret,
 };
 use crate::ledger;
-use crate::logs::ship::{self, AtBound, Chosen, Destination, Job};
+use crate::logs::ship::{self, AtBound, Chosen, Destination, Format, Job};
 use crate::logs::{self, Keep, Push, RedactRule, RedactRules, Redactor, Strategy, analytics, trace};
 use crate::metrics::Metrics;
 use crate::net::client;
@@ -213,7 +213,11 @@ fn job(WithSecret { section, secret, .. }: &WithSecret<ShipSection>) -> Job {
         Chosen { account: account.map(|account| AccountId::new(&account)), gateway }
     });
     let gateways = if gateways.iter().any(|name| name == "*") { Vec::new() } else { chosen.collect() };
-    Job { name, gateways, prefix, destination }
+    let format = match section.format {
+        ShipFormat::Ndjson => Format::Lines,
+        ShipFormat::Parquet => Format::Parquet,
+    };
+    Job { name, gateways, prefix, format, destination }
 }
 
 /// Of alerts.

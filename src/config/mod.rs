@@ -24,7 +24,7 @@ pub use metering::{
 pub use price::{Price, PriceLine};
 pub use records::{
     AlertOn, AlertSection, AlertSeverity, AnalyticsSection, ChannelSection, ChannelTo, LogsSection, MailSecurity,
-    Records, RedactSection, ShipSection, ShipTo, SpoolFull, WithSecret,
+    Records, RedactSection, ShipFormat, ShipSection, ShipTo, SpoolFull, WithSecret,
 };
 pub use reload::{Change, Effect, diff};
 pub use tariff::{Tariff, Tariffs};

@@ -91,7 +91,7 @@ pub struct RedactSection {
     pub replacement: Option<String>,
 }
 
-/// `[[ship]]`: where records are shipped to, at most four places. Objects are compressed lines of JSON (`.log.gz`).
+/// `[[ship]]`: where records are shipped to, at most four places.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShipSection {
@@ -101,6 +101,9 @@ pub struct ShipSection {
     /// `"s3"`: a bucket of S3, or of what speaks like it. `"folder"`: a folder. `"http"`: a server that takes POSTs.
     /// Example: `"s3"`
     pub to: ShipTo,
+    /// `"ndjson"`: objects are lines of JSON, compressed (`.log.gz`). `"parquet"`: tables (`.parquet`), for `"s3"` and `"folder"`.
+    #[serde(default)]
+    pub format: ShipFormat,
     /// Gateways whose records are shipped there, as `"GATEWAY"` or `"ACCOUNT/GATEWAY"`; `["*"]`: all. Left out: those that have
     /// `logpush` switched on.
     /// Example: `["*"]`
@@ -156,6 +159,17 @@ pub enum ShipTo {
     Folder,
     /// A server that takes POSTs.
     Http,
+}
+
+/// What objects are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum ShipFormat {
+    /// Lines of JSON.
+    #[default]
+    Ndjson,
+    /// Tables.
+    Parquet,
 }
 
 /// `[analytics]`: sums of all calls, by `/client/v4/accounts/{account}/ai-gateway/analytics` and `neurond usage`.
@@ -456,6 +470,10 @@ pub(super) fn resolve(check: &mut Check, written: &Sections<'_>, folder: &Path, 
             ShipTo::Http => &[("url", section.url.is_some())],
         };
         lacks(check, &key, needs);
+        if section.to == ShipTo::Http && section.format == ShipFormat::Parquet {
+            let remedy = "is for \"s3\" and \"folder\"; leave it out, and the server gets \"ndjson\"";
+            check.wrong(&format!("{key}.format"), "\"parquet\"", remedy);
+        }
         let mut section = section.clone();
         section.path = section.path.map(|path| folder.join(path));
         WithSecret { section, secret, authorities: None }

@@ -292,6 +292,10 @@ fn each_mistake_names_file_key_value_and_remedy() {
             &format!("{MODEL}spill_folder = \"/var/cache\""),
             "spill_folder = /var/cache: says where, but not how much: write spill_bytes as well",
         ),
+        (
+            "[[ship]]\nname = \"a\"\nto = \"http\"\nurl = \"https://example.com/\"\nformat = \"parquet\"",
+            "ship[0].format = \"parquet\": is for \"s3\" and \"folder\"; leave it out, and the server gets \"ndjson\"",
+        ),
         ("[[account]]\nid = \"a\"\nweight = 0", "account[0].weight = 0: is not from 1 to 1000"),
         ("[[account]]\nid = \"a\"\npriority = 101", "account[0].priority = 101: is not from -100 to 100"),
         ("[[account]]\nid = \"a b\"", "account[0].id = \"a b\": is not an account"),

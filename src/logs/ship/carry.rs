@@ -18,7 +18,7 @@ use tokio::task::{JoinSet, LocalSet, spawn_blocking};
 use tokio::time::{interval, sleep};
 use tracing::{debug, error, info, warn};
 
-use super::pack::{self, Chosen, Failure, Object};
+use super::pack::{self, Chosen, Failure, Format, Object};
 use super::sink::Sink;
 use super::spool::{Shipped, Spool, write_cursor};
 use crate::base::{Millis, RequestId};
@@ -51,6 +51,7 @@ pub(super) struct Carrier {
     pub name: String,
     pub prefix: String,
     pub chosen: Arc<[Chosen]>,
+    pub format: Format,
     pub sink: Sink,
 }
 
@@ -135,8 +136,8 @@ async fn carry(carrier: Carrier, shared: Arc<Shared>, client: Client, manner: Ma
         };
         let outcome = async {
             if packed.as_ref().is_none_or(|(known, ..)| *known != segment) {
-                let (prefix, chosen) = (carrier.prefix.clone(), carrier.chosen.clone());
-                let made = spawn_blocking(move || pack::pack(&path, &prefix, &chosen)).await;
+                let (prefix, chosen, format) = (carrier.prefix.clone(), carrier.chosen.clone(), carrier.format);
+                let made = spawn_blocking(move || pack::pack(&path, &prefix, &chosen, format)).await;
                 let made = made.map_err(|error| Trouble::Lasting(format!("it could not be packed: {error}")))?;
                 let (object, shipped) = made.map_err(unpacked)?;
                 packed = Some((segment, object, shipped));

@@ -16,9 +16,12 @@ mod envelope;
 mod json;
 mod line;
 mod pack;
+mod parquet;
 mod sink;
 mod spool;
 mod status;
+mod table;
+mod thrift;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,7 +33,7 @@ use tokio::sync::oneshot;
 
 use self::carry::{Bell, Carrier, Manner, Shared};
 pub use self::envelope::PublicKey;
-pub use self::pack::Chosen;
+pub use self::pack::{Chosen, Format};
 pub use self::sink::Destination;
 use self::sink::Sink;
 pub use self::spool::AtBound;
@@ -57,6 +60,8 @@ pub struct Job {
     pub gateways: Vec<Chosen>,
     /// What its objects' names begin with, such as `prod/logs`; may be empty.
     pub prefix: String,
+    /// What its objects are. A server gets lines.
+    pub format: Format,
     /// Where to.
     pub destination: Destination,
 }
@@ -133,9 +138,9 @@ impl Ship {
         let names: Vec<&str> = jobs.iter().map(|job| job.name.as_str()).collect();
         let spool = Spool::open(&folder, bounds, &names)?;
         let carriers = jobs.into_iter().enumerate().map(|(number, job)| {
-            let Job { name, gateways, prefix, destination } = job;
+            let Job { name, gateways, prefix, format, destination } = job;
             let sink = Sink::new(destination).map_err(|error| error.context(format!("export job {name}")))?;
-            Ok(Carrier { number, name, prefix, chosen: gateways.into(), sink })
+            Ok(Carrier { number, name, prefix, chosen: gateways.into(), format, sink })
         });
         let carriers: Vec<Carrier> = carriers.collect::<Result<_>>()?;
         let chosen = carriers.iter().map(|carrier| carrier.chosen.clone()).collect();
@@ -249,6 +254,12 @@ fn check(settings: &Settings) -> Result<()> {
             return Err(Error::bad_input(format!(
                 "export job {}: the prefix {:?} cannot begin names; write it like logs/prod, or leave it out",
                 job.name, job.prefix
+            )));
+        }
+        if job.format == Format::Parquet && matches!(job.destination, Destination::Http { .. }) {
+            return Err(Error::bad_input(format!(
+                "export job {}: Parquet goes to a bucket or a folder; a server gets lines of JSON",
+                job.name
             )));
         }
     }

@@ -1,7 +1,8 @@
 //! Makes an object of a segment: the lines of one job, compressed, under a name that follows from them.
 //!
 //! ```text
-//! segment ─> records ─the job's gateways?─> lines ─gzip─> PREFIX/20250615/20250615T150640Z_20250615T150711Z_HASH.log.gz
+//! segment ─> records ─the job's gateways?─> lines ─┬─gzip──> PREFIX/20250615/20250615T150640Z_20250615T150711Z_HASH.log.gz
+//!                                                  └─table─> PREFIX/20250615/20250615T150640Z_20250615T150711Z_HASH.parquet
 //! ```
 //!
 //! The name is made of the first and last time and a hash of the records as they lie in the spool: the same segment has the same name
@@ -17,6 +18,7 @@ use flate2::write::GzEncoder;
 
 use super::line::{self, Parts, Renderer};
 use super::spool::{self, Shipped};
+use super::table::Table;
 use crate::base::{AccountId, Error, Millis};
 
 /// Of nine: twice the work would save a tenth of the bytes.
@@ -31,6 +33,33 @@ pub struct Chosen {
     pub gateway: String,
 }
 
+/// What objects are.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Format {
+    /// Lines of JSON, compressed with gzip.
+    #[default]
+    Lines,
+    /// A Parquet file, its pages compressed with gzip.
+    Parquet,
+}
+
+impl Format {
+    fn extension(self) -> &'static str {
+        match self {
+            Self::Lines => "log.gz",
+            Self::Parquet => "parquet",
+        }
+    }
+
+    /// The media type.
+    fn media(self) -> &'static str {
+        match self {
+            Self::Lines => "application/gzip",
+            Self::Parquet => "application/vnd.apache.parquet",
+        }
+    }
+}
+
 /// What is sent in one go.
 #[derive(Clone, Debug)]
 pub(super) struct Object {
@@ -38,6 +67,8 @@ pub(super) struct Object {
     pub name: String,
     /// Compressed.
     pub bytes: Bytes,
+    /// What they are.
+    pub media: &'static str,
 }
 
 /// Whether a gateway is among those chosen; all are where none is.
@@ -63,12 +94,46 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// An object that is being made.
+enum Packer {
+    Lines(GzEncoder<Vec<u8>>),
+    Parquet(Box<Table>),
+}
+
+impl Packer {
+    fn new(format: Format) -> Self {
+        match format {
+            Format::Lines => Self::Lines(GzEncoder::new(Vec::new(), Compression::new(EFFORT))),
+            Format::Parquet => Self::Parquet(Box::new(Table::new(EFFORT))),
+        }
+    }
+
+    fn push(&mut self, line: &[u8]) -> Result<(), Failure> {
+        match self {
+            Self::Lines(lines) => lines.write_all(line).map_err(Failure::Read),
+            Self::Parquet(table) => table.push(line).map_err(Failure::Render),
+        }
+    }
+
+    fn finish(self) -> io::Result<Vec<u8>> {
+        match self {
+            Self::Lines(lines) => lines.finish(),
+            Self::Parquet(table) => table.finish(),
+        }
+    }
+}
+
 /// Packs a segment; no object where it holds nothing for the job.
 ///
 /// # Errors
 /// If the segment cannot be read at all, or a record cannot be sealed.
-pub(super) fn pack(path: &Path, prefix: &str, chosen: &[Chosen]) -> Result<(Option<Object>, Shipped), Failure> {
-    let mut lines = GzEncoder::new(Vec::new(), Compression::new(EFFORT));
+pub(super) fn pack(
+    path: &Path,
+    prefix: &str,
+    chosen: &[Chosen],
+    format: Format,
+) -> Result<(Option<Object>, Shipped), Failure> {
+    let mut packer = Packer::new(format);
     let (mut renderer, mut hash, mut shipped) = (Renderer::default(), blake3::Hasher::new(), Shipped::default());
     let (mut first, mut last) = (Millis(u64::MAX), Millis(0));
     spool::blocks(path, |block| {
@@ -81,23 +146,23 @@ pub(super) fn pack(path: &Path, prefix: &str, chosen: &[Chosen]) -> Result<(Opti
                 shipped.skipped += 1;
                 continue;
             }
-            lines.write_all(renderer.line(&parts).map_err(Failure::Render)?)?;
+            packer.push(renderer.line(&parts).map_err(Failure::Render)?)?;
             hash.update(record);
             (first, last) = (first.min(at), last.max(at));
             shipped.records += 1;
         }
         Ok::<_, Failure>(())
     })?;
-    let bytes = lines.finish()?;
     if shipped.records == 0 {
         return Ok((None, shipped));
     }
+    let bytes = packer.finish()?;
     shipped.bytes = bytes.len() as u64;
     let hash = &hash.finalize().to_hex()[..16];
     let (first, last) = (stamp(first), stamp(last));
     let (day, slash) = (&first[..8], if prefix.is_empty() { "" } else { "/" });
-    let name = format!("{prefix}{slash}{day}/{first}_{last}_{hash}.log.gz");
-    Ok((Some(Object { name, bytes: bytes.into() }), shipped))
+    let name = format!("{prefix}{slash}{day}/{first}_{last}_{hash}.{}", format.extension());
+    Ok((Some(Object { name, bytes: bytes.into(), media: format.media() }), shipped))
 }
 
 /// `20150830T123600Z`.

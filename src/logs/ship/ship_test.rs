@@ -17,6 +17,7 @@ fn job(name: &str, path: &Path) -> Job {
         name: name.into(),
         gateways: Vec::new(),
         prefix: "logs".into(),
+        format: Format::Lines,
         destination: Destination::Folder { path: path.into() },
     }
 }
@@ -202,6 +203,10 @@ fn settings_that_cannot_be_used_say_what_to_do() {
         (vec![Job { prefix: "/x".into(), ..good() }], "logs/prod"),
         (vec![Job { prefix: "x/".into(), ..good() }], "logs/prod"),
         (vec![Job { prefix: "x/./y".into(), ..good() }], "logs/prod"),
+        (
+            vec![Job { format: Format::Parquet, destination: http("https://host/", Vec::new()), ..good() }],
+            "lines of JSON",
+        ),
         (to(http("ftp://host/x", Vec::new())), "https://host/path"),
         (to(http("host", Vec::new())), "https://host/path"),
         (to(http("https://user@host/", Vec::new())), "is no host"),

@@ -154,11 +154,11 @@ fn put(
         method: "PUT",
         path: &path,
         query: "",
-        headers: &[("host", origin.authority.as_str()), ("content-type", "application/gzip")],
+        headers: &[("host", origin.authority.as_str()), ("content-type", object.media)],
         payload: Payload::Bytes(&object.bytes),
     };
     let mut headers = HeaderMap::new();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/gzip"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(object.media));
     for (name, value) in sigv4::sign(credentials, Scope { region, service: "s3" }, &request, now) {
         headers.insert(name, HeaderValue::try_from(value).map_err(|error| lasting(&error))?);
     }

@@ -11,12 +11,15 @@ use std::time::{Duration, Instant};
 
 use flate2::read::GzDecoder;
 use neurond::base::{AccountId, LogId, Millis, Neurons, RequestId, Secret};
-use neurond::logs::ship::{AtBound, Chosen, Destination, Job, Outgoing, Settings, Ship};
+use neurond::logs::ship::{AtBound, Chosen, Destination, Format, Job, Outgoing, Settings, Ship};
 use neurond::logs::{Body, CacheUse, Record};
 use neurond::net::client;
 use neurond::net::sigv4::Credentials;
 use parking_lot::Mutex;
-use serde_json::Value;
+use serde_json::{Value, json};
+
+use super::{Rig, question, streamed};
+use crate::harness::Answer;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The folder that a process started by a test ships from, and where to.
@@ -264,6 +267,63 @@ fn a_folder_that_is_full_gets_the_rest_when_there_is_room_and_no_half_objects() 
     assert_eq!(ids(&lines_in(&disk.path)), sent);
 }
 
+#[actix_web::test]
+async fn a_daemon_ships_tables_that_say_what_its_lines_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let server = S3::start();
+    std::fs::write(path("secret"), "good").unwrap();
+    let mut more = String::from("[logs]\nship_every_s = 1\n");
+    for (name, format) in [("lines", "ndjson"), ("tables", "parquet")] {
+        let path = path(name);
+        more += &format!("[[ship]]\nname = \"{name}\"\nto = \"folder\"\nformat = \"{format}\"\n");
+        more += &format!("gateways = [\"*\"]\npath = \"{}\"\n", path.display());
+    }
+    if let Some(server) = &server {
+        more += "[[ship]]\nname = \"s3\"\nto = \"s3\"\nformat = \"parquet\"\ngateways = [\"*\"]\nprefix = \"p/q\"\n";
+        more += &format!("url = \"http://{}\"\nbucket = \"logs\"\npath_style = true\n", server.address);
+        more += "allow_private = true\nregion = \"us-east-1\"\naccess_key_id = \"writer\"\n";
+        more += &format!("secret_file = \"{}\"\n", path("secret").display());
+    }
+    let logs = path("logs");
+    let rig = Rig::made(&more, false, move |config| config.records.folder = Some(logs));
+    let told = [("cf-aig-metadata", r#"{"user":"zo\u00eb","plan":"free"}"#), ("user-agent", "tests/1")];
+    for (headers, body, expected) in [
+        (&told[..], question("gr\u{fc}n \u{1f600}"), 200),
+        (&[("cf-aig-cache-ttl", "600")], streamed("two"), 200),
+        (&[("cf-aig-cache-ttl", "600")], streamed("two"), 200),
+        (&[("x-fake", "status=500"), ("cf-aig-max-attempts", "1")], question("three"), 500),
+        (&[("cf-aig-collect-log-payload", "false")], question(""), 200),
+    ] {
+        assert_eq!(Answer::of(rig.chat(headers, &body)).await.status, expected, "{body}");
+    }
+    rig.daemon.eventually("five lines arrive", |_| lines_in(&path("lines")).len() == 5).await;
+    // The same segments under the same names, but for their ends.
+    let names = |folder: &Path, kind: &str| -> BTreeSet<String> {
+        let stem = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().split('.').next().unwrap().to_owned();
+        objects_in(folder, kind).iter().map(stem).collect()
+    };
+    let expected = names(&path("lines"), "gz");
+    rig.daemon.eventually("tables arrive", |_| names(&path("tables"), "parquet") == expected).await;
+    let (lines, rows) = (lines_in(&path("lines")), rows_of(&objects_in(&path("tables"), "parquet")));
+    assert_eq!((ids(&rows), rows.len()), (ids(&lines), 5));
+    for (row, line) in rows.iter().zip(&lines) {
+        for (name, cell) in row.as_object().unwrap() {
+            let field = line.get(name).unwrap_or(&Value::Null);
+            assert_eq!(field_of(cell), field_of(field), "{name} of {line}");
+        }
+        assert!(line.as_object().unwrap().keys().all(|name| row.get(name).is_some()), "{row} {line}");
+    }
+    assert_eq!(rows[0]["Metadata"], told[0].1, "as the caller wrote it");
+    if let Some(server) = server {
+        let there = server.root.path().join("logs/p/q");
+        rig.daemon.eventually("the bucket has them", |_| names(&there, "parquet") == expected).await;
+        let read = |files: BTreeSet<PathBuf>| files.iter().map(|file| std::fs::read(file).unwrap()).collect::<Vec<_>>();
+        let same = read(objects_in(&there, "parquet")) == read(objects_in(&path("tables"), "parquet"));
+        assert!(same, "the same bytes");
+    }
+}
+
 #[test]
 fn a_job_without_records_of_its_gateways_is_done_with_them() {
     let folder = tempfile::tempdir().unwrap();
@@ -279,7 +339,7 @@ fn a_job_without_records_of_its_gateways_is_done_with_them() {
 }
 
 fn job(name: &str, destination: Destination) -> Job {
-    Job { name: name.into(), gateways: Vec::new(), prefix: "p/q".into(), destination }
+    Job { name: name.into(), gateways: Vec::new(), prefix: "p/q".into(), format: Format::Lines, destination }
 }
 
 /// Small segments and short waits.
@@ -358,8 +418,8 @@ fn ids(lines: &[Value]) -> Vec<String> {
     lines.iter().map(|line| line["Id"].as_str().unwrap().to_owned()).collect()
 }
 
-/// The lines of all objects under a folder, by name.
-fn lines_in(folder: &Path) -> Vec<Value> {
+/// All objects under a folder whose names end so, by name.
+fn objects_in(folder: &Path, kind: &str) -> BTreeSet<PathBuf> {
     let (mut objects, mut folders) = (BTreeSet::new(), vec![folder.to_path_buf()]);
     while let Some(next) = folders.pop() {
         for entry in std::fs::read_dir(next).into_iter().flatten() {
@@ -367,12 +427,41 @@ fn lines_in(folder: &Path) -> Vec<Value> {
             match path.is_dir() {
                 true => folders.push(path),
                 // What was not finished has another name.
-                false if path.extension().is_some_and(|kind| kind == "gz") => drop(objects.insert(path)),
+                false if path.extension().is_some_and(|found| found == kind) => drop(objects.insert(path)),
                 false => {}
             }
         }
     }
-    objects.iter().flat_map(|path| unpacked(&std::fs::read(path).unwrap())).collect()
+    objects
+}
+
+/// The lines of all objects under a folder, by name.
+fn lines_in(folder: &Path) -> Vec<Value> {
+    objects_in(folder, "gz").iter().flat_map(|path| unpacked(&std::fs::read(path).unwrap())).collect()
+}
+
+/// The rows of Parquet files, as pyarrow finds them.
+fn rows_of(files: &BTreeSet<PathBuf>) -> Vec<Value> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let named = std::env::var_os("NEUROND_TEST_PARQUET").map(PathBuf::from);
+    let reader = named.unwrap_or_else(|| root.join("target/test-parquet"));
+    assert!(reader.join("pyarrow").is_dir(), "no reader of Parquet: run scripts/fetch_parquet.sh");
+    let script = root.join("scripts/parquet_rows.py");
+    let output = Command::new("python3").arg(script).args(files).env("PYTHONPATH", reader).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A cell as the field of a line that it is: objects from their text, numbers alike.
+fn field_of(cell: &Value) -> Value {
+    match cell {
+        Value::String(text) if text.starts_with(['{', '[']) => serde_json::from_str(text).unwrap_or(cell.clone()),
+        // Amounts have twelve digits behind the point; how they are read from text may differ by less.
+        Value::Number(number) => json!(number.as_f64().map(|number| (number * 1e12).round())),
+        Value::Object(fields) => fields.iter().map(|(name, cell)| (name.clone(), field_of(cell))).collect(),
+        _ => cell.clone(),
+    }
 }
 
 #[track_caller]
