@@ -27,7 +27,7 @@ use tracing::{error, info, warn};
 use crate::base::{Error, Millis};
 use crate::ledger::ask::{Ask, Heard, Place};
 use crate::ledger::member::Member;
-use crate::ledger::shared::{FleetHealth, Link, Shared};
+use crate::ledger::shared::{Link, Shared};
 use crate::ledger::window::Span;
 use crate::net::redis::{Address, Script, Store};
 
@@ -255,7 +255,9 @@ impl Keeper {
         let now = Millis::now();
         let is_remembered = self.shared.fleet(|book, _| {
             // All of them, whatever the first says.
-            heard.iter().fold(true, |all, heard| book.hear(heard, now) && all)
+            let mut is_remembered = true;
+            heard.iter().for_each(|heard| is_remembered &= book.hear(heard, now));
+            is_remembered
         });
         if is_remembered != Some(true) {
             return Err(lost(FORGOTTEN));

@@ -150,7 +150,7 @@ fn the_script_says_what_the_model_says() {
             let now = span.start(span.index(Millis::now()));
             for _ in 0..25 {
                 let ((back, keep, need, ahead, limit, (adopts, is_sliding), epoch), (daemon, process, count)) =
-                    ((&ask, &who)).new_tree(&mut runner).unwrap().current();
+                    (&ask, &who).new_tree(&mut runner).unwrap().current();
                 let ask = Ask {
                     place: Place::Window(case, span),
                     span,

@@ -38,8 +38,8 @@ impl Ledger {
         let look = |now| {
             let looked = self.shared.fleet(|book, _| {
                 // All of them, so that they are asked for at once.
-                let looks = windows.iter().map(|window| book.has_room(window, now).map(drop));
-                let found = looks.fold(Ok(()), |all, one| all.and(one));
+                let looks: Vec<_> = windows.iter().map(|window| book.has_room(window, now).map(drop)).collect();
+                let found: Result<(), _> = looks.into_iter().collect();
                 found.map_err(|denied| (denied, book.leases().and_then(|leases| leases.round())))
             });
             looked.unwrap_or(Ok(()))

@@ -169,9 +169,9 @@ impl Attributes {
     }
 
     fn texts(&mut self, name: &str, texts: &[Box<str>]) {
-        let value = |text: &Box<str>| AnyValue { value: Some(Any::StringValue(text.to_string())) };
+        let value = |text: &str| AnyValue { value: Some(Any::StringValue(text.to_owned())) };
         if !texts.is_empty() {
-            self.put(name, Any::ArrayValue(ArrayValue { values: texts.iter().map(value).collect() }));
+            self.put(name, Any::ArrayValue(ArrayValue { values: texts.iter().map(|text| value(text)).collect() }));
         }
     }
 

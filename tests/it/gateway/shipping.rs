@@ -498,7 +498,8 @@ fn ship_for_ever(folder: &Path) -> ! {
 fn taken(folder: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(folder.join("taken")).unwrap_or_default();
     let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-    whole.lines().map(str::to_owned).collect()
+    // One that was killed while it wrote left half an id, which the next one wrote on: neither tells anything.
+    whole.lines().filter(|id| LogId::parse(id).is_some()).map(str::to_owned).collect()
 }
 
 fn credentials(secret: &str) -> Credentials {
