@@ -10,6 +10,7 @@ use proptest::test_runner::TestRunner;
 
 use super::*;
 use crate::base::{AccountId, ModelId, Neurons, RequestId, Secret};
+use crate::ledger::FleetHealth;
 use crate::ledger::model_store::{ModelStore, SHARE};
 use crate::ledger::{
     AtLimit, Beyond, Claim, Counts, Denied, Ledger, Plan, Reservation, Settings, Spent, Technique, Window,

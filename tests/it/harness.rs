@@ -131,7 +131,8 @@ impl Daemon {
                 let adapters = Adapters::start(config.clone(), metrics.clone());
                 let (fleet_view, series) = (fleet.clone(), metrics.clone());
                 let clients = relay::clients(&wanted.upstream).unwrap();
-                let relays = Parts::start(&config, &ledger, &metrics, |config, registry| {
+                let shared = settings::shared_cache(&wanted.metering, &metrics).unwrap();
+                let relays = Parts::start(&config, &ledger, shared, &metrics, |config, registry| {
                     Logs::start(settings::logs(config, registry, clients.clone())?, metrics.clone())
                 });
                 let relays = relays.unwrap();

@@ -27,18 +27,20 @@ enum Does {
     Reset,
 }
 
+/// Heads and bodies of what a server was asked, and whether it has taken them.
+type Seen = Mutex<Vec<(String, Vec<u8>, bool)>>;
+
 /// A server that does what it was told, and takes spans when nothing is left of that.
 struct Receiver {
     address: SocketAddr,
-    /// Heads and bodies of what it was asked, and whether it has taken them.
-    seen: Arc<Mutex<Vec<(String, Vec<u8>, bool)>>>,
+    seen: Arc<Seen>,
 }
 
 impl Receiver {
     fn start(script: impl IntoIterator<Item = Does>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let address = listener.local_addr().unwrap();
-        let seen: Arc<Mutex<Vec<_>>> = Arc::default();
+        let seen: Arc<Seen> = Arc::default();
         let script = Arc::new(Mutex::new(VecDeque::from_iter(script)));
         let theirs = seen.clone();
         std::thread::spawn(move || {
@@ -78,11 +80,7 @@ impl Receiver {
 }
 
 /// Ends with the connection.
-fn serve(
-    mut stream: &TcpStream,
-    seen: &Mutex<Vec<(String, Vec<u8>, bool)>>,
-    script: &Mutex<VecDeque<Does>>,
-) -> Option<()> {
+fn serve(mut stream: &TcpStream, seen: &Seen, script: &Mutex<VecDeque<Does>>) -> Option<()> {
     let mut reader = BufReader::new(stream);
     loop {
         let mut head = String::new();

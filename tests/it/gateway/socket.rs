@@ -205,7 +205,7 @@ async fn what_a_realtime_socket_takes_is_charged_as_it_is_told_and_a_budget_ends
             if let Some((_, row)) =
                 rows.iter().find(|(who, row)| who.model.as_str() == "deepseek-chat" && row.requests == requests)
             {
-                return row.clone();
+                return *row;
             }
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
