@@ -8,12 +8,15 @@ use crate::fleet::Store;
 use crate::harness::{Daemon, PATIENCE, Setup, sim};
 use crate::upstream::Upstream;
 
+/// SHA-256 of `secret`: only who shows a token makes a gateway by calling it.
+const SECRET: &str = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b";
 /// What the store may take.
 const TIMEOUT: Duration = Duration::from_millis(250);
 
 fn config(store: &Store, upstream: &Upstream, gateway: &str) -> String {
     format!(
-        "[fleet]\nurl = \"redis://127.0.0.1:{}\"\ncache = true\n\
+        "[[auth.token]]\nid = \"ops\"\naccount = \"test\"\nsha256 = \"{SECRET}\"\n\
+         [fleet]\nurl = \"redis://127.0.0.1:{}\"\ncache = true\n\
          [[provider]]\nslug = \"openai\"\nbase_url = \"{}\"\nallow_private = true\n\
          [[gateway]]\nid = \"g\"\nauthentication = false\ncache_ttl = 600\n{gateway}{}",
         store.port,
@@ -54,6 +57,7 @@ async fn ask(daemon: &Daemon, gateway: &str, question: &str, stream: bool) -> To
     let began = Instant::now();
     let request =
         reqwest::Client::new().post(url).header("cf-aig-cache-ttl", "600").header("x-fake", "chunks=4; gap=2");
+    let request = request.header("cf-aig-authorization", "Bearer secret");
     let response = request.json(&body).send().await.unwrap();
     let header = |name: &str| response.headers().get(name).map_or("", |value| value.to_str().unwrap()).to_owned();
     let (cache, kind, status) = (header("cf-aig-cache-status"), header("content-type"), response.status().as_u16());
