@@ -46,7 +46,7 @@ async fn told(daemon: &Daemon, is_new: bool) {
     let url = format!("{}/client/v4/accounts/test/ai-gateway/gateways", daemon.base);
     let client = reqwest::Client::new();
     let request = if is_new { client.post(url) } else { client.put(format!("{url}/made")) };
-    let response = request.json(&fields).send().await.unwrap();
+    let response = request.bearer_auth("secret").json(&fields).send().await.unwrap();
     assert!(response.status().is_success(), "{}", response.text().await.unwrap());
 }
 
@@ -79,16 +79,18 @@ async fn an_answer_of_one_daemon_is_a_hit_of_another_and_a_store_that_hangs_slow
     let config_of = |gateway: &str| config(&store, &upstream, gateway);
     let file = config_of("");
     let (mut one, mut other) = (start(&file), start(&file));
-    told(&one, true).await;
-    told(&other, true).await;
+    for daemon in [&one, &other] {
+        told(daemon, true).await;
+        assert_eq!(ask(daemon, "default", "make it", false).await.cache, "MISS", "it is as old as its first call");
+    }
     // What was asked before a gateway was made, as far as clocks can tell, is not for it.
     tokio::time::sleep(Duration::from_millis(1100)).await;
-    for (at, gateway) in ["g", "made"].into_iter().enumerate() {
+    for (at, gateway) in ["g", "made", "default"].into_iter().enumerate() {
         for stream in [false, true] {
             let calls = upstream.count();
             let told = ask(&one, gateway, "what is shared?", stream).await;
             assert_eq!((told.status, told.cache.as_str()), (200, "MISS"), "{}", told.text);
-            until(&one, "sent", (2 * at + 1 + usize::from(stream)) as f64).await;
+            until(&one, "sent", (2 * at + 2 + usize::from(stream)) as f64).await;
             let again = ask(&other, gateway, "what is shared?", stream).await;
             assert_eq!((again.status, again.cache.as_str()), (200, "HIT"), "{gateway} {stream}");
             assert_eq!((again.kind, again.text), (told.kind.clone(), told.text), "{gateway} {stream}");
@@ -96,14 +98,14 @@ async fn an_answer_of_one_daemon_is_a_hit_of_another_and_a_store_that_hangs_slow
             assert_eq!(upstream.count(), calls + 1, "{gateway} {stream}");
         }
     }
-    assert_eq!(other.metric(r#"neurond_cache_shared_total{outcome="hit"}"#).await, 4.0);
+    assert_eq!(other.metric(r#"neurond_cache_shared_total{outcome="hit"}"#).await, 6.0);
 
     // Emptied, a gateway takes nothing of before from others either, and what comes later again.
     told(&other, false).await;
     assert_eq!(ask(&other, "made", "what is shared?", true).await.cache, "MISS");
     tokio::time::sleep(Duration::from_millis(1100)).await;
     ask(&one, "made", "later", true).await;
-    until(&one, "sent", 5.0).await;
+    until(&one, "sent", 8.0).await;
     assert_eq!(ask(&other, "made", "later", true).await.cache, "HIT");
 
     // Another set of rules, another gateway.
@@ -128,7 +130,7 @@ async fn an_answer_of_one_daemon_is_a_hit_of_another_and_a_store_that_hangs_slow
         daemon.wait_logs("the fleet's store answers: cached answers are shared", 2);
     }
     ask(&other, "g", "back", false).await;
-    until(&other, "sent", 2.0).await;
+    until(&other, "sent", 3.0).await;
     assert_eq!(ask(&one, "g", "back", false).await.cache, "HIT");
 
     // Killed, and back empty.
