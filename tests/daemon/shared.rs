@@ -10,16 +10,17 @@ use crate::upstream::Upstream;
 
 /// SHA-256 of `secret`: only who shows a token makes a gateway by calling it.
 const SECRET: &str = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b";
-/// What the store may take.
-const TIMEOUT: Duration = Duration::from_millis(250);
+/// What the store may take: long enough for a machine that is busy with other tests.
+const TIMEOUT: Duration = Duration::from_millis(2000);
 
 fn config(store: &Store, upstream: &Upstream, gateway: &str) -> String {
     format!(
         "[[auth.token]]\nid = \"ops\"\naccount = \"test\"\nsha256 = \"{SECRET}\"\n\
-         [fleet]\nurl = \"redis://127.0.0.1:{}\"\ncache = true\n\
+         [fleet]\nurl = \"redis://127.0.0.1:{}\"\ncache = true\ntimeout_ms = {}\n\
          [[provider]]\nslug = \"openai\"\nbase_url = \"{}\"\nallow_private = true\n\
          [[gateway]]\nid = \"g\"\nauthentication = false\ncache_ttl = 600\n{gateway}{}",
         store.port,
+        TIMEOUT.as_millis(),
         upstream.base("openai"),
         sim(0, "")
     )

@@ -3,12 +3,12 @@
 use super::*;
 use crate::cache::{Common, Fleet};
 use crate::metrics::Metrics;
-use crate::net::redis::Store;
+use crate::net::redis::{Address, Store};
 use crate::net::test_store::TestStore;
 use std::time::Instant;
 
-/// The store's timeout.
-const TIMEOUT: Duration = Duration::from_millis(250);
+/// The store's timeout: long enough for a machine that is busy with other tests.
+const TIMEOUT: Duration = Duration::from_millis(1000);
 /// How long anything may take before a test gives up.
 const LONG: Duration = Duration::from_secs(20);
 
@@ -27,7 +27,7 @@ impl Daemon {
 
     async fn with(store: &TestStore, own: &'static str, max_entry_bytes: u64) -> Self {
         let metrics = Arc::new(Metrics::new());
-        let fleet = Fleet { store: store.address(), name: "t".into(), max_entry_bytes, metrics: metrics.clone() };
+        let fleet = fleet(store, max_entry_bytes, &metrics);
         let cache = Cache::start(Settings { fleet: Some(fleet), ..settings(None) }).unwrap();
         let daemon = Self { cache, metrics, own, since: 0 };
         daemon.up().await;
@@ -84,6 +84,11 @@ impl Daemon {
         answer(ticket, chunks).await;
         self.until("sent", sent + 1).await;
     }
+}
+
+fn fleet(store: &TestStore, max_entry_bytes: u64, metrics: &Arc<Metrics>) -> Fleet {
+    let store = Address { timeout: TIMEOUT, ..store.address() };
+    Fleet { store, name: "t".into(), max_entry_bytes, metrics: metrics.clone() }
 }
 
 async fn open(store: &TestStore) -> Store {
@@ -229,8 +234,7 @@ async fn a_store_that_was_killed_is_found_again_and_one_that_never_was_costs_not
         assert_eq!(one.word(body).await, "fill");
     }
     let metrics = Arc::new(Metrics::new());
-    let fleet = Fleet { store: store.address(), name: "t".into(), max_entry_bytes: KIB, metrics };
-    let alone = Cache::start(Settings { fleet: Some(fleet), ..settings(None) }).unwrap();
+    let alone = Cache::start(Settings { fleet: Some(fleet(&store, KIB, &metrics)), ..settings(None) }).unwrap();
     assert_eq!(look(&alone, one.key("x"), Millis::now()).await, "fill");
     // Four lookups, none of which waited.
     assert!(began.elapsed() < TIMEOUT * 2, "{:?}", began.elapsed());
