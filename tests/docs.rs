@@ -220,7 +220,6 @@ fn default_of(section: &str, field: &Field) -> Option<String> {
         "KvType" => Some("\"f16\"".into()),
         "Format" => Some("\"bf16\"".into()),
         "WindowTechnique" => Some("\"fixed\"".into()),
-        "ShipFormat" => Some("\"ndjson\"".into()),
         "AlertSeverity" => Some("\"warning\"".into()),
         "MailSecurity" => Some("\"starttls\"".into()),
         _ => None,

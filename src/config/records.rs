@@ -102,6 +102,7 @@ pub struct ShipSection {
     /// Example: `"s3"`
     pub to: ShipTo,
     /// `"ndjson"`: objects are lines of JSON, compressed (`.log.gz`). `"parquet"`: tables (`.parquet`), for `"s3"` and `"folder"`.
+    /// Example: `"ndjson"`
     #[serde(default)]
     pub format: ShipFormat,
     /// Gateways whose records are shipped there, as `"GATEWAY"` or `"ACCOUNT/GATEWAY"`; `["*"]`: all. Left out: those that have

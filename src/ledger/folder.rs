@@ -42,7 +42,7 @@ pub(super) struct Folder<D: Disk> {
     active: Option<Segment<D::File>>,
     /// Number of the active segment, or of the last there was.
     number: u64,
-    /// Whether anything in the active segment is on disk.
+    /// Whether anything in the active segment is on disk, its name with it.
     is_sure: bool,
     /// A segment that was given up with nothing in it on disk. It goes when what it has is written elsewhere.
     given_up: Option<u64>,
@@ -75,6 +75,8 @@ pub(super) struct Job<D: Disk> {
     disk: D,
     path: PathBuf,
     file: Option<D::File>,
+    /// Whether its name may not be on disk.
+    is_new: bool,
     /// Number of the last entry in the file.
     last: u64,
     /// Number of the last segment.
@@ -223,7 +225,7 @@ impl<D: Disk> Folder<D> {
         let last = last.map_or(self.durable, |frame| frame.last);
         self.is_at_work = true;
         let (disk, path, number) = (self.disk.clone(), self.path.clone(), self.number);
-        Ok(Job { disk, path, file: self.unsynced.take(), last, number, snapshot })
+        Ok(Job { disk, path, file: self.unsynced.take(), is_new: !self.is_sure, last, number, snapshot })
     }
 
     /// Hears how a job went. Returns the number of the last entry that is on disk.
@@ -282,7 +284,13 @@ impl<D: Disk> Folder<D> {
 impl<D: Disk> Job<D> {
     /// Takes as long as the disk does.
     pub(super) fn run(self) -> Done {
-        let mut outcome = self.file.iter().try_for_each(Bytes::sync_data).map(|()| self.last);
+        let synced = self.file.iter().try_for_each(|file| {
+            if self.is_new {
+                self.disk.sync_names(&self.path)?;
+            }
+            file.sync_data()
+        });
+        let mut outcome = synced.map(|()| self.last);
         let mut is_snapshot = false;
         if let Some(snapshot) = self.snapshot {
             match self.disk.replace(&self.path.join(BOOK), &snapshot.bytes) {

@@ -78,7 +78,7 @@ impl Ledger {
     /// Reads what is in the folder, adds it up, and keeps what follows on a thread of its own. Blocks while it reads.
     ///
     /// # Errors
-    /// [`Kind::BadInput`] when the folder cannot be used, is another daemon's, or lacks entries.
+    /// [`Kind::BadInput`](crate::base::Kind::BadInput) when the folder cannot be used, is another daemon's, or lacks entries.
     pub fn start(settings: Settings) -> Result<Self> {
         Self::start_on(RealDisk, settings)
     }
@@ -168,7 +168,7 @@ impl Ledger {
     /// One account's money now.
     ///
     /// # Errors
-    /// [`Kind::Internal`] when the ledger has died.
+    /// [`Kind::Internal`](crate::base::Kind::Internal) when the ledger has died.
     pub fn totals(&self, account: &AccountId, now: Millis) -> Result<AccountTotals> {
         Ok(self.shared.lock().ok_or_else(dead)?.book.totals(account, now))
     }
@@ -184,7 +184,7 @@ impl Ledger {
     /// What was used, all that was settled so far included, oldest day first. Waits for the journal.
     ///
     /// # Errors
-    /// As [`Ledger::totals`]; [`Kind::Busy`] when too many ask.
+    /// As [`Ledger::totals`]; [`Kind::Busy`](crate::base::Kind::Busy) when too many ask.
     pub async fn rows(&self, filter: Filter) -> Result<Vec<(UtcDay, Who, Row)>> {
         let (reply, answer) = oneshot::channel();
         self.shared.ask(Ask { filter, reply })?;
@@ -214,7 +214,7 @@ impl Ledger {
     /// Keeps all that was settled, and ends. What is still reserved then is refunded.
     ///
     /// # Errors
-    /// [`Kind::Internal`] when the disk did not keep all of it.
+    /// [`Kind::Internal`](crate::base::Kind::Internal) when the disk did not keep all of it.
     pub async fn close(&self) -> Result<()> {
         if let Some(link) = &self.shared.link {
             link.close();
@@ -319,7 +319,7 @@ impl Ticket {
     /// Waits until it is on disk, however long the disk takes. Without a folder: until it is in the rows.
     ///
     /// # Errors
-    /// [`Kind::Internal`] when the ledger has died or was closed before.
+    /// [`Kind::Internal`](crate::base::Kind::Internal) when the ledger has died or was closed before.
     pub async fn durable(self) -> Result<()> {
         self.shared.durable(self.seq).await
     }

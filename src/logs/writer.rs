@@ -88,6 +88,8 @@ struct Shared {
     traces: Arc<Traces>,
     analytics: Arc<Analytics>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// The thread that writes sums ends with it.
+    _over: flume::Sender<()>,
 }
 
 enum Message {
@@ -124,11 +126,21 @@ impl Logs {
             metrics: metrics.clone(),
             is_failing: false,
         };
+        // Sums are written on a thread of their own: records do not wait for the disk.
+        let (over, until) = flume::bounded::<()>(0);
+        let sums = analytics.clone();
+        let tick = move || {
+            while until.recv_timeout(TICK) == Err(flume::RecvTimeoutError::Timeout) {
+                sums.tick(Millis::now());
+            }
+        };
+        let failed = |error| Error::internal("the thread that writes sums cannot be started").with_source(error);
+        std::thread::Builder::new().name("sums".to_owned()).spawn(tick).map_err(failed)?;
         let thread = std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run());
         let thread =
             thread.map_err(|error| Error::internal("the log's thread cannot be started").with_source(error))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self(Arc::new(Shared { queue, bytes, metrics, store, ship, traces, analytics, thread })))
+        Ok(Self(Arc::new(Shared { queue, bytes, metrics, store, ship, traces, analytics, thread, _over: over })))
     }
 
     /// Takes a record. Never waits.
@@ -259,7 +271,6 @@ impl Writer {
                 }
             }
             self.take_in(&mut batch);
-            self.analytics.tick(Millis::now());
             self.show();
         }
     }

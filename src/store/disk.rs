@@ -11,7 +11,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Result, Write};
 use std::path::Path;
 
-use crate::store::{Segment, snapshot};
+use crate::store::{Segment, snapshot, sync_names};
 
 /// A file that is written from its start to its end.
 pub trait Bytes: Write + Sized {
@@ -54,11 +54,19 @@ pub trait Disk: Clone + Send + 'static {
     /// What segments are written to.
     type File: Bytes + Send;
 
-    /// A new, empty segment; its name is on disk when this returns.
+    /// A new, empty segment. Its name is on disk after [`Disk::sync_names`].
     ///
     /// # Errors
     /// The system's; `AlreadyExists` if there is one.
     fn create(&self, path: &Path) -> Result<Segment<Self::File>>;
+
+    /// Waits until the names of a folder's files are on disk.
+    ///
+    /// # Errors
+    /// The system's.
+    fn sync_names(&self, folder: &Path) -> Result<()> {
+        sync_names(folder)
+    }
 
     /// Replaces a snapshot, as [`snapshot::write`] does.
     ///
@@ -86,7 +94,7 @@ impl Disk for RealDisk {
     type File = File;
 
     fn create(&self, path: &Path) -> Result<Segment> {
-        Segment::create(path)
+        Segment::begin(path)
     }
 
     fn replace(&self, path: &Path, bytes: &[u8]) -> Result<()> {

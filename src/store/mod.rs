@@ -9,4 +9,4 @@ pub mod snapshot;
 
 pub use disk::{Bytes, Disk, RealDisk};
 pub use lock::lock;
-pub use segment::{Frames, Segment};
+pub use segment::{Frames, Segment, sync_names};

@@ -38,11 +38,20 @@ impl Segment {
     /// # Errors
     /// The system's; `AlreadyExists` if there is one.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().append(true).create_new(true).open(path)?;
+        let segment = Self::begin(path)?;
         if let Some(folder) = path.parent() {
             // The name must be on disk as well.
-            File::open(folder)?.sync_all()?;
+            sync_names(folder)?;
         }
+        Ok(segment)
+    }
+
+    /// The same without waiting for the disk: its name is on it after [`sync_names`].
+    ///
+    /// # Errors
+    /// As [`Segment::create`].
+    pub fn begin(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().append(true).create_new(true).open(path)?;
         Ok(Self::over(file))
     }
 
@@ -95,6 +104,14 @@ impl Segment {
         let is_whole = is_filled(file.read_exact(&mut frame))?;
         Ok((is_whole && checksum(&frame) == sum).then_some(frame))
     }
+}
+
+/// Waits until the names of a folder's files are on disk.
+///
+/// # Errors
+/// The system's.
+pub fn sync_names(folder: &Path) -> Result<()> {
+    File::open(folder)?.sync_all()
 }
 
 impl<F: Bytes> Segment<F> {

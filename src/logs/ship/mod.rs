@@ -1,7 +1,7 @@
 //! Ships log records to where they are kept for good: a bucket, a folder or a collector.
 //!
 //! ```text
-//! append ──> spool: segments on disk ──a task a job──> lines, gzip ──> S3 | folder | HTTP ──> cursor ──> deleted
+//! append ──> spool: segments on disk ──a task a job──> lines or a table, gzip ──> S3 | folder | HTTP ──> cursor ──> deleted
 //!  (never waits for a destination)          '── backoff <──'  outage: they wait, up to the spool's bound
 //! ```
 //!

@@ -61,7 +61,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use crate::base::{AccountId, Error, LogId, Result};
 use crate::logs::query::Query;
 use crate::logs::record::{Body, Record};
-use crate::store::Segment;
+use crate::store::{Segment, sync_names};
 use columns::Sealed;
 use memory::{Memory, Plane};
 use read::{read, read_one, sources};
@@ -158,6 +158,8 @@ struct Writer {
     /// Files that are to be synced, beside the log.
     unsynced: Vec<File>,
     is_dirty: bool,
+    /// Whether the log's name may not be on disk.
+    is_new: bool,
     is_sealing: bool,
     is_ending: bool,
 }
@@ -422,7 +424,8 @@ impl Inner {
 
     fn rotate(&self, writer: &mut Writer) -> io::Result<()> {
         let number = self.state.read().open.number + 1;
-        let log = Segment::create(&log_of(&self.settings, number))?;
+        let log = Segment::begin(&log_of(&self.settings, number))?;
+        writer.is_new = true;
         let full = std::mem::replace(&mut writer.log, log);
         writer.unsynced.push(full.file()?);
         let mut state = self.state.write();
@@ -441,7 +444,14 @@ impl Inner {
         if std::mem::take(&mut writer.is_dirty) {
             files.push(writer.log.file()?);
         }
+        let is_new = std::mem::take(&mut writer.is_new);
         drop(writer);
+        if is_new && let Err(error) = sync_names(&self.settings.folder) {
+            let mut writer = self.writer.lock();
+            writer.unsynced.append(&mut files);
+            (writer.is_dirty, writer.is_new) = (true, true);
+            return Err(error);
+        }
         for (at, file) in files.iter().enumerate() {
             if let Err(error) = file.sync_data() {
                 let mut writer = self.writer.lock();

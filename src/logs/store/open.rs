@@ -36,7 +36,15 @@ pub(super) fn open(settings: Settings) -> Result<Inner> {
     })?;
     let (state, log) = read(&settings).map_err(broken)?;
     let blocks = block::Writer::default();
-    let writer = Writer { log, blocks, unsynced: Vec::new(), is_dirty: false, is_sealing: false, is_ending: false };
+    let writer = Writer {
+        log,
+        blocks,
+        unsynced: Vec::new(),
+        is_dirty: false,
+        is_new: false,
+        is_sealing: false,
+        is_ending: false,
+    };
     Ok(Inner {
         settings,
         state: RwLock::new(state),
