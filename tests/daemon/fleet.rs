@@ -84,7 +84,7 @@ fn config(store: &Store) -> String {
     let window_s = [3000, 3500].into_iter().max_by_key(|length| length - now % length).unwrap();
     let month_s = [20_000_000, 26_000_000].into_iter().max_by_key(|length| length - now % length).unwrap();
     format!(
-        "{}[fleet]\nurl = \"redis://127.0.0.1:{}\"\n\
+        "{}[fleet]\nurl = \"redis://127.0.0.1:{}\"\ntimeout_ms = 1500\n\
          [limits]\ncatalog = \"off\"\n\
          [[limit]]\nname = \"rate\"\nby = [\"header:x-rate\"]\nrequests = {REQUESTS}\nwindow_s = {window_s}\n\
          [[limit]]\nname = \"budget\"\nby = [\"header:x-team\"]\nneurons = {NEURONS}\nwindow_s = {month_s}\n",
