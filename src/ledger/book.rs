@@ -137,13 +137,14 @@ impl Book {
             match self.room(|| Place::Allocation(claim.account.clone()), &counter, allowance, amount, now) {
                 Err(_) => is_unleased = true,
                 Ok(room) if must && room.left == 0 => {
+                    let place = Place::Allocation(claim.account.clone());
                     return Err(Denied::Over(Over {
                         what: What::Allocation,
                         rule: "allocation".into(),
                         counts: Counts::Neurons,
                         limit: allowance.limit,
-                        left: room.known.left(allowance, now),
-                        retry_after_ms: room.known.wait(allowance, now, 1),
+                        left: room.shown,
+                        retry_after_ms: self.known(&place, &counter, allowance, now).wait(allowance, now, 1),
                     }));
                 }
                 Ok(room) => free = room.left,
@@ -169,13 +170,13 @@ impl Book {
                 continue;
             };
             if room.left < needed {
-                return Err(Denied::Over(over(window, &room.known, now, needed)));
+                return Err(self.over(window, &counter, now, needed));
             }
             if room.left < wanted {
                 let amount = if window.counts == Counts::Cost { &mut granted.cost } else { &mut granted.neurons };
                 cut(amount, plan, room.left);
             }
-            lefts.push((room.left, room.known.left(terms, now)));
+            lefts.push((room.left, room.shown));
         }
         if is_unleased {
             return Err(Denied::Unleased);
@@ -332,9 +333,9 @@ impl Book {
         let amount = Amount { wanted: 1, needed: 1, is_optional: false };
         let room = self.room(|| Place::Window(window.id, window.span), &counter, terms, amount, now)?;
         if room.left == 0 {
-            return Err(Denied::Over(over(window, &room.known, now, 1)));
+            return Err(self.over(window, &counter, now, 1));
         }
-        let left = room.known.left(terms, now);
+        let left = room.shown;
         if window.counts != Counts::Requests {
             return Ok((standing(window, left, now), None));
         }
@@ -359,11 +360,9 @@ impl Book {
 
     /// What is left of the allocation, what calls under way hold taken off.
     pub fn left(&self, account: &AccountId, plan: Plan, now: Millis) -> Neurons {
-        let (mut counter, terms) = (Counter::new(Span::DAY), terms_of(plan));
-        counter = self.accounts.get(account).map_or(counter, |account| account.free);
-        if let Some(leases) = &self.leases {
-            counter = leases.known(&Place::Allocation(account.clone()), &counter, terms, now);
-        }
+        let (none, terms) = (Counter::new(Span::DAY), terms_of(plan));
+        let counter = self.accounts.get(account).map_or(none, |account| account.free);
+        let counter = self.known(&Place::Allocation(account.clone()), &counter, terms, now);
         Neurons::from_micro(counter.left(terms, now))
     }
 
@@ -393,6 +392,20 @@ impl Book {
         }
     }
 
+    /// Why a call with less than it needs of a window may not go on.
+    fn over(&self, window: &Window, counter: &Counter, now: Millis, needed: u64) -> Denied {
+        let (terms, place) = (window.terms(), Place::Window(window.id, window.span));
+        let known = self.known(&place, counter, terms, now);
+        Denied::Over(Over {
+            what: if window.counts.is_money() { What::Budget } else { What::Window },
+            rule: window.rule.clone(),
+            counts: window.counts,
+            limit: window.limit,
+            left: known.left(terms, now),
+            retry_after_ms: known.wait(terms, now, needed),
+        })
+    }
+
     fn account(&mut self, id: &AccountId) -> &mut Account {
         self.accounts.entry(id.clone()).or_default()
     }
@@ -420,17 +433,6 @@ fn standing(window: &Window, left: u64, now: Millis) -> Standing {
     let ends = window.span.start(window.span.index(now) + 1);
     let (rule, counts, limit) = (window.rule.clone(), window.counts, window.limit);
     Standing { rule, counts, limit, left, reset_ms: ends.0.saturating_sub(now.0) }
-}
-
-fn over(window: &Window, known: &Counter, now: Millis, needed: u64) -> Over {
-    Over {
-        what: if window.counts.is_money() { What::Budget } else { What::Window },
-        rule: window.rule.clone(),
-        counts: window.counts,
-        limit: window.limit,
-        left: known.left(window.terms(), now),
-        retry_after_ms: known.wait(window.terms(), now, needed),
-    }
 }
 
 #[cfg(test)]

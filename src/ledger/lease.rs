@@ -40,11 +40,12 @@ const PACE: u64 = 20;
 const AT_ONCE: usize = 256;
 
 /// What a call finds of a counter.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Room {
     /// May be taken here and now.
     pub(super) left: u64,
-    /// The counter as far as it is known here, others' part included.
-    pub(super) known: Counter,
+    /// Is left of the limit, as far as it is known here, others' part included.
+    pub(super) shown: u64,
 }
 
 /// What a call asks of one counter.
@@ -180,16 +181,16 @@ impl Leases {
         let index = terms.span.index(now);
         let slot = counter.slot(index);
         let left = slot.grant.saturating_sub(slot.taken());
-        let known = lease.known(counter, terms, now);
+        let shown = lease.known(counter, terms, now).left(terms, now);
         if left >= amount.wanted || amount.needed > terms.limit {
-            return Ok(Room { left, known });
+            return Ok(Room { left, shown });
         }
         if !is_up && is_alone {
-            return Ok(Room { left: left.max(known.left(terms, now)), known });
+            return Ok(Room { left: left.max(shown), shown });
         }
         let is_dry = now < lease.dry_until && lease.told.as_ref().is_some_and(|told| told.index == index);
         if (is_up && is_dry) || (!is_up && left >= amount.needed.max(1)) {
-            return Ok(Room { left, known });
+            return Ok(Room { left, shown });
         }
         if is_up {
             if lease.needs == 0 {

@@ -65,6 +65,11 @@ impl Book {
         Ok(room.left > 0)
     }
 
+    /// A counter as far as it is known, others' part included.
+    pub(super) fn known(&self, place: &Place, counter: &Counter, terms: Terms, now: Millis) -> Counter {
+        self.leases.as_ref().map_or(*counter, |leases| leases.known(place, counter, terms, now))
+    }
+
     /// What a call finds of a counter: what is left, or what is leased and left.
     pub(super) fn room(
         &mut self,
@@ -75,7 +80,10 @@ impl Book {
         now: Millis,
     ) -> Result<Room, Denied> {
         match &mut self.leases {
-            None => Ok(Room { left: counter.left(terms, now), known: *counter }),
+            None => {
+                let left = counter.left(terms, now);
+                Ok(Room { left, shown: left })
+            }
             Some(leases) => leases.room(place(), counter, terms, amount, now),
         }
     }
