@@ -228,19 +228,22 @@ impl Attention {
             let scratch = scratch.as_mut_ptr();
             // Where query `i` lies in a row of `heads * dim`.
             let place = |i: usize| (part.row + i / group, (head * group + i % group) * dim);
-            for i in 0..queries {
-                let (row, at) = place(i);
-                let from = &q[row * stride + at..][..dim];
-                // SAFETY: `queries <= MAX_GROUP`, since a part of several rows has at most QUERIES; dims as asserted.
-                unsafe {
-                    for (d, x) in from.iter().enumerate() {
-                        (&raw mut (*scratch).q).cast::<f32>().add(i * dim + d).write(x * scale);
+            each_chunk(cpu.isa, queries, |first, count| {
+                for i in first..first + count {
+                    let (row, at) = place(i);
+                    let from = &q[row * stride + at..][..dim];
+                    // SAFETY: `queries <= MAX_GROUP`, since a part of several rows has at most QUERIES; dims as asserted.
+                    unsafe {
+                        let to = (&raw mut (*scratch).q).cast::<f32>().add(first * dim + i - first);
+                        for (d, x) in from.iter().enumerate() {
+                            to.add(d * count).write(x * scale);
+                        }
+                        (&raw mut (*scratch).max[i]).write(f32::NEG_INFINITY);
+                        (&raw mut (*scratch).sum[i]).write(0.0);
+                        (&raw mut (*scratch).acc).cast::<f32>().add(i * padded).write_bytes(0, padded);
                     }
-                    (&raw mut (*scratch).max[i]).write(f32::NEG_INFINITY);
-                    (&raw mut (*scratch).sum[i]).write(0.0);
-                    (&raw mut (*scratch).acc).cast::<f32>().add(i * padded).write_bytes(0, padded);
                 }
-            }
+            });
             let seen = |i: usize| {
                 let end = part.seen + i / group * part.step;
                 end.saturating_sub(window)..end
@@ -294,7 +297,8 @@ fn gcd(a: usize, b: usize) -> usize {
 
 /// A task's working memory, on its thread's stack: some 70 KiB, of which it touches what its sizes need.
 struct Scratch {
-    /// `[queries, dim]`, scaled.
+    /// Scaled, `[dim, count]` for each chunk of [`each_chunk`]: what a vector of keys meets lies side by side, where a stride
+    /// that is only known at run time would have the processor add up one address after the other.
     q: [f32; MAX_GROUP * MAX_DIM],
     /// `[queries, padded dim]`: sum of p V so far, relative to `max`.
     acc: [f32; MAX_GROUP * MAX_DIM],
@@ -417,7 +421,7 @@ unsafe fn load<S: Simd, const HALF: bool>(at: *const u8, index: usize) -> S::F {
 
 by_isa! { fn scores<const C: usize, const HALF: bool>(tile: &Tile, q: *const f32, dim: usize, p: *mut f32) = scores_body }
 
-/// `p[c][token] = q[c] . k[token]` for all tokens of the tile.
+/// `p[c][token] = q[..][c] . k[token]` for all tokens of the tile.
 #[inline(always)]
 unsafe fn scores_body<S: Simd, const C: usize, const HALF: bool>(tile: &Tile, q: *const f32, dim: usize, p: *mut f32) {
     let mut g = 0;
@@ -448,7 +452,7 @@ unsafe fn scores_strip<S: Simd, const C: usize, const V: usize, const HALF: bool
     dim: usize,
     p: *mut f32,
 ) {
-    // SAFETY: C queries of `dim`, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
+    // SAFETY: `[dim, C]` of queries, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
     // values behind it: at least a vector of them is there. The empty lanes of a short group are
     // overwritten by the next one, or lie behind the last token, where nobody looks.
     unsafe {
@@ -459,7 +463,7 @@ unsafe fn scores_strip<S: Simd, const C: usize, const V: usize, const HALF: bool
                 *k = load::<S, HALF>(tile.groups[g + i].keys, d * tile.groups[g + i].width);
             }
             for (c, sums) in sums.iter_mut().enumerate() {
-                let q = S::splat(*q.add(c * dim + d));
+                let q = S::splat(*q.add(d * C + c));
                 for (sum, k) in sums.iter_mut().zip(k) {
                     *sum = S::fma(k, q, *sum);
                 }
