@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Guard};
+
 use crate::base::{AccountId, Error, KeyId, Millis, ModelId, Result};
 use crate::task::Task;
 
@@ -522,23 +524,23 @@ pub struct Log {
     pub format: LogFormat,
 }
 
-/// The configuration in force. Readers clone the `Arc` and leave; a reload swaps it.
+/// The configuration in force. Readers look at it and leave; a reload swaps it.
 #[derive(Clone)]
-pub struct Live(Arc<parking_lot::RwLock<Arc<Config>>>);
+pub struct Live(Arc<ArcSwap<Config>>);
 
 impl Live {
     /// Begins with a first configuration.
     pub fn new(config: Config) -> Self {
-        Self(Arc::new(parking_lot::RwLock::new(Arc::new(config))))
+        Self(Arc::new(ArcSwap::from_pointee(config)))
     }
 
-    /// The snapshot in force now.
-    pub fn get(&self) -> Arc<Config> {
-        self.0.read().clone()
+    /// The snapshot in force now. Counts no reference and takes no lock, which workers would pass back and forth with every call.
+    pub fn get(&self) -> Guard<Arc<Config>> {
+        self.0.load()
     }
 
     /// Puts a new one in force.
     pub fn set(&self, config: Config) {
-        *self.0.write() = Arc::new(config);
+        self.0.store(Arc::new(config));
     }
 }

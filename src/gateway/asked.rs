@@ -1,5 +1,6 @@
 //! A call through a gateway, parsed and authenticated: who asks, through what, and what is to be tried.
 
+use std::cell::OnceCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,12 +10,13 @@ use bytes::Bytes;
 use http::Method;
 
 use crate::base::{AccountId, RequestId, Result};
-use crate::gateway::bill::Tally;
+use crate::gateway::bill::{self, Tally};
 use crate::gateway::limits::Ruled;
 use crate::gateway::options::Options;
 use crate::gateway::pipe::Words;
 use crate::gateway::step::{Step, Steps};
 use crate::registry::{Gateway, View};
+use crate::task::Usage;
 use crate::vault::Caller;
 
 /// Who is asking.
@@ -68,6 +70,8 @@ pub struct Ask {
     pub user_agent: Option<HeaderValue>,
     /// The caller's own credentials for providers: part of what identifies the request.
     pub credentials: Vec<u8>,
+    /// See [`Ask::most`].
+    pub most: OnceCell<Usage>,
 }
 
 /// The steps of a call.
@@ -82,6 +86,11 @@ pub struct Plan {
 pub type Next = dyn FnMut(&Steps<'_>) -> Option<Result<Step>>;
 
 impl Ask {
+    /// What it may come to at most, as [`bill::most`] reads it, once.
+    pub fn most(&self) -> Usage {
+        *self.most.get_or_init(|| bill::most(&self.body))
+    }
+
     /// What is tried next.
     pub fn next_step(&mut self) -> Option<Result<Step>> {
         let Self { account, gateway, view, trusted, plan, .. } = self;

@@ -10,8 +10,9 @@
 
 use std::cell::OnceCell;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
+use memchr::memmem::Finder;
 use parking_lot::Mutex;
 
 use crate::base::{KeyId, Millis, ModelId, Neurons};
@@ -145,7 +146,11 @@ impl Bill {
 }
 
 /// What a request may come to at most, by its length and what it says: for limits, before anybody counts.
+///
+/// A body that nowhere has one of the names is not read: most say nothing.
 pub fn most(body: &[u8]) -> Usage {
+    /// What the names of all bounds of length have in common, and the number of answers.
+    static NAMES: LazyLock<[Finder<'static>; 2]> = LazyLock::new(|| [Finder::new("tokens\""), Finder::new("\"n\"")]);
     #[derive(serde::Deserialize, Default)]
     #[serde(default)]
     struct Bounds {
@@ -154,7 +159,8 @@ pub fn most(body: &[u8]) -> Usage {
         max_output_tokens: Option<u64>,
         n: Option<u64>,
     }
-    let bounds: Bounds = serde_json::from_slice(body).unwrap_or_default();
+    let says = NAMES.iter().any(|name| name.find(body).is_some());
+    let bounds: Bounds = says.then(|| serde_json::from_slice(body).ok()).flatten().unwrap_or_default();
     let most = bounds.max_completion_tokens.or(bounds.max_tokens).or(bounds.max_output_tokens);
     let completion = most.unwrap_or(USUAL_ANSWER).saturating_mul(bounds.n.unwrap_or(1).max(1));
     let completion_tokens = u32::try_from(completion).unwrap_or(u32::MAX);

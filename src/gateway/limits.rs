@@ -58,13 +58,13 @@ pub struct Ruled {
     /// Counters of the call.
     pub windows: Vec<Window>,
     /// Rules that depend on who is asked, by number, with what of the counter is known already.
-    later: Vec<(usize, Named)>,
+    later: Vec<(usize, u128)>,
     limits: Option<Arc<Limits>>,
 }
 
 impl Ruled {
     /// Those of a request.
-    pub fn of(limits: &Arc<Limits>, seen: &Seen<'_>) -> Self {
+    pub fn of(limits: Arc<Limits>, seen: &Seen<'_>) -> Self {
         let mut ruled = Self::default();
         for (number, rule) in limits.rules.iter().enumerate() {
             if !admits(&rule.accounts, seen.account.as_str()) {
@@ -73,26 +73,27 @@ impl Ruled {
             if !rule.gateways.is_empty() && !seen.gateway.is_some_and(|id| admits(&rule.gateways, id)) {
                 continue;
             }
-            let named = counter(rule, seen, &limits.proxies);
+            let id = counter(rule, seen, &limits.proxies);
             match rule.is_of_target() {
-                false => windows(rule, &named, &mut ruled.windows),
-                true => ruled.later.push((number, named)),
+                false => windows(rule, id, &mut ruled.windows),
+                true => ruled.later.push((number, id)),
             }
         }
-        ruled.limits = (!ruled.later.is_empty()).then(|| limits.clone());
+        ruled.limits = (!ruled.later.is_empty()).then_some(limits);
         ruled
     }
 
     /// Adds the counters of one who is asked.
     pub fn of_target(&self, provider: &str, model: &str, task: Option<Task>, out: &mut Vec<Window>) {
         let Some(limits) = &self.limits else { return };
-        for (number, named) in &self.later {
+        for (number, id) in &self.later {
             let rule = &limits.rules[*number];
             let is_task = rule.tasks.is_empty() || task.is_some_and(|task| rule.tasks.contains(&task));
             if !is_task || !admits(&rule.providers, provider) || !admits(&rule.models, model) {
                 continue;
             }
-            let mut named = named.clone();
+            let mut named = Named::new();
+            named.add(id.to_le_bytes());
             for by in &rule.by {
                 match by {
                     By::Provider => named.add(provider),
@@ -101,7 +102,7 @@ impl Ruled {
                     _ => {}
                 }
             }
-            windows(rule, &named, out);
+            windows(rule, named.id(), out);
         }
     }
 }
@@ -111,11 +112,15 @@ fn admits(names: &[String], name: &str) -> bool {
 }
 
 /// What tells this caller's counter from others', as far as the request says it.
-fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> Named {
+fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> u128 {
     let mut named = Named::of("rule", &rule.name);
     for by in &rule.by {
         match by {
-            By::Ip => named.add(address(seen, proxies).map_or_else(String::new, |ip| ip.to_string())),
+            By::Ip => match address(seen, proxies) {
+                Some(IpAddr::V4(ip)) => named.add(ip.octets()),
+                Some(IpAddr::V6(ip)) => named.add(ip.octets()),
+                None => named.add(""),
+            },
             By::Authorization => {
                 // Credentials may come in any of them; together they say who it is.
                 for name in &CREDENTIALS {
@@ -133,7 +138,7 @@ fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> Named {
             By::Provider | By::Model | By::Task => {}
         }
     }
-    named
+    named.id()
 }
 
 /// Where the call comes from: the last address that is no proxy of ours, as each proxy adds the one before it.
@@ -165,18 +170,17 @@ fn metadata(all: Option<&Map<String, Value>>, key: &str) -> String {
     }
 }
 
-fn windows(rule: &Rule, named: &Named, out: &mut Vec<Window>) {
+fn windows(rule: &Rule, id: u128, out: &mut Vec<Window>) {
     for (counted, limit) in &rule.counts {
-        let mut named = named.clone();
         let counts = match counted {
             Counted::Requests => Counts::Requests,
             Counted::Tokens => Counts::Tokens,
             Counted::Neurons => Counts::Neurons,
             Counted::Cost => Counts::Cost,
         };
-        named.mark(*counted as u8);
         out.push(Window {
-            id: named.id(),
+            // The same callers' counters of other things lie beside it.
+            id: id.wrapping_add(*counted as u128),
             rule: rule.name.clone(),
             limit: *limit,
             span: Span::Millis(rule.window.as_millis() as u64),
@@ -399,23 +403,32 @@ fn technique(technique: gateway::Technique) -> Technique {
     }
 }
 
-/// What a counter is named by: a kind of rule, one rule, and what tells callers apart. Hashed when it is whole, since a named under way
-/// is two kilobytes that would be carried from hand to hand.
-#[derive(Debug, Clone)]
+/// What a counter is named by: a kind of rule, one rule, and what tells callers apart. Hashed when it is whole, since a hash under way
+/// is two kilobytes that would be carried from hand to hand. Most fit into the 64 bytes that BLAKE3 takes at once.
 struct Named(SmallVec<[u8; 120]>);
 
 impl Named {
+    fn new() -> Self {
+        Self(SmallVec::new())
+    }
+
     fn of(kind: &str, name: &str) -> Self {
-        let mut named = Self(SmallVec::new());
+        let mut named = Self::new();
         named.add(kind);
         named.add(name);
         named
     }
 
-    /// With its length, so that no two values run into each other.
+    /// With its length, so that no two values run into each other: a byte, or 255 and eight.
     fn add(&mut self, value: impl AsRef<[u8]>) {
         let value = value.as_ref();
-        self.0.extend_from_slice(&(value.len() as u64).to_le_bytes());
+        match u8::try_from(value.len()) {
+            Ok(len) if len < u8::MAX => self.0.push(len),
+            _ => {
+                self.0.push(u8::MAX);
+                self.0.extend_from_slice(&(value.len() as u64).to_le_bytes());
+            }
+        }
         self.0.extend_from_slice(value);
     }
 

@@ -36,7 +36,7 @@ use crate::config::gateway::KeyFiles;
 use crate::config::{self, Config, Live};
 use crate::fallback::{Fallback, Policy};
 use crate::gateway::asked::{Ask, Who};
-use crate::gateway::bill::{self, Receipt};
+use crate::gateway::bill::Receipt;
 use crate::gateway::counts;
 use crate::gateway::headers::{self, Headers};
 use crate::gateway::limits;
@@ -219,7 +219,7 @@ impl Relay {
             return Ok(());
         }
         let counts_tokens = windows.iter().any(|window| window.counts == Counts::Tokens);
-        let tokens = if counts_tokens { u64::from(bill::most(&ask.body).total_tokens()) } else { 0 };
+        let tokens = if counts_tokens { u64::from(ask.most().total_tokens()) } else { 0 };
         let claim = Claim {
             request: ask.who.id,
             account: &ask.account,

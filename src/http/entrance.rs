@@ -289,7 +289,7 @@ impl Entrance {
         }
         let content_type = request.headers().get("content-type").and_then(|value| value.to_str().ok());
         let user_agent = request.headers().get("user-agent").cloned();
-        let ruled = self.limits.as_ref().map(|limits| {
+        let ruled = self.limits.map(|limits| {
             let seen = Seen {
                 peer: request.peer_addr().map(|peer| peer.ip()),
                 headers: request.headers(),
@@ -318,6 +318,7 @@ impl Entrance {
             options: call.options,
             body: call.body,
             credentials,
+            most: OnceCell::new(),
         })
     }
 

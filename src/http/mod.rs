@@ -242,7 +242,7 @@ async fn dispatch(
         gateway: None,
         metadata: None,
     };
-    let terms = Terms { ruled: Ruled::of(rules, &seen), budget: caller.budget, ..Terms::default() };
+    let terms = Terms { ruled: Ruled::of(rules.clone(), &seen), budget: caller.budget, ..Terms::default() };
     let standing = terms.standing.clone();
     let ask = Ask {
         terms,

@@ -275,16 +275,15 @@ impl Reservation {
 impl Reservation {
     /// Counts in its windows what the call has used; another reservation bills it.
     pub fn count(mut self, usage: &Usage, cost: Neurons, now: Millis) {
-        let shared = self.shared.clone();
         let Some(open) = self.open.take() else { return };
-        let Some(mut state) = shared.lock() else { return };
+        let Some(mut state) = self.shared.lock() else { return };
         if !self.is_metered {
             drop(state.book.release(open, now));
             return;
         }
         state.health.open -= 1;
         if let Some(entry) = state.book.count(open, usage, cost, now) {
-            state.push(entry, &shared);
+            state.push(entry, &self.shared);
         }
     }
 }

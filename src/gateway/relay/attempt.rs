@@ -20,7 +20,7 @@ use crate::base::{Error, Kind, Millis, ModelId, Neurons, RequestId, Result};
 use crate::config;
 use crate::fallback::{self, Backoff, Class, Growth, Next, Outcome, Pass, Target, classify};
 use crate::gateway::asked::{Ask, Who};
-use crate::gateway::bill::{self, Bill, Pricing, Receipt, Tally};
+use crate::gateway::bill::{Bill, Pricing, Receipt, Tally};
 use crate::gateway::headers::{self, Headers};
 use crate::gateway::limits;
 use crate::gateway::opening::{Opening, Verdict};
@@ -240,7 +240,7 @@ impl Relay {
         }
         let (mut tokens, mut cost) = (0, Neurons::ZERO);
         if windows.iter().any(|window| window.counts != Counts::Requests) {
-            let most = bill::most(&ask.body);
+            let most = ask.most();
             tokens = u64::from(most.total_tokens());
             let listed = match is_local {
                 true => config.catalog.resolve(model).map(|entry| entry.price.charge(&most)),
