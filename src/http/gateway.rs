@@ -62,8 +62,8 @@ pub(super) async fn serve(
     if matches!(endpoint, Endpoint::Universal { .. }) && request.method() != actix_web::http::Method::POST {
         return Err(Error::new(Kind::MethodNotAllowed, "Method GET not available for that URI: use POST"));
     }
-    let server = &services.config.get().server;
-    let body = ask::read_bytes(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?;
+    let (limit, patience) = services.body_bounds();
+    let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
     let call = Incoming::read(request, body);
     let ask = match endpoint {
         Endpoint::Provider { slug, rest, .. } => entrance.native(call, slug, rest),

@@ -28,8 +28,8 @@ pub(super) async fn serve(
     };
     let query = web::Query::<Vec<(String, String)>>::from_query(request.query_string())
         .map_err(|_| Error::bad_input("the query string does not parse"))?;
-    let server = &services.config.get().server;
-    let body = ask::read_bytes(request.headers(), payload, server.max_body_bytes, server.read_timeout).await?;
+    let (limit, patience) = services.body_bounds();
+    let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
     let body = if body.is_empty() { None } else { Some(ask::plain_json(request.headers(), body).await?) };
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     let told =

@@ -51,7 +51,7 @@ use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use actix_web::http::header::{HeaderName, HeaderValue};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -100,6 +100,14 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
     /// Starting, ready, draining.
     pub phase: watch::Receiver<Phase>,
+}
+
+impl Services {
+    /// How many bytes a body may have, and how long it may take to come. Values: who waits keeps no configuration from being let go.
+    fn body_bounds(&self) -> (usize, Duration) {
+        let server = &self.config.get().server;
+        (server.max_body_bytes, server.read_timeout)
+    }
 }
 
 /// A worker's view of the house through one listener.
@@ -214,8 +222,7 @@ async fn dispatch(
     }
     let body = match takes_body(endpoint) {
         true => {
-            let server = &services.config.get().server;
-            let (limit, patience) = (server.max_body_bytes, server.read_timeout);
+            let (limit, patience) = services.body_bounds();
             let body = ask::read_bytes(request.headers(), payload, limit, patience).await?;
             if route.surface != Surface::Binding && gateway::is_meant(request.headers(), endpoint, &body) {
                 let named = gateway::serve_named(door, request, body, endpoint, caller, id, received);
@@ -233,7 +240,7 @@ async fn dispatch(
     let query = web::Query::<HashMap<String, String>>::from_query(request.query_string())
         .map_err(|_| Error::bad_input("the query string does not parse"))?;
     let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
-    let rules = &services.config.get().metering.limits;
+    let rules = services.config.get().metering.limits.clone();
     let seen = Seen {
         peer: request.peer_addr().map(|peer| peer.ip()),
         headers: request.headers(),
@@ -242,7 +249,7 @@ async fn dispatch(
         gateway: None,
         metadata: None,
     };
-    let terms = Terms { ruled: Ruled::of(rules.clone(), &seen), budget: caller.budget, ..Terms::default() };
+    let terms = Terms { ruled: Ruled::of(rules, &seen), budget: caller.budget, ..Terms::default() };
     let standing = terms.standing.clone();
     let ask = Ask {
         terms,

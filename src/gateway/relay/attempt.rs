@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::http::StatusCode;
@@ -78,7 +79,9 @@ impl Trail {
 impl Relay {
     /// Steps in order, each as often as it may, until one answers.
     pub(super) async fn attempts(&self, mut ask: Ask, trail: &mut Trail) -> Result<Begun> {
-        let upstream = self.parts.config.get().upstream.clone();
+        // Kept for as long as the call lasts, so it is counted.
+        let config = Arc::clone(&self.parts.config.get());
+        let upstream = &config.upstream;
         let deadline = Instant::now() + upstream.total_timeout;
         let mut last: Option<Result<Begun>> = None;
         let mut taken = 0;
@@ -105,7 +108,7 @@ impl Relay {
                 trail.note(&step.target, "resting");
                 continue;
             };
-            let turn = Turn { step: &step, watched, is_last, deadline, upstream: &upstream };
+            let turn = Turn { step: &step, watched, is_last, deadline, upstream };
             match self.take(&ask, turn, pass, trail).await {
                 Ok(begun) if begun.status.is_success() || is_last => return Ok(begun),
                 // What is wrong with the request is wrong with it everywhere, unless the caller lists steps to be tried.
