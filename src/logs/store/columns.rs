@@ -31,6 +31,8 @@ pub(super) const COLUMNS: usize = SLOT + 1;
 const BLOCK_BYTES: u64 = 16;
 /// Dictionaries up to here are read as a whole.
 const SMALL: u64 = 64 << 10;
+/// Bytes of a column that are read at once.
+const PIECE: usize = 16 << 10;
 
 /// Where a column lies, how wide its numbers are, and what is added to them.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -274,18 +276,36 @@ impl<'a> View<'a> {
     }
 
     /// A whole column.
-    pub(super) fn numbers(&mut self, column: usize, out: &mut Vec<u64>) -> io::Result<()> {
+    pub(super) fn numbers(&self, column: usize, out: &mut Vec<u64>) -> io::Result<()> {
         let Packed { at, width, min, .. } = self.column(column);
-        let count = self.len();
-        out.clear();
-        self.bytes.resize(count * width as usize, 0);
-        self.file.read_exact_at(&mut self.bytes, at + u64::from(self.range.begin) * u64::from(width))?;
         match width {
-            0 => out.resize(count, min),
-            1 => out.extend(self.bytes.iter().map(|byte| min + u64::from(*byte))),
-            2 => out.extend(self.bytes.as_chunks().0.iter().map(|bytes| min + u64::from(u16::from_le_bytes(*bytes)))),
-            4 => out.extend(self.bytes.as_chunks().0.iter().map(|bytes| min + u64::from(u32::from_le_bytes(*bytes)))),
-            _ => out.extend(self.bytes.as_chunks().0.iter().map(|bytes| min.wrapping_add(u64::from_le_bytes(*bytes)))),
+            0 => {
+                out.clear();
+                out.resize(self.len(), min);
+                Ok(())
+            }
+            1 => self.read(at, out, |[byte]: [u8; 1]| min + u64::from(byte)),
+            2 => self.read(at, out, |bytes| min + u64::from(u16::from_le_bytes(bytes))),
+            4 => self.read(at, out, |bytes| min + u64::from(u32::from_le_bytes(bytes))),
+            _ => self.read(at, out, |bytes| min.wrapping_add(u64::from_le_bytes(bytes))),
+        }
+    }
+
+    /// The numbers of all rows in a column that begins at `at`, by pieces that stay in the processor's cache.
+    fn read<T, const WIDTH: usize>(
+        &self,
+        at: u64,
+        out: &mut Vec<T>,
+        number: impl Fn([u8; WIDTH]) -> T,
+    ) -> io::Result<()> {
+        let mut bytes = [0; PIECE];
+        out.clear();
+        out.reserve(self.len());
+        while out.len() < self.len() {
+            let piece = &mut bytes[..(self.len() - out.len()).min(PIECE / WIDTH) * WIDTH];
+            let row = u64::from(self.range.begin) + out.len() as u64;
+            self.file.read_exact_at(piece, at + row * WIDTH as u64)?;
+            out.extend(piece.as_chunks().0.iter().map(|bytes| number(*bytes)));
         }
         Ok(())
     }
@@ -299,12 +319,8 @@ impl<'a> View<'a> {
     }
 
     /// All ids, which are sorted.
-    pub(super) fn ids(&mut self, out: &mut Vec<u128>) -> io::Result<()> {
-        self.bytes.resize(self.len() * 16, 0);
-        self.file.read_exact_at(&mut self.bytes, self.sealed.footer.ids + u64::from(self.range.begin) * 16)?;
-        out.clear();
-        out.extend(self.bytes.as_chunks().0.iter().map(|bytes| u128::from_le_bytes(*bytes)));
-        Ok(())
+    pub(super) fn ids(&self, out: &mut Vec<u128>) -> io::Result<()> {
+        self.read(self.sealed.footer.ids, out, u128::from_le_bytes)
     }
 
     /// How many rows of the range have a smaller id.

@@ -93,8 +93,8 @@ impl Hits {
             Test::IdPart(parts) => {
                 source.ids(&mut self.ids)?;
                 self.hits.clear();
-                let parts: Vec<_> = parts.iter().map(|part| Digits::of(*part)).collect();
-                self.hits.extend(self.ids.iter().map(|id| parts.iter().any(|part| part.are_in(*id))));
+                self.hits.resize(self.ids.len(), false);
+                parts.iter().for_each(|part| Digits::of(*part).mark(&self.ids, &mut self.hits));
             }
         }
         Ok(Whole::Some)

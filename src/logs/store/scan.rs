@@ -196,7 +196,11 @@ pub(super) fn scan(sources: &mut [Source], query: &Query, wanted: usize, budget:
         if let Some(search) = &mut search {
             search.narrow(source, &mut mask).map_err(broken)?;
         }
-        found.count += mask.iter().map(|is_meant| u64::from(*is_meant)).sum::<u64>();
+        let count = mask.iter().filter(|is_meant| **is_meant).count() as u64;
+        if count == 0 {
+            continue;
+        }
+        found.count += count;
         if let Some(meta) = &mut meta {
             measure(source, &mask, meta, &mut keys).map_err(broken)?;
         }

@@ -40,7 +40,7 @@ impl Search {
         if let Some(digits) = &self.digits {
             let mut ids = Vec::new();
             source.ids(&mut ids)?;
-            hits.iter_mut().zip(ids).for_each(|(hit, id)| *hit = digits.are_in(id));
+            digits.mark(&ids, &mut hits);
         }
         let mut numbers = Vec::new();
         for text in Self::TEXTS {
