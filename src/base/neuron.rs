@@ -41,9 +41,14 @@ impl Neurons {
         Self((usd * (1e9 / 0.011)).round() as u64)
     }
 
-    /// USD at the list price, for display only.
+    /// USD at the list price, not rounded, for display only.
     pub fn usd(self) -> f64 {
         self.as_f64() * 0.011 / 1000.0
+    }
+
+    /// USD as they are told to people: to 1e-10, so that what cost 0.25 and is kept in units of 1.1e-11 reads 0.25 again.
+    pub fn rounded_usd(self) -> f64 {
+        ((u128::from(self.0) * 11 + 50) / 100) as f64 / 1e10
     }
 
     /// Difference, or zero where `other` is larger.
@@ -89,6 +94,17 @@ mod tests {
         let charge = Neurons::priced(1_000, 26_668) + Neurons::priced(200, 204_805);
         assert_eq!(charge.micro(), 67_629_000);
         assert_eq!(charge.to_string(), "67.63");
+    }
+
+    #[test]
+    fn dollars_read_as_they_were_written() {
+        for usd in [0.0, 0.25, 0.000_000_1, 0.000_011, 1.0, 11.0, 123_456.789] {
+            assert_eq!(Neurons::from_usd(usd).rounded_usd(), usd);
+        }
+        for (micro, usd) in [(1, 0.0), (4, 0.0), (5, 1e-10), (123_456_789, 0.001_358_024_7)] {
+            assert_eq!(Neurons::from_micro(micro).rounded_usd(), usd, "{micro}");
+        }
+        assert!((Neurons::from_micro(u64::MAX).rounded_usd() - 202_914_184.810_805).abs() < 1e-6);
     }
 
     #[test]

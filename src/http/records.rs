@@ -256,7 +256,7 @@ fn usage_row(day: UtcDay, who: &Who, row: &Row) -> Value {
         "completion_tokens": row.completion_tokens,
         "neurons": row.neurons.as_f64(),
         "billed_neurons": row.billed.as_f64(),
-        "cost_usd": row.cost.usd(),
+        "cost_usd": row.cost.rounded_usd(),
     })
 }
 
@@ -321,4 +321,19 @@ fn enveloped(answer: &Value) -> HttpResponse {
         body.extend(answer.clone());
     }
     HttpResponse::Ok().content_type("application/json").body(body.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::Neurons;
+
+    #[test]
+    fn a_row_of_usage_tells_dollars_as_they_were_said() {
+        let (account, model) = (AccountId::new("acme"), ModelId::new("m"));
+        let who = Who { account, key: None, gateway: "default".into(), provider: "openai".into(), model };
+        let row = Row { requests: 1, cost: Neurons::from_usd(0.25), ..Row::default() };
+        let told = usage_row(Millis(1_777_593_600_000).day(), &who, &row);
+        assert_eq!((&told["date"], &told["cost_usd"]), (&json!("2026-05-01"), &json!(0.25)));
+    }
 }

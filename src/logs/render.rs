@@ -6,8 +6,8 @@
 //!   Page   ─> result_info
 //! ```
 //!
-//! Times are milliseconds, money is USD; both are exact as far as JSON's numbers go, but for `duration`, which clients read as a whole
-//! number (`timings` has the rest). What a record does not have is `null`.
+//! Times are milliseconds, exact as far as JSON's numbers go but for `duration`, which clients read as a whole number (`timings` has the
+//! rest). Money is USD, to 1e-10. What a record does not have is `null`.
 
 use serde_json::{Map, Number, Value, json};
 
@@ -130,22 +130,20 @@ pub fn moment(at: Millis) -> String {
 
 /// Milliseconds of microseconds.
 fn duration(us: u64) -> Value {
-    ratio(us, 1, 1e3)
+    number(us as f64 / 1e3)
 }
 
-/// USD of micro-neurons: 1,000 neurons are 0.011 USD.
+/// USD of micro-neurons.
 fn cost(micro: u64) -> Value {
-    debug_assert!(Neurons::from_micro(1_000_000_000).usd() == 0.011);
-    ratio(micro, 11, 1e12)
+    number(Neurons::from_micro(micro).rounded_usd())
 }
 
-/// `value × times / by`, rounded once, and an integer where it is one.
-fn ratio(value: u64, times: u64, by: f64) -> Value {
-    let exact = value.saturating_mul(times) as f64 / by;
-    if exact.fract() == 0.0 && exact < 9e15 {
-        return Value::from(exact as u64);
+/// An integer where it is one.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value < 9e15 {
+        return Value::from(value as u64);
     }
-    Number::from_f64(exact).map_or(Value::Null, Value::Number)
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
 
 /// The beginning of a body as text, and whether that is all of it. What is no text has none.
@@ -194,19 +192,35 @@ mod tests {
     }
 
     #[test]
-    fn costs_and_durations_are_written_exactly() {
+    fn costs_are_written_to_1e_10_and_durations_exactly() {
         for (micro, text) in [
             (0, "0"),
-            (1, "1.1e-11"),
+            (1, "0"),
+            (9091, "1e-7"),
+            (22_727_272_727, "0.25"),
             (1_000_000, "0.000011"),
             (1_000_000_000_000, "11"),
-            (123_456_789, "0.001358024679"),
+            (123_456_789, "0.0013580247"),
         ] {
             assert_eq!(cost(micro).to_string(), text);
         }
         for (us, text) in [(0, "0"), (1, "0.001"), (12_000, "12"), (12_345, "12.345"), (3_600_000_001, "3600000.001")] {
             assert_eq!(duration(us).to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_quarter_of_a_dollar_reads_so_wherever_money_is_told() {
+        let quarter = Neurons::from_usd(0.25);
+        let mut stored = stored();
+        (stored.record.cost, stored.record.saved) = (quarter, quarter);
+        let item = item(&stored);
+        assert_eq!((&item["cost"], &item["saved_cost"]), (&json!(0.25), &json!(0.25)));
+        let cost = Some(Measure { count: 1, min: quarter.micro(), max: quarter.micro(), sum: quarter.micro().into() });
+        let meta_info = Some(crate::logs::store::MetaInfo { cost, ..Default::default() });
+        let page = Page { records: vec![stored], total_count: 1, meta_info, is_complete: true };
+        let info = result_info(&Query::default(), &page);
+        assert_eq!((&info["min_cost"], &info["max_cost"]), (&json!(0.25), &json!(0.25)));
     }
 
     #[test]

@@ -60,9 +60,9 @@ static COUNT: Measure = Measure { section: "count", name: "count", of: |row| row
 /// All but `count`, in the order in which they are told.
 static MEASURES: [Measure; 31] = [
     // In USD; nothing for answers from the cache.
-    sum("cost", |row| Neurons::from_micro(row.sum.counts.cost).usd().into()),
+    sum("cost", |row| Neurons::from_micro(row.sum.counts.cost).rounded_usd().into()),
     // What those would have cost.
-    sum("savedCost", |row| Neurons::from_micro(row.sum.counts.saved).usd().into()),
+    sum("savedCost", |row| Neurons::from_micro(row.sum.counts.saved).rounded_usd().into()),
     sum("totalNeurons", |row| Neurons::from_micro(row.sum.counts.cost).as_f64().into()),
     sum("savedNeurons", |row| Neurons::from_micro(row.sum.counts.saved).as_f64().into()),
     sum("cachedRequests", |row| row.sum.hits.into()),

@@ -183,6 +183,19 @@ fn every_measure_is_told_under_its_name() {
 }
 
 #[test]
+fn dollars_are_told_as_they_were_said() {
+    let analytics = open(None, 0);
+    for call in [record(1), record(2).hit()] {
+        let mut call = call.0;
+        let amount = if call.cache.is_hit() { &mut call.saved } else { &mut call.cost };
+        *amount = Neurons::from_usd(0.25);
+        analytics.observe(&call);
+    }
+    let sum = &ask(&analytics, "", 10)["rows"][0]["sum"];
+    assert_eq!((&sum["cost"], &sum["savedCost"]), (&0.25.into(), &0.25.into()));
+}
+
+#[test]
 fn calls_are_grouped_filtered_ordered_and_limited() {
     let analytics = open(None, 0);
     for (model, status, times) in [("a", 200, 3), ("a", 404, 1), ("b", 200, 5), ("b", 503, 1), ("c", 200, 1)] {
