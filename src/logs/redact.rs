@@ -18,7 +18,9 @@
 
 mod find;
 mod json;
+mod key;
 mod known;
+mod marks;
 mod number;
 #[cfg(test)]
 #[path = "redact/stream_test.rs"]
@@ -101,9 +103,8 @@ impl Redactor {
                 is_changed = true;
             }
         }
-        let mut texts: Vec<&mut Box<str>> = vec![&mut record.path];
-        texts.extend([&mut record.metadata, &mut record.event, &mut record.user_agent].into_iter().flatten());
-        for text in texts {
+        let texts = [&mut record.metadata, &mut record.event, &mut record.user_agent].into_iter().flatten();
+        for text in std::iter::once(&mut record.path).chain(texts) {
             if let Cow::Owned(clean) = self.text(text) {
                 *text = clean.into();
                 is_changed = true;
@@ -225,7 +226,9 @@ fn is_list(body: &str) -> bool {
 
 /// A document a line.
 fn is_lines(body: &str) -> bool {
-    let ends = memchr::memmem::find_iter(body.as_bytes(), b"\n{");
+    // Most documents are one line.
+    let Some(first) = memchr::memchr(b'\n', body.as_bytes()) else { return false };
+    let ends = memchr::memmem::find_iter(&body.as_bytes()[first..], b"\n{").map(|end| first + end);
     ends.map(|end| body[..end].trim_end_matches('\r')).any(|line| line.ends_with('}'))
 }
 
