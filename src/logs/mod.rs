@@ -11,6 +11,7 @@
 //! lost, money, is the ledger's. Nothing here reaches a disk before it is redacted.
 
 pub mod analytics;
+mod clean;
 mod post;
 mod query;
 mod record;

@@ -18,7 +18,9 @@
 
 mod find;
 mod json;
+mod key;
 mod known;
+mod marks;
 mod number;
 #[cfg(test)]
 #[path = "redact/stream_test.rs"]
@@ -88,22 +90,28 @@ impl Redactor {
 
     /// Takes secrets out of bodies, metadata, path, event and user agent; returns whether anything was found.
     pub fn apply(&self, record: &mut Record) -> bool {
+        let Record { asked, request_content_type, answered, response_content_type, .. } = record;
+        let bodies = [(asked, request_content_type), (answered, response_content_type)];
+        let is_changed =
+            bodies.map(|(body, kind)| self.clean(body, kind.as_deref().unwrap_or_default())).contains(&true);
+        self.texts(record) | is_changed
+    }
+
+    /// The same of one body.
+    pub fn clean(&self, body: &mut Body, kind: &str) -> bool {
+        let Some(kept) = self.body(body, kind) else { return false };
+        // A body that was whole still is; of one that was cut, the size tells.
+        let is_complete = body.is_complete();
+        body.kept = kept;
+        body.size = if is_complete { body.kept.len() as u64 } else { body.size.max(body.kept.len() as u64 + 1) };
+        true
+    }
+
+    /// The same of all but the bodies.
+    pub fn texts(&self, record: &mut Record) -> bool {
+        let texts = [&mut record.metadata, &mut record.event, &mut record.user_agent].into_iter().flatten();
         let mut is_changed = false;
-        let bodies =
-            [(&mut record.asked, &record.request_content_type), (&mut record.answered, &record.response_content_type)];
-        for (body, kind) in bodies {
-            if let Some(kept) = self.body(body, kind.as_deref().unwrap_or_default()) {
-                // A body that was whole still is; of one that was cut, the size tells.
-                let is_complete = body.is_complete();
-                body.kept = kept;
-                body.size =
-                    if is_complete { body.kept.len() as u64 } else { body.size.max(body.kept.len() as u64 + 1) };
-                is_changed = true;
-            }
-        }
-        let mut texts: Vec<&mut Box<str>> = vec![&mut record.path];
-        texts.extend([&mut record.metadata, &mut record.event, &mut record.user_agent].into_iter().flatten());
-        for text in texts {
+        for text in std::iter::once(&mut record.path).chain(texts) {
             if let Cow::Owned(clean) = self.text(text) {
                 *text = clean.into();
                 is_changed = true;
@@ -225,7 +233,9 @@ fn is_list(body: &str) -> bool {
 
 /// A document a line.
 fn is_lines(body: &str) -> bool {
-    let ends = memchr::memmem::find_iter(body.as_bytes(), b"\n{");
+    // Most documents are one line.
+    let Some(first) = memchr::memchr(b'\n', body.as_bytes()) else { return false };
+    let ends = memchr::memmem::find_iter(&body.as_bytes()[first..], b"\n{").map(|end| first + end);
     ends.map(|end| body[..end].trim_end_matches('\r')).any(|line| line.ends_with('}'))
 }
 

@@ -1,13 +1,12 @@
 //! The thread that takes records in, and the handle by which calls give them to it.
 //!
 //! ```text
-//!   append ─> queue ─ 5 ms ─> batch: observe, redact ─> store.append, ship.append, trace.append
+//!   append ─> queue ─ 5 ms ─> batch: observe, clean ─> store.append, ship.append, trace.append
 //! ```
 //!
 //! It sleeps while records gather, so that a busy gateway wakes it two hundred times a second and not for each call.
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -18,6 +17,7 @@ use tokio::sync::oneshot;
 use tracing::{error, warn};
 
 use super::analytics::{self, Analytics};
+use super::clean::Cleaner;
 use super::redact::Redactor;
 use super::ship::{self, Outgoing, PublicKey, Ship};
 use super::store::{self, Store};
@@ -36,8 +36,6 @@ const GATHER: Duration = Duration::from_millis(5);
 const BATCH: usize = 4096;
 /// How often what is due by time is done while no records come.
 const TICK: Duration = Duration::from_millis(500);
-/// Bytes that a compressed body may become.
-const INFLATED: u64 = 1 << 20;
 /// Keys of gateways that are kept ready.
 const MAX_KEYS: usize = 1024;
 
@@ -289,13 +287,9 @@ impl Writer {
         // They are not to be logged; their spans have no bodies, which were not kept.
         let unlogged = batch.extract_if(.., |record| record.id.is_none());
         let mut unlogged: Vec<_> = unlogged.filter(|record| destinations(&told, record).is_some()).collect();
+        let mut cleaner = Cleaner::new(&self.redactor);
         for record in batch.iter_mut().chain(&mut unlogged) {
-            let Record { asked, request_content_type, answered, response_content_type, .. } = &mut **record;
-            for (body, kind) in [(asked, request_content_type), (answered, response_content_type)] {
-                inflate(body);
-                drop_unreadable(body, kind.as_deref().unwrap_or_default());
-            }
-            self.redactor.apply(record);
+            cleaner.clean(record);
         }
         if let Some(store) = &self.store {
             match store.append(batch) {
@@ -381,80 +375,4 @@ impl Writer {
 fn destinations<'a>(told: &'a Told, record: &Record) -> Option<&'a Arc<[trace::Destination]>> {
     let push = told.get(&(record.account.clone(), record.gateway.clone()))?;
     Some(&push.traces).filter(|to| !to.is_empty())
-}
-
-/// A compressed body as it reads: what is in it is to be found, by who looks for it and by who takes secrets out of it.
-fn inflate(body: &mut Body) {
-    if !body.kept.starts_with(&[0x1f, 0x8b]) {
-        return;
-    }
-    let is_complete = body.is_complete();
-    let mut text = Vec::new();
-    let mut reader = flate2::read::GzDecoder::new(&body.kept[..]).take(INFLATED);
-    // One that was cut ends in an error, and reads up to there.
-    let is_whole = reader.read_to_end(&mut text).is_ok() && reader.limit() > 0;
-    let size = text.len() as u64 + u64::from(!(is_whole && is_complete));
-    *body = Body { kept: text.into(), size };
-}
-
-/// What is text and cannot be read as such (an AWS event stream, a compression that is not known here) is not kept: nobody could say what
-/// secrets are in it. Pictures and sound are.
-fn drop_unreadable(body: &mut Body, kind: &str) {
-    let is_opaque =
-        ["image/", "audio/", "video/", "application/octet-stream"].iter().any(|start| kind.starts_with(start));
-    let is_read = match std::str::from_utf8(&body.kept) {
-        Ok(_) => true,
-        // Cut within a letter.
-        Err(error) => error.error_len().is_none() && !body.is_complete(),
-    };
-    if !is_opaque && !is_read {
-        body.kept = Default::default();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    fn packed(text: &str) -> Vec<u8> {
-        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        packer.write_all(text.as_bytes()).unwrap();
-        packer.finish().unwrap()
-    }
-
-    #[test]
-    fn what_cannot_be_read_and_should_be_is_not_kept() {
-        let check = |kept: &[u8], size: u64, kind: &str, is_kept: bool| {
-            let mut body = Body { kept: kept.to_vec().into(), size };
-            drop_unreadable(&mut body, kind);
-            assert_eq!((!body.kept.is_empty(), body.size), (is_kept, size), "{kind}");
-        };
-        check(b"\x00\x00\xff frame sk-secret", 20, "application/vnd.amazon.eventstream", false);
-        check(b"\x00\x00\xff png", 7, "image/png", true);
-        check("gr\u{fc}n".as_bytes(), 5, "application/json", true);
-        check(&"gr\u{fc}n".as_bytes()[..3], 5, "application/json", true);
-        check(&"gr\u{fc}n".as_bytes()[..3], 3, "application/json", false);
-    }
-
-    #[test]
-    fn a_compressed_answer_is_kept_as_it_reads_and_a_part_of_one_as_far_as_it_does() {
-        let text = "to be or not to be ".repeat(2000);
-        let whole = packed(&text);
-        let body = |kept: &[u8], size: usize| {
-            let mut body = Body { kept: kept.to_vec().into(), size: size as u64 };
-            inflate(&mut body);
-            body
-        };
-        let read = body(&whole, whole.len());
-        assert!(read.kept == text.as_bytes() && read.is_complete());
-        let cut = body(&whole[..whole.len() / 2], whole.len());
-        assert!(text.as_bytes().starts_with(&cut.kept) && !cut.is_complete());
-        let huge = packed(&"x".repeat(INFLATED as usize + 10));
-        let bomb = body(&huge, huge.len());
-        assert_eq!((bomb.kept.len() as u64, bomb.is_complete()), (INFLATED, false));
-        let plain = body(b"plain", 5);
-        assert_eq!((&plain.kept[..], plain.is_complete()), (&b"plain"[..], true));
-    }
 }

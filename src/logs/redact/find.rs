@@ -17,8 +17,10 @@ use memchr::memmem::Finder as Word;
 use regex::RegexSet;
 use regex::bytes::Regex;
 
-use super::known::{BASIC, BEARER, HOOK, JWT, NAMES, PEM, PREFIXES, Run};
-use super::number::{self, Found};
+use super::key::{keys, pem, run_with};
+use super::known::{self, HOOK, NAMES, PEM, WORDS};
+use super::marks::{marks, ones};
+use super::number::{self, Found, Numbers};
 use super::{Rule, Rules};
 use crate::base::{Error, Result};
 
@@ -32,10 +34,10 @@ pub(super) const CUT: &str = "[REDACTED:cut]";
 
 /// Shorter texts are no secrets, unless their name says so.
 const SHORTEST: usize = 6;
-/// The shortest key with its prefix is longer.
-const SHORTEST_KEY: usize = 14;
-/// Text is passed over in pieces of this length.
-const PIECE: usize = 64;
+/// The shortest secret with the word that tells it: `asic`, a blank, eight letters.
+const SHORTEST_TOLD: usize = 13;
+/// The shortest head of a private key.
+const SHORTEST_PEM: usize = 22;
 /// Bytes of a compiled pattern at most.
 const MAX_COMPILED: usize = 1 << 20;
 
@@ -58,11 +60,9 @@ pub(super) struct Finder {
     has_emails: bool,
     has_cards: bool,
     has_phones: bool,
-    bearer: [Word<'static>; 2],
-    basic: [Word<'static>; 2],
+    /// All words that tell a secret, in one pass.
+    words: Regex,
     pem: Word<'static>,
-    hook: Word<'static>,
-    escaped_at: Word<'static>,
     custom: Vec<(Regex, Box<str>)>,
     any_custom: RegexSet,
 }
@@ -97,16 +97,14 @@ impl Finder {
             .size_limit(16 * MAX_COMPILED)
             .build();
         let any_custom = any.map_err(|error| broken("all of them together", error))?;
+        let words = Regex::new(&WORDS.map(regex::escape).join("|")).map_err(|error| broken("of words", error))?;
         Ok(Self {
             has_keys: rules.keys,
             has_emails: rules.emails,
             has_cards: rules.cards,
             has_phones: rules.phones,
-            bearer: BEARER.map(Word::new),
-            basic: BASIC.map(Word::new),
+            words,
             pem: Word::new(PEM),
-            hook: Word::new(HOOK),
-            escaped_at: Word::new("%40"),
             custom,
             any_custom,
         })
@@ -126,21 +124,16 @@ impl Finder {
 
     /// Whether a body may have something to hide, as it is written: with its escapes and quotes. Quick where it has not.
     pub(super) fn suspects(&self, raw: &str) -> bool {
-        let bytes = raw.as_bytes();
         let mut is_suspect = false;
-        let hears = |_: Range<usize>, _: Label| is_suspect = true;
-        self.search(bytes, false, hears);
-        is_suspect
-            || has_escaped_letters(bytes)
-            || self.any_custom.is_match(raw)
-            || (!self.custom.is_empty() && raw.contains('\\'))
+        self.search(raw.as_bytes(), false, |_, _| is_suspect = true);
+        is_suspect || (!self.custom.is_empty() && (raw.contains('\\') || self.any_custom.is_match(raw)))
     }
 
     /// All secrets of a text, in no order; they may overlap.
     pub(super) fn find(&self, text: &str, found: &mut Vec<Span>) {
         // Most texts are short and have none of what every secret has: a digit, or one of these signs.
         let is_suspect = has_any(text.as_bytes(), |byte| byte.is_ascii_digit() || matches!(byte, b'@' | b'='));
-        if is_suspect || self.pem.find(text.as_bytes()).is_some() {
+        if is_suspect || (text.len() >= SHORTEST_PEM && self.pem.find(text.as_bytes()).is_some()) {
             self.search(text.as_bytes(), true, |range, label| found.push((range, label)));
         }
         for (at, (pattern, _)) in self.custom.iter().enumerate() {
@@ -150,7 +143,8 @@ impl Finder {
 
     /// Whether the value of a field of this name is a secret by its name alone, and which kind.
     pub(super) fn find_named(&self, name: &str, value: &str) -> Option<Label> {
-        if self.has_phones && number::names_phone(name) && number::is_number(value) {
+        // Few values are numbers, and few names end like that of a secret.
+        if self.has_phones && number::is_number(value) && number::names_phone(name) {
             return Some(Label::Phone);
         }
         let least = least_of(name.as_bytes()).filter(|_| self.has_keys)?;
@@ -163,55 +157,65 @@ impl Finder {
         length >= SHORTEST || !self.custom.is_empty()
     }
 
-    /// `is_exact`: what stands before a candidate counts. As a body is written, that may be part of an escape.
+    /// `is_exact`: what stands before a candidate counts. As a body is written, that may be part of an escape; there, a letter behind an
+    /// escape is heard of too.
     fn search(&self, text: &[u8], is_exact: bool, mut hears: impl FnMut(Range<usize>, Label)) {
-        if self.has_keys {
-            runs(text, |run| keys(text, run, is_exact, |key| hears(key, Label::Key)));
+        if self.has_keys && text.len() >= SHORTEST_TOLD {
             self.told(text, |secret| hears(secret, Label::Key));
         }
-        if self.has_emails || self.has_keys {
-            for at in memchr::memchr_iter(b'@', text) {
-                self.at(text, at..at + 1, &mut hears);
+        let (mut known, mut numbers, mut later) = (0, Numbers::default(), Vec::new());
+        for (begin, marks) in marks(text) {
+            if self.has_keys {
+                // Runs that keys may be in: a key has a digit, and prose has few.
+                for digit in ones(marks.digits).map(|bit| begin + bit) {
+                    if digit >= known {
+                        let run = run_with(text, digit);
+                        known = run.end;
+                        keys(text, run, is_exact, |key| hears(key, Label::Key));
+                    }
+                }
+                for sign in ones(marks.signs).map(|bit| begin + bit) {
+                    if let Some(value) = name_before(text, sign).and_then(|(name, least)| assigned(text, name, least)) {
+                        hears(value, Label::Key);
+                    }
+                }
             }
-            // In forms.
-            for at in self.escaped_at.find_iter(text) {
-                self.at(text, at..at + 3, &mut hears);
+            for at in ones(marks.ats).map(|bit| begin + bit) {
+                match &text[at..] {
+                    [b'@', ..] => self.at(text, at..at + 1, &mut hears),
+                    // In forms.
+                    [b'%', b'4', b'0', ..] => self.at(text, at..at + 3, &mut hears),
+                    // `\u0020` to `\u007f`: letters that hide from a search of what is written.
+                    [b'\\', b'u', b'0', b'0', b'2'..=b'7', ..] if !is_exact => hears(at..at + 5, Label::Key),
+                    _ => {}
+                }
+            }
+            if self.has_cards || self.has_phones {
+                numbers.search(text, begin, marks.digits, is_exact, |range, found| match found {
+                    Found::Card if self.has_cards => later.push((range, Label::Card)),
+                    Found::Phone if self.has_phones => later.push((range, Label::Phone)),
+                    _ => {}
+                });
             }
         }
-        if self.has_cards || self.has_phones {
-            number::search(text, is_exact, |range, found| match found {
-                Found::Card if self.has_cards => hears(range, Label::Card),
-                Found::Phone if self.has_phones => hears(range, Label::Phone),
-                _ => {}
-            });
-        }
+        // Heard of last: what begins as an address does is called one.
+        later.into_iter().for_each(|(range, label)| hears(range, label));
     }
 
-    /// Secrets that something before them tells.
+    /// Secrets that a word before them tells.
     fn told(&self, text: &[u8], mut hears: impl FnMut(Range<usize>)) {
-        for at in self.pem.find_iter(text) {
-            if let Some(end) = pem(text, at + PEM.len()) {
-                hears(at..end);
-            }
-        }
-        for at in self.hook.find_iter(text) {
-            let end = at + HOOK.len() + run(&text[at + HOOK.len()..], |byte| byte == b'/' || is_dashed(byte));
-            if end - at - HOOK.len() >= 30 {
-                hears(at..end);
-            }
-        }
-        for sign in memchr::memchr2_iter(b':', b'=', text) {
-            if let Some(value) = name_before(text, sign).and_then(|(name, least)| assigned(text, name, least)) {
-                hears(value);
-            }
-        }
-        for (words, length, is_meant) in
-            [(&self.bearer, BEARER[0].len(), is_token as fn(&[u8]) -> bool), (&self.basic, BASIC[0].len(), is_basic)]
-        {
-            for at in words.iter().flat_map(|word| word.find_iter(text)) {
-                let secret = follows(text, at + length).filter(|value| is_meant(&text[value.clone()]));
-                secret.into_iter().for_each(&mut hears);
-            }
+        for word in self.words.find_iter(text) {
+            let (begin, end) = (word.start(), word.end());
+            let secret = match text[begin] {
+                b'-' => pem(text, end).map(|end| begin..end),
+                b'h' => {
+                    let length = run(&text[end..], |byte| byte == b'/' || is_dashed(byte));
+                    (length >= 30).then(|| begin..end + length)
+                }
+                b'e' | b'E' => follows(text, end).filter(|value| is_token(&text[value.clone()])),
+                _ => follows(text, end).filter(|value| is_basic(&text[value.clone()])),
+            };
+            secret.into_iter().for_each(&mut hears);
         }
     }
 
@@ -225,7 +229,7 @@ impl Finder {
         if self.has_keys {
             let is_part =
                 |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b'@' | b'"' | b'\'' | b'<' | b'>');
-            let begin = at.start - run_back(text, at.start, is_part);
+            let begin = at.start - run_back(&text[..at.start], is_part);
             let is_url = text[..begin].ends_with(b"://");
             let colon = memchr::memchr(b':', &text[begin..at.start]).map(|colon| begin + colon + 1);
             if let Some(secret) = colon.filter(|secret| is_url && *secret < at.start) {
@@ -239,11 +243,11 @@ impl Finder {
 pub(super) fn tail(text: &str) -> usize {
     let bytes = text.as_bytes();
     let is_part = |byte: u8| byte >= 0x80 || (byte.is_ascii_graphic() && !b"\"`<>()[]{},;|".contains(&byte));
-    let mut begin = bytes.len() - run_back(bytes, bytes.len(), is_part);
+    let mut begin = bytes.len() - run_back(bytes, is_part);
     let is_digits =
         |range: Range<usize>| bytes[range].iter().all(|byte| byte.is_ascii_digit() || b"+()-. ".contains(byte));
     if is_digits(begin..bytes.len()) {
-        let back = run_back(bytes, bytes.len(), |byte| byte.is_ascii_digit() || b"+()-. ".contains(&byte));
+        let back = run_back(bytes, |byte| byte.is_ascii_digit() || b"+()-. ".contains(&byte));
         let number = bytes.len() - back.min(32);
         // A blank before the number is none of it.
         begin = (number..=begin).find(|at| *at == bytes.len() || bytes[*at] != b' ').unwrap_or(begin);
@@ -252,113 +256,22 @@ pub(super) fn tail(text: &str) -> usize {
     (begin..=bytes.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(bytes.len())
 }
 
-/// `\u0020` to `\u007f`: letters that hide from a search of what is written.
-fn has_escaped_letters(raw: &[u8]) -> bool {
-    memchr::memmem::find_iter(raw, b"\\u00").any(|at| matches!(raw.get(at + 4), Some(b'2'..=b'7')))
-}
-
-/// Long runs of what keys are made of. A key has a digit, and prose has few: pieces without are passed over.
-fn runs(text: &[u8], mut see: impl FnMut(Range<usize>)) {
-    let mut at = 0;
-    for (piece, bytes) in text.chunks(PIECE).enumerate() {
-        let begin = piece * PIECE;
-        if !has_any(bytes, |byte| byte.is_ascii_digit()) {
-            continue;
-        }
-        at = at.max(begin);
-        while let Some(digit) =
-            text[at.min(begin + bytes.len())..begin + bytes.len()].iter().position(u8::is_ascii_digit)
-        {
-            let digit = at + digit;
-            let begin = digit - text[..digit].iter().rev().take_while(|byte| IS_PART[**byte as usize]).count();
-            at = digit + text[digit..].iter().take_while(|byte| IS_PART[**byte as usize]).count();
-            if at - begin >= SHORTEST_KEY {
-                see(begin..at);
-            }
-        }
-    }
-}
-
 /// As `any`, but looks at all bytes, many at once.
 fn has_any(bytes: &[u8], is_meant: impl Fn(u8) -> bool) -> bool {
     bytes.iter().fold(false, |has, byte| has | is_meant(*byte))
 }
 
-/// Letters, digits, `-`, `_` and `.`.
-const IS_PART: [bool; 256] = {
-    let (mut table, mut byte) = ([false; 256], 0);
-    while byte < 256 {
-        table[byte] = (byte as u8).is_ascii_alphanumeric() || matches!(byte as u8, b'-' | b'_' | b'.');
-        byte += 1;
-    }
-    table
-};
-
-/// The keys in a run: they begin where a word does.
-fn keys(text: &[u8], run: Range<usize>, is_exact: bool, mut hears: impl FnMut(Range<usize>)) {
-    // Telegram: an account's number, then `:AA` and 33 more.
-    if run.start > 0 && text[run.start - 1] == b':' && text[run.clone()].starts_with(b"AA") && run.len() >= 32 {
-        let begin = run.start - 1 - run_back(text, run.start - 1, |byte| byte.is_ascii_digit());
-        if run.start - 1 - begin >= 8 {
-            hears(begin..run.start + self::run(&text[run.start..], is_dashed));
-        }
-    }
-    // As a body is written, the letters of an escape may stand before.
-    let is_escape = !is_exact && run.start > 0 && text[run.start - 1] == b'\\';
-    let mut at = run.start;
-    while at + SHORTEST_KEY <= run.end {
-        let is_start = at == run.start || !is_word(text[at - 1]) || (is_escape && [1, 5].contains(&(at - run.start)));
-        match is_start.then(|| key(text, at)).flatten() {
-            Some(end) => {
-                hears(at..end);
-                at = end;
-            }
-            None => at += 1,
-        }
-    }
-}
-
-/// Where a key that begins here ends.
-fn key(text: &[u8], begin: usize) -> Option<usize> {
-    let rest = &text[begin..];
-    if rest.starts_with(JWT) {
-        return jwt(text, begin);
-    }
-    let fitting = PREFIXES.iter().filter(|(prefix, ..)| rest.starts_with(prefix.as_bytes()));
-    fitting.filter_map(|(prefix, of, least)| key_of(text, begin + prefix.len(), *prefix == "sk-", *of, *least)).max()
-}
-
-fn key_of(text: &[u8], behind: usize, is_common: bool, of: Run, least: usize) -> Option<usize> {
-    let length = match of {
-        Run::Plain => run(&text[behind..], |byte| byte.is_ascii_alphanumeric()),
-        Run::Dashed => run(&text[behind..], is_dashed),
-        Run::Dotted => run(&text[behind..], |byte| is_dashed(byte) || byte == b'.'),
-        Run::Upper => run(&text[behind..], |byte| byte.is_ascii_uppercase() || byte.is_ascii_digit()),
-        Run::Hex => run(&text[behind..], |byte| byte.is_ascii_hexdigit()),
-    };
-    let value = &text[behind..behind + length];
-    let value = &value[..length - run_back(value, length, |byte| !byte.is_ascii_alphanumeric())];
-    if value.len() < least || !value.iter().any(u8::is_ascii_digit) {
-        return None;
-    }
-    // A name with dashes is no key: a key has a long part without.
-    let is_key = !is_common || value.split(|byte| *byte == b'-' || *byte == b'_').any(|part| part.len() >= 12);
-    is_key.then_some(behind + length)
-}
-
 /// The name that stands before a sign: where it ends, and how long its secret is at least.
 fn name_before(text: &[u8], sign: usize) -> Option<(usize, usize)> {
-    let back = |end: usize, of: &[u8], most: usize| {
-        end - text[..end].iter().rev().take(most).take_while(|byte| of.contains(byte)).count()
-    };
-    let end = back(back(sign, b" \t", 8), b"\"'`\\]*", 4);
+    let back = |end: usize, most: usize, of: fn(u8) -> bool| end - run_back(&text[end.saturating_sub(most)..end], of);
+    let end = back(back(sign, 8, is_blank), 4, is_quote);
     least_of(&text[end.saturating_sub(16)..end]).map(|least| (end, least))
 }
 
 /// How long a secret is at least that goes by a name which ends like this.
 fn least_of(name: &[u8]) -> Option<usize> {
-    // Most do not even end with such a letter.
-    if !matches!(name.last()?.to_ascii_lowercase(), b'y' | b't' | b'n' | b'l' | b'e' | b'd') {
+    // Most do not even end with three such letters.
+    if !known::ends_name(name.last_chunk()?) {
         return None;
     }
     let ends = |known: &str| {
@@ -368,39 +281,18 @@ fn least_of(name: &[u8]) -> Option<usize> {
     NAMES.iter().find(|(known, _)| ends(known)).map(|(_, least)| *least)
 }
 
-/// From `-----BEGIN … PRIVATE KEY-----` to its end, or to the end of the text.
-fn pem(text: &[u8], behind: usize) -> Option<usize> {
-    let head = &text[behind..text.len().min(behind + 48)];
-    let name = memchr::memmem::find(head, b"-----").unwrap_or(head.len());
-    memchr::memmem::find(&head[..name], b"PRIVATE KEY")?;
-    let rest = behind + name;
-    let Some(end) = memchr::memmem::find(&text[rest..], b"-----END").map(|end| rest + end + 8) else {
-        return Some(text.len());
-    };
-    let last = memchr::memmem::find(&text[end..text.len().min(end + 48)], b"-----").map(|last| end + last + 5);
-    Some(last.unwrap_or(end))
-}
-
-fn jwt(text: &[u8], begin: usize) -> Option<usize> {
-    let end = begin + run(&text[begin..], |byte| is_dashed(byte) || byte == b'.');
-    let mut parts = text[begin..end].split(|byte| *byte == b'.');
-    let (head, body) = (parts.next()?, parts.next()?);
-    (parts.next().is_some() && head.len() >= 10 && body.len() >= 4).then_some(end)
-}
-
 /// A value behind a name: `: value`, `= "value"`, `": "value"`, `=> value`.
 fn assigned(text: &[u8], name: usize, least: usize) -> Option<Range<usize>> {
     let mut at = name;
-    let skip =
-        |at: usize, of: &[u8], most: usize| at + run(&text[at..text.len().min(at + most)], |byte| of.contains(&byte));
-    at = skip(at, b"\"'`\\]*", 4);
-    at = skip(at, b" \t", 8);
-    let sign = skip(at, b":=>", 2);
+    let skip = |at: usize, most: usize, of: fn(u8) -> bool| at + run(&text[at..text.len().min(at + most)], of);
+    at = skip(at, 4, is_quote);
+    at = skip(at, 8, is_blank);
+    let sign = skip(at, 2, |byte| matches!(byte, b':' | b'=' | b'>'));
     if sign == at {
         return None;
     }
-    at = skip(sign, b" \t", 8);
-    at = skip(at, b"\"'`\\*", 4);
+    at = skip(sign, 8, is_blank);
+    at = skip(at, 4, |byte| byte != b']' && is_quote(byte));
     for scheme in ["bearer ", "basic ", "token "] {
         let end = at + scheme.len();
         if text.get(at..end).is_some_and(|word| word.eq_ignore_ascii_case(scheme.as_bytes())) {
@@ -458,7 +350,7 @@ fn email(text: &[u8], at: Range<usize>) -> Option<Range<usize>> {
         byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'%' | b'+' | b'-' | b'\'') || is_letter(byte)
     };
     let is_domain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-') || is_letter(byte);
-    let mut begin = at.start - run_back(text, at.start, is_local);
+    let mut begin = at.start - run_back(&text[..at.start], is_local);
     // What cannot begin an address, or is the second half of a character.
     while begin < at.start
         && (matches!(text[begin], b'.' | b'\'' | b'-' | b'%' | b'+') || (0x80..0xc0).contains(&text[begin]))
@@ -484,15 +376,24 @@ fn email(text: &[u8], at: Range<usize>) -> Option<Range<usize>> {
 
 const FILES: [&str; 8] = ["png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js"];
 
+fn is_blank(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t')
+}
+
+/// What names and values are wrapped in.
+fn is_quote(byte: u8) -> bool {
+    matches!(byte, b'"' | b'\'' | b'`' | b'\\' | b']' | b'*')
+}
+
 fn is_letter(byte: u8) -> bool {
     (0x80..0xe0).contains(&byte)
 }
 
-fn is_word(byte: u8) -> bool {
+pub(super) fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_'
 }
 
-fn is_dashed(byte: u8) -> bool {
+pub(super) fn is_dashed(byte: u8) -> bool {
     is_word(byte) || byte == b'-'
 }
 
@@ -501,10 +402,12 @@ fn is_value(byte: u8) -> bool {
         || matches!(byte, b'.' | b'/' | b'+' | b'=' | b'~' | b'!' | b'@' | b'#' | b'$' | b'%' | b'^' | b'*' | b'?')
 }
 
-fn run(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
+/// How many bytes at the begin of a text are part of something.
+pub(super) fn run(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
     text.iter().position(|byte| !is_part(*byte)).unwrap_or(text.len())
 }
 
-fn run_back(text: &[u8], end: usize, is_part: impl Fn(u8) -> bool) -> usize {
-    text[..end].iter().rev().position(|byte| !is_part(*byte)).unwrap_or(end)
+/// How many at its end.
+pub(super) fn run_back(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
+    text.iter().rev().position(|byte| !is_part(*byte)).unwrap_or(text.len())
 }

@@ -11,29 +11,6 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// Names of fields that streams send piece by piece.
-const PIECES: [&str; 18] = [
-    "content",
-    "text",
-    "delta",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "partial_json",
-    "arguments",
-    "response",
-    "refusal",
-    "transcript",
-    "generated_text",
-    "outputText",
-    "completion",
-    "output",
-    "token",
-    "message",
-    "input",
-];
-/// Names of numbers that tell one piece's text from another's.
-const INDEXES: [&str; 4] = ["index", "output_index", "content_index", "summary_index"];
 /// Deeper documents are read no deeper: what lies below is one level.
 const DEEPEST: usize = 512;
 
@@ -105,7 +82,7 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                     continue;
                 }
                 // A text in an array belongs to the array's own name, which is not looked for.
-                let is_piece = name.as_ref().is_some_and(|name| PIECES.contains(&&body[name.clone()]));
+                let is_piece = name.as_ref().is_some_and(|name| is_piece(&body[name.clone()]));
                 if is_piece {
                     pieces.push((out.len(), top));
                 }
@@ -117,7 +94,7 @@ pub(super) fn leaves(body: &str, place: Range<usize>, out: &mut Vec<Leaf>) {
                     .position(|byte| !matches!(byte, b'0'..=b'9' | b'.' | b'e' | b'E' | b'+' | b'-'));
                 let number = at..length.map_or(place.end, |length| at + length);
                 at = number.end;
-                if let Some(name) = name.as_ref().filter(|name| INDEXES.contains(&&body[(*name).clone()])) {
+                if let Some(name) = name.as_ref().filter(|name| is_index(&body[(*name).clone()])) {
                     let named = mix(frames[top].index, &bytes[name.clone()]);
                     frames[top].index = mix(named, &bytes[number.clone()]);
                 }
@@ -144,6 +121,36 @@ fn channel(frames: &[Frame], mut at: usize, field: u64) -> u64 {
         at = *parent;
     }
     way
+}
+
+/// Whether streams send fields of this name piece by piece.
+fn is_piece(name: &str) -> bool {
+    matches!(
+        name,
+        "content"
+            | "text"
+            | "delta"
+            | "reasoning_content"
+            | "reasoning"
+            | "thinking"
+            | "partial_json"
+            | "arguments"
+            | "response"
+            | "refusal"
+            | "transcript"
+            | "generated_text"
+            | "outputText"
+            | "completion"
+            | "output"
+            | "token"
+            | "message"
+            | "input"
+    )
+}
+
+/// Whether numbers of this name tell one piece's text from another's.
+fn is_index(name: &str) -> bool {
+    matches!(name, "index" | "output_index" | "content_index" | "summary_index")
 }
 
 const SEED: u64 = 0xcbf2_9ce4_8422_2325;

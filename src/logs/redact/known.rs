@@ -1,5 +1,7 @@
 //! How known secrets begin, and the names that unknown ones go by.
 
+use super::marks::ones;
+
 /// What a run behind a prefix is made of.
 #[derive(Clone, Copy)]
 pub(super) enum Run {
@@ -95,10 +97,66 @@ pub(super) const NAMES: &[(&str, usize)] = &[
     ("pwd", 6),
 ];
 
-/// Words that a secret follows, without their first letter, which is written large or small.
-pub(super) const BEARER: [&str; 2] = ["earer", "EARER"];
-pub(super) const BASIC: [&str; 2] = ["asic", "ASIC"];
-/// How a JWT, a private key and a web hook begin.
-pub(super) const JWT: &[u8] = b"eyJ";
+/// Words that a secret follows, or begins with; `earer` and `asic` without their first letter, which is written large or small.
+pub(super) const WORDS: [&str; 6] = [PEM, HOOK, "earer", "EARER", "asic", "ASIC"];
+/// How a private key, a web hook and a JWT begin.
 pub(super) const PEM: &str = "-----BEGIN ";
 pub(super) const HOOK: &str = "hooks.slack.com/services/";
+pub(super) const JWT: &[u8] = b"eyJ";
+
+/// Of each place of a prefix, and each byte there: the prefixes that have it, a bit each.
+const FITTING: [[u64; 256]; 3] = {
+    let mut fitting = [[0; 256]; 3];
+    let (mut number, mut place, mut byte) = (0, 0, 0);
+    while number < PREFIXES.len() {
+        let prefix = PREFIXES[number].0.as_bytes();
+        while place < 3 {
+            while byte < 256 {
+                // What is shorter takes any byte.
+                if place >= prefix.len() || prefix[place] as usize == byte {
+                    fitting[place][byte] |= 1 << number;
+                }
+                byte += 1;
+            }
+            (place, byte) = (place + 1, 0);
+        }
+        (number, place) = (number + 1, 0);
+    }
+    fitting
+};
+
+/// The prefixes that a text may have which begins with these bytes.
+pub(super) fn prefixes(begin: &[u8; 3]) -> impl Iterator<Item = &'static Prefix> {
+    let [first, second, third] = begin.map(usize::from);
+    ones(FITTING[0][first] & FITTING[1][second] & FITTING[2][third]).map(|number| &PREFIXES[number])
+}
+
+/// Whether one of [`NAMES`] ends with these letters.
+pub(super) fn ends_name(end: &[u8; 3]) -> bool {
+    // Only letters become letters so.
+    matches!(
+        &end.map(|byte| byte | 0x20),
+        b"key" | b"ret" | b"ken" | b"ial" | b"ion" | b"ase" | b"ord" | b"swd" | b"pwd"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_prefix_and_name_is_known_by_its_three_letters() {
+        for (prefix, _, least) in PREFIXES {
+            let key = format!("{prefix}{}", "0".repeat(*least));
+            let mut fitting = prefixes(key.as_bytes().first_chunk().unwrap());
+            assert!(fitting.any(|(fitting, ..)| fitting == prefix), "{prefix}");
+        }
+        assert_eq!((prefixes(b"the").count(), prefixes(b"xox").count()), (0, 7));
+        for (name, _) in NAMES {
+            for name in [name.to_string(), name.to_uppercase()] {
+                assert!(ends_name(name.as_bytes().last_chunk().unwrap()), "{name}");
+            }
+        }
+        assert!(!ends_name(b"ent") && !ends_name(b"ole"));
+    }
+}

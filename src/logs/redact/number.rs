@@ -7,10 +7,12 @@ use std::ops::Range;
 
 /// Groups of a number that are looked at.
 const MOST: usize = 10;
-/// Text is passed over in pieces of this length while they have few digits.
-const PIECE: usize = 64;
-/// Of two neighbours around the shortest number, one has as many.
-const FEW: usize = 4;
+/// Of two neighbouring blocks around the shortest number, one has as many.
+const FEW: u32 = 4;
+/// Digits of the shortest number.
+const SHORTEST: usize = 7;
+/// Digits of the shortest card.
+const SHORTEST_CARD: usize = 14;
 
 /// Words that a phone number follows.
 const PHONES: [&str; 16] = [
@@ -38,24 +40,47 @@ pub(super) enum Found {
     Phone,
 }
 
-/// Where digits are dense, looks closely. `is_exact`: what stands before a number counts.
-pub(super) fn search(text: &[u8], is_exact: bool, mut hears: impl FnMut(Range<usize>, Found)) {
-    let mut at = 0;
-    for (piece, bytes) in text.chunks(PIECE).enumerate() {
-        let digits: u8 = bytes.iter().map(|byte| u8::from(byte.is_ascii_digit())).sum();
-        if usize::from(digits) < FEW {
-            continue;
+/// A search that goes on from block to block of a text.
+#[derive(Default)]
+pub(super) struct Numbers {
+    /// What lies before has been looked at.
+    at: usize,
+    /// The digits of the block before.
+    before: u64,
+}
+
+impl Numbers {
+    /// Looks at the next block of a text, closely where digits are dense. `is_exact`: what stands before a number counts.
+    pub(super) fn search(
+        &mut self,
+        text: &[u8],
+        begin: usize,
+        digits: u64,
+        is_exact: bool,
+        mut hears: impl FnMut(Range<usize>, Found),
+    ) {
+        let before = std::mem::replace(&mut self.before, digits);
+        if digits.count_ones() < FEW {
+            return;
         }
-        let end = piece * PIECE + bytes.len();
-        // A number may have begun in the piece before.
-        at = at.max((piece * PIECE).saturating_sub(32));
-        while at < end {
-            match text[at] {
-                b'0'..=b'9' | b'+' | b'(' => at = look(text, at, is_exact, &mut hears),
-                _ => at += 1,
+        // A number may have begun in the block before: in its second half.
+        let digits = u128::from(digits) << 32 | u128::from(before >> 32);
+        self.at = self.at.max(begin.saturating_sub(32));
+        while let Some(digit) = next(digits, self.at + 32 - begin).map(|bit| begin + bit - 32) {
+            // It begins with a digit, or with a plus, a bracket or both before it.
+            let mut first = digit;
+            for sign in *b"(+" {
+                first -= usize::from(first > self.at && text[first - 1] == sign);
             }
+            self.at = look(text, first, is_exact, &mut hears);
         }
     }
+}
+
+/// The first bit that is set from here on.
+fn next(bits: u128, from: usize) -> Option<usize> {
+    let rest = bits.checked_shr(from as u32)?;
+    (rest != 0).then(|| from + rest.trailing_zeros() as usize)
 }
 
 /// Whether a field of this name holds a phone number.
@@ -115,13 +140,14 @@ fn look(text: &[u8], begin: usize, is_exact: bool, hears: &mut impl FnMut(Range<
         // A number in brackets, not one that begins with its area in brackets.
         return groups[0].start;
     }
-    if is_exact && !is_free(text, begin) {
+    let digits: usize = groups.iter().map(ExactSizeIterator::len).sum();
+    if digits < SHORTEST || (is_exact && !is_free(text, begin)) {
         return end;
     }
     if matches!(text.get(end), Some(byte) if byte.is_ascii_alphabetic() || *byte == b'_' || *byte == b'%') && is_exact {
         return end;
     }
-    for first in 0..count {
+    for first in 0..if digits < SHORTEST_CARD { 0 } else { count } {
         // A fraction is no number of its own.
         if first > 0 && text[groups[first].start - 1] == b'.' {
             continue;
@@ -166,7 +192,7 @@ fn is_free(text: &[u8], begin: usize) -> bool {
 fn card(text: &[u8], groups: &[Range<usize>]) -> bool {
     let digits = || groups.iter().flat_map(|group| &text[group.clone()]).map(|byte| u32::from(byte - b'0'));
     let length: usize = groups.iter().map(ExactSizeIterator::len).sum();
-    if !(14..=19).contains(&length) {
+    if !(SHORTEST_CARD..=19).contains(&length) {
         return false;
     }
     let is_grouped = groups.windows(2).all(|pair| {
@@ -278,6 +304,9 @@ fn ends_in_zeros(text: &[u8]) -> bool {
 /// Whether a word before says that a phone number follows. As a body is written, the word may be part of a field's name.
 fn is_told(before: &[u8], is_exact: bool) -> bool {
     let near = &before[before.len().saturating_sub(28)..];
+    if !may_tell(near) {
+        return false;
+    }
     let near = String::from_utf8_lossy(near).to_lowercase();
     PHONES.iter().any(|word| {
         let Some(at) = near.rfind(word) else { return false };
@@ -285,5 +314,25 @@ fn is_told(before: &[u8], is_exact: bool) -> bool {
         let is_word = !front.ends_with(char::is_alphanumeric)
             && !rest.starts_with(|next: char| next.is_alphabetic() && next != 's' && next != 'e');
         (is_word || !is_exact) && rest.len() <= 14 && !rest.contains(|sign: char| sign.is_ascii_digit() || sign == '\n')
+    })
+}
+
+/// Whether a text ends with one of these words, and something that is no number: quick where it has none of them.
+fn may_tell(near: &[u8]) -> bool {
+    let ends = |text: &[u8], word: &str| {
+        text.len() >= word.len() && text[text.len() - word.len()..].eq_ignore_ascii_case(word.as_bytes())
+    };
+    let mut texts = (1..=near.len()).rev().map(|end| &near[..end]);
+    let mut texts = texts.by_ref().take_while(|text| !matches!(text.last(), Some(b'0'..=b'9' | b'\n')));
+    texts.any(|text| match text.last().map(u8::to_ascii_lowercase) {
+        Some(b'e') => ["phone", "mobile", "call me", "text me"].iter().any(|word| ends(text, word)),
+        Some(b'l') => ["tel", "cell", "mobil", "dial"].iter().any(|word| ends(text, word)),
+        Some(b'n') => ends(text, "telefon"),
+        Some(b'o') => ends(text, "fono"),
+        Some(b'p') => ends(text, "whatsapp"),
+        Some(b's') => ends(text, "sms"),
+        Some(b'x') => ends(text, "fax"),
+        Some(b'y') => ends(text, "handy"),
+        _ => false,
     })
 }
