@@ -284,7 +284,7 @@ impl Edits<'_> {
             if !self.finder.is_worth(written.len()) {
                 return;
             }
-            if written.contains('\\') {
+            if memchr::memchr(b'\\', written.as_bytes()).is_some() {
                 self.search(Text::plain(body, leaf.place.clone()));
                 return;
             }

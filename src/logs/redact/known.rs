@@ -132,6 +132,7 @@ pub(super) fn prefixes(begin: &[u8; 3]) -> impl Iterator<Item = &'static Prefix>
 }
 
 /// Whether one of [`NAMES`] ends with these letters.
+#[inline]
 pub(super) fn ends_name(end: &[u8; 3]) -> bool {
     // Only letters become letters so.
     matches!(

@@ -17,17 +17,23 @@ pub(super) struct Marks {
 }
 
 /// The marks of a text, block by block: where each begins, and its bits.
+#[inline]
 pub(super) fn marks(text: &[u8]) -> impl Iterator<Item = (usize, Marks)> {
-    let (blocks, rest) = text.as_chunks();
-    let last = (!rest.is_empty()).then(|| {
-        let mut block = [0; BLOCK];
-        block[..rest.len()].copy_from_slice(rest);
-        (text.len() - rest.len(), of(&block))
-    });
-    blocks.iter().enumerate().map(|(at, block)| (at * BLOCK, of(block))).chain(last)
+    (0..text.len()).step_by(BLOCK).map(|begin| {
+        let marks = match text[begin..].first_chunk() {
+            Some(block) => of(block),
+            None => {
+                let mut block = [0; BLOCK];
+                block[..text.len() - begin].copy_from_slice(&text[begin..]);
+                of(&block)
+            }
+        };
+        (begin, marks)
+    })
 }
 
 /// Where the bits are that are set, from the lowest.
+#[inline]
 pub(super) fn ones(mut bits: u64) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
         let at = bits.trailing_zeros();

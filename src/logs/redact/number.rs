@@ -51,22 +51,39 @@ pub(super) struct Numbers {
 
 impl Numbers {
     /// Looks at the next block of a text, closely where digits are dense. `is_exact`: what stands before a number counts.
+    #[inline]
     pub(super) fn search(
         &mut self,
         text: &[u8],
         begin: usize,
         digits: u64,
         is_exact: bool,
-        mut hears: impl FnMut(Range<usize>, Found),
+        hears: impl FnMut(Range<usize>, Found),
     ) {
         let before = std::mem::replace(&mut self.before, digits);
-        if digits.count_ones() < FEW {
-            return;
+        if digits != 0 && digits.count_ones() >= FEW {
+            self.look_around(text, begin, (before, digits), is_exact, hears);
         }
+    }
+
+    fn look_around(
+        &mut self,
+        text: &[u8],
+        begin: usize,
+        (before, digits): (u64, u64),
+        is_exact: bool,
+        mut hears: impl FnMut(Range<usize>, Found),
+    ) {
         // A number may have begun in the block before: in its second half.
         let digits = u128::from(digits) << 32 | u128::from(before >> 32);
         self.at = self.at.max(begin.saturating_sub(32));
         while let Some(digit) = next(digits, self.at + 32 - begin).map(|bit| begin + bit - 32) {
+            // Most digits stand alone: in ids, in names of models.
+            let alone = text[digit..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            if alone < SHORTEST && gap(&text[digit + alone..]) == 0 {
+                self.at = digit + alone;
+                continue;
+            }
             // It begins with a digit, or with a plus, a bracket or both before it.
             let mut first = digit;
             for sign in *b"(+" {
@@ -101,8 +118,8 @@ pub(super) fn names_phone(name: &str) -> bool {
 
 /// Whether a text is nothing but a number that could be dialled.
 pub(super) fn is_number(text: &str) -> bool {
-    let digits = text.bytes().filter(u8::is_ascii_digit).count();
-    (7..=15).contains(&digits) && text.bytes().all(|byte| byte.is_ascii_digit() || b" +-./()".contains(&byte))
+    text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b' ' | b'+' | b'-' | b'.' | b'/' | b'(' | b')'))
+        && (SHORTEST..=15).contains(&text.bytes().filter(u8::is_ascii_digit).count())
 }
 
 /// Whether a text is nothing but the number of a card.
@@ -166,6 +183,9 @@ fn look(text: &[u8], begin: usize, is_exact: bool, hears: &mut impl FnMut(Range<
 
 /// Bytes between two groups: one or two signs.
 fn gap(text: &[u8]) -> usize {
+    if !matches!(text.first(), Some(b' ' | b'-' | b'.' | b'/' | b'(' | b')' | 0xc2 | 0xe2)) {
+        return 0;
+    }
     let sign = |at: usize| match text.get(at..).unwrap_or_default() {
         [b' ' | b'-' | b'.' | b'/' | b'(' | b')', ..] => 1,
         // A blank that does not break, a dash that does not, and a longer one.
