@@ -6,8 +6,6 @@
 use std::collections::HashMap;
 use std::io::Read;
 
-use bytes::Bytes;
-
 use super::redact::Redactor;
 use crate::logs::record::{Body, Record};
 
@@ -104,6 +102,8 @@ fn drop_unreadable(body: &mut Body, kind: &str) {
 mod tests {
     use std::io::Write;
 
+    use bytes::Bytes;
+
     use super::*;
     use crate::logs::redact::Rules;
     use crate::logs::store::tests::record;
@@ -147,6 +147,7 @@ mod tests {
         let plain = body(b"plain", 5);
         assert_eq!((&plain.kept[..], plain.is_complete()), (&b"plain"[..], true));
     }
+
     #[test]
     fn a_body_that_records_share_is_cleaned_once_and_only_for_those_that_mean_the_same() {
         let redactor = Redactor::new(&Rules::default()).unwrap();

@@ -18,7 +18,7 @@ use regex::RegexSet;
 use regex::bytes::Regex;
 
 use super::key::{keys, pem, run_with};
-use super::known::{self, HOOK, NAMES, PEM, WORDS};
+use super::known::{self, NAMES, PEM, WORDS};
 use super::marks::{marks, ones};
 use super::number::{self, Found, Numbers};
 use super::{Rule, Rules};
