@@ -281,15 +281,6 @@ pub struct Limits {
     pub rules: Vec<Rule>,
 }
 
-impl Limits {
-    /// A copy that has nothing in common with this one, names included.
-    pub fn copied(&self) -> Self {
-        let mut copy = self.clone();
-        copy.rules.iter_mut().for_each(|rule| rule.name = Arc::from(&*rule.name));
-        copy
-    }
-}
-
 /// Addresses with the same beginning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {

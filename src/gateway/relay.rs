@@ -33,7 +33,7 @@ use http::Method;
 use crate::base::{AccountId, Error, Kind, Millis, ModelId, Neurons, Result};
 use crate::cache::{self, Cache, Common, Entry, FailedAnswer, FillTicket, Follower, Found, Lead, Material, Scope};
 use crate::config::gateway::KeyFiles;
-use crate::config::{self, Config, Limits, Live};
+use crate::config::{self, Config, Live};
 use crate::fallback::{Fallback, Policy};
 use crate::gateway::asked::{Ask, Who};
 use crate::gateway::bill::Receipt;
@@ -136,8 +136,6 @@ pub struct Relay {
     /// What it has in common with others.
     pub parts: Parts,
     counts: Rc<counts::Counts>,
-    /// See [`Relay::rules`]: those in force, and the copy of them.
-    rules: RefCell<Option<(Arc<Limits>, Arc<Limits>)>>,
     last_scope: RefCell<Option<(Arc<Gateway>, AccountId, Names)>>,
     client: Client,
     local: Local,
@@ -174,36 +172,18 @@ pub struct Reply {
 
 impl Relay {
     /// A relay with a client of its own.
-    pub fn new(mut parts: Parts, client: Client, local: Local) -> Self {
-        parts.ledger = parts.ledger.of_worker();
+    pub fn new(parts: Parts, client: Client, local: Local) -> Self {
         let body_bytes = usize::try_from(parts.config.get().records.logs.body_bytes.0).unwrap_or(usize::MAX);
         let counts = Rc::new(counts::Counts::new(parts.metrics.clone(), parts.logs.clone(), body_bytes));
         Self {
             parts,
             counts,
-            rules: RefCell::default(),
             last_scope: RefCell::default(),
             client,
             local,
             tokens: RefCell::default(),
             turns: RefCell::default(),
         }
-    }
-
-    /// The operator's own rules, if there are any: a copy of this worker's, of which no other core counts references.
-    pub fn rules(&self) -> Option<Arc<Limits>> {
-        let config = self.parts.config.get();
-        let limits = &config.metering.limits;
-        if limits.rules.is_empty() {
-            return None;
-        }
-        let mut rules = self.rules.borrow_mut();
-        let known = rules.as_ref().filter(|(of, _)| Arc::ptr_eq(of, limits));
-        let own = known.map_or_else(|| Arc::new(limits.copied()), |(_, own)| own.clone());
-        if known.is_none() {
-            *rules = Some((limits.clone(), own.clone()));
-        }
-        Some(own)
     }
 
     /// Serves a call up to the head of its answer.

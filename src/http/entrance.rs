@@ -51,6 +51,13 @@ pub(super) struct Entrance {
     limits: Option<Arc<Limits>>,
 }
 
+/// The operator's own rules, if there are any.
+fn rules(services: &Services) -> Option<Arc<Limits>> {
+    let config = services.config.get();
+    let limits = &config.metering.limits;
+    (!limits.rules.is_empty()).then(|| limits.clone())
+}
+
 /// Lets a caller into a gateway of the account in the path.
 pub(super) async fn enter(
     services: &Services,
@@ -94,7 +101,7 @@ pub(super) async fn enter(
     let caller = admitted.unwrap_or(Caller::anonymous(account.clone()));
     let caller = Caller { account: account.clone(), ..caller };
     let who = Who { id, caller, engine, received, tally: None };
-    Ok(Entrance { account, gateway, view, who, trusted: known, limits: relay.rules() })
+    Ok(Entrance { account, gateway, view, who, trusted: known, limits: rules(services) })
 }
 
 /// A gateway, and what else the registry says at this moment.
@@ -112,6 +119,7 @@ async fn find(relay: &Relay, account: &AccountId, id: &str, known: bool) -> Resu
 
 /// Lets a caller whose token is known already into the gateway that a header names.
 pub(super) async fn enter_named(
+    services: &Services,
     relay: &Relay,
     request: &HttpRequest,
     caller: Caller,
@@ -127,7 +135,7 @@ pub(super) async fn enter_named(
     }
     let (gateway, view) = find(relay, &account, named, true).await?;
     let who = Who { id, engine: caller.scopes.run.then(|| caller.clone()), caller, received, tally: None };
-    Ok(Entrance { account, gateway, view, who, trusted, limits: relay.rules() })
+    Ok(Entrance { account, gateway, view, who, trusted, limits: rules(services) })
 }
 
 /// A request, divided into what is ours and what is the upstream's.

@@ -86,8 +86,8 @@ pub(super) async fn serve_named(
     id: RequestId,
     received: Instant,
 ) -> Result<HttpResponse> {
-    let Door { relay, .. } = door;
-    let entrance = entrance::enter_named(relay, request, caller, id, received).await?;
+    let Door { services, relay, .. } = door;
+    let entrance = entrance::enter_named(services, relay, request, caller, id, received).await?;
     let mut call = Incoming::read(request, body);
     call.forget_token(*endpoint == Endpoint::Messages);
     let ask = match endpoint {

@@ -141,7 +141,7 @@ fn the_script_says_what_the_model_says() {
     let (link, make) = Keeper::new(fleet(&server, OnLoss::Refuse), None).unwrap();
     drop(link);
     let ledger = Ledger::start(Settings::default()).unwrap();
-    let mut keeper = make(ledger.shared.0.clone());
+    let mut keeper = make(ledger.shared.clone());
     runtime.block_on(async {
         let mut store = keeper.fleet.store.open().await.unwrap();
         store.load(&keeper.script).await.unwrap();

@@ -11,7 +11,6 @@
 //!
 //! Where a fleet shares counters, a reservation may need a lease that is not here: [`Ledger::claim`] waits for it, outside the lock.
 
-use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -68,32 +67,14 @@ impl Default for Settings {
     }
 }
 
-/// A hold on the ledger that is counted apart from others.
-pub(super) struct Own(pub(super) Arc<Shared>);
-
-impl Deref for Own {
-    type Target = Shared;
-
-    fn deref(&self) -> &Shared {
-        &self.0
-    }
-}
-
 /// The ledger's whole outside. It ends, and keeps all there is, when it is closed or the last of its clones is gone.
 #[derive(Clone)]
 pub struct Ledger {
-    /// Each worker counts references of its own ([`Ledger::of_worker`]): a count that all wrote to would go from core to core with
-    /// every call.
-    pub(super) shared: Arc<Own>,
+    pub(super) shared: Arc<Shared>,
     _closer: Arc<Closer>,
 }
 
 impl Ledger {
-    /// The same ledger for one worker, whose calls hold on to it by a count that no other worker's do.
-    pub fn of_worker(&self) -> Self {
-        Self { shared: Arc::new(Own(self.shared.0.clone())), _closer: self._closer.clone() }
-    }
-
     /// Reads what is in the folder, adds it up, and keeps what follows on a thread of its own. Blocks while it reads.
     ///
     /// # Errors
@@ -143,7 +124,7 @@ impl Ledger {
         }
         Journal::start(shared.clone(), kept, folder, durable, settings.commit_every)
             .map_err(|error| Error::internal("The ledger's threads cannot be started.").with_source(error))?;
-        Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared: Arc::new(Own(shared)) })
+        Ok(Self { _closer: Arc::new(Closer(shared.clone())), shared })
     }
 
     /// Holds what the claim may spend until the reservation is settled or dropped. Never waits, neither for the disk nor for a lease.
@@ -253,7 +234,7 @@ impl Ledger {
 /// An amount held for one call. Dropped without being settled, it is given back.
 #[must_use]
 pub struct Reservation {
-    shared: Arc<Own>,
+    shared: Arc<Shared>,
     open: Option<Open>,
     is_metered: bool,
     /// When it was made.
@@ -323,7 +304,7 @@ impl Drop for Reservation {
 
 /// A settlement on its way to the disk. Dropping it changes nothing.
 pub struct Ticket {
-    shared: Arc<Own>,
+    shared: Arc<Shared>,
     seq: u64,
     is_billed: bool,
 }

@@ -237,7 +237,7 @@ fn a_panic_while_it_counts_leaves_a_ledger_that_nobody_uses() {
     let account = AccountId::new("a");
     let held = ledger.reserve(&claim(&account, Plan::FREE, &[], 1, 1), Millis(0)).unwrap();
     assert!(ledger.is_alive());
-    let shared = ledger.shared.0.clone();
+    let shared = ledger.shared.clone();
     let panicked = std::thread::spawn(move || {
         let _state = shared.state.lock().unwrap();
         panic!("in the midst of it");
