@@ -247,10 +247,12 @@ class Neurond(Side):
     path = "/v1/acme/bench/openai/chat/completions"
     headers = {"cf-aig-authorization": f"Bearer {TOKEN}", "authorization": f"Bearer {KEY}"}
 
-    def __init__(self, args, scratch, upstream, ttl: int | None = None):
+    def __init__(self, args, scratch, upstream, ttl: int | None = None, gateway: str = "", more: str = ""):
+        """`gateway` is more of its gateway's settings, `more` of the file's sections."""
         self.args, self.scratch, self.upstream, self.ttl = args, scratch, upstream, ttl
         self.name = "neurond, a hit" if ttl else "neurond"
         self.streams = not ttl
+        self.gateway, self.more = gateway, more
 
     def start(self):
         config = self.scratch / f"neurond{self.ttl or ''}.toml"
@@ -265,6 +267,7 @@ sha256 = "{hashlib.sha256(TOKEN.encode()).hexdigest()}"
 [[gateway]]
 id = "bench"
 cache_ttl = {self.ttl or 0}
+{self.gateway}
 [[provider]]
 slug = "openai"
 base_url = "http://127.0.0.1:{self.upstream.port}/v1"
@@ -275,6 +278,7 @@ folder = "{self.scratch}/cache"
 folder = "{self.scratch}/registry"
 [lora]
 path = "{self.scratch}/lora"
+{self.more}
 """)
         self.run([str(self.args.neurond.absolute()), "serve", "--config", str(config)], XDG_STATE_HOME=str(self.scratch))
 
