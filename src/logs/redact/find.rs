@@ -163,7 +163,8 @@ impl Finder {
         if self.has_keys && text.len() >= SHORTEST_TOLD {
             self.told(text, |secret| hears(secret, Label::Key));
         }
-        let (mut known, mut numbers, mut later) = (0, Numbers::default(), Vec::new());
+        let (mut known, mut numbers) = (0, Numbers::default());
+        let (mut escaped, mut later) = (Vec::new(), Vec::new());
         for (begin, marks) in marks(text) {
             if self.has_keys {
                 // Runs that keys may be in: a key has a digit, and prose has few.
@@ -184,7 +185,7 @@ impl Finder {
                 match &text[at..] {
                     [b'@', ..] => self.at(text, at..at + 1, &mut hears),
                     // In forms.
-                    [b'%', b'4', b'0', ..] => self.at(text, at..at + 3, &mut hears),
+                    [b'%', b'4', b'0', ..] => escaped.push(at),
                     // `\u0020` to `\u007f`: letters that hide from a search of what is written.
                     [b'\\', b'u', b'0', b'0', b'2'..=b'7', ..] if !is_exact => hears(at..at + 5, Label::Key),
                     _ => {}
@@ -198,7 +199,8 @@ impl Finder {
                 });
             }
         }
-        // Heard of last: what begins as an address does is called one.
+        // Heard of last: where several begin at the same place, the first gives its name.
+        escaped.into_iter().for_each(|at| self.at(text, at..at + 3, &mut hears));
         later.into_iter().for_each(|(range, label)| hears(range, label));
     }
 
