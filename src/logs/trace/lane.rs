@@ -35,6 +35,8 @@ pub(super) struct Lane {
     /// Something came, or the end.
     more: Notify,
     ending: Cell<bool>,
+    /// What failed was tried once more for the sake of the end.
+    hurried: Cell<bool>,
     used: Cell<Instant>,
 }
 
@@ -46,6 +48,7 @@ impl Lane {
             bytes: Cell::new(0),
             more: Notify::new(),
             ending: Cell::new(false),
+            hurried: Cell::new(false),
             used: Cell::new(Instant::now()),
         }
     }
@@ -103,9 +106,9 @@ impl Lane {
         Some(waiting.drain(..count).collect())
     }
 
-    /// Waits, but not into the end.
+    /// Waits, but not into the end: when that comes, or has come meanwhile, one more try is made at once.
     async fn pause(&self, wait: Duration) {
-        if self.ending.get() {
+        if self.hurried.get() {
             return sleep(wait).await;
         }
         let ended = async {
@@ -115,7 +118,7 @@ impl Lane {
         };
         tokio::select! {
             () = sleep(wait) => {}
-            () = ended => {}
+            () = ended => self.hurried.set(true),
         }
     }
 
