@@ -17,7 +17,7 @@ use std::time::Duration;
 /// Rows of a kernel's largest tile: a step whose rows are a multiple of it has no short tile at its end.
 const TILE: usize = 8;
 /// Rows that prompts have in any case, so that they always move on. One: late in a long text four rows look at so much that
-/// they would make the step of sixteen answers twice as long by themselves, and four at once cost no less than one by one.
+/// they would make the step of sixteen answers twice as long by themselves, and a row of four costs little less than one alone.
 const LEAST_PROMPT: usize = 1;
 /// How far one measured step moves the model towards itself.
 const RATE: f64 = 0.2;

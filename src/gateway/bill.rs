@@ -147,7 +147,7 @@ impl Bill {
 
 /// What a request may come to at most, by its length and what it says: for limits, before anybody counts.
 ///
-/// A body that nowhere has one of the names is not read: most say nothing.
+/// A body that nowhere has one of the names is not parsed. One that escapes their letters passes for one that sets no bound.
 pub fn most(body: &[u8]) -> Usage {
     /// What the names of all bounds of length have in common, and the number of answers.
     static NAMES: LazyLock<[Finder<'static>; 2]> = LazyLock::new(|| [Finder::new("tokens\""), Finder::new("\"n\"")]);
