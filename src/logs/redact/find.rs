@@ -17,7 +17,7 @@ use memchr::memmem::Finder as Word;
 use regex::RegexSet;
 use regex::bytes::Regex;
 
-use super::key::{keys, pem, run_with};
+use super::key::{is_dashed, is_word, keys, pem, run, run_back, run_with};
 use super::known::{self, NAMES, PEM, WORDS};
 use super::marks::{marks, ones};
 use super::number::{self, Found, Numbers};
@@ -391,25 +391,7 @@ fn is_letter(byte: u8) -> bool {
     (0x80..0xe0).contains(&byte)
 }
 
-pub(super) fn is_word(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || byte == b'_'
-}
-
-pub(super) fn is_dashed(byte: u8) -> bool {
-    is_word(byte) || byte == b'-'
-}
-
 fn is_value(byte: u8) -> bool {
     is_dashed(byte)
         || matches!(byte, b'.' | b'/' | b'+' | b'=' | b'~' | b'!' | b'@' | b'#' | b'$' | b'%' | b'^' | b'*' | b'?')
-}
-
-/// How many bytes at the begin of a text are part of something.
-pub(super) fn run(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
-    text.iter().position(|byte| !is_part(*byte)).unwrap_or(text.len())
-}
-
-/// How many at its end.
-pub(super) fn run_back(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
-    text.iter().rev().position(|byte| !is_part(*byte)).unwrap_or(text.len())
 }

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::find::{is_dashed, is_word, run, run_back};
 use super::known::{self, JWT, Run};
 
 /// The shortest key with its prefix is longer.
@@ -94,4 +93,22 @@ fn jwt(text: &[u8], begin: usize) -> Option<usize> {
     let mut parts = text[begin..end].split(|byte| *byte == b'.');
     let (head, body) = (parts.next()?, parts.next()?);
     (parts.next().is_some() && head.len() >= 10 && body.len() >= 4).then_some(end)
+}
+
+pub(super) fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_'
+}
+
+pub(super) fn is_dashed(byte: u8) -> bool {
+    is_word(byte) || byte == b'-'
+}
+
+/// How many bytes at the begin of a text are part of something.
+pub(super) fn run(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
+    text.iter().position(|byte| !is_part(*byte)).unwrap_or(text.len())
+}
+
+/// How many at its end.
+pub(super) fn run_back(text: &[u8], is_part: impl Fn(u8) -> bool) -> usize {
+    text.iter().rev().position(|byte| !is_part(*byte)).unwrap_or(text.len())
 }
