@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
-use crate::base::Millis;
+use crate::base::{Lookup, Millis};
 use crate::cache::entry::{Entry, Stamps};
 use crate::cache::fleet::Shelf;
 use crate::cache::key::{Digest, Scope};
@@ -79,7 +79,7 @@ pub(super) struct View {
 #[repr(align(128))]
 #[derive(Default)]
 struct Shard {
-    entries: RwLock<HashMap<Digest, Arc<Entry>>>,
+    entries: RwLock<Lookup<Digest, Arc<Entry>>>,
     hits: AtomicU64,
 }
 

@@ -11,14 +11,14 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::base::{Error, Neurons, Result};
+use crate::base::{Error, Lookup, Neurons, Result};
 use crate::task::Usage;
 
 const LISTED: &str = include_str!("../../configs/prices.toml");
 
 /// Every price that is known.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Tariffs(HashMap<String, HashMap<String, Tariff>>);
+pub struct Tariffs(Lookup<String, Lookup<String, Tariff>>);
 
 /// What one model costs, in US dollars per million tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -72,7 +72,7 @@ impl Tariffs {
     fn parse(text: &str) -> std::result::Result<Self, String> {
         let written: HashMap<String, HashMap<String, Line>> =
             toml::from_str(text).map_err(|error| error.to_string())?;
-        let mut table: HashMap<String, HashMap<String, Tariff>> = HashMap::new();
+        let mut table: Lookup<String, Lookup<String, Tariff>> = Lookup::default();
         for (provider, models) in written {
             for (model, line) in models {
                 let tariff = line.tariff().map_err(|why| format!("[{provider}] \"{model}\" {why}"))?;
@@ -89,7 +89,7 @@ impl Tariffs {
 
     /// The price of a model under any of the names it goes by.
     pub fn find(&self, provider: &str, model: &str) -> Option<&Tariff> {
-        let model = model.trim_start_matches("models/");
+        let model = model.strip_prefix("models/").unwrap_or(model);
         if let Some(models) = self.0.get(provider) {
             let found = models.get(model).or_else(|| {
                 let mut name = model;

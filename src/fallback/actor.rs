@@ -18,7 +18,7 @@ use super::breaker::{AllRest, Breaker, Policy, Rest, Successes};
 use super::class::Toll;
 use super::recent::Recent;
 use super::{Outcome, Target};
-use crate::base::{Error, Kind, Millis, Result};
+use crate::base::{Error, Kind, Lookup, Millis, Result};
 
 /// Messages waiting at most; outcomes beyond are dropped and counted.
 const MAILBOX: usize = 1024;
@@ -30,7 +30,7 @@ const CLOSED: u64 = 0;
 /// A cell's word for a target whose probe is out.
 const PROBING: u64 = u64::MAX;
 
-type Cells = HashMap<Target, Arc<Cell>>;
+type Cells = Lookup<Target, Arc<Cell>>;
 
 /// What is read and counted without asking the actor.
 #[derive(Debug)]

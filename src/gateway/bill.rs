@@ -16,7 +16,7 @@ use memchr::memmem::Finder;
 use parking_lot::Mutex;
 
 use crate::base::{KeyId, Millis, ModelId, Neurons};
-use crate::config::Tariffs;
+use crate::config::Tariff;
 use crate::gateway::options::CustomCost;
 use crate::ledger::{Reservation, Spent};
 use crate::task::Usage;
@@ -76,8 +76,8 @@ pub struct Bill {
 pub enum Pricing {
     /// The engine of this process does, and writes it down itself.
     Local(Tally),
-    /// By the list.
-    Listed(Arc<Tariffs>),
+    /// By the list, if the model is in it.
+    Listed(Option<Tariff>),
 }
 
 impl Bill {
@@ -132,8 +132,8 @@ impl Bill {
                     ..Charge::default()
                 }
             }
-            Pricing::Listed(tariffs) => {
-                let Some(tariff) = tariffs.find(&self.provider, self.model.as_str()) else {
+            Pricing::Listed(tariff) => {
+                let Some(tariff) = tariff else {
                     return Charge { usage, unpriced: true, ..Charge::default() };
                 };
                 let estimated = usage.is_none();
@@ -180,6 +180,7 @@ pub fn estimate(asked: u64, answered: u64, events: bool) -> Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Tariffs;
 
     fn charge(pricing: Pricing, custom: Option<CustomCost>, model: &str, usage: Option<Usage>) -> Charge {
         let receipt = Receipt::default();
@@ -199,24 +200,24 @@ mod tests {
         *receipt.get().unwrap()
     }
 
-    fn listed() -> Pricing {
-        Pricing::Listed(Arc::new(Tariffs::load(None).unwrap()))
+    fn listed(model: &str) -> Pricing {
+        Pricing::Listed(Tariffs::load(None).unwrap().find("openai", model).copied())
     }
 
     #[test]
     fn what_nobody_counted_is_estimated_and_marked() {
         let usage = Usage { prompt_tokens: 1000, completion_tokens: 100, ..Usage::default() };
-        let counted = charge(listed(), None, "gpt-4o", Some(usage));
-        let estimated = charge(listed(), None, "gpt-4o", None);
+        let counted = charge(listed("gpt-4o"), None, "gpt-4o", Some(usage));
+        let estimated = charge(listed("gpt-4o"), None, "gpt-4o", None);
         assert_eq!((counted.cost, counted.estimated), (estimated.cost, false));
         assert!(estimated.estimated && estimated.cost > Neurons::ZERO);
     }
 
     #[test]
     fn a_model_without_a_price_is_marked_and_the_callers_own_price_counts() {
-        let unknown = charge(listed(), None, "nobody-knows-me", None);
+        let unknown = charge(listed("nobody-knows-me"), None, "nobody-knows-me", None);
         assert_eq!((unknown.cost, unknown.unpriced), (Neurons::ZERO, true));
-        let total = charge(listed(), Some(CustomCost::Total(0.11)), "nobody-knows-me", None);
+        let total = charge(listed("nobody-knows-me"), Some(CustomCost::Total(0.11)), "nobody-knows-me", None);
         assert_eq!((total.cost, total.unpriced), (Neurons::from_micro(10_000_000_000), false));
     }
 

@@ -2,12 +2,12 @@
 //! longer than to count.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use prometheus::{Histogram, IntCounter};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
+use crate::base::Lookup;
 use crate::gateway::bill::Charge;
 use crate::logs::{CacheUse, Logs};
 use crate::metrics::Metrics;
@@ -48,9 +48,23 @@ pub struct Counts {
     pub logs: Logs,
     /// Bytes of each body that a record keeps.
     pub body_bytes: usize,
+    /// Calls under way.
+    pub in_flight: IntGauge,
+    /// What the gateway itself took of calls, in seconds.
+    pub overhead: Histogram,
     outcomes: [IntCounter; Outcome::ALL.len()],
     caches: [IntCounter; CacheUse::ALL.len()],
-    providers: RefCell<HashMap<Box<str>, Rc<Provider>>>,
+    upstreams: Upstreams,
+    providers: RefCell<Lookup<Box<str>, Rc<Provider>>>,
+}
+
+/// A worker's stripes of what is counted by provider.
+struct Upstreams {
+    attempts: IntCounterVec,
+    first_byte: HistogramVec,
+    tokens: IntCounterVec,
+    cost: IntCounterVec,
+    unpriced: IntCounterVec,
 }
 
 /// Those of one provider.
@@ -90,9 +104,24 @@ impl Provider {
 impl Counts {
     /// Resolves what is known beforehand.
     pub fn new(metrics: Arc<Metrics>, logs: Logs, body_bytes: usize) -> Self {
-        let outcomes = Outcome::ALL.map(|outcome| metrics.gateway_calls.with_label_values(&[outcome.as_str()]));
-        let caches = CacheUse::ALL.map(|cache| metrics.gateway_cache.with_label_values(&[cache.as_str()]));
-        Self { metrics, logs, body_bytes, outcomes, caches, providers: RefCell::default() }
+        let (calls, cache) = (metrics.gateway_calls.own(), metrics.gateway_cache.own());
+        Self {
+            in_flight: metrics.gateway_in_flight.own(),
+            overhead: metrics.gateway_overhead.own(),
+            outcomes: Outcome::ALL.map(|outcome| calls.with_label_values(&[outcome.as_str()])),
+            caches: CacheUse::ALL.map(|state| cache.with_label_values(&[state.as_str()])),
+            upstreams: Upstreams {
+                attempts: metrics.upstream_attempts.own(),
+                first_byte: metrics.upstream_first_byte.own(),
+                tokens: metrics.upstream_tokens.own(),
+                cost: metrics.upstream_cost.own(),
+                unpriced: metrics.upstream_unpriced.own(),
+            },
+            providers: RefCell::default(),
+            metrics,
+            logs,
+            body_bytes,
+        }
     }
 
     /// Calls that ended so.
@@ -110,16 +139,16 @@ impl Counts {
         if let Some(known) = self.providers.borrow().get(name) {
             return known.clone();
         }
-        let metrics = &self.metrics;
-        let tokens = |kind| metrics.upstream_tokens.with_label_values(&[name, kind]);
+        let upstreams = &self.upstreams;
+        let tokens = |kind| upstreams.tokens.with_label_values(&[name, kind]);
         let provider = Rc::new(Provider {
-            answered: metrics.upstream_attempts.with_label_values(&[name, "ok"]),
-            first_byte: metrics.upstream_first_byte.with_label_values(&[name]),
+            answered: upstreams.attempts.with_label_values(&[name, "ok"]),
+            first_byte: upstreams.first_byte.with_label_values(&[name]),
             prompt: tokens("prompt"),
             cached: tokens("cached"),
             completion: tokens("completion"),
-            cost: metrics.upstream_cost.with_label_values(&[name]),
-            unpriced: metrics.upstream_unpriced.with_label_values(&[name]),
+            cost: upstreams.cost.with_label_values(&[name]),
+            unpriced: upstreams.unpriced.with_label_values(&[name]),
             slug: name.into(),
         });
         self.providers.borrow_mut().insert(name.into(), provider.clone());

@@ -2,6 +2,7 @@
 //! takes less than a map of them takes to be made.
 
 use actix_web::http::header::{HeaderMap, HeaderName, HeaderValue};
+use bytes::BytesMut;
 
 /// Names of the gateway's own, made once.
 pub static CACHE_STATUS: HeaderName = HeaderName::from_static("cf-aig-cache-status");
@@ -30,6 +31,22 @@ pub static LIMIT: HeaderName = HeaderName::from_static("ratelimit-limit");
 pub static LIMIT_REMAINING: HeaderName = HeaderName::from_static("ratelimit-remaining");
 /// See [`LIMIT`].
 pub static LIMIT_RESET: HeaderName = HeaderName::from_static("ratelimit-reset");
+
+/// Values one behind the other in one block, whose parts they are: many small ones cost one allocation.
+pub struct Values(BytesMut);
+
+impl Values {
+    /// With room for so many bytes.
+    pub fn with_capacity(bytes: usize) -> Self {
+        Self(BytesMut::with_capacity(bytes))
+    }
+
+    /// A text as a value; `None` where it is none.
+    pub fn make(&mut self, text: &str) -> Option<HeaderValue> {
+        self.0.extend_from_slice(text.as_bytes());
+        HeaderValue::from_maybe_shared(self.0.split().freeze()).ok()
+    }
+}
 
 /// A name as a header's; those that every kept answer has are not read again.
 pub fn name(text: &str) -> Option<HeaderName> {
@@ -66,6 +83,15 @@ impl Headers {
     pub fn insert(&mut self, name: &HeaderName, value: HeaderValue) {
         self.0.retain(|(known, _)| known != name);
         self.append(name.clone(), value);
+    }
+
+    /// Takes out what is to be said of this call by this gateway, and was said by an upstream that is a gateway as well: of calls, and of
+    /// limits where there are some here.
+    pub fn make_way(&mut self, has_limits: bool) {
+        self.0.retain(|(name, _)| match name.as_str().strip_prefix("cf-aig-") {
+            Some(own) => !matches!(own, "cache-status" | "event-id" | "log-id" | "request-id" | "dlp"),
+            None => !has_limits || !name.as_str().starts_with("ratelimit-"),
+        });
     }
 
     /// Takes out all of this name; returns the first.
@@ -118,5 +144,19 @@ mod tests {
         assert_eq!(headers.remove("x-many"), Some(HeaderValue::from_static("c")));
         assert_eq!(headers.remove("x-many"), None);
         assert_eq!(headers.text("x-many"), "");
+    }
+
+    #[test]
+    fn what_another_gateway_says_makes_way_for_what_this_one_does() {
+        let names = |has_limits: bool| {
+            let mut headers = Headers::default();
+            for name in [&STEP, &CACHE_STATUS, &LOG_ID, &DLP, &EVENT_ID, &REQUEST_ID, &LIMIT, &LIMIT_RESET] {
+                headers.append(name.clone(), HeaderValue::from_static("theirs"));
+            }
+            headers.make_way(has_limits);
+            headers.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(true), ["cf-aig-step"]);
+        assert_eq!(names(false), ["cf-aig-step", "ratelimit-limit", "ratelimit-reset"]);
     }
 }

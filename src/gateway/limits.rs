@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use actix_web::http::header::{AUTHORIZATION, HeaderMap, HeaderName};
 use serde_json::{Map, Value};
-use smallvec::SmallVec;
 
 use crate::base::{AccountId, Error, KeyId, Kind, Limit, ModelId, Neurons};
 use crate::config::gateway::{self, RateLimit, Scope, SpendRule};
@@ -58,7 +57,7 @@ pub struct Ruled {
     /// Counters of the call.
     pub windows: Vec<Window>,
     /// Rules that depend on who is asked, by number, with what of the counter is known already.
-    later: Vec<(usize, u128)>,
+    later: Vec<(usize, Named)>,
     limits: Option<Arc<Limits>>,
 }
 
@@ -73,10 +72,10 @@ impl Ruled {
             if !rule.gateways.is_empty() && !seen.gateway.is_some_and(|id| admits(&rule.gateways, id)) {
                 continue;
             }
-            let id = counter(rule, seen, &limits.proxies);
+            let named = counter(rule, seen, &limits.proxies);
             match rule.is_of_target() {
-                false => windows(rule, id, &mut ruled.windows),
-                true => ruled.later.push((number, id)),
+                false => windows(rule, named.id(), &mut ruled.windows),
+                true => ruled.later.push((number, named)),
             }
         }
         ruled.limits = (!ruled.later.is_empty()).then_some(limits);
@@ -86,14 +85,13 @@ impl Ruled {
     /// Adds the counters of one who is asked.
     pub fn of_target(&self, provider: &str, model: &str, task: Option<Task>, out: &mut Vec<Window>) {
         let Some(limits) = &self.limits else { return };
-        for (number, id) in &self.later {
+        for (number, named) in &self.later {
             let rule = &limits.rules[*number];
             let is_task = rule.tasks.is_empty() || task.is_some_and(|task| rule.tasks.contains(&task));
             if !is_task || !admits(&rule.providers, provider) || !admits(&rule.models, model) {
                 continue;
             }
-            let mut named = Named::new();
-            named.add(id.to_le_bytes());
+            let mut named = named.clone();
             for by in &rule.by {
                 match by {
                     By::Provider => named.add(provider),
@@ -112,7 +110,7 @@ fn admits(names: &[String], name: &str) -> bool {
 }
 
 /// What tells this caller's counter from others', as far as the request says it.
-fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> u128 {
+fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> Named {
     let mut named = Named::of("rule", &rule.name);
     for by in &rule.by {
         match by {
@@ -138,13 +136,16 @@ fn counter(rule: &Rule, seen: &Seen<'_>, proxies: &[Network]) -> u128 {
             By::Provider | By::Model | By::Task => {}
         }
     }
-    named.id()
+    named
 }
 
 /// Where the call comes from: the last address that is no proxy of ours, as each proxy adds the one before it.
 fn address(seen: &Seen<'_>, proxies: &[Network]) -> Option<IpAddr> {
     let is_ours = |address: IpAddr| proxies.iter().any(|network| network.holds(address));
     let mut address = seen.peer?.to_canonical();
+    if !is_ours(address) {
+        return Some(address);
+    }
     let values: Vec<_> = seen.headers.get_all("x-forwarded-for").filter_map(|value| value.to_str().ok()).collect();
     let mut named = values.iter().rev().flat_map(|value| value.rsplit(',')).map(str::trim);
     while is_ours(address) {
@@ -405,15 +406,12 @@ fn technique(technique: gateway::Technique) -> Technique {
 
 /// What a counter is named by: a kind of rule, one rule, and what tells callers apart. Hashed when it is whole, since a hash under way
 /// is two kilobytes that would be carried from hand to hand. Most fit into the 64 bytes that BLAKE3 takes at once.
-struct Named(SmallVec<[u8; 120]>);
+#[derive(Debug, Clone)]
+struct Named(Vec<u8>);
 
 impl Named {
-    fn new() -> Self {
-        Self(SmallVec::new())
-    }
-
     fn of(kind: &str, name: &str) -> Self {
-        let mut named = Self::new();
+        let mut named = Self(Vec::with_capacity(128));
         named.add(kind);
         named.add(name);
         named

@@ -80,7 +80,7 @@ pub struct Record {
 impl Record {
     /// Begins with a call.
     pub fn begin(counts: &Rc<Counts>, ask: &Ask) -> Box<Self> {
-        counts.metrics.gateway_in_flight.inc();
+        counts.in_flight.inc();
         let collect = ask.options.collect_log.unwrap_or(ask.gateway.settings.collect_logs);
         let log = collect.then(|| LogId::at(Millis::now()));
         let keep = match log {
@@ -187,7 +187,7 @@ impl Record {
         kind: &str,
     ) {
         let taken = self.received.elapsed();
-        self.counts.metrics.gateway_overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
+        self.counts.overhead.observe(taken.saturating_sub(self.elsewhere).as_secs_f64());
         self.counts.cache(cache).inc();
         self.first_byte = Some(taken);
         (self.status, self.cache, self.step) = (status.as_u16(), cache, step);
@@ -265,7 +265,7 @@ impl Record {
         if !std::mem::take(&mut self.open) {
             return;
         }
-        self.counts.metrics.gateway_in_flight.dec();
+        self.counts.in_flight.dec();
         self.counts.outcome(outcome).inc();
         // A hit used nothing of the upstream, and has no receipt.
         let charge = self.receipt.get().copied();

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::BoxBody;
 use actix_web::http::StatusCode;
-use actix_web::http::header::HeaderValue;
+use actix_web::http::header::{HeaderName, HeaderValue};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
@@ -464,32 +464,35 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
         let attempts = headers.text("cf-aig-attempts");
         record.begun(status, cache, (provider, model), step, attempts, headers.text("content-type"));
     }
+    headers.make_way(record.standing().is_some());
+    let hit = if cache.is_hit() { "HIT" } else { "MISS" };
+    headers.append(headers::CACHE_STATUS.clone(), HeaderValue::from_static(hit));
+    let mut values = headers::Values::with_capacity(192);
+    let mut say = |name: &HeaderName, value: Option<HeaderValue>| {
+        if let Some(value) = value {
+            headers.append(name.clone(), value);
+        }
+    };
     if let Some(standing) = record.standing() {
         let limit = terms::limit(standing);
         let reset = limit.reset.as_secs_f64().ceil() as u64;
         for (name, number) in
             [(&headers::LIMIT, limit.limit), (&headers::LIMIT_REMAINING, limit.left), (&headers::LIMIT_RESET, reset)]
         {
-            headers.insert(name, HeaderValue::from(number));
+            say(name, values.make(itoa::Buffer::new().format(number)));
         }
     }
-    let hit = if cache.is_hit() { "HIT" } else { "MISS" };
-    headers.insert(&headers::CACHE_STATUS, HeaderValue::from_static(hit));
-    let value = |text: &str| HeaderValue::from_str(text).ok();
-    if let Some(found) = record.dlp().and_then(|found| value(&found)) {
-        headers.insert(&headers::DLP, found);
+    if let Some(found) = record.dlp() {
+        say(&headers::DLP, values.make(&found));
     }
-    let log = record.log.and_then(|log| value(log.text(&mut [0; 26])));
+    let log = record.log.and_then(|log| values.make(log.text(&mut [0; 26])));
     let event = match &record.event {
-        Some(event) => value(event),
-        None => log.clone().or_else(|| value(record.request().text(&mut [0; 36]))),
+        Some(event) => values.make(event),
+        None => log.clone().or_else(|| values.make(record.request().text(&mut [0; 36]))),
     };
-    let told = [(&headers::EVENT_ID, event), (&headers::LOG_ID, log.clone()), (&headers::REQUEST_ID, log)];
-    for (name, value) in told {
-        if let Some(value) = value {
-            headers.insert(name, value);
-        }
-    }
+    say(&headers::EVENT_ID, event);
+    say(&headers::LOG_ID, log.clone());
+    say(&headers::REQUEST_ID, log);
     Reply { status, headers, pipe: Box::new(pipe), record }
 }
 

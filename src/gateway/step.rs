@@ -590,6 +590,7 @@ fn model_in_query(query: &str) -> Option<String> {
 /// Whether a caller's own signature (AWS) is over `accept-encoding` as well, so that it must stay as it is.
 pub fn covers_encodings(headers: &HeaderMap) -> bool {
     let proof = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let proof = proof.filter(|proof| proof.starts_with("AWS4-"));
     let names = proof.and_then(|proof| proof.split_once("SignedHeaders=")?.1.split([',', ' ']).next());
     names.is_some_and(|names| names.split(';').any(|name| name == "accept-encoding"))
 }

@@ -1,13 +1,15 @@
 //! Credentials out of a request's headers. Who they belong to is the vault's business.
 
 use actix_web::HttpRequest;
-use actix_web::http::header::{AUTHORIZATION, HeaderMap, SEC_WEBSOCKET_PROTOCOL};
+use actix_web::http::header::{AUTHORIZATION, HeaderMap, HeaderName, SEC_WEBSOCKET_PROTOCOL};
 
 use crate::base::{Millis, Result};
 use crate::http::Services;
 use crate::http::route::{Listener, Route, Surface};
 use crate::vault::Caller;
 
+/// Where gateways look for a token of ours.
+pub(super) static TOKEN: HeaderName = HeaderName::from_static("cf-aig-authorization");
 /// In front of a token in a subprotocol, where browsers can set no header.
 const TOKEN_PROTOCOL: &str = "cf-aig-authorization.";
 

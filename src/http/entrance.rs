@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix_web::HttpRequest;
+use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderName, USER_AGENT};
 use bytes::Bytes;
 use http::header::HeaderMap as Forwarded;
 use serde::Deserialize;
@@ -35,6 +36,16 @@ use crate::vault::Caller;
 const MAX_STEPS: usize = 16;
 /// The gateway of calls that name none.
 const DEFAULT: &str = "default";
+/// Where a call of the surfaces without a gateway in their path names one.
+pub(super) static GATEWAY: HeaderName = HeaderName::from_static("cf-aig-gateway-id");
+/// Where callers bring credentials for providers, or say which stored ones are meant.
+static CREDENTIALS: [HeaderName; 5] = [
+    AUTHORIZATION,
+    HeaderName::from_static("x-api-key"),
+    HeaderName::from_static("api-key"),
+    HeaderName::from_static("x-goog-api-key"),
+    HeaderName::from_static("cf-aig-byok-alias"),
+];
 /// What stands for a provider where a model's name decides, and where steps do.
 const COMPAT: &str = "compat";
 const UNIVERSAL: &str = "universal";
@@ -71,7 +82,7 @@ pub(super) async fn enter(
     let Some(account) = &route.account else { return Err(Error::internal("a gateway without an account")) };
     let now = Millis::now();
     let headers = request.headers();
-    let token = headers.get("cf-aig-authorization").and_then(|value| value.to_str().ok()).map(auth::bare);
+    let token = headers.get(&auth::TOKEN).and_then(|value| value.to_str().ok()).map(auth::bare);
     let token = token.or_else(|| auth::hidden(request).map(|(token, _)| token));
     let admitted =
         services.vault.admit(token, Some(account), now).and_then(|caller| match caller.scopes.opens(gateway) {
@@ -126,7 +137,7 @@ pub(super) async fn enter_named(
     id: RequestId,
     received: Instant,
 ) -> Result<Entrance> {
-    let named = request.headers().get("cf-aig-gateway-id").and_then(|value| value.to_str().ok());
+    let named = request.headers().get(&GATEWAY).and_then(|value| value.to_str().ok());
     let trusted = caller.key.is_some();
     let account = caller.account.clone();
     let named = named.unwrap_or(DEFAULT);
@@ -168,9 +179,9 @@ impl Incoming {
     fn credentials(&self) -> Vec<u8> {
         let headers = self.headers.request.headers();
         let mut credentials = Vec::new();
-        for name in ["authorization", "x-api-key", "api-key", "x-goog-api-key", "cf-aig-byok-alias"] {
+        for name in &CREDENTIALS {
             if let Some(value) = headers.get(name) {
-                credentials.extend_from_slice(name.as_bytes());
+                credentials.extend_from_slice(name.as_str().as_bytes());
                 credentials.extend_from_slice(value.as_bytes());
                 credentials.push(0);
             }
@@ -287,8 +298,8 @@ impl Entrance {
             // What a stored key was spent on is not for somebody who could not have used it.
             credentials.push(u8::from(self.trusted));
         }
-        let content_type = request.headers().get("content-type").and_then(|value| value.to_str().ok());
-        let user_agent = request.headers().get("user-agent").cloned();
+        let content_type = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let user_agent = request.headers().get(USER_AGENT).cloned();
         let ruled = self.limits.map(|limits| {
             let seen = Seen {
                 peer: request.peer_addr().map(|peer| peer.ip()),

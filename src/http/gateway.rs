@@ -112,7 +112,7 @@ pub(super) fn is_meant(headers: &HeaderMap, endpoint: &Endpoint, body: &[u8]) ->
     match endpoint {
         Endpoint::Messages => true,
         _ if !takes_model && !matches!(endpoint, Endpoint::Run(_) | Endpoint::RunUnified) => false,
-        _ if headers.contains_key("cf-aig-gateway-id") => true,
+        _ if headers.contains_key(&entrance::GATEWAY) => true,
         _ if !takes_model => false,
         _ => provider::facts(body).and_then(|facts| facts.model).is_some_and(|model| {
             let slug = model.split_once('/').map(|(slug, _)| slug);

@@ -47,7 +47,7 @@ pub use evaluations::Evaluations;
 pub use route::Listener;
 pub use server::start;
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -74,6 +74,11 @@ use crate::vault::Vault;
 use ask::Ask;
 use observe::{InFlight, Observation, Requests};
 use route::{Endpoint, Route, Surface};
+
+/// What a request is called, by who sent it or by us.
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The same as Cloudflare names it.
+static CALL_ID: HeaderName = HeaderName::from_static("cf-ai-req-id");
 
 /// What handlers reach for.
 #[derive(Clone)]
@@ -117,6 +122,29 @@ struct Door {
     listener: Listener,
     in_flight: InFlight,
     requests: Rc<Requests>,
+    phase: KnownPhase,
+}
+
+/// The phase of the house as a worker knows it: to see that it has not changed takes no lock.
+struct KnownPhase {
+    known: Cell<Phase>,
+    changes: RefCell<watch::Receiver<Phase>>,
+}
+
+impl KnownPhase {
+    fn new(mut changes: watch::Receiver<Phase>) -> Self {
+        let known = *changes.borrow_and_update();
+        Self { known: Cell::new(known), changes: RefCell::new(changes) }
+    }
+
+    fn is_draining(&self) -> bool {
+        let mut changes = self.changes.borrow_mut();
+        // Where nobody is left to change it, the last phase counts.
+        if changes.has_changed().unwrap_or(true) {
+            self.known.set(*changes.borrow_and_update());
+        }
+        self.known.get() == Phase::Draining
+    }
 }
 
 /// What the log wants to know of a refused request.
@@ -135,7 +163,7 @@ async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Doo
     let received = Instant::now();
     let services = &door.services;
     let route = Route::find(door.listener, request.method(), request.uri().path());
-    let sent = request.headers().get("x-request-id").and_then(|id| RequestId::parse(id.to_str().ok()?));
+    let sent = request.headers().get(&REQUEST_ID).and_then(|id| RequestId::parse(id.to_str().ok()?));
     let id = door.in_flight.enter(sent);
     let mut observation = Observation::begin(&door.requests, &route, request.method(), received);
 
@@ -165,12 +193,12 @@ async fn handle(request: HttpRequest, payload: web::Payload, door: web::Data<Doo
     if let Ok(value) = HeaderValue::from_str(id.text(&mut [0; 36])) {
         let headers = response.headers_mut();
         // An upstream's own id for what it answered is what its support asks for.
-        if route.surface != Surface::Gateway || !headers.contains_key("x-request-id") {
-            headers.insert(HeaderName::from_static("x-request-id"), value.clone());
+        if route.surface != Surface::Gateway || !headers.contains_key(&REQUEST_ID) {
+            headers.insert(REQUEST_ID.clone(), value.clone());
         }
-        headers.insert(HeaderName::from_static("cf-ai-req-id"), value);
+        headers.insert(CALL_ID.clone(), value);
     }
-    if *services.phase.borrow() == Phase::Draining {
+    if door.phase.is_draining() {
         response.head_mut().set_connection_type(actix_web::http::ConnectionType::Close);
     }
     response.map_body(|_, body| observe::watched(body, observation, id))
@@ -194,7 +222,7 @@ async fn dispatch(
         Endpoint::Metrics => return Ok(Box::pin(health::metrics(services)).await),
         _ => {}
     }
-    if *services.phase.borrow() == Phase::Draining {
+    if door.phase.is_draining() {
         return Err(Error::new(Kind::ShuttingDown, "This server is shutting down; try again in a moment."));
     }
     if route.surface == Surface::Gateway {

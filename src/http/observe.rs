@@ -1,7 +1,7 @@
 //! Counts a request from its head to the last byte of its answer, or to the moment its client left.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -13,9 +13,9 @@ use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::http::Method;
 use bytes::Bytes;
 use parking_lot::Mutex;
-use prometheus::{Histogram, IntCounter};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
-use crate::base::RequestId;
+use crate::base::{Lookup, RequestId};
 use crate::http::route::Route;
 use crate::metrics::Metrics;
 
@@ -24,8 +24,10 @@ const CLIENT_LEFT: u16 = 499;
 
 /// A worker's handles of the series that requests count in: to find one by its labels takes longer than to count.
 pub(super) struct Requests {
-    metrics: Arc<Metrics>,
-    known: RefCell<HashMap<Labels, Rc<Series>>>,
+    requests: IntCounterVec,
+    duration: HistogramVec,
+    in_flight: IntGauge,
+    known: RefCell<Lookup<Labels, Rc<Series>>>,
 }
 
 /// Route, method and status.
@@ -37,15 +39,20 @@ struct Series {
 }
 
 impl Requests {
-    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
-        Self { metrics, known: RefCell::default() }
+    pub(super) fn new(metrics: &Metrics) -> Self {
+        Self {
+            requests: metrics.http_requests.own(),
+            duration: metrics.http_duration.own(),
+            in_flight: metrics.http_in_flight.own(),
+            known: RefCell::default(),
+        }
     }
 
     fn series(&self, route: &'static str, method: &'static str, status: u16) -> Rc<Series> {
         let mut known = self.known.borrow_mut();
         let found = known.entry((route, method, status)).or_insert_with(|| {
-            let requests = self.metrics.http_requests.with_label_values(&[route, method, &status.to_string()]);
-            let duration = self.metrics.http_duration.with_label_values(&[route]);
+            let requests = self.requests.with_label_values(&[route, method, &status.to_string()]);
+            let duration = self.duration.with_label_values(&[route]);
             Rc::new(Series { requests, duration })
         });
         found.clone()
@@ -64,7 +71,7 @@ pub(super) struct Observation {
 
 impl Observation {
     pub(super) fn begin(requests: &Rc<Requests>, route: &Route, method: &Method, received: Instant) -> Self {
-        requests.metrics.http_in_flight.inc();
+        requests.in_flight.inc();
         let method = match method.as_str() {
             "GET" => "GET",
             "POST" => "POST",
@@ -77,7 +84,7 @@ impl Observation {
 
 impl Drop for Observation {
     fn drop(&mut self) {
-        self.requests.metrics.http_in_flight.dec();
+        self.requests.in_flight.dec();
         let series = self.requests.series(self.route, self.method, self.status);
         series.requests.inc();
         series.duration.observe(self.received.elapsed().as_secs_f64());

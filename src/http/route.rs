@@ -3,6 +3,7 @@
 
 use actix_web::http::Method;
 use percent_encoding::percent_decode_str;
+use smallvec::SmallVec;
 
 use crate::base::{Error, Kind, Result};
 
@@ -114,7 +115,7 @@ pub(super) struct Route {
 impl Route {
     /// Finds the endpoint of a request.
     pub(super) fn find(listener: Listener, method: &Method, path: &str) -> Self {
-        let segments: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+        let segments = segments(path.trim_start_matches('/'));
         let (surface, account, found) = match (listener, segments.as_slice()) {
             (_, ["health", "live"]) => (Surface::OpenAi, None, get("/health/live", Endpoint::Live)),
             (_, ["health", "ready"]) => (Surface::OpenAi, None, get("/health/ready", Endpoint::Ready)),
@@ -160,6 +161,17 @@ impl Route {
         };
         Self { surface, account, label, endpoint }
     }
+}
+
+/// What stands between slashes, as sent.
+fn segments(path: &str) -> SmallVec<[&str; 12]> {
+    let (mut segments, mut from) = (SmallVec::new(), 0);
+    for at in memchr::memchr_iter(b'/', path.as_bytes()) {
+        segments.push(&path[from..at]);
+        from = at + 1;
+    }
+    segments.push(&path[from..]);
+    segments
 }
 
 struct Found {
@@ -332,6 +344,11 @@ fn binding(segments: &[&str]) -> Search {
 
 /// A model id or another name out of the rest of a path: joined as sent, then decoded once.
 fn decoded(segments: &[&str]) -> Result<String, Option<Error>> {
+    if let [plain] = segments
+        && !plain.contains('%')
+    {
+        return Ok((*plain).to_owned());
+    }
     let raw = segments.join("/");
     match percent_decode_str(&raw).decode_utf8() {
         Ok(text) => Ok(text.into_owned()),
@@ -342,7 +359,7 @@ fn decoded(segments: &[&str]) -> Result<String, Option<Error>> {
 /// Account ids are 32 hex digits at Cloudflare, a short name elsewhere. They end up in logs and the ledger: bounded here.
 fn account_id(raw: &str) -> Result<String> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    let text = percent_decode_str(raw).decode_utf8_lossy();
+    let text = if raw.contains('%') { percent_decode_str(raw).decode_utf8_lossy() } else { raw.into() };
     if text.is_empty() || text.len() > 64 || !text.chars().all(good) {
         return Err(Error::new(Kind::NotFound, "the account in the path is not an account id"));
     }

@@ -15,7 +15,7 @@ use socket2::SockRef;
 use crate::base::{Error, Result};
 use crate::gateway::relay::Relay;
 use crate::http::observe::{InFlight, Requests};
-use crate::http::{Door, Listener, Services, handle, local};
+use crate::http::{Door, KnownPhase, Listener, Services, handle, local};
 use crate::net::client::Client;
 
 /// How long an idle connection is kept. Longer than common load balancers do (60 s), so that they close first.
@@ -44,8 +44,9 @@ pub fn start(services: Services, socket: TcpListener, listener: Listener) -> Res
         let client = Client::new(services.clients.clone());
         rt::spawn(tend(client.clone(), services.metrics.upstream_idle.clone()));
         let relay = Rc::new(Relay::new(services.relays.clone(), client, local::engine(services.clone())));
-        let requests = Rc::new(Requests::new(services.metrics.clone()));
-        let door = Door { services, relay, listener, in_flight: in_flight.clone(), requests };
+        let requests = Rc::new(Requests::new(&services.metrics));
+        let phase = KnownPhase::new(services.phase.clone());
+        let door = Door { services, relay, listener, in_flight: in_flight.clone(), requests, phase };
         App::new().app_data(web::Data::new(door)).default_service(web::to(handle))
     })
     .workers(workers)

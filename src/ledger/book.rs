@@ -11,12 +11,10 @@
 //! An [`Open`] is a value that settling or releasing eats, so no call ends twice. [`Book::apply`] is what both settling and
 //! replaying do to what is kept. Where several daemons share a limit, each takes of its lease of it ([`Book::share`]).
 
-use std::collections::HashMap;
-
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
-use crate::base::{AccountId, Millis, Neurons, RequestId, UtcDay};
+use crate::base::{AccountId, Lookup, Millis, Neurons, RequestId, UtcDay};
 use crate::ledger::ask::Place;
 use crate::ledger::claim::{
     AtLimit, Beyond, Claim, Counts, Denied, Granted, Over, Plan, Spent, Standing, What, Window,
@@ -44,7 +42,7 @@ pub struct AccountTotals {
 /// Balances, windows, and calls that count once.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Book {
-    pub(super) accounts: HashMap<AccountId, Account>,
+    pub(super) accounts: Lookup<AccountId, Account>,
     pub(super) windows: Windows,
     once: Once,
     /// What this daemon may take of what it shares with others; `None`: it shares nothing.
@@ -107,7 +105,7 @@ impl Book {
     /// An empty one, with so many windows at most: those that are over are forgotten first, then the ones that end first.
     pub fn new(max_windows: usize) -> Self {
         let mut book =
-            Self { accounts: HashMap::new(), windows: Windows::default(), once: Once::default(), leases: None };
+            Self { accounts: Lookup::default(), windows: Windows::default(), once: Once::default(), leases: None };
         book.restore(max_windows);
         book
     }

@@ -3,10 +3,10 @@
 //! An answer that a cache gives again and again is the same bytes in each of its records. What it came to is remembered for as long as a
 //! batch is taken in, by where it lies.
 
-use std::collections::HashMap;
 use std::io::Read;
 
 use super::redact::Redactor;
+use crate::base::Lookup;
 use crate::logs::record::{Body, Record};
 
 /// Bytes that a compressed body may become.
@@ -18,7 +18,7 @@ const MOST: usize = 256;
 pub(super) struct Cleaner<'a> {
     redactor: &'a Redactor,
     /// By where they begin, and how long they are.
-    known: HashMap<(usize, usize), Known>,
+    known: Lookup<(usize, usize), Known>,
 }
 
 /// A body that others have too.
@@ -31,7 +31,7 @@ struct Known {
 
 impl<'a> Cleaner<'a> {
     pub(super) fn new(redactor: &'a Redactor) -> Self {
-        Self { redactor, known: HashMap::new() }
+        Self { redactor, known: Lookup::default() }
     }
 
     /// Makes a record one that may be kept.

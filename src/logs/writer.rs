@@ -22,7 +22,7 @@ use super::redact::Redactor;
 use super::ship::{self, Outgoing, PublicKey, Ship};
 use super::store::{self, Store};
 use super::trace::{self, Traces};
-use crate::base::{AccountId, Error, Millis, Result};
+use crate::base::{AccountId, Error, Lookup, Millis, Result};
 use crate::logs::record::{Body, Record};
 use crate::metrics::Metrics;
 
@@ -70,7 +70,7 @@ pub struct Push {
 pub type PushOf = dyn Fn(&AccountId, &str) -> Push + Send + Sync;
 
 /// What the gateways of a batch say.
-type Told = HashMap<(AccountId, Arc<str>), Push>;
+type Told = Lookup<(AccountId, Arc<str>), Push>;
 
 /// The log's whole outside. Cheap to clone.
 #[derive(Clone)]
@@ -286,7 +286,9 @@ impl Writer {
         let told = self.ask(batch);
         // They are not to be logged; their spans have no bodies, which were not kept.
         let unlogged = batch.extract_if(.., |record| record.id.is_none());
-        let mut unlogged: Vec<_> = unlogged.filter(|record| destinations(&told, record).is_some()).collect();
+        let is_traced = told.values().any(|push| !push.traces.is_empty());
+        let mut unlogged: Vec<_> =
+            unlogged.filter(|record| is_traced && destinations(&told, record).is_some()).collect();
         let mut cleaner = Cleaner::new(&self.redactor);
         for record in batch.iter_mut().chain(&mut unlogged) {
             cleaner.clean(record);
@@ -308,7 +310,7 @@ impl Writer {
         }
         self.hand_on(batch, &told);
         for record in batch.drain(..).chain(unlogged) {
-            if let Some(to) = destinations(&told, &record) {
+            if is_traced && let Some(to) = destinations(&told, &record) {
                 self.traces.append(record, to.clone());
             }
         }
@@ -317,8 +319,13 @@ impl Writer {
 
     /// What the gateways say whose records these are.
     fn ask(&self, batch: &[Box<Record>]) -> Told {
-        let mut told = Told::new();
+        let mut told = Told::default();
+        let mut last: Option<&Record> = None;
         for record in batch {
+            let is_same = |last: &Record| last.account == record.account && last.gateway == record.gateway;
+            if last.replace(record).is_some_and(is_same) {
+                continue;
+            }
             told.entry((record.account.clone(), record.gateway.clone()))
                 .or_insert_with(|| (self.push)(&record.account, &record.gateway));
         }

@@ -4,12 +4,17 @@
 //! whatever else a client may choose. Handles are resolved once (a model is loaded, a route is mounted), so that
 //! counting in a step is one atomic add.
 
+mod striped;
+
+use prometheus::core::Collector;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
 
 use crate::base::{DeviceId, ModelId};
+
+pub use striped::Striped;
 
 /// Edges of the latency histograms in seconds (time to first token, whole request), as in vLLM so that dashboards carry over.
 const LATENCY: &[f64] = &[
@@ -32,11 +37,11 @@ pub struct Metrics {
     registry: Registry,
 
     /// Requests by route, method and status.
-    pub http_requests: IntCounterVec,
+    pub http_requests: Striped<IntCounterVec>,
     /// From the request's head to the end of its answer, by route.
-    pub http_duration: HistogramVec,
+    pub http_duration: Striped<HistogramVec>,
     /// Requests being answered.
-    pub http_in_flight: IntGauge,
+    pub http_in_flight: Striped<IntGauge>,
     /// Connections open.
     pub http_connections: IntGauge,
     /// Refused credentials.
@@ -73,17 +78,17 @@ pub struct Metrics {
     pub gpu_errors: IntGaugeVec,
 
     /// Attempts at upstreams by provider and outcome (`ok`, or the class of failure).
-    pub upstream_attempts: IntCounterVec,
+    pub upstream_attempts: Striped<IntCounterVec>,
     /// From sending a request to the head of its answer, by provider.
-    pub upstream_first_byte: HistogramVec,
+    pub upstream_first_byte: Striped<HistogramVec>,
     /// Calls through gateways by how they ended (`done`, `failed`, `cancelled`, `refused`).
-    pub gateway_calls: IntCounterVec,
+    pub gateway_calls: Striped<IntCounterVec>,
     /// Calls through gateways under way.
-    pub gateway_in_flight: IntGauge,
+    pub gateway_in_flight: Striped<IntGauge>,
     /// What the gateway itself took of a call up to the head of its answer: all but waiting for upstreams.
-    pub gateway_overhead: Histogram,
+    pub gateway_overhead: Striped<Histogram>,
     /// Calls by what the response cache did (`hit`, `coalesced`, `miss`, `off`).
-    pub gateway_cache: IntCounterVec,
+    pub gateway_cache: Striped<IntCounterVec>,
     /// Second and later attempts by provider.
     pub gateway_retries: IntCounterVec,
     /// Times a later step answered or was tried because an earlier one failed, by provider that was turned to.
@@ -91,11 +96,11 @@ pub struct Metrics {
     /// What rules of gateways found, by direction and action.
     pub gateway_findings: IntCounterVec,
     /// Tokens that upstreams say they used, by provider and kind.
-    pub upstream_tokens: IntCounterVec,
+    pub upstream_tokens: Striped<IntCounterVec>,
     /// Millionths of neurons that answers of upstreams cost by the price list, by provider; 1,000 neurons are 0.011 USD.
-    pub upstream_cost: IntCounterVec,
+    pub upstream_cost: Striped<IntCounterVec>,
     /// Answers of upstreams whose model has no price, by provider.
-    pub upstream_unpriced: IntCounterVec,
+    pub upstream_unpriced: Striped<IntCounterVec>,
     /// Calls refused by a limit, by kind (rate, budget, allocation, ledger, fleet).
     pub refused_by_limits: IntCounterVec,
     /// What the ledger has under way, and whether its disk keeps (faulty), by what is counted.
@@ -303,18 +308,18 @@ impl Metrics {
         let r = Registrar { registry: &registry };
         let by_engine = &["model", "device"];
         let metrics = Self {
-            http_requests: r.counters(
+            http_requests: r.striped_counters(
                 "neurond_http_requests_total",
                 "Requests by route, method and status.",
                 &["route", "method", "status"],
             ),
-            http_duration: r.histograms(
+            http_duration: r.striped_histograms(
                 "neurond_http_request_seconds",
                 "From the request's head to the end of its answer.",
                 &["route"],
                 LATENCY,
             ),
-            http_in_flight: r.gauge("neurond_http_in_flight", "Requests being answered."),
+            http_in_flight: r.striped_gauge("neurond_http_in_flight", "Requests being answered."),
             http_connections: r.gauge("neurond_http_connections", "Connections open."),
             auth_failures: r
                 .counter("neurond_auth_failures_total", "Requests refused for missing or wrong credentials."),
@@ -360,29 +365,29 @@ impl Metrics {
                 "Errors of a GPU: of its memory, not corrected, since the driver was loaded (`ecc`), and critical ones since the daemon was started (`xid`).",
                 &["device", "kind"],
             ),
-            upstream_attempts: r.counters(
+            upstream_attempts: r.striped_counters(
                 "neurond_upstream_attempts_total",
                 "Attempts at upstreams, by provider and outcome (ok, or the class of failure).",
                 &["provider", "outcome"],
             ),
-            upstream_first_byte: r.histograms(
+            upstream_first_byte: r.striped_histograms(
                 "neurond_upstream_first_byte_seconds",
                 "From sending a request to an upstream to the head of its answer.",
                 &["provider"],
                 LATENCY,
             ),
-            gateway_calls: r.counters(
+            gateway_calls: r.striped_counters(
                 "neurond_gateway_calls_total",
                 "Calls through gateways, by how they ended (done, failed, cancelled, refused).",
                 &["outcome"],
             ),
-            gateway_in_flight: r.gauge("neurond_gateway_in_flight", "Calls through gateways under way."),
-            gateway_overhead: r.histogram(
+            gateway_in_flight: r.striped_gauge("neurond_gateway_in_flight", "Calls through gateways under way."),
+            gateway_overhead: r.striped_histogram(
                 "neurond_gateway_overhead_seconds",
                 "What the gateway itself took of a call, from its head to the head of its answer: all but waiting for upstreams and between attempts.",
                 OVERHEAD,
             ),
-            gateway_cache: r.counters(
+            gateway_cache: r.striped_counters(
                 "neurond_gateway_cache_total",
                 "Calls by what the response cache did: hit, coalesced (somebody asked the same at that moment), miss, off.",
                 &["status"],
@@ -402,17 +407,17 @@ impl Metrics {
                 "What rules of gateways found, by direction (REQUEST, RESPONSE) and action (FLAG, BLOCK).",
                 &["check", "action"],
             ),
-            upstream_tokens: r.counters(
+            upstream_tokens: r.striped_counters(
                 "neurond_upstream_tokens_total",
                 "Tokens that upstreams say they used, by provider and kind (prompt, cached, completion).",
                 &["provider", "kind"],
             ),
-            upstream_cost: r.counters(
+            upstream_cost: r.striped_counters(
                 "neurond_upstream_cost_micro_neurons_total",
                 "Millionths of neurons that answers of upstreams cost by the price list, by provider; 1,000 neurons are 0.011 USD.",
                 &["provider"],
             ),
-            upstream_unpriced: r.counters(
+            upstream_unpriced: r.striped_counters(
                 "neurond_upstream_unpriced_total",
                 "Answers of upstreams whose model has no price in the list, by provider.",
                 &["provider"],
@@ -756,7 +761,7 @@ struct Registrar<'a> {
 
 #[allow(clippy::expect_used)]
 impl Registrar<'_> {
-    fn add<C: prometheus::core::Collector + Clone + 'static>(&self, collector: Result<C, prometheus::Error>) -> C {
+    fn add<C: Collector + Clone + 'static>(&self, collector: Result<C, prometheus::Error>) -> C {
         let collector = collector.expect("a well-formed series");
         self.registry.register(Box::new(collector.clone())).expect("a name used once");
         collector
@@ -764,6 +769,39 @@ impl Registrar<'_> {
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.add(IntCounter::new(name, help))
+    }
+
+    fn striped<C: Collector + Clone + 'static>(
+        &self,
+        make: impl Fn() -> Result<C, prometheus::Error> + Send + Sync + 'static,
+    ) -> Striped<C> {
+        self.add(Ok(Striped::new(move || make().expect("a well-formed series"))))
+    }
+
+    fn striped_counters(&self, name: &str, help: &str, labels: &'static [&'static str]) -> Striped<IntCounterVec> {
+        let opts = Opts::new(name, help);
+        self.striped(move || IntCounterVec::new(opts.clone(), labels))
+    }
+
+    fn striped_gauge(&self, name: &str, help: &str) -> Striped<IntGauge> {
+        let opts = Opts::new(name, help);
+        self.striped(move || IntGauge::with_opts(opts.clone()))
+    }
+
+    fn striped_histogram(&self, name: &str, help: &str, edges: &[f64]) -> Striped<Histogram> {
+        let opts = HistogramOpts::new(name, help).buckets(edges.to_vec());
+        self.striped(move || Histogram::with_opts(opts.clone()))
+    }
+
+    fn striped_histograms(
+        &self,
+        name: &str,
+        help: &str,
+        labels: &'static [&'static str],
+        edges: &[f64],
+    ) -> Striped<HistogramVec> {
+        let opts = HistogramOpts::new(name, help).buckets(edges.to_vec());
+        self.striped(move || HistogramVec::new(opts.clone(), labels))
     }
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
@@ -780,10 +818,6 @@ impl Registrar<'_> {
 
     fn numbers(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
         self.add(GaugeVec::new(Opts::new(name, help), labels))
-    }
-
-    fn histogram(&self, name: &str, help: &str, edges: &[f64]) -> Histogram {
-        self.add(Histogram::with_opts(HistogramOpts::new(name, help).buckets(edges.to_vec())))
     }
 
     fn histograms(&self, name: &str, help: &str, labels: &[&str], edges: &[f64]) -> HistogramVec {

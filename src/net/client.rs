@@ -8,9 +8,9 @@
 //! heard at once. Redirects are not followed, bodies are not decompressed: what came is handed on as it came.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::fmt;
 use std::future::poll_fn;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
@@ -33,6 +33,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant as TokioInstant, Sleep, sleep_until, timeout};
 use tokio_rustls::TlsConnector;
 
+use crate::base::Lookup;
 use crate::net::gather::Gather;
 
 /// Answer heads longer than this are refused.
@@ -95,12 +96,28 @@ impl Tls {
 }
 
 /// A server as it is reached: scheme, host and port.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Debug)]
 pub struct Origin {
     /// Whether the connection is encrypted.
     pub tls: bool,
     /// Host, and port where it is not the scheme's own: what the `Host` header says.
     pub authority: Authority,
+}
+
+// By their bytes: the library's own comparison goes letter by letter, since hosts are alike whatever their case. Two spellings of one
+// host have two pools.
+impl PartialEq for Origin {
+    fn eq(&self, other: &Self) -> bool {
+        self.tls == other.tls && self.authority.as_str() == other.authority.as_str()
+    }
+}
+
+impl Eq for Origin {}
+
+impl Hash for Origin {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.tls, self.authority.as_str()).hash(state);
+    }
 }
 
 impl Origin {
@@ -185,7 +202,7 @@ pub struct Client {
 
 struct Inner {
     settings: Settings,
-    idle: RefCell<HashMap<Arc<Origin>, Vec<Idle>>>,
+    idle: RefCell<Lookup<Arc<Origin>, Vec<Idle>>>,
 }
 
 struct Idle {

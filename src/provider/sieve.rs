@@ -13,6 +13,8 @@ use crate::provider::usage::Counts;
 
 /// More of one usage than this is not kept.
 const LONGEST: usize = 16 * 1024;
+/// Most have less than this.
+const USUAL: usize = 512;
 /// Longer keys are none of ours.
 const LONGEST_KEY: usize = 40;
 
@@ -122,12 +124,14 @@ impl Sieve {
                 self.in_key = std::mem::take(&mut self.at_key) && (1..=2).contains(&level) && self.capturing.is_none();
                 if self.in_key {
                     self.key.clear();
+                    self.key.reserve(LONGEST_KEY + 1);
                 }
             }
             b'{' => {
                 if self.capturing.is_none() && self.is_usage() {
                     self.capturing = Some(self.depth);
                     self.captured.clear();
+                    self.captured.reserve(USUAL);
                 }
                 self.open(true);
             }

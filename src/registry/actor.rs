@@ -1,11 +1,11 @@
 //! The actor that changes things and keeps them on disk, and the handle callers hold.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use actix::prelude::*;
-use parking_lot::RwLock;
+use arc_swap::ArcSwap;
 use serde_json::Value;
 use tracing::{error, info, warn};
 
@@ -13,7 +13,7 @@ use super::admin::gateways;
 use super::book::Book;
 use super::folder::Folder;
 use super::view::{AccountView, DEFAULT, FixedView, Gateway, View};
-use crate::base::{AccountId, Error, Millis, Result};
+use crate::base::{AccountId, Error, Lookup, Millis, Result};
 use crate::config::gateway::Fixed;
 use crate::vault::seal::Sealer;
 
@@ -24,7 +24,7 @@ const MAILBOX: usize = 1024;
 #[derive(Clone)]
 pub struct Registry {
     addr: Addr<RegistryActor>,
-    view: Arc<RwLock<Arc<View>>>,
+    view: Arc<ArcSwap<View>>,
 }
 
 /// What an edit has at hand.
@@ -54,7 +54,7 @@ impl Registry {
         for (account, reason) in &found.broken {
             error!(account, reason, "an account's registry cannot be read; it is left alone and cannot be changed");
         }
-        let mut accounts = HashMap::new();
+        let mut accounts = Lookup::default();
         for (account, mut book) in found.books {
             if let Some(folder) = &folder {
                 renew(folder, &account, &mut book, &sealer);
@@ -63,7 +63,7 @@ impl Registry {
         }
         info!(accounts = accounts.len(), gateways = fixed.gateways.len(), "registry read");
         let fixed = Arc::new(FixedView::new(fixed, Millis::now())?);
-        let view = Arc::new(RwLock::new(Arc::new(View { fixed, accounts })));
+        let view = Arc::new(ArcSwap::from_pointee(View { fixed, accounts }));
         let shared = view.clone();
         let addr = RegistryActor::start_in_arbiter(&Arbiter::new().handle(), move |ctx| {
             ctx.set_mailbox_capacity(MAILBOX);
@@ -74,7 +74,7 @@ impl Registry {
 
     /// What is in force now.
     pub fn view(&self) -> Arc<View> {
-        self.view.read().clone()
+        self.view.load_full()
     }
 
     /// Puts what the file says now in force, for calls from now on.
@@ -87,8 +87,8 @@ impl Registry {
             return Ok(());
         }
         let fixed = Arc::new(FixedView::new(fixed, Millis::now())?);
-        let mut view = self.view.write();
-        *view = Arc::new(View { fixed, accounts: view.accounts.clone() });
+        // Beside the actor, which may put an account in force at the same moment: neither undoes what the other does.
+        self.view.rcu(|view| View { fixed: fixed.clone(), accounts: view.accounts.clone() });
         Ok(())
     }
 
@@ -152,7 +152,7 @@ struct RegistryActor {
     folder: Option<Folder>,
     broken: BTreeMap<String, String>,
     sealer: Sealer,
-    view: Arc<RwLock<Arc<View>>>,
+    view: Arc<ArcSwap<View>>,
 }
 
 impl Actor for RegistryActor {
@@ -173,7 +173,7 @@ impl Handler<Change> for RegistryActor {
 
     fn handle(&mut self, Change { account, edit, durable }: Change, _: &mut Context<Self>) -> Result<Value> {
         let name = account.as_str();
-        let current = self.view.read().clone();
+        let current = self.view.load_full();
         let before = current.accounts.get(name).map(Arc::as_ref);
         let mut book = before.map(|account| account.book.clone()).unwrap_or_default();
         let value = edit(&mut book, &Bench { account: name, sealer: &self.sealer, now: Millis::now() })?;
@@ -186,10 +186,11 @@ impl Handler<Change> for RegistryActor {
             Err(error) => warn!(account = name, %error, "kept in memory only"),
         }
         let compiled = Arc::new(AccountView::new(name, book, before, &self.sealer));
-        let mut view = self.view.write();
-        let mut accounts = view.accounts.clone();
-        accounts.insert(name.to_owned(), compiled);
-        *view = Arc::new(View { fixed: view.fixed.clone(), accounts });
+        self.view.rcu(|view| {
+            let mut accounts = view.accounts.clone();
+            accounts.insert(name.to_owned(), compiled.clone());
+            View { fixed: view.fixed.clone(), accounts }
+        });
         Ok(value)
     }
 }

@@ -6,7 +6,6 @@
 //! Where both have something of one name, the file's counts. One exception: a key that an account has stored goes before a key of the
 //! file that is everybody's.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,7 +13,7 @@ use serde_json::{Map, Value};
 use tracing::error;
 
 use super::book::{Book, GatewayRecord, KeyRecord, ProviderRecord, RouteRecord, header_name, setting_name};
-use crate::base::{AccountId, Error, Millis, Result, Secret};
+use crate::base::{AccountId, Error, Lookup, Millis, Result, Secret};
 use crate::config::gateway::{
     Action, CUSTOM, Fixed, FixedGateway, FixedProvider, Settings, Sides, Timeouts, canonical, each_secret,
 };
@@ -28,7 +27,7 @@ pub(super) const DEFAULT: &str = "default";
 /// All that was told, at one moment.
 pub struct View {
     pub(super) fixed: Arc<FixedView>,
-    pub(super) accounts: HashMap<String, Arc<AccountView>>,
+    pub(super) accounts: Lookup<String, Arc<AccountView>>,
 }
 
 /// A gateway, ready to serve.
@@ -97,10 +96,10 @@ pub struct DeployedRoute {
 pub(super) struct FixedView {
     pub written: Fixed,
     pub since: Millis,
-    gateways: HashMap<String, Vec<Owned<Gateway>>>,
-    customs: HashMap<String, Vec<Owned<CustomProvider>>>,
-    providers: HashMap<String, Vec<Owned<FixedProvider>>>,
-    keys: HashMap<String, Vec<Owned<StoredKey>>>,
+    gateways: Lookup<String, Vec<Owned<Gateway>>>,
+    customs: Lookup<String, Vec<Owned<CustomProvider>>>,
+    providers: Lookup<String, Vec<Owned<FixedProvider>>>,
+    keys: Lookup<String, Vec<Owned<StoredKey>>>,
 }
 
 /// Somebody's, or everybody's.
@@ -110,16 +109,16 @@ type Owned<T> = (Option<AccountId>, Arc<T>);
 #[derive(Default)]
 pub(super) struct AccountView {
     pub book: Book,
-    gateways: HashMap<String, Arc<Gateway>>,
-    parts: HashMap<String, Parts>,
-    customs: HashMap<String, Arc<CustomProvider>>,
+    gateways: Lookup<String, Arc<Gateway>>,
+    parts: Lookup<String, Parts>,
+    customs: Lookup<String, Arc<CustomProvider>>,
 }
 
 /// What belongs to a gateway, wherever that is written.
 #[derive(Default)]
 struct Parts {
-    keys: HashMap<String, Vec<Arc<StoredKey>>>,
-    routes: HashMap<String, Arc<DeployedRoute>>,
+    keys: Lookup<String, Vec<Arc<StoredKey>>>,
+    routes: Lookup<String, Arc<DeployedRoute>>,
 }
 
 impl View {
@@ -197,7 +196,7 @@ impl View {
 }
 
 /// An account's own before everybody's.
-fn pick<'a, T>(all: &'a HashMap<String, Vec<Owned<T>>>, name: &str, account: &str) -> Option<&'a Arc<T>> {
+fn pick<'a, T>(all: &'a Lookup<String, Vec<Owned<T>>>, name: &str, account: &str) -> Option<&'a Arc<T>> {
     let list = all.get(name)?;
     let own = list.iter().find(|(owner, _)| owner.as_ref().is_some_and(|owner| owner.as_str() == account));
     own.or_else(|| list.iter().find(|(owner, _)| owner.is_none())).map(|(_, found)| found)
@@ -240,10 +239,10 @@ impl FixedView {
     pub(super) fn new(written: Fixed, since: Millis) -> Result<Self> {
         let mut view = Self {
             since,
-            gateways: HashMap::new(),
-            customs: HashMap::new(),
-            providers: HashMap::new(),
-            keys: HashMap::new(),
+            gateways: Lookup::default(),
+            customs: Lookup::default(),
+            providers: Lookup::default(),
+            keys: Lookup::default(),
             written,
         };
         let mut problems = Vec::new();

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use arc_swap::ArcSwap;
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
@@ -17,7 +17,7 @@ pub mod seal;
 
 /// The tokens in force. Cheap to clone; a reload replaces the snapshot for everyone.
 #[derive(Clone)]
-pub struct Vault(Arc<RwLock<Auth>>);
+pub struct Vault(Arc<ArcSwap<Auth>>);
 
 /// Who a request comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,12 +42,12 @@ impl Caller {
 impl Vault {
     /// Begins with a first set of tokens.
     pub fn new(auth: Auth) -> Self {
-        Self(Arc::new(RwLock::new(auth)))
+        Self(Arc::new(ArcSwap::from_pointee(auth)))
     }
 
     /// Puts another set of tokens in force, for requests from now on.
     pub fn replace(&self, auth: Auth) {
-        *self.0.write() = auth;
+        self.0.store(Arc::new(auth));
     }
 
     /// Says who is calling with `token`, on a path that names the account `named` (or none).
@@ -60,7 +60,7 @@ impl Vault {
     /// # Errors
     /// [`Kind::Unauthorized`] in every other case; which one is for the log, not for the caller.
     pub fn admit(&self, token: Option<&str>, named: Option<&str>, now: Millis) -> Result<Caller> {
-        let auth = self.0.read();
+        let auth = self.0.load();
         let found = token.and_then(|token| find(&auth.tokens, token));
         let Some(found) = found else {
             return match &auth.anonymous {

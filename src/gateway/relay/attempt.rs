@@ -6,7 +6,6 @@
 //!                        '---------------------------------------------'
 
 use std::collections::VecDeque;
-use std::fmt::Write;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -66,12 +65,15 @@ pub(super) struct Trail {
 }
 
 impl Trail {
-    pub(super) fn note(&mut self, target: &Target, what: impl std::fmt::Display) {
+    pub(super) fn note(&mut self, target: &Target, what: &str) {
         // A caller's model names are not trusted with a header's length.
         if self.text.len() < 1024 {
-            let gap = if self.text.is_empty() { "" } else { ", " };
-            let model: String = target.model.chars().filter(char::is_ascii_graphic).take(96).collect();
-            let _ = write!(self.text, "{gap}{}/{model}={what}", target.provider);
+            self.text.push_str(if self.text.is_empty() { "" } else { ", " });
+            self.text.push_str(&target.provider);
+            self.text.push('/');
+            self.text.extend(target.model.chars().filter(char::is_ascii_graphic).take(96));
+            self.text.push('=');
+            self.text.push_str(what);
         }
     }
 }
@@ -168,7 +170,7 @@ impl Relay {
                     counts.answered.inc();
                     counts.first_byte.observe(taken.as_secs_f64());
                     self.parts.fallback.settle(&watched, pass, Outcome::Answered, now);
-                    trail.note(&step.target, begun.status.as_u16());
+                    trail.note(&step.target, begun.status.as_str());
                     return Ok(begun.billed(bill).signed(step, trail));
                 }
                 Ok(mut begun) => {
@@ -178,7 +180,7 @@ impl Relay {
                     let class = classify(fallback::Failure::Answer { status, head: &body });
                     let header = |name: &str| begun.headers.get(name).and_then(|value| value.to_str().ok());
                     let asked_ms = fallback::retry_after_ms(header, now);
-                    trail.note(&step.target, status);
+                    trail.note(&step.target, begun.status.as_str());
                     if let (401, Way::Upstream { sign, .. }) = (status, &step.way) {
                         self.forget_token(sign);
                     }
@@ -199,7 +201,7 @@ impl Relay {
                     (class(&fault), None, Err(no_answer(&step.target, &fault)))
                 }
             };
-            metrics.upstream_attempts.with_label_values(&[provider, class.as_str()]).inc();
+            metrics.upstream_attempts.common().with_label_values(&[provider, class.as_str()]).inc();
             // A caller's own bad key says nothing of the target.
             let theirs = matches!(class, Class::Credential | Class::Billing) && !step.stored_key;
             let told = if theirs { Outcome::Abandoned } else { Outcome::Failed(class) };
@@ -241,13 +243,14 @@ impl Relay {
         if again {
             windows.retain(|window| window.counts != Counts::Requests);
         }
+        let tariff = metering.tariffs.find(provider, model).filter(|_| !is_local);
         let (mut tokens, mut cost) = (0, Neurons::ZERO);
         if windows.iter().any(|window| window.counts != Counts::Requests) {
             let most = ask.most();
             tokens = u64::from(most.total_tokens());
             let listed = match is_local {
                 true => config.catalog.resolve(model).map(|entry| entry.price.charge(&most)),
-                false => metering.tariffs.charge(provider, model, &most),
+                false => tariff.map(|tariff| tariff.charge(&most)),
             };
             // What has no price may cost something all the same: a budget that is used up lets it not through either.
             cost = listed.unwrap_or_default().max(Neurons::from_micro(1));
@@ -282,7 +285,7 @@ impl Relay {
             custom: ask.options.custom_cost,
             pricing: match is_local {
                 true => Pricing::Local(Tally::default()),
-                false => Pricing::Listed(metering.tariffs.clone()),
+                false => Pricing::Listed(tariff.copied()),
             },
             stored_key: step.stored_key,
             asked: ask.body.len(),
@@ -466,8 +469,9 @@ impl Begun {
     }
 
     fn signed(mut self, step: &Step, trail: &Trail) -> Self {
+        let mut values = headers::Values::with_capacity(128);
         let mut say = |name: &HeaderName, value: &str| {
-            if let Ok(value) = HeaderValue::from_str(value) {
+            if let Some(value) = values.make(value) {
                 self.headers.insert(name, value);
             }
         };

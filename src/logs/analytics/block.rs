@@ -8,8 +8,7 @@
 //! are their places in that list from 1, and 0 is `other`. Reading takes no copy: a line's sketches stay bytes until somebody
 //! wants them. Knows nothing of time and files; that the bytes are whole is the segment's to say.
 
-use std::collections::HashMap;
-
+use crate::base::Lookup;
 use crate::logs::analytics::codec::{put, put_bytes, take, take_bytes};
 use crate::logs::analytics::table::{Counts, Key, NAMES, Names, OTHER, Row};
 
@@ -32,8 +31,8 @@ pub(super) struct Line<'a> {
 }
 
 /// Writes a block of these rows, with those names that they use.
-pub(super) fn encode(names: &Names, rows: &HashMap<Key, Row>) -> Vec<u8> {
-    let mut places: HashMap<u32, u64> = HashMap::from([(OTHER, 0)]);
+pub(super) fn encode(names: &Names, rows: &Lookup<Key, Row>) -> Vec<u8> {
+    let mut places: Lookup<u32, u64> = Lookup::from_iter([(OTHER, 0)]);
     let (mut texts, mut lines, mut bins) = (Vec::new(), Vec::new(), Vec::new());
     for (key, row) in rows {
         for name in key.names {

@@ -7,9 +7,9 @@
 //! So the sums of an account, its error and hit rates stay exact however many models its callers make up. Where even accounts
 //! are too many, theirs is `other` as well. Knows nothing of time and files.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::base::Lookup;
 use crate::logs::analytics::block::{Block, encode};
 use crate::logs::analytics::sketch::Sketch;
 use crate::logs::record::{CacheUse, Record};
@@ -55,13 +55,13 @@ impl Key {
 /// Texts by number and numbers by text.
 #[derive(Debug)]
 pub(super) struct Names {
-    numbers: HashMap<Arc<str>, u32>,
+    numbers: Lookup<Arc<str>, u32>,
     texts: Vec<Arc<str>>,
 }
 
 impl Default for Names {
     fn default() -> Self {
-        Self { numbers: HashMap::new(), texts: vec!["other".into()] }
+        Self { numbers: Lookup::default(), texts: vec!["other".into()] }
     }
 }
 
@@ -183,7 +183,7 @@ impl Row {
 #[derive(Default, Debug)]
 pub(super) struct Table {
     names: Names,
-    rows: HashMap<Key, Row>,
+    rows: Lookup<Key, Row>,
 }
 
 impl Table {

@@ -95,6 +95,10 @@ impl Inner {
         state.frozen = None;
         state.sealed.extend(sealed.map(|sealed| (memory.number, Arc::new(sealed))));
         writer.is_sealing = false;
+        if let Some(Memory { mut entries, .. }) = Arc::into_inner(memory) {
+            entries.clear();
+            writer.spare = entries;
+        }
         self.settled.notify_all();
         Ok(())
     }

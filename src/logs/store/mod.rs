@@ -47,7 +47,7 @@ mod sums;
 #[cfg(test)]
 pub(in crate::logs) mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
@@ -58,7 +58,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
-use crate::base::{AccountId, Error, LogId, Result};
+use crate::base::{AccountId, Error, LogId, Lookup, Result};
 use crate::logs::query::Query;
 use crate::logs::record::{Body, Record};
 use crate::store::{Segment, sync_names};
@@ -162,12 +162,14 @@ struct Writer {
     is_new: bool,
     is_sealing: bool,
     is_ending: bool,
+    /// The entries of the last segment that was sealed, emptied: the next one has their room and need not ask the system for its own.
+    spare: Vec<memory::Entry>,
 }
 
 #[derive(Default)]
 struct State {
     scopes: Vec<Scope>,
-    names: HashMap<(AccountId, Arc<str>), u32>,
+    names: Lookup<(AccountId, Arc<str>), u32>,
     sealed: BTreeMap<u32, Arc<Sealed>>,
     /// Full, and about to become the last of the sealed ones.
     frozen: Option<Arc<Memory>>,
@@ -345,7 +347,7 @@ impl Inner {
         rows: &mut Vec<(u32, LogId, &'a Record)>,
         appended: &mut Appended,
     ) {
-        let mut room: HashMap<u32, u64> = HashMap::new();
+        let mut room: Lookup<u32, u64> = Lookup::default();
         let mut last: Option<(u32, &Record)> = None;
         let mut state = self.state.write();
         for record in records.iter().map(Deref::deref) {
@@ -429,7 +431,8 @@ impl Inner {
         let full = std::mem::replace(&mut writer.log, log);
         writer.unsynced.push(full.file()?);
         let mut state = self.state.write();
-        let full = std::mem::replace(&mut state.open, Memory::new(number));
+        let entries = std::mem::take(&mut writer.spare);
+        let full = std::mem::replace(&mut state.open, Memory { entries, ..Memory::new(number) });
         state.frozen = Some(Arc::new(full));
         writer.is_sealing = true;
         self.full.notify_one();

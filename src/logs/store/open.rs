@@ -43,6 +43,7 @@ pub(super) fn open(settings: Settings) -> Result<Inner> {
         is_dirty: false,
         is_new: false,
         is_sealing: false,
+        spare: Vec::new(),
         is_ending: false,
     };
     Ok(Inner {

@@ -112,7 +112,7 @@ async fn a_hang_up_before_the_first_token_reaches_the_upstream_on_every_surface(
 
 async fn hang_up(fake: &str, after: usize) {
     let rig = Rig::start();
-    let calls = |outcome: &str| rig.daemon.services.metrics.gateway_calls.with_label_values(&[outcome]).get();
+    let calls = |outcome: &str| rig.calls(outcome);
     let mut recorded = 0;
     for surface in surfaces() {
         let name = format!("{fake}, {}", surface.name);
@@ -204,7 +204,7 @@ async fn a_hang_up_frees_the_engines_slot_and_its_reservation() {
 #[actix_web::test]
 async fn an_upstream_reset_after_four_chunks_is_told_on_every_surface_and_not_kept() {
     let rig = Rig::start();
-    let calls = |outcome: &str| rig.daemon.services.metrics.gateway_calls.with_label_values(&[outcome]).get();
+    let calls = |outcome: &str| rig.calls(outcome);
     for (at, surface) in surfaces().into_iter().enumerate() {
         let name = surface.name;
         let ask = || surface.request(&rig).header("cf-aig-cache-ttl", "60");
@@ -358,10 +358,9 @@ async fn usage_in_every_shape_counts_the_same_streamed_or_not() {
         same(messages, other("google-ai-studio/m")),
     ];
     let counted = || {
-        let tokens = &rig.daemon.services.metrics.upstream_tokens;
         let providers =
             ["openai", "azure-openai", "mistral", "groq", "anthropic", "cohere", "google-ai-studio", "aws-bedrock"];
-        let sum = |kind: &str| providers.map(|provider| tokens.with_label_values(&[provider, kind]).get()).iter().sum();
+        let sum = |kind: &str| providers.map(|provider| rig.tokens(provider, kind)).iter().sum();
         ["prompt", "cached", "completion"].map(sum)
     };
     let mut wrong = Vec::new();

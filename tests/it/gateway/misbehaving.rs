@@ -256,7 +256,7 @@ async fn seen(way: Way, fake: &str, stream: bool) -> String {
         _ => "failed",
     };
     for name in ["done", "failed", "cancelled", "refused"] {
-        let count = rig.daemon.services.metrics.gateway_calls.with_label_values(&[name]).get();
+        let count = rig.calls(name);
         if count != u64::from(name == record) {
             text += &format!("; {count} calls recorded as {name}");
         }

@@ -99,10 +99,20 @@ impl Rig {
         request
     }
 
+    /// Calls that ended so.
+    pub fn calls(&self, outcome: &str) -> u64 {
+        self.daemon.metric(&format!("neurond_gateway_calls_total{{outcome=\"{outcome}\"}}")) as u64
+    }
+
+    /// Tokens of a kind that a provider is said to have used.
+    pub fn tokens(&self, provider: &str, kind: &str) -> u64 {
+        self.daemon.metric(&format!("neurond_upstream_tokens_total{{kind=\"{kind}\",provider=\"{provider}\"}}")) as u64
+    }
+
     /// Waits until nothing is left over of the calls so far.
     pub async fn is_clean(&self) {
-        let metrics = &self.daemon.services.metrics;
-        self.daemon.eventually("every call has ended", |_| metrics.gateway_in_flight.get() == 0).await;
+        let has_ended = |daemon: &Daemon| daemon.metric("neurond_gateway_in_flight") == 0.0;
+        self.daemon.eventually("every call has ended", has_ended).await;
         let began = std::time::Instant::now();
         loop {
             let stats = self.daemon.services.relays.cache.stats().await;

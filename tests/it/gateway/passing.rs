@@ -208,7 +208,7 @@ async fn hanging_up_reaches_the_upstream_before_and_after_the_first_byte() {
         assert_eq!(cut.len(), 1, "{path}");
         rig.is_clean().await;
     }
-    let cancelled = rig.daemon.services.metrics.gateway_calls.with_label_values(&["cancelled"]).get();
+    let cancelled = rig.calls("cancelled");
     assert!(cancelled >= 3, "each is counted as what it is: {cancelled}");
 }
 
@@ -227,7 +227,7 @@ async fn a_stream_that_breaks_off_says_so_and_never_says_done() {
         );
     }
     rig.is_clean().await;
-    assert_eq!(rig.daemon.services.metrics.gateway_calls.with_label_values(&["failed"]).get(), 2);
+    assert_eq!(rig.calls("failed"), 2);
 }
 
 #[actix_web::test]
@@ -285,8 +285,7 @@ async fn redirects_are_handed_on_and_private_addresses_refused() {
 async fn usage_is_counted_whatever_shape_it_has_even_compressed() {
     let rig = Rig::start();
     let counted = |kind: &str| {
-        let tokens = &rig.daemon.services.metrics.upstream_tokens;
-        ["openai", "anthropic"].map(|provider| tokens.with_label_values(&[provider, kind]).get())
+        ["openai", "anthropic"].map(|provider| rig.tokens(provider, kind))
     };
     let plain = Answer::of(rig.chat(&[], &question("one two three"))).await;
     let usage: Value = serde_json::from_str(&plain.text).unwrap();

@@ -114,7 +114,7 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
         let (open, sockets, threads) = (rig.upstream.open(), sockets(), threads());
         let clean = at_rest(&rig)
             && open <= KEPT
-            && metrics.http_in_flight.get() == 0
+            && rig.daemon.metric("neurond_http_in_flight") == 0.0
             && sockets <= sockets_before + 2 * open
             && threads <= threads_before;
         let (waiting, clients) = (metrics.upstream_idle.get(), metrics.http_connections.get());
@@ -133,7 +133,7 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
     assert!(health.iter().all(|target| target.rest != neurond::fallback::Rest::Probing), "a probe is lost: {health:?}");
     let ended: u64 = ["done", "failed", "cancelled", "refused"]
         .iter()
-        .map(|outcome| metrics.gateway_calls.with_label_values(&[outcome]).get())
+        .map(|outcome| rig.calls(outcome))
         .sum();
     let calls = (AT_ONCE + CALLS - total[2]) as u64..=(AT_ONCE + CALLS) as u64;
     assert!(calls.contains(&ended), "one record a call: {ended}, not {calls:?}");
