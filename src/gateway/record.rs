@@ -409,9 +409,13 @@ const CALLER_LEFT: u16 = 499;
 
 /// The path at the provider, of one of the gateway's own addresses; any other as it is. Without its query.
 fn path_of(endpoint: &str) -> &str {
-    let path = endpoint.split('?').next().unwrap_or_default();
+    let end = memchr::memchr(b'?', endpoint.as_bytes()).unwrap_or(endpoint.len());
+    let path = &endpoint[..end];
     // /v1/ACCOUNT/GATEWAY/PROVIDER/…
-    let own = path.strip_prefix("/v1/").and_then(|rest| rest.splitn(4, '/').nth(3));
+    let own = path.strip_prefix("/v1/").and_then(|rest| {
+        let third = memchr::memchr_iter(b'/', rest.as_bytes()).nth(2)?;
+        Some(&rest[third + 1..])
+    });
     own.unwrap_or(path)
 }
 

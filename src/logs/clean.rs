@@ -1,9 +1,12 @@
 //! Records as they may be kept: bodies that read as what they are, and no secrets.
 //!
-//! An answer that a cache gives again and again is the same bytes in each of its records. What it came to is remembered for as long as a
-//! batch is taken in, by where it lies.
+//! An answer that a cache gives again and again is the same bytes in each of its records, and whoever asks for it says the same words. What
+//! they came to is remembered for as long as a batch is taken in: of an answer by where it lies, of a question by what it says.
 
+use std::hash::BuildHasher;
 use std::io::Read;
+
+use bytes::Bytes;
 
 use super::redact::Redactor;
 use crate::base::Lookup;
@@ -17,8 +20,18 @@ const MOST: usize = 256;
 /// Cleans the records of a batch.
 pub(super) struct Cleaner<'a> {
     redactor: &'a Redactor,
-    /// By where they begin, and how long they are.
-    known: Lookup<(usize, usize), Known>,
+    known: Lookup<Place, Known>,
+    /// Path and user agent of the last record that had nothing but these, and nothing in them.
+    clean: Option<(Box<str>, Option<Box<str>>)>,
+}
+
+/// What bodies are remembered by. Those of one place need not be the same.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Place {
+    /// Where it begins, and its length.
+    Memory(usize, usize),
+    /// A hash of all of it.
+    Text(u64),
 }
 
 /// A body that others have too.
@@ -31,26 +44,48 @@ struct Known {
 
 impl<'a> Cleaner<'a> {
     pub(super) fn new(redactor: &'a Redactor) -> Self {
-        Self { redactor, known: Lookup::default() }
+        Self { redactor, known: Lookup::default(), clean: None }
     }
 
     /// Makes a record one that may be kept.
     pub(super) fn clean(&mut self, record: &mut Record) {
+        let is_hit = record.cache.is_hit();
         let Record { asked, request_content_type, answered, response_content_type, .. } = record;
-        for (body, kind) in [(asked, request_content_type), (answered, response_content_type)] {
-            self.body(body, kind.as_deref().unwrap_or_default());
-        }
-        self.redactor.texts(record);
+        self.body(asked, request_content_type.as_deref().unwrap_or_default(), is_hit);
+        self.body(answered, response_content_type.as_deref().unwrap_or_default(), false);
+        self.texts(record);
     }
 
-    fn body(&mut self, body: &mut Body, kind: &str) {
+    /// All but the bodies. Many calls have the same path and come from the same program.
+    fn texts(&mut self, record: &mut Record) {
+        let is_plain = record.metadata.is_none() && record.event.is_none();
+        let is_known =
+            |(path, agent): &(Box<str>, Option<Box<str>>)| *path == record.path && *agent == record.user_agent;
+        if is_plain && self.clean.as_ref().is_some_and(is_known) {
+            return;
+        }
+        let is_changed = self.redactor.texts(record);
+        if is_plain && !is_changed {
+            self.clean = Some((record.path.clone(), record.user_agent.clone()));
+        }
+    }
+
+    /// A body that `is_said_again` is likely to be so in this batch.
+    fn body(&mut self, body: &mut Body, kind: &str, is_said_again: bool) {
         // Most bodies are of one call only.
-        if body.kept.is_empty() || body.kept.is_unique() {
+        if body.kept.is_empty() || (!is_said_again && body.kept.is_unique()) {
             return self.make(body, kind);
         }
-        let place = (body.kept.as_ptr() as usize, body.kept.len());
+        let place = match is_said_again {
+            true => Place::Text(self.known.hasher().hash_one(&body.kept[..])),
+            false => Place::Memory(body.kept.as_ptr() as usize, body.kept.len()),
+        };
         match self.known.get(&place) {
-            Some(known) if known.was.size == body.size && *known.kind == *kind => *body = known.is.clone(),
+            Some(Known { was, kind: known, is })
+                if was.size == body.size && **known == *kind && are_same(&was.kept, &body.kept) =>
+            {
+                *body = is.clone();
+            }
             Some(_) => self.make(body, kind),
             None => {
                 let was = body.clone();
@@ -67,6 +102,10 @@ impl<'a> Cleaner<'a> {
         drop_unreadable(body, kind);
         self.redactor.clean(body, kind);
     }
+}
+
+fn are_same(one: &Bytes, other: &Bytes) -> bool {
+    (one.as_ptr() == other.as_ptr() && one.len() == other.len()) || one == other
 }
 
 /// A compressed body as it reads: what is in it is to be found, by who looks for it and by who takes secrets out of it.
@@ -105,6 +144,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
+    use crate::logs::record::CacheUse;
     use crate::logs::redact::Rules;
     use crate::logs::store::tests::record;
 
@@ -181,13 +221,38 @@ mod tests {
     }
 
     #[test]
+    fn what_is_asked_again_is_cleaned_once_and_texts_whose_like_was_clean_are_not_looked_at() {
+        let redactor = Redactor::new(&Rules::default()).unwrap();
+        let mut cleaner = Cleaner::new(&redactor);
+        let mut clean = |asked: &str, cache: CacheUse, path: &str| {
+            let mut record = record(1_700_000_000_000, 1);
+            record.asked = Body { kept: asked.to_owned().into(), size: asked.len() as u64 };
+            (record.cache, record.path, record.event, record.metadata) = (cache, path.into(), None, None);
+            cleaner.clean(&mut record);
+            (record.asked.kept, record.path)
+        };
+        let (hit, miss) = (CacheUse::Hit, CacheUse::Miss);
+        let (first, _) = clean(r#"{"to":"ann@example.com"}"#, hit, "v1/x");
+        let (again, _) = clean(r#"{"to":"ann@example.com"}"#, hit, "v1/x");
+        let (other, _) = clean(r#"{"to":"bob@example.com"}"#, hit, "v1/x");
+        let (new, path) = clean(r#"{"to":"ann@example.com"}"#, miss, "v1/key=sk-abcdefghijklmnopqrstuvwxyz123456");
+        for one in [&first, &again, &other, &new] {
+            assert_eq!(one, &r#"{"to":"[REDACTED:email]"}"#);
+        }
+        assert_eq!(again.as_ptr(), first.as_ptr());
+        assert!(other.as_ptr() != first.as_ptr() && new.as_ptr() != first.as_ptr());
+        assert!(!path.contains("sk-abc"), "{path}");
+        assert_eq!(&*clean("{}", hit, "v1/x").1, "v1/x");
+    }
+
+    #[test]
     fn a_shared_body_is_inflated_once_and_one_of_its_own_is_not_remembered() {
         let redactor = Redactor::new(&Rules::default()).unwrap();
         let answer = Bytes::from(packed("write to ann@example.com"));
         let mut cleaner = Cleaner::new(&redactor);
         let mut clean = |kept: Bytes| {
             let mut body = Body { size: kept.len() as u64, kept };
-            cleaner.body(&mut body, "application/json");
+            cleaner.body(&mut body, "application/json", false);
             (body.kept, cleaner.known.len())
         };
         let ((first, _), (second, known)) = (clean(answer.clone()), clean(answer.clone()));

@@ -1,16 +1,16 @@
 //! The thread that takes records in, and the handle by which calls give them to it.
 //!
 //! ```text
-//!   append ─> queue ─ 5 ms ─> batch: observe, clean ─> store.append, ship.append, trace.append
+//!   append ─> queue ─ 10 ms ─> batch: observe, clean ─> store.append, ship.append, trace.append
 //! ```
 //!
-//! It sleeps while records gather, so that a busy gateway wakes it two hundred times a second and not for each call.
+//! It sleeps while records gather, so that a busy gateway wakes it a hundred times a second and not for each call.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -31,7 +31,7 @@ const QUEUE: usize = 1 << 16;
 /// Bytes of bodies that wait at most; beyond it records go without bodies, and are counted.
 const QUEUE_BYTES: usize = 256 << 20;
 /// How long records gather.
-const GATHER: Duration = Duration::from_millis(5);
+const GATHER: Duration = Duration::from_millis(10);
 /// Records that are taken in at once.
 const BATCH: usize = 4096;
 /// How often what is due by time is done while no records come.
@@ -238,7 +238,7 @@ struct Writer {
 
 impl Writer {
     fn run(mut self) {
-        let mut batch = Vec::new();
+        let (mut batch, mut shown) = (Vec::new(), Instant::now());
         loop {
             let mut message = match self.records.recv_timeout(TICK) {
                 Ok(message) => {
@@ -269,7 +269,10 @@ impl Writer {
                 }
             }
             self.take_in(&mut batch);
-            self.show();
+            if shown.elapsed() >= TICK {
+                self.show();
+                shown = Instant::now();
+            }
         }
     }
 

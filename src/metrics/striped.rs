@@ -133,7 +133,8 @@ mod tests {
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&registry.gather(), &mut text).unwrap();
-        let lines: Vec<&str> = std::str::from_utf8(&text).unwrap().lines().filter(|line| !line.starts_with('#')).collect();
+        let lines: Vec<&str> =
+            std::str::from_utf8(&text).unwrap().lines().filter(|line| !line.starts_with('#')).collect();
         assert_eq!(
             lines,
             [

@@ -284,9 +284,7 @@ async fn redirects_are_handed_on_and_private_addresses_refused() {
 #[actix_web::test]
 async fn usage_is_counted_whatever_shape_it_has_even_compressed() {
     let rig = Rig::start();
-    let counted = |kind: &str| {
-        ["openai", "anthropic"].map(|provider| rig.tokens(provider, kind))
-    };
+    let counted = |kind: &str| ["openai", "anthropic"].map(|provider| rig.tokens(provider, kind));
     let plain = Answer::of(rig.chat(&[], &question("one two three"))).await;
     let usage: Value = serde_json::from_str(&plain.text).unwrap();
     let (prompt, completion) =

@@ -131,10 +131,7 @@ async fn ten_thousand_calls_with_faults_end_once_each_and_leave_nothing() {
     rig.is_clean().await;
     let health = rig.daemon.services.relays.fallback.health(neurond::base::Millis::now()).await.unwrap();
     assert!(health.iter().all(|target| target.rest != neurond::fallback::Rest::Probing), "a probe is lost: {health:?}");
-    let ended: u64 = ["done", "failed", "cancelled", "refused"]
-        .iter()
-        .map(|outcome| rig.calls(outcome))
-        .sum();
+    let ended: u64 = ["done", "failed", "cancelled", "refused"].iter().map(|outcome| rig.calls(outcome)).sum();
     let calls = (AT_ONCE + CALLS - total[2]) as u64..=(AT_ONCE + CALLS) as u64;
     assert!(calls.contains(&ended), "one record a call: {ended}, not {calls:?}");
 }
