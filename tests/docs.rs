@@ -399,6 +399,10 @@ fn series() -> Vec<Series> {
         (".gauges(", "gauge"),
         (".histogram(", "histogram"),
         (".histograms(", "histogram"),
+        (".striped_counters(", "counter"),
+        (".striped_gauge(", "gauge"),
+        (".striped_histogram(", "histogram"),
+        (".striped_histograms(", "histogram"),
     ] {
         for (at, _) in METRICS.match_indices(method) {
             let call = METRICS[at + method.len()..].trim_start();

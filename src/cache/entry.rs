@@ -7,8 +7,9 @@
 //!
 //! In memory the frame is one block: headers and body are slices of it, and so are the chunks that a stream is replayed in.
 
-use std::sync::Arc;
+use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
@@ -20,7 +21,7 @@ const VERSION: u8 = 1;
 /// What an entry takes beside its bytes, in the index and in the view: an estimate.
 const OVERHEAD: u64 = 1024;
 /// The same for a header.
-const HEADER_OVERHEAD: u64 = 96;
+const HEADER_OVERHEAD: u64 = 192;
 
 /// How an answer begins.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -104,6 +105,8 @@ pub struct Entry {
     used: AtomicU64,
     /// How many purges there had been when the stamps were last compared.
     pub(super) checked: AtomicU64,
+    /// See [`Entry::read`].
+    read: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Entry {
@@ -141,12 +144,18 @@ impl Entry {
         }
         let (head, ends) = (Arc::new(Head { status, headers }), ends.into_boxed_slice());
         let (used, checked) = (AtomicU64::new(now.0), AtomicU64::new(u64::MAX));
-        Some(Self { record, frame, head, body, ends, used, checked })
+        Some(Self { record, frame, head, body, ends, used, checked, read: OnceLock::new() })
     }
 
     /// Status and headers.
     pub fn head(&self) -> &Arc<Head> {
         &self.head
+    }
+
+    /// The head as whoever serves it has it in its own types: read for the first hit and kept for the others, about as large as the head
+    /// itself. `None` where another type was read before.
+    pub fn read<T: Any + Send + Sync>(&self, read: impl FnOnce(&Head) -> T) -> Option<&T> {
+        self.read.get_or_init(|| Box::new(read(&self.head))).downcast_ref()
     }
 
     /// The whole body.
@@ -288,6 +297,18 @@ mod tests {
             let newer = [&[VERSION + 1], &bytes[1..]].concat();
             assert_eq!(Record::decode(&newer), None);
         }
+    }
+
+    #[test]
+    fn a_head_is_read_once() {
+        let entry = Entry::new(record([None; 2]), &head(&[("etag", "a")]), &[], Millis(1)).unwrap();
+        let reads = std::cell::Cell::new(0);
+        let read = |head: &Head| {
+            reads.set(reads.get() + 1);
+            head.headers.len()
+        };
+        assert_eq!([entry.read(read), entry.read(read)], [Some(&1), Some(&1)]);
+        assert_eq!((reads.get(), entry.read(|_| "another")), (1, None));
     }
 
     #[test]

@@ -64,6 +64,13 @@ impl Headers {
         Self(Vec::with_capacity(count))
     }
 
+    /// The same with room for so many more.
+    pub fn copied(&self, more: usize) -> Self {
+        let mut copy = Self::with_capacity(self.0.len() + more);
+        copy.0.extend_from_slice(&self.0);
+        copy
+    }
+
     /// The first of this name, in small letters.
     pub fn get(&self, name: &str) -> Option<&HeaderValue> {
         self.0.iter().find(|(known, _)| known.as_str() == name).map(|(_, value)| value)

@@ -498,7 +498,10 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
 
 /// An answer out of the cache: as it was, with its chunks where those are events.
 fn hit(entry: Arc<Entry>, words: Words) -> Begun {
-    let (status, headers, saved) = known_head(entry.head());
+    let (status, headers, saved) = match entry.read(known_head) {
+        Some((status, headers, saved)) => (*status, headers.copied(8), *saved),
+        None => known_head(entry.head()),
+    };
     let events = is_events(&headers);
     let source =
         if events { Source::Chunks(Box::new(entry.chunks())) } else { Source::Whole(Some(entry.body().clone())) };
