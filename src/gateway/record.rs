@@ -330,8 +330,9 @@ impl Record {
             attempts: std::mem::take(&mut self.trail).into_boxed_str(),
             why: why.map(Into::into),
             findings: self.flags.iter().map(|flag| Box::from(&*flag.rule)).collect(),
-            asked: std::mem::take(&mut self.asked),
-            answered: Body { kept: answered, size: self.bytes },
+            asked: Body { kept: apart(std::mem::take(&mut self.asked.kept)), size: self.asked.size },
+            // What comes from the cache is there to stay, and known by where it lies.
+            answered: Body { kept: if self.cache.is_hit() { answered } else { apart(answered) }, size: self.bytes },
         })
     }
 
@@ -404,6 +405,14 @@ impl Drop for Record {
     }
 }
 
+/// A body that waits for the log. A short one is a small part of the buffer that its connection read into: kept as it is, it would keep the
+/// whole of it, and each call would read into memory that no cache knows.
+fn apart(body: Bytes) -> Bytes {
+    if body.len() <= SHORT { Bytes::copy_from_slice(&body) } else { body }
+}
+
+/// Bytes up to which a body is copied: about what a connection reads at once.
+const SHORT: usize = 8 << 10;
 /// What nginx calls a request whose caller left before there was an answer.
 const CALLER_LEFT: u16 = 499;
 
