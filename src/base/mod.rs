@@ -18,6 +18,6 @@ pub use secret::Secret;
 pub use time::{Millis, UtcDay};
 pub use trace::{TraceContext, span_id, trace_id};
 
-/// A map that calls look into on their way. Its hash takes a quarter of the standard library's and has a seed of each process's own; it
-/// is for keys that operators choose, that are bounded in number, or hashes themselves.
+/// A map that calls look into on their way. Its hash is quicker than the standard library's and has a seed of each process's own, but does
+/// not promise to withstand who searches for collisions: it is for keys that operators choose, that are few, or hashes themselves.
 pub type Lookup<K, V> = HashMap<K, V, foldhash::fast::RandomState>;

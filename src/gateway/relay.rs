@@ -464,7 +464,14 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
         let attempts = headers.text("cf-aig-attempts");
         record.begun(status, cache, (provider, model), step, attempts, headers.text("content-type"));
     }
-    headers.make_way(record.standing().is_some());
+    let (found, has_limits, has_log) = (record.dlp(), record.standing().is_some(), record.log.is_some());
+    headers.make_way(|name| match name {
+        "cf-aig-cache-status" | "cf-aig-event-id" => true,
+        "cf-aig-log-id" | "cf-aig-request-id" => has_log,
+        "cf-aig-dlp" => found.is_some(),
+        "ratelimit-limit" | "ratelimit-remaining" | "ratelimit-reset" => has_limits,
+        _ => false,
+    });
     let hit = if cache.is_hit() { "HIT" } else { "MISS" };
     headers.append(headers::CACHE_STATUS.clone(), HeaderValue::from_static(hit));
     let mut values = headers::Values::with_capacity(192);
@@ -482,8 +489,8 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
             say(name, values.make(itoa::Buffer::new().format(number)));
         }
     }
-    if let Some(found) = record.dlp() {
-        say(&headers::DLP, values.make(&found));
+    if let Some(found) = &found {
+        say(&headers::DLP, values.make(found));
     }
     let log = record.log.and_then(|log| values.make(log.text(&mut [0; 26])));
     let event = match &record.event {

@@ -6,12 +6,12 @@
 //!
 //! Belongs to the journal's thread: no request waits for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AccountId, KeyId, Lookup, ModelId, Neurons, UtcDay};
+use crate::base::{AccountId, KeyId, ModelId, Neurons, UtcDay};
 use crate::ledger::entry::{Bill, Who};
 
 /// Days that are kept.
@@ -112,7 +112,7 @@ impl Filter {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Rows {
-    days: BTreeMap<UtcDay, Lookup<Who, Row>>,
+    days: BTreeMap<UtcDay, HashMap<Who, Row>>,
     #[serde(skip)]
     count: usize,
     #[serde(skip)]
@@ -123,7 +123,7 @@ impl Rows {
     /// Bounds the table.
     pub(super) fn limit(&mut self, most: usize) {
         self.most = most.max(1);
-        self.count = self.days.values().map(|rows| rows.len()).sum();
+        self.count = self.days.values().map(HashMap::len).sum();
     }
 
     pub(super) fn add(&mut self, bill: &Bill) {

@@ -2,12 +2,13 @@
 //!
 //! Some 200 bytes a record and each distinct text once. When the segment is full, `columns.rs` makes a file of it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::block::{Block, Mark};
-use crate::base::{LogId, Lookup};
+use crate::base::LogId;
 use crate::logs::query::{Number, Text};
 use crate::logs::record::Record;
 
@@ -124,7 +125,7 @@ impl Memory {
 /// The distinct texts of a column.
 #[derive(Default)]
 pub(super) struct Words {
-    codes: Lookup<Arc<str>, u32>,
+    codes: HashMap<Arc<str>, u32>,
     pub(super) list: Vec<Arc<str>>,
     /// The one that was asked for last, which is often the next too.
     last: usize,
