@@ -155,11 +155,10 @@ impl Leases {
         }
     }
 
-    /// Gives back what is not taken, for good.
+    /// Gives back what is not taken, for good, however fast it was taken until now and whoever has waited for it.
     pub(super) fn leave(&mut self) {
         self.parted();
         self.is_leaving = true;
-        self.table.values_mut().for_each(|lease| lease.pace = 0);
     }
 
     /// Looks whether a call may take of a counter; if not, the lease is wanted.
@@ -284,7 +283,7 @@ impl Leases {
         let (taken, grant) = (slot.taken(), slot.grant);
         lease.pace = lease.paced(now, index, taken);
         let is_hungry = lease.told.as_ref().is_some_and(|told| told.index == index && told.is_hungry);
-        let ahead = if is_hungry { 0 } else { lease.pace.saturating_mul(AHEAD) / 1000 };
+        let ahead = if is_hungry || self.is_leaving { 0 } else { lease.pace.saturating_mul(AHEAD) / 1000 };
         let free = grant.saturating_sub(taken);
         let needs = std::mem::take(&mut lease.needs);
         let is_unsure = std::mem::take(&mut lease.is_unsure) && (taken > 0 || grant > 0 || adopts);
@@ -293,7 +292,7 @@ impl Leases {
             ask.need = taken.saturating_add(needs).saturating_sub(ask.keep);
             ask.ahead = ahead;
             lease.fed_until = Millis(now.0.saturating_add(FED));
-        } else if now >= lease.fed_until && free > ahead.saturating_mul(2) {
+        } else if (now >= lease.fed_until || self.is_leaving) && free > ahead.saturating_mul(2) {
             ask.keep = taken.saturating_add(ahead);
             counter.grant(index, ask.keep);
         } else if self.is_up && free < ahead / 2 && now >= lease.dry_until {

@@ -307,6 +307,27 @@ fn an_idle_lease_comes_back_and_leaves_room_for_others() {
 }
 
 #[test]
+fn who_leaves_gives_back_at_once_what_was_leased_for_calls_that_come_fast() {
+    for gap in [1, 30, 150] {
+        let mut world = World::new(1, 1000, Technique::Fixed, Counts::Requests);
+        let mut taken = 0;
+        while taken < 100 {
+            world.now += 1;
+            match world.take(0, 1) {
+                Ok(()) => taken += 1,
+                Err(_) => world.round(0, Fate::Told),
+            }
+        }
+        let leased = |world: &World| world.store.lease(&world.window.id, BEGIN / MINUTE, "a");
+        assert!(leased(&world) > taken, "{} {taken}", leased(&world));
+        world.now += gap;
+        world.daemons[0].book.leases().unwrap().leave();
+        world.round(0, Fate::Told);
+        assert_eq!(leased(&world), taken, "after {gap} ms");
+    }
+}
+
+#[test]
 fn what_a_killed_daemon_had_counts_as_taken_until_the_window_ends() {
     let mut world = World::new(2, 10, Technique::Fixed, Counts::Requests);
     assert_eq!(world.take(0, 1), Err(Denied::Unleased));
