@@ -92,7 +92,61 @@ __device__ __forceinline__ void multiply_add_fp8(float (&d)[4], const uint32_t (
     }
 #endif
 }
+
+// Hopper multiplies for four warps at once, out of shared memory, while they do something else. Only code for that very chip may use
+// what begins with `group_`.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WARPGROUPS
 #endif
+/// An address of shared memory as descriptors have it.
+__device__ __forceinline__ uint32_t shared_address(const void* at) { return (uint32_t)__cvta_generic_to_shared(at); }
+/// What this thread has written into shared memory is there for products of a warpgroup, behind the next barrier.
+__device__ __forceinline__ void group_publish() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+/// Sums and factors in registers are ready: before the first product behind whatever wrote them.
+__device__ __forceinline__ void group_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+/// Waits until all products are done whose sums these are. None may be touched before.
+template <int COUNT>
+__device__ __forceinline__ void group_end(float (&sums)[COUNT][4]) {
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])::"memory");
+}
+#define SUMS_OF_FOUR(at) "+f"(d[at][0]), "+f"(d[at][1]), "+f"(d[at][2]), "+f"(d[at][3])
+#define SUMS_OF_32(at) \
+    SUMS_OF_FOUR(at), SUMS_OF_FOUR(at + 1), SUMS_OF_FOUR(at + 2), SUMS_OF_FOUR(at + 3), SUMS_OF_FOUR(at + 4), SUMS_OF_FOUR(at + 5), \
+        SUMS_OF_FOUR(at + 6), SUMS_OF_FOUR(at + 7)
+/// `d[64, 8 * COUNT] += a[64, 16] * b[16, 8 * COUNT]` of a warpgroup, in bf16 with f32 sums; `fresh`: as if d was 0. Warp w has rows 16w to
+/// 16w + 15 of a and d, each as in `multiply_add`. b lies in shared memory where `descriptor` says: [columns, k] with `ACROSS` false,
+/// [k, columns] with it true.
+template <bool ACROSS>
+__device__ __forceinline__ void group_multiply_add(float (&d)[8][4], const uint32_t (&a)[4], uint64_t descriptor, bool fresh) {
+    asm volatile(
+        "{.reg .pred keep; setp.ne.b32 keep, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "{%32,%33,%34,%35}, %36, keep, 1, 1, %38;}\n"
+        : SUMS_OF_32(0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"((int)!fresh), "n"((int)ACROSS));
+}
+template <bool ACROSS>
+__device__ __forceinline__ void group_multiply_add(float (&d)[16][4], const uint32_t (&a)[4], uint64_t descriptor, bool fresh) {
+    asm volatile(
+        "{.reg .pred keep; setp.ne.b32 keep, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+        "{%64,%65,%66,%67}, %68, keep, 1, 1, %70;}\n"
+        : SUMS_OF_32(0), SUMS_OF_32(8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"((int)!fresh), "n"((int)ACROSS));
+}
+#endif
+
+/// A matrix in shared memory whose rows of 64 bf16 have their eight 16-byte pieces swapped by the row's number, modulo 8: from a multiple
+/// of 1,024 bytes on. Eight rows are followed by the next eight after `eight` bytes; columns 64 to 127 of a matrix [k, columns] begin
+/// `half` bytes behind the first. (PTX ISA, "Matrix-descriptor", 128-byte swizzle.)
+__device__ __forceinline__ uint64_t group_matrix(uint32_t address, uint32_t half, uint32_t eight) {
+    return (uint64_t)(address >> 4 & 0x3fff) | (uint64_t)(half >> 4) << 16 | (uint64_t)(eight >> 4) << 32 | (uint64_t)1 << 62;
+}
 
 constexpr unsigned ALL = 0xffffffffu;
 /// Largest number of `fp8`.

@@ -3,6 +3,7 @@
 #include "emulate.h"
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -175,6 +176,7 @@ void await_copies(int left) {
         if (copy.valid) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
     }
+    fiber->is_unpublished |= end > 0;
     std::copy(fiber->copies + end, fiber->copies + fiber->copy_count, fiber->copies);
     fiber->copy_count -= end;
     for (int i = groups; i < fiber->group_count; i++) fiber->group_ends[i - groups] = fiber->group_ends[i] - end;
@@ -219,6 +221,112 @@ void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     meet_warp(0xffffffffu, line);
 }
 
+/// A product of a warpgroup that is under way: one thread's part of it.
+struct Product {
+    float (*d)[4];
+    int count;
+    /// Of the four lanes that have this one's rows.
+    uint32_t a[4][4];
+    uint64_t matrix;
+    bool across, fresh;
+    /// What lay there when it began, one copy a warp.
+    std::shared_ptr<const std::vector<uint16_t>> b;
+};
+/// Sums that nobody may look at, as they were.
+struct Sums {
+    float (*d)[4];
+    std::vector<float> were;
+};
+struct Products {
+    std::vector<Product> all;
+    std::vector<Sums> sums;
+};
+/// By thread of the block.
+static std::vector<Products> products;
+/// All threads of the block.
+static std::vector<Fiber>* crew;
+/// By warp: the factor of the product that begins.
+static std::vector<std::shared_ptr<const std::vector<uint16_t>>> factors;
+
+/// Shared memory begins somewhere: not at a multiple of what kernels may want it to.
+static constexpr uint32_t SHARED_BEGIN = 128;
+
+uint32_t shared_address(const void* at) {
+    return (uint32_t)(static_cast<const char*>(at) - block.dynamic_shared) + SHARED_BEGIN;
+}
+
+void publish() { block.running->is_unpublished = false; }
+
+void make_ready(const char* line) {
+    meet_warp(0xffffffffu, line);
+    block.running->is_ready = true;
+}
+
+/// All of a matrix: 16 k, `columns` columns, [column][k].
+static std::vector<uint16_t> matrix_of(uint64_t matrix, int columns, bool across) {
+    const uint32_t begin = (matrix & 0x3fff) << 4, half = (matrix >> 16 & 0x3fff) << 4, eight = (matrix >> 32 & 0x3fff) << 4;
+    if (matrix >> 62 != 1) fail("a matrix is not swizzled by 128 bytes");
+    std::vector<uint16_t> all(columns * 16);
+    for (int column = 0; column < columns; column++) {
+        for (int k = 0; k < 16; k++) {
+            uint32_t at = across ? begin + column % 64 * 2 + column / 64 * half + k % 8 * 128 + k / 8 * eight
+                                 : begin + column % 8 * 128 + column / 8 * eight + k * 2;
+            at ^= (at >> 7 & 7) << 4;
+            memcpy(&all[column * 16 + k], block.dynamic_shared + at - SHARED_BEGIN, 2);
+        }
+    }
+    return all;
+}
+
+void begin_product(float (*d)[4], int count, const uint32_t (&a)[4], uint64_t matrix, bool across, bool fresh, const char* line) {
+    Fiber* fiber = block.running;
+    Warp* warp = fiber->warp;
+    if (!fiber->is_ready) fail("registers of a product are not ready");
+    for (const Fiber& other : *crew) {
+        if (other.is_unpublished) fail("a product reads what was copied and is not published");
+    }
+    std::copy(a, a + 4, warp->fragments[lane()]);
+    meet_warp(0xffffffffu, line);
+    Product product = {d, count, {}, matrix, across, fresh, nullptr};
+    for (int i = 0; i < 4; i++) std::copy_n(warp->fragments[lane() / 4 * 4 + i], 4, product.a[i]);
+    auto& factor = factors[fiber->index / 32];
+    if (lane() == 0) factor = std::make_shared<const std::vector<uint16_t>>(matrix_of(matrix, count * 8, across));
+    meet_warp(0xffffffffu, line);
+    product.b = factor;
+    Products& own = products[fiber->index];
+    if (std::none_of(own.sums.begin(), own.sums.end(), [d](const Sums& sums) { return sums.d == d; })) {
+        own.sums.push_back({d, std::vector<float>(d[0], d[0] + count * 4)});
+        std::fill(d[0], d[0] + count * 4, NAN);
+    }
+    own.all.push_back(std::move(product));
+}
+
+void await_products(const char* line) {
+    meet_warp(0xffffffffu, line);
+    Fiber* fiber = block.running;
+    Products& own = products[fiber->index];
+    for (const Product& product : own.all) {
+        if (lane() == 0 && matrix_of(product.matrix, product.count * 8, product.across) != *product.b) {
+            fail("a product's factors were overwritten");
+        }
+        Sums& sums = *std::find_if(own.sums.begin(), own.sums.end(), [&](const Sums& sums) { return sums.d == product.d; });
+        if (product.fresh) std::fill(sums.were.begin(), sums.were.end(), 0.0f);
+        for (int i = 0; i < product.count * 4; i++) {
+            const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2, low = i % 4 < 2 ? 0 : 1;
+            float sum = sums.were[i];
+            for (int k = 0; k < 16; k++) {
+                const uint32_t pair = product.a[k % 8 / 2][low + k / 8 * 2];
+                sum += to_float(bf16{(uint16_t)(pair >> k % 2 * 16)}) * to_float(bf16{(*product.b)[column * 16 + k]});
+            }
+            sums.were[i] = sum;
+        }
+    }
+    for (const Sums& sums : own.sums) std::copy(sums.were.begin(), sums.were.end(), sums.d[0]);
+    own.all.clear();
+    own.sums.clear();
+    fiber->is_ready = false;
+}
+
 struct Launch {
     const Kernel* kernel;
     void** arguments;
@@ -228,6 +336,7 @@ static Launch launch;
 static void enter() {
     launch.kernel->call(launch.kernel->function, launch.arguments);
     Fiber* fiber = block.running;
+    if (!products[fiber->index].all.empty()) fail("a product is not waited for");
     fiber->done = true;
     fiber->line = "its end";
     block.alive--;
@@ -256,7 +365,11 @@ static void run_block(std::vector<Fiber>& fibers, std::vector<Warp>& warps, cons
         fiber.done = false;
         fiber.line = "its beginning";
         fiber.copy_count = fiber.group_count = 0;
+        fiber.is_unpublished = fiber.is_ready = false;
     }
+    crew = &fibers;
+    products.assign(fibers.size(), {});
+    factors.assign(warps.size(), {});
     while (block.alive) {
         if (!block.progress) {
             const auto stuck = std::find_if(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return !fiber.done; });

@@ -4,8 +4,9 @@
 //     barrier  counts arrivals, then yields           grid    block after block
 //
 // What a GPU leaves to chance is made to show: shared memory holds NaN when a block begins, what an asynchronous copy will bring is
-// NaN until it is waited for, and the order of threads is any. A barrier that not all threads reach, lanes of a warp that meet in
-// different lines, a shuffle from a lane that is not there and a misaligned 16-byte access end the process with file and line.
+// NaN until it is waited for, sums of a warpgroup's products as well, and the order of threads is any. A barrier that not all threads reach,
+// lanes of a warp that meet in different lines, a shuffle from a lane that is not there, a misaligned 16-byte access, and a product of a
+// warpgroup whose factors are not published, not ready or overwritten meanwhile end the process with file and line.
 //
 // It says nothing of speed, of bank conflicts, of registers, or of memory order between blocks.
 #pragma once
@@ -149,6 +150,8 @@ struct Fiber {
     const char* line;
     PendingCopy copies[512];
     int copy_count, group_ends[64], group_count;
+    // Of products by a warpgroup: whether what was copied is published, and registers are ready.
+    bool is_unpublished, is_ready;
 };
 
 struct Block {
@@ -171,6 +174,11 @@ void end_copies();
 void await_copies(int left);
 void read_matrices(uint32_t (&out)[4], const void* row, bool transposed, const char* line);
 void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool eight_bits, const char* line);
+uint32_t shared_address(const void* at);
+void publish();
+void make_ready(const char* line);
+void begin_product(float (*d)[4], int count, const uint32_t (&a)[4], uint64_t matrix, bool across, bool fresh, const char* line);
+void await_products(const char* line);
 
 inline unsigned lane() { return block.running->lane; }
 
@@ -252,6 +260,15 @@ static inline void copy_wait() {
 #define load_matrices_transposed(out, ...) emulate::read_matrices((out), (__VA_ARGS__), true, EMULATE_LINE)
 #define multiply_add(d, a, b0, b1) emulate::multiply_matrices((d), (a), (b0), (b1), false, EMULATE_LINE)
 #define multiply_add_fp8(d, a, b0, b1) emulate::multiply_matrices((d), (a), (b0), (b1), true, EMULATE_LINE)
+#define WARPGROUPS
+static inline uint32_t shared_address(const void* at) { return emulate::shared_address(at); }
+static inline void group_publish() { emulate::publish(); }
+#define group_begin() emulate::make_ready(EMULATE_LINE)
+template <bool ACROSS, int COUNT>
+static inline void group_multiply_add(float (&d)[COUNT][4], const uint32_t (&a)[4], uint64_t matrix, bool fresh) {
+    emulate::begin_product(d, COUNT, a, matrix, ACROSS, fresh, EMULATE_LINE);
+}
+#define group_end(sums) emulate::await_products(EMULATE_LINE)
 // One OS thread at a time: nothing can come between.
 template <class T>
 static inline T atomicAdd(T* at, T value) {

@@ -1,9 +1,12 @@
-// Kernels for the emulator's own test: a sum of 128 numbers in one block, and the same with the mistakes that a review overlooks.
+// Kernels for the emulator's own tests: a sum of 128 numbers in one block, and a product of a warpgroup, and the same with the mistakes that
+// a review overlooks.
 //
 //     sum_right             x [128] f32, out [1]
 //     sum_no_barrier        threads read what others have not written yet
 //     sum_wrong_index       a thread reads its neighbour's number
-#include "emulate.h"
+//     product_of_ones       x [64, 64] bf16, out [128]: of each thread, the first of the sums of 16 numbers of a row. fault: 0 none; what was
+//                           copied is (1) not published; registers are (2) not ready; a factor is (3) overwritten; nobody (4) waits
+#include "attention.cuh"
 
 template <bool MEETS, int OFF>
 static inline void sum_of(const float* x, float* out, float* part) {
@@ -32,3 +35,21 @@ KERNEL sum_wrong_index(const float* x, float* out) {
     sum_of<true, 1>(x, out, part);
 }
 EXPORT(sum_wrong_index)
+
+KERNEL product_of_ones(const bf16* x, float* out, int fault) {
+    DYNAMIC_SHARED(shared);
+    bf16* const tile = reinterpret_cast<bf16*>(shared + (-shared_address(shared) & 1023));
+    for (int i = threadIdx.x; i < 64 * 8; i += 128) copy_async(tile + halved<64>(i / 8, i % 8), x + i * 8, true);
+    copy_commit();
+    copy_wait<0>();
+    if (fault != 1) group_publish();
+    __syncthreads();
+    float sums[8][4];
+    const uint32_t one = pack_bf16(1.0f, 1.0f), ones[4] = {one, one, one, one};
+    if (fault != 2) group_begin();
+    group_multiply_add<false>(sums, ones, group_matrix(shared_address(tile), 0, 1024), true);
+    if (fault == 3 && threadIdx.x == 0) tile[0] = to_bf16(7.0f);
+    if (fault != 4) group_end(sums);
+    out[threadIdx.x] = sums[0][0];
+}
+EXPORT(product_of_ones)

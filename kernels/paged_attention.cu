@@ -9,6 +9,9 @@
 //
 //     attend_narrow   up to 16 queries: decodes. The 4 warps share the tokens of each tile and merge their sums at the end
 //     attend_wide     up to 64 queries: prompts. Each warp has 16 of them and all tokens
+//     attend_group    the same by products of a warpgroup, which Hopper has: keys and values stay in shared memory, where four warps
+//                     read them once. Two or three blocks a multiprocessor: one multiplies while another one softens. Pages of 16
+//                     tokens come by 16-byte copies: the bulk copies of that chip would take a command for each half of a page
 //
 // Where there are fewer items than multiprocessors the keys of a row are cut into ranges: each item then leaves sum, maximum and
 // denominator in `partial`, and `merge_attention` puts them together. What is cut where is the caller's choice and is read from
@@ -21,15 +24,26 @@
 //
 // block_tokens is a power of two: 1 << block_shift. scale is that of the scores, times that of fp8 keys; v_scale that of fp8 values.
 //
-// Grid: (items, kv_heads); block: 128 threads; shared memory: 4 * TOKENS * dim * 2 bytes. attend_narrow is bound by memory: 2 * dim
-// numbers a token and kv head. attend_wide is bound by the tensor cores from some 64 queries on.
+// Grid: (items, kv_heads); block: 128 threads; shared memory: 4 * TOKENS * dim * 2 bytes, and 1,024 more for attend_group.
+// attend_narrow is bound by memory: 2 * dim numbers a token and kv head. The others are bound by the tensor cores from some 64
+// queries on.
 #include "attention.cuh"
 
 constexpr int WARPS = 4;
 constexpr int ITEM = 8;
 
+/// Which of the kernels.
+enum How { NARROW, WIDE, GROUP };
+
+/// Where a tile has a token's 16-byte piece.
+template <int DIM, int TOKENS, How HOW>
+__device__ __forceinline__ int place_of(int token, int piece) {
+    if constexpr (HOW == GROUP) return halved<TOKENS>(token, piece);
+    else return swizzled<DIM>(token, piece);
+}
+
 /// Begins to bring keys or values of `TOKENS` tokens from `first` on; zeros beyond `end`.
-template <int DIM, int TOKENS>
+template <int DIM, int TOKENS, How HOW>
 __device__ __forceinline__ void fetch(bf16* tile, const bf16* cache, const int* table, int first, int end, int kv_heads, int head,
                                       int block_shift) {
 #pragma unroll
@@ -38,11 +52,11 @@ __device__ __forceinline__ void fetch(bf16* tile, const bf16* cache, const int* 
         const bool valid = key < end;
         const int block = valid ? table[key >> block_shift] : 0;
         const size_t place = (((size_t)block * kv_heads + head) << block_shift) + (valid ? key & ((1 << block_shift) - 1) : 0);
-        copy_async(tile + swizzled<DIM>(token, piece), cache + place * DIM + piece * 8, valid);
+        copy_async(tile + place_of<DIM, TOKENS, HOW>(token, piece), cache + place * DIM + piece * 8, valid);
     }
 }
 /// The same from fp8, at once: they are widened on the way.
-template <int DIM, int TOKENS>
+template <int DIM, int TOKENS, How HOW>
 __device__ __forceinline__ void fetch(bf16* tile, const fp8* cache, const int* table, int first, int end, int kv_heads, int head,
                                       int block_shift) {
 #pragma unroll
@@ -56,12 +70,12 @@ __device__ __forceinline__ void fetch(bf16* tile, const fp8* cache, const int* t
         float wide[8];
 #pragma unroll
         for (int k = 0; k < 8; k++) wide[k] = to_float(fp8{(uint8_t)((k < 4 ? bits.x : bits.y) >> (k % 4 * 8))});
-        store_eight(tile + swizzled<DIM>(token, piece), wide);
+        store_eight(tile + place_of<DIM, TOKENS, HOW>(token, piece), wide);
     }
 }
 
-/// The 128 threads' work on one item. `WIDE`: each warp has queries of its own; else they share the tokens.
-template <int DIM, int TOKENS, bool WIDE, class Kv>
+/// The 128 threads' work on one item. Each warp has queries of its own; if `NARROW` they share the tokens.
+template <int DIM, int TOKENS, How HOW, class Kv>
 __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* values, const int* tables, const int* items,
                                        bf16* out, float* partial, int heads, int kv_heads, int q_stride, int block_shift,
                                        float scale, float v_scale, int window, unsigned char* shared) {
@@ -71,7 +85,7 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
     const int* const table = tables + item[3];
     const int head = blockIdx.y, group = heads / kv_heads;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int tile_queries = WIDE ? 64 : 16, base = WIDE ? warp * 16 : 0;
+    const int tile_queries = HOW == NARROW ? 16 : 64, base = HOW == NARROW ? 0 : warp * 16;
 
     // The lane's two queries: whose they are, and what they see.
     const bf16* rows_of_q[2];
@@ -102,12 +116,14 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
     sums.most[0] = sums.most[1] = -INFINITY;
     sums.total[0] = sums.total[1] = 0.0f;
 
+    // Pieces change places by bits of the address itself.
+    if constexpr (HOW == GROUP) shared += -shared_address(shared) & 1023;
     bf16* const tiles = reinterpret_cast<bf16*>(shared);
     const auto key_tile = [&](int at) { return tiles + (2 * (at & 1)) * TOKENS * DIM; };
     const auto value_tile = [&](int at) { return tiles + (2 * (at & 1) + 1) * TOKENS * DIM; };
     const auto bring = [&](int at, int key) {
-        fetch<DIM, TOKENS>(key_tile(at), keys, table, key, end, kv_heads, head, block_shift);
-        fetch<DIM, TOKENS>(value_tile(at), values, table, key, end, kv_heads, head, block_shift);
+        fetch<DIM, TOKENS, HOW>(key_tile(at), keys, table, key, end, kv_heads, head, block_shift);
+        fetch<DIM, TOKENS, HOW>(value_tile(at), values, table, key, end, kv_heads, head, block_shift);
         copy_commit();
     };
     // What nobody sees is not read: the first row sees farthest back.
@@ -122,8 +138,11 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
         } else {
             copy_wait<0>();
         }
+        if constexpr (HOW == GROUP) group_publish();
         __syncthreads();
-        if constexpr (WIDE) {
+        if constexpr (HOW == GROUP) {
+            accumulate_together<DIM>(sums, queries, key_tile(at), value_tile(at), key, last, from, scale * LOG2E);
+        } else if constexpr (HOW == WIDE) {
             accumulate<DIM, TOKENS / 16>(sums, queries, key_tile(at), value_tile(at), 0, key, last, from, scale * LOG2E);
         } else {
             constexpr int OWN = TOKENS / WARPS;
@@ -138,7 +157,7 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
     }
 
     float* const parts = partial + ((size_t)part * kv_heads + head) * tile_queries * (DIM + 2);
-    if (WIDE) {
+    if (HOW != NARROW) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int query = base + lane / 4 + 8 * i, t = query / group, g = query % group;
@@ -201,29 +220,35 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
     }
 }
 
-#define ATTEND(name, DIM, TOKENS, WIDE, Kv)                                                                                 \
+#define ATTEND(name, DIM, TOKENS, HOW, Kv)                                                                                  \
     KERNEL __launch_bounds__(WARPS * 32)                                                                                    \
         name(const bf16* __restrict__ q, const Kv* __restrict__ keys, const Kv* __restrict__ values,                        \
              const int* __restrict__ tables, const int* __restrict__ items, bf16* __restrict__ out,                         \
              float* __restrict__ partial, int heads, int kv_heads, int q_stride, int block_shift, float scale,              \
              float v_scale, int window) {                                                                                   \
         DYNAMIC_SHARED(shared);                                                                                             \
-        attend<DIM, TOKENS, WIDE, Kv>(q, keys, values, tables, items, out, partial, heads, kv_heads, q_stride, block_shift, \
-                                      scale, v_scale, window, shared);                                                      \
+        attend<DIM, TOKENS, HOW, Kv>(q, keys, values, tables, items, out, partial, heads, kv_heads, q_stride, block_shift,  \
+                                     scale, v_scale, window, shared);                                                       \
     }                                                                                                                       \
     EXPORT(name)
-ATTEND(attend_narrow_64_bf16, 64, 64, false, bf16)
-ATTEND(attend_narrow_128_bf16, 128, 64, false, bf16)
-ATTEND(attend_narrow_256_bf16, 256, 64, false, bf16)
-ATTEND(attend_narrow_64_fp8, 64, 64, false, fp8)
-ATTEND(attend_narrow_128_fp8, 128, 64, false, fp8)
-ATTEND(attend_narrow_256_fp8, 256, 64, false, fp8)
-ATTEND(attend_wide_64_bf16, 64, 64, true, bf16)
-ATTEND(attend_wide_128_bf16, 128, 64, true, bf16)
-ATTEND(attend_wide_256_bf16, 256, 32, true, bf16)
-ATTEND(attend_wide_64_fp8, 64, 64, true, fp8)
-ATTEND(attend_wide_128_fp8, 128, 64, true, fp8)
-ATTEND(attend_wide_256_fp8, 256, 32, true, fp8)
+ATTEND(attend_narrow_64_bf16, 64, 64, NARROW, bf16)
+ATTEND(attend_narrow_128_bf16, 128, 64, NARROW, bf16)
+ATTEND(attend_narrow_256_bf16, 256, 64, NARROW, bf16)
+ATTEND(attend_narrow_64_fp8, 64, 64, NARROW, fp8)
+ATTEND(attend_narrow_128_fp8, 128, 64, NARROW, fp8)
+ATTEND(attend_narrow_256_fp8, 256, 64, NARROW, fp8)
+ATTEND(attend_wide_64_bf16, 64, 64, WIDE, bf16)
+ATTEND(attend_wide_128_bf16, 128, 64, WIDE, bf16)
+ATTEND(attend_wide_256_bf16, 256, 32, WIDE, bf16)
+ATTEND(attend_wide_64_fp8, 64, 64, WIDE, fp8)
+ATTEND(attend_wide_128_fp8, 128, 64, WIDE, fp8)
+ATTEND(attend_wide_256_fp8, 256, 32, WIDE, fp8)
+#ifdef WARPGROUPS
+ATTEND(attend_group_64_bf16, 64, 64, GROUP, bf16)
+ATTEND(attend_group_128_bf16, 128, 64, GROUP, bf16)
+ATTEND(attend_group_64_fp8, 64, 64, GROUP, fp8)
+ATTEND(attend_group_128_fp8, 128, 64, GROUP, fp8)
+#endif
 
 // Ranges of keys that belong to the same rows, put together.
 //

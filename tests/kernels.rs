@@ -10,8 +10,8 @@
 use half::{bf16, f16};
 use neurond::kernel::Gate;
 use neurond::kernel::gpu::{
-    Adapted, Attention, Drawn, Edit, Emulator, Fp8, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, NARROW, Norm,
-    Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, UNWANTED, WIDE, Weight, Wish, add_rms_norm, copy_blocks, embed, follow,
+    Adapted, Attention, Drawn, Edit, Emulator, Fp8, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, Norm, Normed,
+    PagedKv, Ptr, RopeKv, Scaled, Sink, Tile, UNWANTED, Weight, Wish, add_rms_norm, copy_blocks, embed, follow,
     gather_rows, gemm_small, lora, norm_add, pack_q4, put_columns, quantize_fp8, random_bf16, rope_kv_write, sample,
     silu_mul, verify,
 };
@@ -70,6 +70,15 @@ fn on(seed: u32) -> &'static dyn Launcher {
     &ORDERS[seed as usize]
 }
 
+/// Whether what runs kernels has those of warpgroups.
+fn has_warpgroups() -> bool {
+    #[cfg(feature = "cuda")]
+    if let Some(card) = real::card() {
+        return card.has_warpgroups();
+    }
+    true
+}
+
 /// The same tests on a GPU: from the first launch on all memory of this process is CUDA's managed memory, so that the vectors of
 /// tests are the device's as well. Nothing of it is given back, which tests can bear.
 #[cfg(feature = "cuda")]
@@ -119,6 +128,12 @@ mod real {
 
     /// A card that is waited for after each launch.
     pub struct Waiting(Mutex<Box<dyn Card>>);
+
+    impl Waiting {
+        pub fn has_warpgroups(&self) -> bool {
+            self.0.lock().unwrap().has_warpgroups()
+        }
+    }
 
     impl Launcher for Waiting {
         fn launch(&self, launch: Launch) -> Result<()> {
@@ -492,12 +507,16 @@ type Span = (usize, usize);
 
 /// Attention of some spans, each over keys of its own, in bf16 or fp8, against f64.
 fn attends(dice: &mut Dice, heads: Heads, shift: u32, spans: &[Span], window: usize, wanted: usize, in_fp8: bool) {
+    let wide = [Tile::Wide, Tile::Group];
     for planned in if window > 0 { vec![window, 0] } else { vec![0] } {
-        attends_as_planned(dice, heads, shift, spans, (window, planned), wanted, in_fp8);
+        for &wide in &wide[..if has_warpgroups() { 2 } else { 1 }] {
+            attends_as_planned(dice, heads, shift, spans, (window, planned), wanted, in_fp8, wide);
+        }
     }
 }
 
-/// The same with a plan for a window, or for all keys of which a row sees those in its window.
+/// The same with a plan for a window, or for all keys of which a row sees those in its window; and one of the kernels for wide items.
+#[allow(clippy::too_many_arguments)]
 fn attends_as_planned(
     dice: &mut Dice,
     heads: Heads,
@@ -506,6 +525,7 @@ fn attends_as_planned(
     (window, planned): (usize, usize),
     wanted: usize,
     in_fp8: bool,
+    wide: Tile,
 ) {
     let Heads { heads: all, kv_heads, dim } = heads;
     let rows: usize = spans.iter().map(|span| span.0).sum();
@@ -554,9 +574,10 @@ fn attends_as_planned(
             false => Keys::Bf16(at(&mut keys), at(&mut values)),
         };
         let kv = PagedKv { data, block_shift: shift, k_scale, v_scale };
-        for (tile, items, merges) in
-            [(NARROW, &attention.narrow, &attention.narrow_merges), (WIDE, &attention.wide, &attention.wide_merges)]
-        {
+        for (tile, items, merges) in [
+            (Tile::Narrow, &attention.narrow, &attention.narrow_merges),
+            (wide, &attention.wide, &attention.wide_merges),
+        ] {
             // A captured graph has room for more than there is.
             let mut items = [items.as_slice(), &[Item::default()]].concat();
             let (count, merge_count) = (items.len(), merges.len());

@@ -292,6 +292,9 @@ pub struct GpuSection {
     /// `kv_bytes`. Models that say what they need, and those that embed or classify, are loaded before. The first of the others takes
     /// it: with several of them on a GPU, or to swap a model while it serves, write `kv_bytes` so that all fit.
     pub memory_share: f64,
+    /// Whether Hopper's own products (H100, H200) read prompts where they have been seen to compute what the portable kernels do, and
+    /// faster: both are tried when a model is loaded, and the log says which serves. `false`: the portable ones, untried.
+    pub warpgroups: bool,
     /// Threads of each GPU, which convert weights when a model is loaded and draw tokens whose wishes the GPU cannot meet.
     /// Left out: a quarter of the physical cores, at least 1, at most 8.
     /// Example: `4`
@@ -311,6 +314,7 @@ impl Default for GpuSection {
             devices: None,
             library_folders: Vec::new(),
             memory_share: 0.9,
+            warpgroups: true,
             threads: None,
             step_tokens: 4096,
             prefill_chunk: 2048,

@@ -382,6 +382,8 @@ pub struct OnGpu {
     pub kv: Format,
     /// Bytes of KV pool on each; `None`: what is left.
     pub kv_bytes: Option<usize>,
+    /// Whether a Hopper's own products are tried.
+    pub warpgroups: bool,
 }
 
 /// A smaller model that guesses for another.

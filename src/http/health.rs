@@ -15,7 +15,8 @@ pub(super) fn live() -> Result<HttpResponse> {
     answer::json(StatusCode::OK, &json!({ "status": "alive" }))
 }
 
-/// 200 if every configured model takes requests and nobody is draining us; otherwise 503 with the reasons.
+/// 200 if every configured model takes requests and nobody is draining us; otherwise 503 with the reasons. Devices that serve although
+/// something in them broke are warned of.
 pub(super) fn ready(services: &Services) -> Result<HttpResponse> {
     let mut reasons = Vec::new();
     match *services.phase.borrow() {
@@ -34,7 +35,8 @@ pub(super) fn ready(services: &Services) -> Result<HttpResponse> {
         true => (StatusCode::OK, "ready"),
         false => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
     };
-    answer::json(status, &json!({ "status": word, "reasons": reasons, "models": models }))
+    let warnings: Vec<&String> = fleet.troubles.values().collect();
+    answer::json(status, &json!({ "status": word, "reasons": reasons, "warnings": warnings, "models": models }))
 }
 
 /// Every series, in Prometheus' text format. What only its owner knows is asked for here, not counted twice.

@@ -44,7 +44,9 @@ pub(in crate::model) use self::ranks::Seat;
 use crate::base::{Error, Result};
 use crate::config::{Format, Packing};
 use crate::kernel::Pool;
-use crate::kernel::gpu::{Attention, Bits, Card, Heads, Item, LARGE_UNIT, Merge, NARROW, Norm, Parts, Ptr, WIDE};
+use crate::kernel::gpu::{
+    Attention, Bits, Card, Heads, Item, LARGE_UNIT, Merge, NARROW, Norm, Parts, Ptr, Tile, WIDE, warpgroups_pay,
+};
 use crate::model::Batch;
 use crate::model::batch::Bounds;
 use crate::model::lora::Adapter;
@@ -67,6 +69,8 @@ pub struct GpuOptions {
     pub weights: Packing,
     /// Of keys and values.
     pub kv: Format,
+    /// Whether a card's warpgroups read prompts, if they do it well.
+    pub warpgroups: bool,
     /// Size of the KV pool.
     pub kv_size: KvSize,
     /// Tokens in a KV block: a power of two.
@@ -104,6 +108,8 @@ pub struct GpuDecoder {
     step: Step,
     work: Work,
     attention: Attention,
+    /// What reads prompts.
+    wide: Tile,
     drawing: Drawing,
     adapters: Adapters,
     /// The note of a whole step, by [`bucket`] of its rows: in which every sequence has one, and in which some have more.
@@ -326,6 +332,7 @@ impl GpuDecoder {
         let drawing = Drawing::alloc(&*card, if rank == 0 { sample_rows } else { 0 }, spec.vocab)?;
         let adapters = Adapters::alloc(&*card, &spec, rows, options.max_sequences.max(1))?;
         let kv = KvPool::new(&*card, own, &options)?;
+        let wide = if options.warpgroups && warpgroups_pay(&*card)? { Tile::Group } else { Tile::Wide };
         progress(1.0);
         Ok(Self {
             heads,
@@ -338,6 +345,7 @@ impl GpuDecoder {
             step,
             work,
             attention: Attention::default(),
+            wide,
             drawing,
             adapters,
             notes: [options.max_sequences, options.max_sample_rows].map(|rows| vec![None; bucket(rows).1 + 1]),

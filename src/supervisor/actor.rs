@@ -516,6 +516,14 @@ impl SupervisorActor {
         metrics.gpu_busy.with_label_values(&[device]).set(f64::from(now.busy) / 100.0);
         metrics.gpu_errors.with_label_values(&[device, "ecc"]).set(now.uncorrected as i64);
         metrics.gpu_errors.with_label_values(&[device, "xid"]).set(now.critical as i64);
+        if (now.critical, now.uncorrected) != (self.health.critical, self.health.uncorrected) {
+            let Health { critical, uncorrected, xid, .. } = now;
+            let trouble = format!(
+                "device {}: {critical} critical errors (the last: XID {xid}) and {uncorrected} memory errors that could not be corrected; nvidia-smi -q says more",
+                self.device
+            );
+            self.fleet.update(|fleet| drop(fleet.troubles.insert(self.device, trouble)));
+        }
         if now.critical > self.health.critical {
             error!(device, xid = now.xid, "the GPU had a critical error; nvidia-smi -q and the kernel's log say more");
         }

@@ -1,6 +1,6 @@
 //! Which model answers where, as a snapshot.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use parking_lot::RwLock;
@@ -38,6 +38,8 @@ pub struct Fleet {
     pub models: HashMap<ModelId, Vec<Replica>>,
     /// Those that embed or classify it.
     pub encoders: HashMap<ModelId, Vec<Replica<Arc<EncoderText>>>>,
+    /// What is wrong with devices that serve all the same.
+    pub troubles: BTreeMap<DeviceId, String>,
 }
 
 impl Fleet {

@@ -116,7 +116,12 @@ async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
         )
     };
     let fault_path = fault.to_str().unwrap();
-    let env = [("NEUROND_EMULATED_GPUS", "2"), ("NEUROND_EMULATED_FAULT", fault_path)];
+    let errors = folder.path().join("errors");
+    let env = [
+        ("NEUROND_EMULATED_GPUS", "2"),
+        ("NEUROND_EMULATED_FAULT", fault_path),
+        ("NEUROND_EMULATED_ERRORS", errors.to_str().unwrap()),
+    ];
     let mut daemon = Daemon::start(Setup { config: &config(""), env: &env });
     assert_eq!(field(&daemon.wait_log("GPUs serve"), "gpus"), json!("[0, 1]"));
     let loaded = |daemon: &Daemon| {
@@ -207,6 +212,15 @@ async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
             daemon.metric(&format!(r#"neurond_generation_tokens_total{{device="{device}",model="{LARGE}"}}"#)).await;
         assert_eq!(after - before, 72.0, "{gpus}");
     }
+
+    // Cards whose driver tells of critical errors serve on, and whoever asks is warned.
+    let ready = async || -> Value { reqwest::get(format!("{base}/health/ready")).await.unwrap().json().await.unwrap() };
+    assert_eq!(ready().await["warnings"], json!([]));
+    std::fs::write(&errors, "2").unwrap();
+    daemon.wait_logs("the GPU had a critical error; nvidia-smi -q and the kernel's log say more", 2);
+    let told = ready().await;
+    assert_eq!((&told["status"], told["warnings"].as_array().unwrap().len()), (&json!("ready"), 2), "{told}");
+    assert!(told["warnings"][1].as_str().unwrap().starts_with("device 1: 2 critical errors"), "{told}");
 }
 
 /// On two GPUs as on one: what is said, drafts, a rank that breaks, another order of ranks.

@@ -36,6 +36,7 @@ fn decoder() -> GpuDecoder {
         pool: Arc::new(Pool::new(1)),
         weights: Packing::Bf16,
         kv: Format::Bf16,
+        warpgroups: false,
         kv_size: KvSize::Blocks(4),
         block_tokens: 16,
         max_rows: 16,

@@ -10,6 +10,25 @@ use crate::base::{Error, Result};
 pub const NARROW: usize = 16;
 /// See [`NARROW`].
 pub const WIDE: usize = 64;
+
+/// Which kernel computes items.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// For those of up to [`NARROW`] queries.
+    Narrow,
+    /// For those of up to [`WIDE`].
+    Wide,
+    /// The same by products of warpgroups, which not every card has: see [`Card::has_warpgroups`](super::Card::has_warpgroups). Heads that
+    /// have no such kernel go as if it was `Wide`.
+    Group,
+}
+
+impl Tile {
+    fn queries(self) -> usize {
+        if self == Self::Narrow { NARROW } else { WIDE }
+    }
+}
+
 /// Fewest keys that an item is cut into: below that merging costs more than the others' company gains.
 const LEAST_KEYS: usize = 256;
 
@@ -152,13 +171,13 @@ impl Attention {
         )))
     }
 
-    /// Numbers that the parts of `merges` take: `tile` is [`NARROW`] or [`WIDE`].
-    pub fn partial_len(merges: &[Merge], tile: usize, heads: Heads) -> usize {
+    /// Numbers that the parts of `merges` take.
+    pub fn partial_len(merges: &[Merge], tile: Tile, heads: Heads) -> usize {
         let parts = merges.last().map_or(0, |merge| (merge.part + merge.parts) as usize);
-        parts * heads.kv_heads * tile * (heads.dim + 2)
+        parts * heads.kv_heads * tile.queries() * (heads.dim + 2)
     }
 
-    /// Attention of `items` items of up to `tile` queries ([`NARROW`] or [`WIDE`]), and the merge of `merges` after them. q is
+    /// Attention of `items` items, all of them for this tile, and the merge of `merges` after them. q is
     /// `[rows, q_stride]`, queries first; out `[rows, heads * dim]`. `scale` is that of the scores.
     ///
     /// # Errors
@@ -166,7 +185,7 @@ impl Attention {
     #[allow(clippy::too_many_arguments)]
     pub fn run(
         on: &dyn Launcher,
-        tile: usize,
+        tile: Tile,
         (items, count): (Ptr<Item>, usize),
         (merges, merge_count, most_rows): (Ptr<Merge>, usize, usize),
         heads: Heads,
@@ -187,16 +206,19 @@ impl Attention {
         if count == 0 {
             return Ok(());
         }
-        let (width, tokens) = match tile == WIDE {
-            true => ("wide", if dim == 256 { 32 } else { 64 }),
-            false => ("narrow", 64),
+        let (width, tokens, apart) = match tile {
+            Tile::Narrow => ("narrow", 64, 0),
+            Tile::Wide | Tile::Group if dim == 256 => ("wide", 32, 0),
+            Tile::Wide => ("wide", 64, 0),
+            // It begins at a multiple of that.
+            Tile::Group => ("group", 64, 1024),
         };
         let kind = match kv.data {
             Keys::Bf16(..) => "bf16",
             Keys::Fp8(..) => "fp8",
         };
         // Two tiles of keys and two of values; the narrow one's four sums lie in the same place afterwards.
-        let shared = (4 * tokens * dim * 2).max(4 * 16 * (dim + 2) * 4);
+        let shared = (4 * tokens * dim * 2 + apart).max(4 * 16 * (dim + 2) * 4);
         let launch =
             Launch::new(format!("attend_{width}_{dim}_{kind}"), [count, kv_heads, 1], 128).shared(shared).ptr(q);
         let launch = match kv.data {
@@ -211,6 +233,6 @@ impl Attention {
         }
         let launch =
             Launch::new("merge_attention", [merge_count, heads, most_rows], 64).ptr(partial).ptr(merges).ptr(out);
-        on.launch(launch.int(heads).int(kv_heads).int(tile).int(dim).float(kv.v_scale))
+        on.launch(launch.int(heads).int(kv_heads).int(tile.queries()).int(dim).float(kv.v_scale))
     }
 }

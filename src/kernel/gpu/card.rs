@@ -43,6 +43,9 @@ pub trait Card: Launcher + Send {
     /// Its multiprocessors: how many blocks of threads it works on at once, at least.
     fn processors(&self) -> usize;
 
+    /// Whether its tensor cores multiply for four warps at once, out of shared memory: Hopper's.
+    fn has_warpgroups(&self) -> bool;
+
     /// Bytes that are free now.
     ///
     /// # Errors

@@ -42,6 +42,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 pub struct Device {
     name: String,
     processors: usize,
+    /// Major and minor.
+    capability: (i32, i32),
     context: sys::CUcontext,
     device: sys::CUdevice,
     stream: sys::CUstream,
@@ -138,13 +140,18 @@ impl Device {
         // SAFETY: the device comes from the driver.
         let context =
             unsafe { result::primary_ctx::retain(device) }.map_err(|error| failed("opening the card", error))?;
-        let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        // SAFETY: as above.
-        let processors = unsafe { result::device::get_attribute(device, attribute) };
-        let processors = processors.map_err(|error| failed("asking for its processors", error))? as usize;
+        let ask = |attribute| {
+            // SAFETY: as above.
+            unsafe { result::device::get_attribute(device, attribute) }
+                .map_err(|error| failed("asking what the card is", error))
+        };
+        let processors = ask(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let major = ask(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = ask(sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let mut this = Self {
             name,
             processors,
+            capability: (major, minor),
             context,
             device,
             stream: std::ptr::null_mut(),
@@ -245,6 +252,10 @@ impl Card for Device {
 
     fn processors(&self) -> usize {
         self.processors
+    }
+
+    fn has_warpgroups(&self) -> bool {
+        self.capability == (9, 0)
     }
 
     fn free_bytes(&self) -> Result<usize> {

@@ -17,6 +17,8 @@ use crate::kernel::{Buffer, Collective, Cpu, Isa, Pool};
 pub(super) const MEMORY: usize = 64 << 20;
 /// Names a file: see [`broken`].
 const FAULT: &str = "NEUROND_EMULATED_FAULT";
+/// Names a file: see [`critical_errors`].
+const ERRORS: &str = "NEUROND_EMULATED_ERRORS";
 
 unsafe extern "C" {
     fn emulate_launch(
@@ -86,6 +88,7 @@ pub struct EmulatedCard {
     /// When each mark was made.
     marks: Mutex<Vec<(Option<Part>, Instant)>>,
     member: Option<Member>,
+    is_hopper: bool,
 }
 
 /// What was asked for to be repeated.
@@ -118,6 +121,11 @@ impl EmulatedCard {
     /// One whose threads run in this order.
     pub fn new(seed: u32) -> Self {
         Self { emulator: Emulator { seed }, ..Self::default() }
+    }
+
+    /// One that has warpgroups.
+    pub fn hopper(seed: u32) -> Self {
+        Self { is_hopper: true, ..Self::new(seed) }
     }
 
     /// A group of so many, whose sums are taken in f32 in the order of ranks and rounded once.
@@ -192,9 +200,19 @@ fn broken() -> Result<()> {
     }
 }
 
+/// How many critical errors a card has had: what the file says that [`ERRORS`] names.
+pub(super) fn critical_errors() -> u64 {
+    let said = std::env::var_os(ERRORS).and_then(|path| std::fs::read_to_string(path).ok());
+    said.and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}
+
 impl Card for EmulatedCard {
     fn name(&self) -> String {
         "emulated".to_owned()
+    }
+
+    fn has_warpgroups(&self) -> bool {
+        self.is_hopper
     }
 
     fn processors(&self) -> usize {
@@ -347,6 +365,39 @@ mod tests {
         let error = Emulator::default().launch(Launch::new("no_such", [1, 1, 1], 32)).unwrap_err();
         assert!(error.message().contains("there is no kernel no_such"), "{error}");
     }
+    /// Says which mistake the process is to end by.
+    const MISTAKE: &str = "NEUROND_TEST_PRODUCT";
+
+    /// What only a card with warpgroups would tell, the emulator tells without one.
+    #[test]
+    fn a_warpgroups_product_that_is_asked_for_wrongly_ends_the_process() {
+        let product = |fault: usize| {
+            let mut numbers: Vec<bf16> = (0..64 * 64).map(|at| bf16::from_f32((at / 64) as f32)).collect();
+            let mut out = [f32::NAN; 128];
+            // SAFETY: both live until the launch has returned.
+            let (x, to) = unsafe { (Emulator::memory(&mut numbers), Emulator::memory(&mut out)) };
+            let launch = Launch::new("product_of_ones", [1, 1, 1], 128).shared(64 * 64 * 2 + 1024);
+            Emulator { seed: 3 }.launch(launch.ptr(x).ptr(to).int(fault)).unwrap();
+            out
+        };
+        if let Some(fault) = std::env::var(MISTAKE).ok().and_then(|fault| fault.parse().ok()) {
+            product(fault);
+            return;
+        }
+        // A thread's first column is twice its number in its four.
+        let sums = product(0);
+        assert!(sums.iter().enumerate().all(|(thread, &sum)| sum == (16 * (thread % 4 * 2)) as f32), "{sums:?}");
+        let mistakes = ["not published", "not ready", "overwritten", "not waited for"];
+        for (fault, words) in (1..).zip(mistakes) {
+            let this = std::env::current_exe().unwrap();
+            let name = std::thread::current().name().unwrap().to_owned();
+            let mut again = std::process::Command::new(this);
+            let said = again.args(["--exact", &name, "--nocapture"]).env(MISTAKE, fault.to_string()).output().unwrap();
+            let text = String::from_utf8_lossy(&said.stderr);
+            assert!(!said.status.success() && text.contains(words), "{fault}: {text}");
+        }
+    }
+
     /// Runs `work(rank, its card)` on a thread a rank, on emulated cards and on a machine's own if it has so many.
     fn on_ranks<T: Send>(ranks: usize, work: impl Fn(usize, &dyn Card) -> T + Sync) -> Vec<T> {
         let together = |cards: Vec<Box<dyn Card>>| -> Vec<T> {

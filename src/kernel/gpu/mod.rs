@@ -31,9 +31,10 @@ mod open;
 mod pinned;
 mod rows;
 mod sample;
+mod warpgroups;
 mod watch;
 
-pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, WIDE};
+pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, Tile, WIDE};
 pub use card::{Bits, Card, LANDING, LARGE_UNIT, Part, Parts};
 #[cfg(feature = "emulate")]
 pub use emulator::{EmulatedCard, Emulator};
@@ -50,4 +51,5 @@ pub use rows::{
     random_bf16, rope_kv_write, silu_mul,
 };
 pub use sample::{Drawn, Edit, UNWANTED, Wish, follow, sample, verify};
+pub use warpgroups::warpgroups_pay;
 pub use watch::{Health, Watch};

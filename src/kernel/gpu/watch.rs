@@ -63,7 +63,9 @@ impl Watch {
     pub fn look(&mut self) -> Health {
         #[cfg(feature = "emulate")]
         if self.emulated {
-            return Health { memory_total: super::emulator::MEMORY as u64, ..Health::default() };
+            let errors = super::emulator::critical_errors();
+            let memory_total = super::emulator::MEMORY as u64;
+            return Health { memory_total, critical: errors, xid: errors, ..Health::default() };
         }
         #[cfg(feature = "cuda")]
         if let Some(nvml) = &mut self.nvml {

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::{Extent, GpuDecoder};
 use crate::base::Result;
 use crate::kernel::gpu::{
-    Attention, Card, Fp8, LARGE_UNIT, NARROW, Norm, Normed, Part, Ptr, RopeKv, SMALL_ROWS, Scaled, Sink, WIDE, Weight,
+    Attention, Card, Fp8, LARGE_UNIT, Norm, Normed, Part, Ptr, RopeKv, SMALL_ROWS, Scaled, Sink, Tile, Weight,
     add_rms_norm, embed, gather_rows, gemm_small, norm_add, quantize_fp8, rope_kv_write, silu_mul,
 };
 use crate::model::lora::Module;
@@ -137,7 +137,7 @@ impl GpuDecoder {
         rope_kv_write(card, rows, heads, work.qkv, step.positions.device, step.slots.device, &rope, &kv)?;
         self.mark(extent, Part::Attention)?;
         let attended = work.inputs.bf16;
-        let tiles = [(NARROW, &step.narrow, &step.narrow_merges), (WIDE, &step.wide, &step.wide_merges)];
+        let tiles = [(Tile::Narrow, &step.narrow, &step.narrow_merges), (self.wide, &step.wide, &step.wide_merges)];
         for ((tile, items, merges), (count, merge_count, most)) in tiles.into_iter().zip(extent.items) {
             Attention::run(
                 card,
