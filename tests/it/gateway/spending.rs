@@ -301,14 +301,15 @@ async fn a_free_account_is_served_until_its_neurons_are_used_up_and_told_when_th
 #[actix_web::test]
 async fn where_a_plan_cuts_an_answer_ends_where_its_money_does() {
     let rig = Rig::with("[plan]\nneurons_per_day = 0.5\nbeyond = \"refuse\"\nat_the_end = \"cut\"\n");
-    let answer = run(&rig, json!({ "prompt": "tell me everything", "max_tokens": 1500 })).await;
+    // One that would not end by itself.
+    let answer = run(&rig, json!({ "prompt": "tell me everything", "max_tokens": 1500, "ignore_eos": true })).await;
     assert_eq!(answer.status, 200, "{answer:?}");
     let tokens = answer.json()["result"]["usage"]["completion_tokens"].as_u64().unwrap();
     assert!(tokens > 0 && tokens < 1500, "{tokens}");
     let rows = rig.daemon.rows().await;
     let spent: f64 = rows.iter().map(|(_, row)| row.neurons.as_f64()).sum();
     assert!(spent <= 0.5 && spent > 0.4, "{spent}");
-    let next = run(&rig, json!({ "prompt": "tell me everything", "max_tokens": 1500 })).await;
+    let next = run(&rig, json!({ "prompt": "tell me everything", "max_tokens": 1500, "ignore_eos": true })).await;
     assert_eq!((next.status, next.json()["errors"][0]["code"].clone()), (429, json!(4006)), "{next:?}");
 }
 
