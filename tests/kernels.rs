@@ -13,7 +13,7 @@ use neurond::kernel::gpu::{
     Adapted, Attention, Drawn, Edit, Emulator, Fp8, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, Norm, Normed,
     PagedKv, Ptr, RopeKv, Scaled, Sink, Tile, UNWANTED, Weight, Wish, add_rms_norm, copy_blocks, embed, follow,
     gather_rows, gemm_small, lora, norm_add, pack_q4, put_columns, quantize_fp8, random_bf16, rope_kv_write, sample,
-    silu_mul, verify,
+    scale_product, silu_mul, verify,
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
 
@@ -257,6 +257,42 @@ fn columns_are_put_where_they_belong() {
     let (mut x, mut out) = (vec![0.0f32; 16], vec![0.0f32; 16]);
     for (columns, stride) in [(1..5, 8), (0..6, 8), (0..4, 7), (8..16, 16)] {
         assert!(put_columns(on(0), 3, at(&mut x), columns, at(&mut out), stride).is_err());
+    }
+}
+
+#[test]
+fn products_get_their_scales_afterwards() {
+    let mut dice = Dice(12);
+    for (m, n, more) in [(1, 4, 0), (3, 640, 8), (2, 5000, 4)] {
+        let stride = n + more;
+        let mut numbers = |count: usize| (0..count).map(|_| dice.value()).collect::<Vec<f32>>();
+        let (x, w_scales, x_scales) = (numbers(m * n), numbers(n), numbers(m));
+        let run = |on: &dyn Launcher, out: Sink| {
+            let (mut x, mut w_scales, mut x_scales) = (x.clone(), w_scales.clone(), x_scales.clone());
+            scale_product(on, (m, n), at(&mut x), (at(&mut w_scales), at(&mut x_scales)), out, stride).unwrap();
+        };
+        let there = bf16::from_f32(0.25);
+        let set = in_any_order(&vec![there; m * stride], |on, out| run(on, Sink::Set(at(out))));
+        let added = in_any_order(&vec![there; m * stride], |on, out| run(on, Sink::Add(at(out))));
+        let wide = in_any_order(&vec![0.25f32; m * stride], |on, out| run(on, Sink::Wide(at(out))));
+        for i in 0..m * stride {
+            let (row, column) = (i / stride, i % stride);
+            let what = format!("{m} x {n}, row {row}, column {column}");
+            if column >= n {
+                assert_eq!((set[i], added[i], wide[i]), (there, there, 0.25), "{what}");
+                continue;
+            }
+            let scale = f64::from(w_scales[column]) * f64::from(x_scales[row]);
+            let expected = f64::from(x[row * n + column]) * scale;
+            near(wide[i], expected, 1e-6, 1e-9, &what);
+            near(set[i].to_f32(), expected, BF16, 1e-9, &what);
+            near(added[i].to_f32(), expected + 0.25, BF16, 1e-9, &what);
+        }
+    }
+    let (mut x, mut scales, mut out) = (vec![0.0f32; 32], vec![0.0f32; 8], vec![bf16::ZERO; 32]);
+    for (n, stride) in [(6, 8), (4, 6)] {
+        let scales = (at(&mut scales), at(&mut scales));
+        assert!(scale_product(on(0), (2, n), at(&mut x), scales, Sink::Set(at(&mut out)), stride).is_err());
     }
 }
 

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Which of its kernels computes a shape is asked once and kept. Numbers of rows come in multiples of `LARGE_UNIT`, so there are
-//! few shapes.
+//! few shapes. In fp8 each channel and each row has a scale. Where the library takes one a matrix only, as it does for chips other than
+//! Hopper, the product is computed without any ([`Blas::bare`]), and `scale_product` follows.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -16,6 +17,7 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
 use super::gemm::{Sink, Weight};
+use super::launch::{Fp8, Ptr};
 use crate::base::{Error, Result};
 
 /// Bytes that a kernel may use for itself: what the library recommends for Hopper.
@@ -35,6 +37,8 @@ unsafe impl Send for Blas {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     fp8: bool,
+    /// Whether the library multiplies with the scales.
+    scaled: bool,
     m: usize,
     n: usize,
     k: usize,
@@ -64,6 +68,15 @@ impl Blas {
         }
         let handle = result::create_handle().map_err(|error| failed("cannot start", error))?;
         Ok(Some(Self { handle, workspace, plans: HashMap::new() }))
+    }
+
+    /// Whether it multiplies in fp8, but not with a scale a channel and a row.
+    pub(super) fn leaves_scales(&self) -> bool {
+        let shape = Shape { fp8: true, scaled: true, m: 64, n: 256, k: 256, out_stride: 256, wide: true, add: false };
+        // Nothing is computed: any address will do.
+        let scales = Some((self.workspace, self.workspace));
+        Plan::new(self.handle, shape, scales).is_err()
+            && Plan::new(self.handle, Shape { scaled: false, ..shape }, None).is_ok()
     }
 
     /// `x * w^T` into `out` of `m` rows; false where the library cannot.
@@ -96,12 +109,39 @@ impl Blas {
             Sink::Add(out) => (out.address(), false, true),
             Sink::Wide(out) => (out.address(), true, false),
         };
-        let shape = Shape { fp8, m, n, k, out_stride, wide, add };
+        self.compute(Shape { fp8, scaled: fp8, m, n, k, out_stride, wide, add }, (w, x), scales, to, stream)
+    }
+
+    /// The product of what is in fp8, without scales, into `out [m, n]`; false where the library cannot.
+    pub(super) fn bare(
+        &mut self,
+        (m, n, k): (usize, usize, usize),
+        w: Ptr<Fp8>,
+        x: Ptr<Fp8>,
+        out: Ptr<f32>,
+        stream: *mut c_void,
+    ) -> Result<bool> {
+        w.needs("w", n * k, 16)?;
+        x.needs("x", m * k, 16)?;
+        out.needs("out", m * n, 16)?;
+        let shape = Shape { fp8: true, scaled: false, m, n, k, out_stride: n, wide: true, add: false };
+        self.compute(shape, (w.address(), x.address()), None, out.address(), stream)
+    }
+
+    fn compute(
+        &mut self,
+        shape: Shape,
+        (w, x): (u64, u64),
+        scales: Option<(u64, u64)>,
+        to: u64,
+        stream: *mut c_void,
+    ) -> Result<bool> {
+        let Shape { fp8, scaled, m, n, k, add, .. } = shape;
         let handle = self.handle;
         let plan = self.plans.entry(shape).or_insert_with(|| match Plan::new(handle, shape, scales) {
             Ok(plan) => Some(plan),
             Err(error) => {
-                tracing::warn!(%error, fp8, m, n, k, "cuBLASLt has no kernel for a product; slower ones of our own compute it");
+                tracing::warn!(%error, fp8, scaled, m, n, k, "cuBLASLt has no kernel for a product: it is computed in another way");
                 None
             }
         });
@@ -149,7 +189,7 @@ impl Plan {
         shape: Shape,
         scales: Option<(u64, u64)>,
     ) -> std::result::Result<Self, CublasError> {
-        let Shape { fp8, m, n, k, out_stride, wide, add: _ } = shape;
+        let Shape { fp8, scaled: _, m, n, k, out_stride, wide, add: _ } = shape;
         use sys::cudaDataType_t as Type;
         let from = if fp8 { Type::CUDA_R_8F_E4M3 } else { Type::CUDA_R_16BF };
         let to = if wide { Type::CUDA_R_32F } else { Type::CUDA_R_16BF };
@@ -171,8 +211,10 @@ impl Plan {
             let each = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, each)?;
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, each)?;
-            plan.set(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, 1i8)?;
             plan.scales(w, x)?;
+        }
+        if fp8 {
+            plan.set(Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, 1i8)?;
         }
         let preference = result::create_matmul_pref()?;
         // SAFETY: descriptors that were just made; the preference is not used afterwards.

@@ -23,8 +23,8 @@ use half::bf16;
 use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
-use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
-use super::gemm::{Sink, Weight};
+use super::card::{Card, LANDING, LARGE_UNIT, Part, Parts, alone, check_parts};
+use super::gemm::{Sink, Weight, scale_product};
 use super::launch::{Launch, Launcher, Ptr};
 use super::nccl::Link;
 use super::pinned::{Pinned, Ring, failed};
@@ -34,6 +34,9 @@ include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// Dynamic shared memory that a kernel may have without asking.
 const FREE_SHARED: usize = 48 << 10;
+
+/// Bytes of [`Device::unscaled`].
+const UNSCALED: usize = 32 << 20;
 
 /// Between looks whether ranks have failed, of one that waits.
 const LOOK_EVERY: Duration = Duration::from_millis(1);
@@ -61,6 +64,8 @@ pub struct Device {
     /// Recorded behind a copy to there, whose length is beside it.
     departed: Mutex<(sys::CUevent, usize)>,
     blas: Mutex<Option<Blas>>,
+    /// Where products in fp8 wait for their scales, where the library does not take them.
+    unscaled: Ptr<f32>,
     /// To the other ranks, if it is one.
     link: Option<Link>,
 }
@@ -164,6 +169,7 @@ impl Device {
             landing: Mutex::default(),
             departed: Mutex::new((std::ptr::null_mut(), 0)),
             blas: Mutex::default(),
+            unscaled: Ptr::null(),
             link: None,
         };
         this.enter()?;
@@ -180,6 +186,10 @@ impl Device {
             this.modules.push(module);
         }
         let blas = Blas::open(this.alloc_bytes(WORKSPACE)?)?;
+        if blas.as_ref().is_some_and(Blas::leaves_scales) {
+            // SAFETY: allocated here, and there as long as the device.
+            this.unscaled = unsafe { Ptr::new(this.alloc_bytes(UNSCALED)?, UNSCALED / size_of::<f32>()) };
+        }
         if blas.is_none() {
             tracing::warn!("libcublasLt.so.13 is not here: prompts are read by slower kernels of our own");
         }
@@ -451,7 +461,26 @@ impl Card for Device {
         let mut blas = self.blas.lock();
         let Some(blas) = blas.as_mut() else { return Ok(false) };
         self.enter()?;
-        blas.product(shape, weight, out, out_stride, self.stream.cast())
+        let (stream, (m, n, k)) = (self.stream.cast(), shape);
+        let (w, x) = match weight {
+            Weight::Fp8(w, x) if !self.unscaled.is_null() => (w, x),
+            _ => return blas.product(shape, weight, out, out_stride, stream),
+        };
+        // As many rows at a time as there is room for.
+        let most = self.unscaled.len() / n / LARGE_UNIT * LARGE_UNIT;
+        if most == 0 {
+            return Ok(false);
+        }
+        for first in (0..m).step_by(most) {
+            let count = most.min(m - first);
+            let (room, rows) = (self.unscaled.part(0, count * n), x.data.part(first * k, count * k));
+            if !blas.bare((count, n, k), w.data, rows, room, stream)? {
+                return Ok(false);
+            }
+            let out = out.part(first * out_stride, (count - 1) * out_stride + n);
+            scale_product(self, (count, n), room, (w.scales, x.scales.part(first, count)), out, out_stride)?;
+        }
+        Ok(true)
     }
 }
 

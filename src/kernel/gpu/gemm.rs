@@ -116,6 +116,42 @@ pub fn gemm_small(
     on.launch(launch.int(m).int(k).int(out_stride).int(sink))
 }
 
+/// A product in fp8 that was computed without scales, `x [m, n]`, into `out` of rows of `out_stride` numbers: times that of its channel and
+/// that of its row.
+///
+/// # Errors
+/// `Unsupported` for channels or a stride that are no multiples of 4; `Internal` when memory is too short.
+pub fn scale_product(
+    on: &dyn Launcher,
+    (m, n): (usize, usize),
+    x: Ptr<f32>,
+    (w_scales, x_scales): (Ptr<f32>, Ptr<f32>),
+    out: Sink,
+    out_stride: usize,
+) -> Result<()> {
+    if !n.is_multiple_of(4) || !out_stride.is_multiple_of(4) {
+        return Err(Error::unsupported(format!(
+            "{n} channels in rows of {out_stride}: GPU kernels scale them in fours"
+        )));
+    }
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    x.needs("x", m * n, 16)?;
+    w_scales.needs("scales of w", n, 16)?;
+    x_scales.needs("scales of x", m, 4)?;
+    out.needs((m - 1) * out_stride + n, 16)?;
+    let kind = if matches!(out, Sink::Wide(_)) { "f32" } else { "bf16" };
+    let launch = Launch::new(format!("scale_product_{kind}"), [m, n.div_ceil(4096), 1], 256);
+    let launch = launch.ptr(x).ptr(w_scales).ptr(x_scales);
+    let (launch, adds) = match out {
+        Sink::Set(out) => (launch.ptr(out), 0),
+        Sink::Add(out) => (launch.ptr(out), 1),
+        Sink::Wide(out) => (launch.ptr(out), 0),
+    };
+    on.launch(launch.int(n).int(out_stride).int(adds))
+}
+
 /// Rows of GGUF's Q4_0 (`[n, k]`, blocks of 32) as the kernel reads them: codes `[n, k / 128, 4, 4]` words of 8 and scales
 /// `[n, k / 32]`.
 ///

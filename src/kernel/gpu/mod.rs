@@ -42,7 +42,7 @@ pub use encoder::{
     Activation, LayerNorm, Pooled, TEXT_ROWS, Tables, TextItem, Token, add_layer_norm, attend_texts, bias_activate,
     embed_layer_norm, pool_rows, takes_texts,
 };
-pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4};
+pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4, scale_product};
 pub use launch::{Fp8, Launch, Launcher, Ptr};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
 pub use open::{collectives, count, open, open_ranks};
