@@ -10,8 +10,8 @@
 //     attend_narrow   up to 16 queries: decodes. The 4 warps share the tokens of each tile and merge their sums at the end
 //     attend_wide     up to 64 queries: prompts. Each warp has 16 of them and all tokens
 //     attend_group    the same by products of a warpgroup, which Hopper has: keys and values stay in shared memory, where four warps
-//                     read them once. Two or three blocks a multiprocessor: one multiplies while another one softens. Pages of 16
-//                     tokens come by 16-byte copies: the bulk copies of that chip would take a command for each half of a page
+//                     read them once. By their registers three blocks fit a multiprocessor, so that one can multiply while another
+//                     one softens
 //
 // Where there are fewer items than multiprocessors the keys of a row are cut into ranges: each item then leaves sum, maximum and
 // denominator in `partial`, and `merge_attention` puts them together. What is cut where is the caller's choice and is read from

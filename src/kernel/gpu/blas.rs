@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Which of its kernels computes a shape is asked once and kept. Numbers of rows come in multiples of `LARGE_UNIT`, so there are
-//! few shapes. In fp8 each channel and each row has a scale. Where the library takes one a matrix only, as it does for chips other than
-//! Hopper, the product is computed without any ([`Blas::bare`]), and `scale_product` follows.
+//! few shapes. In fp8 each channel and each row has a scale. Where the library takes one a matrix only, which depends on the
+//! chip and is asked of it, the product is computed without any ([`Blas::bare`]), and `scale_product` follows.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
