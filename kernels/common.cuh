@@ -18,8 +18,16 @@ struct fp8 {
     uint8_t bits;
 };
 
+/// Rows of bf16 in device memory out of which boxes of 64 columns are copied, as the driver writes it: `cuTensorMapEncodeTiled`, with the
+/// pieces of a row swapped as `group_matrix` has them.
+struct alignas(128) Table {
+    uint64_t words[16];
+};
+
 #define KERNEL extern "C" __global__ void
 #define EXPORT(name)
+/// A table that a kernel is given by value.
+#define TABLE const __grid_constant__ Table
 /// The dynamic shared memory of a block, 128-byte aligned.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
@@ -138,6 +146,30 @@ __device__ __forceinline__ void group_multiply_add(float (&d)[16][4], const uint
         "{%64,%65,%66,%67}, %68, keep, 1, 1, %70;}\n"
         : SUMS_OF_32(0), SUMS_OF_32(8)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"((int)!fresh), "n"((int)ACROSS));
+}
+// Hopper also copies boxes out of a table by itself: one thread asks for a whole one, and whoever needs it waits for its bytes.
+/// Bytes that are to arrive, in shared memory.
+using Arrivals = uint64_t;
+/// Nothing has arrived and nothing is expected. For all threads, and for copies, behind the next barrier.
+__device__ __forceinline__ void arrivals_begin(Arrivals* arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.proxy.async.shared::cta;\n" ::"r"(shared_address(arrivals)) : "memory");
+}
+/// Says how many bytes come next: once a turn, by one thread.
+__device__ __forceinline__ void arrivals_expect(Arrivals* arrivals, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(arrivals)), "r"(bytes) : "memory");
+}
+/// Waits until all bytes of a turn have arrived. `parity` is 0 in the first turn, 1 in the second, and so on.
+__device__ __forceinline__ void arrivals_await(Arrivals* arrivals, int parity) {
+    asm volatile(
+        "{.reg .pred arrived;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 arrived, [%0], %1;\n"
+        "@!arrived bra again;}\n" ::"r"(shared_address(arrivals)), "r"(parity) : "memory");
+}
+/// Begins to copy the box of `table` whose first number is in this row and column to a multiple of 1,024 bytes.
+__device__ __forceinline__ void copy_box(void* to, const Table* table, int row, int column, Arrivals* arrivals) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::"r"(
+                     shared_address(to)), "l"(table), "r"(column), "r"(row), "r"(shared_address(arrivals))
+                 : "memory");
 }
 #endif
 

@@ -262,6 +262,91 @@ void make_ready(const char* line) {
     block.running->is_ready = true;
 }
 
+/// A box that is under way.
+struct Box {
+    char* to;
+    Table table;
+    int row, column;
+};
+/// What has been said of arrivals, and what is on its way to them.
+struct Expected {
+    const Arrivals* arrivals;
+    uint64_t turn;
+    bool is_said;
+    int bytes;
+    std::vector<Box> boxes;
+};
+/// Of the block.
+static std::vector<Expected> expected;
+/// Numbers of a row of a box: the widest whose pieces can be swapped.
+static constexpr int BOX_COLUMNS = 64;
+/// What `Card::table` of the emulated card writes.
+static constexpr uint64_t TABLE_MAGIC = 0x7461626c65;
+
+static Expected& expected_of(const Arrivals* arrivals) {
+    for (Expected& one : expected) {
+        if (one.arrivals == arrivals) return one;
+    }
+    fail("arrivals are used before they begin");
+}
+
+void begin_arrivals(Arrivals* arrivals) {
+    if (reinterpret_cast<uintptr_t>(arrivals) % 8) fail("arrivals are misaligned");
+    expected.push_back({arrivals, 0, false, 0, {}});
+}
+
+void expect_arrivals(Arrivals* arrivals, int bytes) {
+    Expected& one = expected_of(arrivals);
+    if (one.is_said) fail("bytes are expected twice");
+    one.is_said = true;
+    one.bytes = bytes;
+}
+
+/// Calls `each` with the places of a box in shared memory and in the table, 16 bytes each; null where the table has nothing.
+template <class Each>
+static void pieces_of(const Box& box, Each each) {
+    const uint32_t begin = shared_address(box.to);
+    for (int row = 0; row < (int)box.table.box_rows; row++) {
+        for (int piece = 0; piece < BOX_COLUMNS / 8; piece++) {
+            uint32_t at = begin + row * BOX_COLUMNS * 2 + piece * 16;
+            at ^= (at >> 7 & 7) << 4;
+            const int64_t from_row = box.row + row, from_column = box.column + piece * 8;
+            const bool is_there = from_row >= 0 && from_row < (int64_t)box.table.rows && from_column < (int64_t)box.table.columns;
+            const auto* from = reinterpret_cast<const uint16_t*>(box.table.address) + from_row * box.table.columns + from_column;
+            each(block.dynamic_shared + at - SHARED_BEGIN, is_there ? from : nullptr);
+        }
+    }
+}
+
+void begin_box(void* to, const Table* table, int row, int column, Arrivals* arrivals) {
+    if (table->magic != TABLE_MAGIC) fail("a box of something that is no table");
+    if (shared_address(to) % 1024) fail("a box is misaligned");
+    const Box box = {static_cast<char*>(to), *table, row, column};
+    pieces_of(box, [](char* to, const uint16_t*) { memset(to, 0xff, 16); });
+    expected_of(arrivals).boxes.push_back(box);
+}
+
+void await_arrivals(Arrivals* arrivals, int parity, const char* line) {
+    block.running->line = line;
+    while ((int)(expected_of(arrivals).turn & 1) == parity) {
+        Expected& one = expected_of(arrivals);
+        int bytes = 0;
+        for (const Box& box : one.boxes) bytes += box.table.box_rows * BOX_COLUMNS * 2;
+        if (!one.is_said || bytes < one.bytes) {
+            yield();
+            continue;
+        }
+        if (bytes > one.bytes) fail("more bytes arrive than are expected");
+        for (const Box& box : one.boxes) {
+            pieces_of(box, [](char* to, const uint16_t* from) { from ? memcpy(to, from, 16) : memset(to, 0, 16); });
+        }
+        one.boxes.clear();
+        one.is_said = false;
+        one.turn++;
+        block.progress = true;
+    }
+}
+
 /// All of a matrix: 16 k, `columns` columns, [column][k].
 static std::vector<uint16_t> matrix_of(uint64_t matrix, int columns, bool across) {
     const uint32_t begin = (matrix & 0x3fff) << 4, half = (matrix >> 16 & 0x3fff) << 4, eight = (matrix >> 32 & 0x3fff) << 4;
@@ -370,6 +455,7 @@ static void run_block(std::vector<Fiber>& fibers, std::vector<Warp>& warps, cons
     crew = &fibers;
     products.assign(fibers.size(), {});
     factors.assign(warps.size(), {});
+    expected.clear();
     while (block.alive) {
         if (!block.progress) {
             const auto stuck = std::find_if(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return !fiber.done; });
@@ -382,6 +468,9 @@ static void run_block(std::vector<Fiber>& fibers, std::vector<Warp>& warps, cons
             block.running = &fibers[at];
             emulate_switch(&block.scheduler, fibers[at].stack_pointer);
         }
+    }
+    for (const Expected& one : expected) {
+        if (one.is_said || !one.boxes.empty()) fail("a box is not waited for");
     }
 }
 

@@ -5,8 +5,9 @@
 //
 // What a GPU leaves to chance is made to show: shared memory holds NaN when a block begins, what an asynchronous copy will bring is
 // NaN until it is waited for, sums of a warpgroup's products as well, and the order of threads is any. A barrier that not all threads reach,
-// lanes of a warp that meet in different lines, a shuffle from a lane that is not there, a misaligned 16-byte access, and a product of a
-// warpgroup whose factors are not published, not ready or overwritten meanwhile end the process with file and line.
+// lanes of a warp that meet in different lines, a shuffle from a lane that is not there, a misaligned 16-byte access, a product of a
+// warpgroup whose factors are not published, not ready or overwritten meanwhile, and boxes that nobody waits for or of which others bytes
+// arrive than are expected end the process with file and line.
 //
 // It says nothing of speed, of bank conflicts, of registers, or of memory order between blocks.
 #pragma once
@@ -54,6 +55,12 @@ struct __half {
 struct fp8 {
     uint8_t bits;
 };
+
+/// A table of rows as `Card::table` of the emulated card writes it.
+struct Table {
+    uint64_t address, rows, columns, box_rows, magic, unused[11];
+};
+using Arrivals = uint64_t;
 
 static inline float __uint_as_float(uint32_t bits) {
     float x;
@@ -177,6 +184,10 @@ void multiply_matrices(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 uint32_t shared_address(const void* at);
 void publish();
 void make_ready(const char* line);
+void begin_arrivals(Arrivals* arrivals);
+void expect_arrivals(Arrivals* arrivals, int bytes);
+void await_arrivals(Arrivals* arrivals, int parity, const char* line);
+void begin_box(void* to, const Table* table, int row, int column, Arrivals* arrivals);
 void begin_product(float (*d)[4], int count, const uint32_t (&a)[4], uint64_t matrix, bool across, bool fresh, const char* line);
 void await_products(const char* line);
 
@@ -269,6 +280,12 @@ static inline void group_multiply_add(float (&d)[COUNT][4], const uint32_t (&a)[
     emulate::begin_product(d, COUNT, a, matrix, ACROSS, fresh, EMULATE_LINE);
 }
 #define group_end(sums) emulate::await_products(EMULATE_LINE)
+static inline void arrivals_begin(Arrivals* arrivals) { emulate::begin_arrivals(arrivals); }
+static inline void arrivals_expect(Arrivals* arrivals, int bytes) { emulate::expect_arrivals(arrivals, bytes); }
+#define arrivals_await(arrivals, parity) emulate::await_arrivals((arrivals), (parity), EMULATE_LINE)
+static inline void copy_box(void* to, const Table* table, int row, int column, Arrivals* arrivals) {
+    emulate::begin_box(to, table, row, column, arrivals);
+}
 // One OS thread at a time: nothing can come between.
 template <class T>
 static inline T atomicAdd(T* at, T value) {
@@ -285,6 +302,7 @@ static inline T atomicMax(T* at, T value) {
 #define __threadfence() ((void)0)
 
 #define KERNEL extern "C" void
+#define TABLE const Table
 #define EXPORT(name) static emulate::Kernel emulate_kernel_##name(#name, &name);
 #define DYNAMIC_SHARED(name) unsigned char* const name = reinterpret_cast<unsigned char*>(emulate::block.dynamic_shared)
 #endif

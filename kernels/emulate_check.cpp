@@ -6,6 +6,8 @@
 //     sum_wrong_index       a thread reads its neighbour's number
 //     product_of_ones       x [64, 64] bf16, out [128]: of each thread, the first of the sums of 16 numbers of a row. fault: 0 none; what was
 //                           copied is (1) not published; registers are (2) not ready; a factor is (3) overwritten; nobody (4) waits
+//     sum_of_box            the table's first 64 numbers of rows 3 to 10, out [1]: their sum. fault: 0 none; it is (1) not waited for before it is
+//                           read, (2) not at all, (3) more, (4) less, (5) in a place that does not fit, (6) before all have begun
 #include "attention.cuh"
 
 template <bool MEETS, int OFF>
@@ -53,3 +55,23 @@ KERNEL product_of_ones(const bf16* x, float* out, int fault) {
     out[threadIdx.x] = sums[0][0];
 }
 EXPORT(product_of_ones)
+
+KERNEL sum_of_box(TABLE table, float* out, int fault) {
+    DYNAMIC_SHARED(shared);
+    bf16* const box = reinterpret_cast<bf16*>(shared + (-shared_address(shared) & 1023));
+    Arrivals* const arrivals = reinterpret_cast<Arrivals*>(box + 16 * 64);
+    if (threadIdx.x == 0 && fault != 6) arrivals_begin(arrivals);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrivals_expect(arrivals, 8 * 64 * 2 - (fault == 3 ? 16 : 0) + (fault == 4 ? 16 : 0));
+        copy_box(box + (fault == 5 ? 64 : 0), &table, 3, 0, arrivals);
+    }
+    if (fault != 1 && fault != 2) arrivals_await(arrivals, 0);
+    if (threadIdx.x == 0) {
+        float sum = 0.0f;
+        for (int i = 0; i < 8 * 64; i++) sum += to_float(box[i]);
+        out[0] = sum;
+    }
+    if (fault == 1) arrivals_await(arrivals, 0);
+}
+EXPORT(sum_of_box)

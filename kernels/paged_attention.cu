@@ -12,6 +12,7 @@
 //     attend_group    the same by products of a warpgroup, which Hopper has: keys and values stay in shared memory, where four warps
 //                     read them once. By their registers three blocks fit a multiprocessor, so that one can multiply while another
 //                     one softens
+//     attend_bulk     the same, and bf16 keys and values are brought by boxes, which one warp asks for: nobody computes where each piece goes
 //
 // Where there are fewer items than multiprocessors the keys of a row are cut into ranges: each item then leaves sum, maximum and
 // denominator in `partial`, and `merge_attention` puts them together. What is cut where is the caller's choice and is read from
@@ -24,7 +25,10 @@
 //
 // block_tokens is a power of two: 1 << block_shift. scale is that of the scores, times that of fp8 keys; v_scale that of fp8 values.
 //
-// Grid: (items, kv_heads); block: 128 threads; shared memory: 4 * TOKENS * dim * 2 bytes, and 1,024 more for attend_group.
+// Tables of attend_bulk: [blocks * kv_heads * block_tokens, dim], boxes of a block's tokens, at most 64 and at least 8.
+//
+// Grid: (items, kv_heads); block: 128 threads; shared memory: 4 * TOKENS * dim * 2 bytes, 1,024 more for attend_group and 1,040 for
+// attend_bulk.
 // attend_narrow is bound by memory: 2 * dim numbers a token and kv head. The others are bound by the tensor cores from some 64
 // queries on.
 #include "attention.cuh"
@@ -33,7 +37,7 @@ constexpr int WARPS = 4;
 constexpr int ITEM = 8;
 
 /// Which of the kernels.
-enum How { NARROW, WIDE, GROUP };
+enum How { NARROW, WIDE, GROUP, BULK };
 
 /// Where a tile has a token's 16-byte piece.
 template <int DIM, int TOKENS, How HOW>
@@ -71,6 +75,35 @@ __device__ __forceinline__ void fetch(bf16* tile, const fp8* cache, const int* t
 #pragma unroll
         for (int k = 0; k < 8; k++) wide[k] = to_float(fp8{(uint8_t)((k < 4 ? bits.x : bits.y) >> (k % 4 * 8))});
         store_eight(tile + place_of<DIM, TOKENS, HOW>(token, piece), wide);
+    }
+}
+
+/// Begins to bring keys and values of `TOKENS` tokens from `first` on as boxes. Blocks beyond `end` are left out; what lies behind `end`
+/// in the last one comes with it.
+template <int DIM, int TOKENS>
+__device__ __forceinline__ void fetch_boxes(bf16* key_tile, bf16* value_tile, const Table* keys, const Table* values, Arrivals* arrivals,
+                                            const int* table, int first, int end, int kv_heads, int head, int block_shift) {
+    constexpr int HALVES = DIM / 64;
+    if (threadIdx.x >= 32) return;
+    const int each = min(1 << block_shift, TOKENS), boxes = (min(end - first, TOKENS) + each - 1) / each;
+    if (threadIdx.x == 0) arrivals_expect(arrivals, boxes * each * 2 * DIM * (int)sizeof(bf16));
+    __syncwarp();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < boxes * 2 * HALVES; i += 32) {
+        const int box = i / (2 * HALVES), half = i % HALVES, key = first + box * each;
+        const bool is_key = i / HALVES % 2 == 0;
+        const int row = ((table[key >> block_shift] * kv_heads + head) << block_shift) + (key & ((1 << block_shift) - 1));
+        copy_box((is_key ? key_tile : value_tile) + (half * TOKENS + box * each) * 64, is_key ? keys : values, row, half * 64, arrivals);
+    }
+}
+
+/// Zeros for values of tokens from `count` on: whatever they hold is multiplied with weights of 0.
+template <int DIM, int TOKENS>
+__device__ __forceinline__ void blank(bf16* tile, int count) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (TOKENS - count) * DIM / 8; i += WARPS * 32) {
+        const float zeros[8] = {};
+        store_eight(tile + halved<TOKENS>(count + i / (DIM / 8), i % (DIM / 8)), zeros);
     }
 }
 
@@ -117,14 +150,24 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
     sums.total[0] = sums.total[1] = 0.0f;
 
     // Pieces change places by bits of the address itself.
-    if constexpr (HOW == GROUP) shared += -shared_address(shared) & 1023;
+    if constexpr (HOW == GROUP || HOW == BULK) shared += -shared_address(shared) & 1023;
     bf16* const tiles = reinterpret_cast<bf16*>(shared);
     const auto key_tile = [&](int at) { return tiles + (2 * (at & 1)) * TOKENS * DIM; };
     const auto value_tile = [&](int at) { return tiles + (2 * (at & 1) + 1) * TOKENS * DIM; };
+    [[maybe_unused]] Arrivals* const arrivals = reinterpret_cast<Arrivals*>(tiles + 4 * TOKENS * DIM);
+    if constexpr (HOW == BULK) {
+        if (threadIdx.x < 2) arrivals_begin(arrivals + threadIdx.x);
+        __syncthreads();
+    }
     const auto bring = [&](int at, int key) {
-        fetch<DIM, TOKENS, HOW>(key_tile(at), keys, table, key, end, kv_heads, head, block_shift);
-        fetch<DIM, TOKENS, HOW>(value_tile(at), values, table, key, end, kv_heads, head, block_shift);
-        copy_commit();
+        if constexpr (HOW == BULK) {
+            fetch_boxes<DIM, TOKENS>(key_tile(at), value_tile(at), keys, values, arrivals + (at & 1), table, key, end, kv_heads, head,
+                                     block_shift);
+        } else {
+            fetch<DIM, TOKENS, HOW>(key_tile(at), keys, table, key, end, kv_heads, head, block_shift);
+            fetch<DIM, TOKENS, HOW>(value_tile(at), values, table, key, end, kv_heads, head, block_shift);
+            copy_commit();
+        }
     };
     // What nobody sees is not read: the first row sees farthest back.
     const int seen = window > 0 ? max(first, start - window + 1) : first;
@@ -132,15 +175,21 @@ __device__ __forceinline__ void attend(const bf16* q, const Kv* keys, const Kv* 
     if (tile_count > 0) bring(0, begin);
     for (int at = 0; at < tile_count; at++) {
         const int key = begin + at * TOKENS;
-        if (at + 1 < tile_count) {
-            bring(at + 1, key + TOKENS);
-            copy_wait<1>();
+        if (at + 1 < tile_count) bring(at + 1, key + TOKENS);
+        if constexpr (HOW == BULK) {
+            arrivals_await(arrivals + (at & 1), at / 2 & 1);
+            if (key + TOKENS > end) {
+                blank<DIM, TOKENS>(value_tile(at), end - key);
+                group_publish();
+                __syncthreads();
+            }
         } else {
-            copy_wait<0>();
+            if (at + 1 < tile_count) copy_wait<1>();
+            else copy_wait<0>();
+            if constexpr (HOW == GROUP) group_publish();
+            __syncthreads();
         }
-        if constexpr (HOW == GROUP) group_publish();
-        __syncthreads();
-        if constexpr (HOW == GROUP) {
+        if constexpr (HOW == GROUP || HOW == BULK) {
             accumulate_together<DIM>(sums, queries, key_tile(at), value_tile(at), key, last, from, scale * LOG2E);
         } else if constexpr (HOW == WIDE) {
             accumulate<DIM, TOKENS / 16>(sums, queries, key_tile(at), value_tile(at), 0, key, last, from, scale * LOG2E);
@@ -248,6 +297,19 @@ ATTEND(attend_group_64_bf16, 64, 64, GROUP, bf16)
 ATTEND(attend_group_128_bf16, 128, 64, GROUP, bf16)
 ATTEND(attend_group_64_fp8, 64, 64, GROUP, fp8)
 ATTEND(attend_group_128_fp8, 128, 64, GROUP, fp8)
+
+#define ATTEND_BULK(name, DIM)                                                                                               \
+    KERNEL __launch_bounds__(WARPS * 32, 3)                                                                                 \
+        name(TABLE keys, TABLE values, const bf16* __restrict__ q, const int* __restrict__ tables,                          \
+             const int* __restrict__ items, bf16* __restrict__ out, float* __restrict__ partial, int heads, int kv_heads,   \
+             int q_stride, int block_shift, float scale, float v_scale, int window) {                                       \
+        DYNAMIC_SHARED(shared);                                                                                             \
+        attend<DIM, 64, BULK, Table>(q, &keys, &values, tables, items, out, partial, heads, kv_heads, q_stride,             \
+                                     block_shift, scale, v_scale, window, shared);                                          \
+    }                                                                                                                       \
+    EXPORT(name)
+ATTEND_BULK(attend_bulk_64_bf16, 64)
+ATTEND_BULK(attend_bulk_128_bf16, 128)
 #endif
 
 // Ranges of keys that belong to the same rows, put together.

@@ -98,7 +98,7 @@ start() { # NAME, further lines of the [[model]] block, its id
             echo "ready after $took ms"
             fact "$name" ready_ms "$took"
             fact "$name" gpu_mib_idle "$(on_card memory.used)"
-            grep -E 'GPUs serve|warpgroups' "$out/$name.log"
+            grep -E 'GPUs serve|attention kernels' "$out/$name.log"
             return 0
         fi
         kill -0 "$daemon" 2>/dev/null || break

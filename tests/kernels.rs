@@ -10,10 +10,10 @@
 use half::{bf16, f16};
 use neurond::kernel::Gate;
 use neurond::kernel::gpu::{
-    Adapted, Attention, Drawn, Edit, Emulator, Fp8, Heads, Item, Keys, LORA_RANK, Launcher, Lora, Merge, Norm, Normed,
-    PagedKv, Ptr, RopeKv, Scaled, Sink, Tile, UNWANTED, Weight, Wish, add_rms_norm, copy_blocks, embed, follow,
-    gather_rows, gemm_small, lora, norm_add, pack_q4, put_columns, quantize_fp8, random_bf16, rope_kv_write, sample,
-    scale_product, silu_mul, verify,
+    Adapted, Attention, Boxes, Drawn, Edit, EmulatedCard, Emulator, Fp8, Heads, Item, Keys, LORA_RANK, Launcher, Lora,
+    Merge, Norm, Normed, PagedKv, Ptr, RopeKv, Scaled, Sink, Tile, UNWANTED, Weight, Wish, add_rms_norm, copy_blocks,
+    embed, follow, gather_rows, gemm_small, lora, norm_add, pack_q4, put_columns, quantize_fp8, random_bf16,
+    rope_kv_write, sample, scale_product, silu_mul, verify,
 };
 use neurond::kernel::quant::{Dtype, dequantize_row};
 
@@ -79,6 +79,15 @@ fn has_warpgroups() -> bool {
     true
 }
 
+/// What [`Tile::Bulk`] takes, where whatever runs kernels has it.
+fn boxes(data: Keys, dim: usize, shift: u32) -> Option<Boxes> {
+    #[cfg(feature = "cuda")]
+    if let Some(card) = real::card() {
+        return card.boxes(data, dim, shift);
+    }
+    Boxes::new(&EmulatedCard::hopper(0), data, dim, shift).unwrap()
+}
+
 /// The same tests on a GPU: from the first launch on all memory of this process is CUDA's managed memory, so that the vectors of
 /// tests are the device's as well. Nothing of it is given back, which tests can bear.
 #[cfg(feature = "cuda")]
@@ -90,7 +99,7 @@ mod real {
     use cudarc::driver::result;
     use cudarc::driver::sys::CUmemAttach_flags;
     use neurond::base::Result;
-    use neurond::kernel::gpu::{Card, Launch, Launcher, open};
+    use neurond::kernel::gpu::{Boxes, Card, Keys, Launch, Launcher, open};
 
     /// Address space that is set aside; memory is taken where it is touched.
     const ARENA: usize = 32 << 30;
@@ -132,6 +141,10 @@ mod real {
     impl Waiting {
         pub fn has_warpgroups(&self) -> bool {
             self.0.lock().unwrap().has_warpgroups()
+        }
+
+        pub fn boxes(&self, data: Keys, dim: usize, shift: u32) -> Option<Boxes> {
+            Boxes::new(&**self.0.lock().unwrap(), data, dim, shift).unwrap()
         }
     }
 
@@ -456,7 +469,7 @@ fn queries_are_turned_and_keys_and_values_put_into_the_pool() {
                 q_norm: norm(&mut q),
                 k_norm: norm(&mut k),
             };
-            let kv = PagedKv { data, block_shift: 4, k_scale: scales.0, v_scale: scales.1 };
+            let kv = PagedKv { data, boxes: None, block_shift: 4, k_scale: scales.0, v_scale: scales.1 };
             rope_kv_write(on, rows, paged.heads, at(qkv), at(&mut positions), at(&mut slots), &rope, &kv).unwrap();
         };
         let untouched = bf16::from_f32(77.0);
@@ -543,9 +556,9 @@ type Span = (usize, usize);
 
 /// Attention of some spans, each over keys of its own, in bf16 or fp8, against f64.
 fn attends(dice: &mut Dice, heads: Heads, shift: u32, spans: &[Span], window: usize, wanted: usize, in_fp8: bool) {
-    let wide = [Tile::Wide, Tile::Group];
+    let wide = [Tile::Wide, Tile::Group, Tile::Bulk];
     for planned in if window > 0 { vec![window, 0] } else { vec![0] } {
-        for &wide in &wide[..if has_warpgroups() { 2 } else { 1 }] {
+        for &wide in &wide[..if has_warpgroups() { 3 } else { 1 }] {
             attends_as_planned(dice, heads, shift, spans, (window, planned), wanted, in_fp8, wide);
         }
     }
@@ -609,7 +622,7 @@ fn attends_as_planned(
             true => Keys::Fp8(at(&mut keys8), at(&mut values8)),
             false => Keys::Bf16(at(&mut keys), at(&mut values)),
         };
-        let kv = PagedKv { data, block_shift: shift, k_scale, v_scale };
+        let kv = PagedKv { data, boxes: boxes(data, dim, shift), block_shift: shift, k_scale, v_scale };
         for (tile, items, merges) in [
             (Tile::Narrow, &attention.narrow, &attention.narrow_merges),
             (wide, &attention.wide, &attention.wide_merges),

@@ -16,7 +16,7 @@ use super::records::{
     AlertSection, AlertsSection, AnalyticsSection, ChannelSection, LogsSection, RedactSection, ShipSection,
 };
 use super::value::{ByteSize, Written};
-use super::{Format, KvType, Packing, Precision};
+use super::{Format, KvType, Packing, Precision, PromptKernel};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -292,9 +292,10 @@ pub struct GpuSection {
     /// `kv_bytes`. Models that say what they need, and those that embed or classify, are loaded before. The first of the others takes
     /// it: with several of them on a GPU, or to swap a model while it serves, write `kv_bytes` so that all fit.
     pub memory_share: f64,
-    /// Whether Hopper's own products (H100, H200) read prompts where they have been seen to compute what the portable kernels do, and
-    /// faster: both are tried when a model is loaded, and the log says which serves. `false`: the portable ones, untried.
-    pub warpgroups: bool,
+    /// Which kernel attends to prompts. `fastest`: all that the GPU has are tried when a model is loaded, and the log says which one serves.
+    /// `warps` runs anywhere; `warpgroups` and `bulk` need a Hopper (H100, H200), whose tensor cores multiply for four warps at once and
+    /// which brings bf16 keys and values by itself; where there is none, `warps` serves.
+    pub prompt_kernel: PromptKernel,
     /// Threads of each GPU, which convert weights when a model is loaded and draw tokens whose wishes the GPU cannot meet.
     /// Left out: a quarter of the physical cores, at least 1, at most 8.
     /// Example: `4`
@@ -314,7 +315,7 @@ impl Default for GpuSection {
             devices: None,
             library_folders: Vec::new(),
             memory_share: 0.9,
-            warpgroups: true,
+            prompt_kernel: PromptKernel::default(),
             threads: None,
             step_tokens: 4096,
             prefill_chunk: 2048,

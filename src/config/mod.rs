@@ -382,8 +382,8 @@ pub struct OnGpu {
     pub kv: Format,
     /// Bytes of KV pool on each; `None`: what is left.
     pub kv_bytes: Option<usize>,
-    /// Whether a Hopper's own products are tried.
-    pub warpgroups: bool,
+    /// What attends to prompts.
+    pub prompt_kernel: PromptKernel,
 }
 
 /// A smaller model that guesses for another.
@@ -515,6 +515,21 @@ pub enum Format {
     Bf16,
     /// Half as large, and half as much to read: 3 bits of mantissa and a scale.
     Fp8,
+}
+
+/// Which kernel of a GPU attends to prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptKernel {
+    /// All that it has are tried.
+    #[default]
+    Fastest,
+    /// The portable one.
+    Warps,
+    /// Products of warpgroups.
+    Warpgroups,
+    /// The same, and keys and values are brought by the GPU itself.
+    Bulk,
 }
 
 /// What is logged and how.

@@ -250,7 +250,7 @@ impl Changes {
             self.note(format!("{key}: context"), Some(model.context), Some(*context), Effect::Swap);
             let (from, to) = (model.tensor_parallel, *tensor_parallel);
             self.note(format!("{key}: tensor_parallel"), from, to, Effect::Swap);
-            let OnGpu { gpus, weights, kv, kv_bytes: gpu_kv_bytes, warpgroups } = on_gpu;
+            let OnGpu { gpus, weights, kv, kv_bytes: gpu_kv_bytes, prompt_kernel } = on_gpu;
             let was = &model.on_gpu;
             self.note(format!("{key}: gpus"), ordinals(&was.gpus), ordinals(gpus), Effect::Swap);
             self.note(format!("{key}: gpu_weights"), word(was.weights), word(*weights), Effect::Swap);
@@ -258,7 +258,8 @@ impl Changes {
             if model.kv_bytes == *kv_bytes {
                 self.note(format!("{key}: kv_bytes on a GPU"), was.kv_bytes, *gpu_kv_bytes, Effect::Swap);
             }
-            self.note(format!("{key}: gpu.warpgroups"), was.warpgroups, *warpgroups, Effect::Swap);
+            let (from, to) = (word(was.prompt_kernel), word(*prompt_kernel));
+            self.note(format!("{key}: gpu.prompt_kernel"), from, to, Effect::Swap);
             let paths = |draft: &Option<Draft>| draft.as_ref().map(|draft| draft.path.clone());
             self.note(format!("{key}: draft"), paths(&model.draft), paths(draft), Effect::Swap);
             if paths(&model.draft) == paths(draft) && model.draft != *draft {

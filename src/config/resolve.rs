@@ -23,7 +23,7 @@ use super::records;
 use super::value::{ByteSize, Written};
 use super::{
     Account, Auth, Binding, Cache, Config, Draft, Engine, Gpu, Log, Lora, Model, OnGpu, Overrides, Packing, Precision,
-    Price, Scopes, Server, Spill, Token, Upstream,
+    Price, PromptKernel, Scopes, Server, Spill, Token, Upstream,
 };
 use super::{simulated, synthetic};
 use crate::base::{Error, KeyId, Millis, Result};
@@ -84,7 +84,7 @@ pub(super) fn resolve(
     };
     let records = records::resolve(&mut check, &written, folder, machine);
     let accounts = accounts(&mut check, &file.account);
-    let models = models(&mut check, &file.model, &catalog, engine.threads, file.gpu.warpgroups, folder, machine);
+    let models = models(&mut check, &file.model, &catalog, engine.threads, file.gpu.prompt_kernel, folder, machine);
     let lora = lora(&mut check, &file.lora, folder, machine);
     let told = gateways(&mut check, &file, origin, folder, machine);
     let upstream = upstream(&mut check, &file.upstream, folder, machine);
@@ -641,7 +641,7 @@ fn models(
     sections: &[ModelSection],
     catalog: &Catalog,
     threads: usize,
-    warpgroups: bool,
+    prompt_kernel: PromptKernel,
     folder: &Path,
     machine: &Surroundings,
 ) -> Vec<Model> {
@@ -770,7 +770,7 @@ fn models(
                 weights: section.gpu_weights.unwrap_or(packing),
                 kv: section.gpu_kv,
                 kv_bytes: section.kv_bytes.map(|bytes| usize::try_from(bytes.0).unwrap_or(usize::MAX)),
-                warpgroups,
+                prompt_kernel,
             },
             context: section.context.unwrap_or(u32::MAX).min(entry.context),
             modified,

@@ -42,10 +42,10 @@ use self::ranks::Ranks;
 pub(in crate::model) use self::ranks::Seat;
 
 use crate::base::{Error, Result};
-use crate::config::{Format, Packing};
+use crate::config::{Format, Packing, PromptKernel};
 use crate::kernel::Pool;
 use crate::kernel::gpu::{
-    Attention, Bits, Card, Heads, Item, LARGE_UNIT, Merge, NARROW, Norm, Parts, Ptr, Tile, WIDE, warpgroups_pay,
+    Attention, Bits, Card, Heads, Item, LARGE_UNIT, Merge, NARROW, Norm, Parts, Ptr, Tile, WIDE, fastest,
 };
 use crate::model::Batch;
 use crate::model::batch::Bounds;
@@ -69,8 +69,8 @@ pub struct GpuOptions {
     pub weights: Packing,
     /// Of keys and values.
     pub kv: Format,
-    /// Whether a card's warpgroups read prompts, if they do it well.
-    pub warpgroups: bool,
+    /// What attends to prompts.
+    pub prompt_kernel: PromptKernel,
     /// Size of the KV pool.
     pub kv_size: KvSize,
     /// Tokens in a KV block: a power of two.
@@ -332,7 +332,21 @@ impl GpuDecoder {
         let drawing = Drawing::alloc(&*card, if rank == 0 { sample_rows } else { 0 }, spec.vocab)?;
         let adapters = Adapters::alloc(&*card, &spec, rows, options.max_sequences.max(1))?;
         let kv = KvPool::new(&*card, own, &options)?;
-        let wide = if options.warpgroups && warpgroups_pay(&*card)? { Tile::Group } else { Tile::Wide };
+        let wide = match options.prompt_kernel {
+            PromptKernel::Warps => Tile::Wide,
+            PromptKernel::Fastest => fastest(&*card, heads, options.kv == Format::Fp8, kv.block_shift)?,
+            kernel if !card.has_warpgroups() => {
+                tracing::warn!(
+                    card = card.name(),
+                    ?kernel,
+                    "this GPU has no such kernel for prompts: gpu.prompt_kernel = \"warps\" serves"
+                );
+                Tile::Wide
+            }
+            PromptKernel::Warpgroups => Tile::Group,
+            PromptKernel::Bulk => Tile::Bulk,
+        };
+        tracing::info!(card = card.name(), kernel = ?wide, "attends to prompts");
         progress(1.0);
         Ok(Self {
             heads,

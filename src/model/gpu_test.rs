@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::base::Kind;
 use crate::config::{KvType, Precision};
-use crate::kernel::gpu::{EmulatedCard, Wish};
+use crate::kernel::gpu::{Chip, EmulatedCard, Wish};
 use crate::kernel::testing::Dice;
 use crate::kernel::{Dtype, Isa};
 use crate::model::lora::{CONFIG_FILE, Shape, WEIGHTS_FILE};
@@ -64,7 +64,7 @@ pub(super) fn options(weights: Packing, kv: Format, kv_size: KvSize) -> GpuOptio
         pool: Arc::new(Pool::new(2)),
         weights,
         kv,
-        warpgroups: true,
+        prompt_kernel: PromptKernel::Fastest,
         kv_size,
         block_tokens: BLOCK,
         max_rows: 96,
@@ -89,14 +89,12 @@ impl Pair {
         let spec = weights.spec().unwrap();
         let element = if kv == Format::Bf16 { 2 } else { 1 };
         let bytes = 2 * spec.layers * spec.kv_width() * BLOCK * BLOCKS * element;
-        let gpu = GpuDecoder::open(
-            card,
-            Source::File(weights),
-            spec.clone(),
-            &options(packing, kv, KvSize::Bytes(bytes)),
-            &|_| (),
-        )
-        .unwrap();
+        Self::opened(card, weights, &options(packing, kv, KvSize::Bytes(bytes)))
+    }
+
+    fn opened(card: Box<dyn Card>, weights: &Weights, options: &GpuOptions) -> Self {
+        let spec = weights.spec().unwrap();
+        let gpu = GpuDecoder::open(card, Source::File(weights), spec.clone(), options, &|_| ()).unwrap();
         assert_eq!((gpu.blocks(), gpu.block_tokens()), (BLOCKS, BLOCK));
         let mut options = DecoderOptions {
             pool: Arc::new(Pool::new(1)),
@@ -176,11 +174,15 @@ fn it_computes_what_the_cpu_does() {
         follow(emulated(), tiny, Packing::Bf16, Format::Bf16, 0.03);
         follow(emulated(), tiny, Packing::Fp8, Format::Fp8, 0.25);
     }
-    // As on a Hopper whose own products were seen to pay.
     for (packing, kv, most) in [(Packing::Bf16, Format::Bf16, 0.03), (Packing::Fp8, Format::Fp8, 0.25)] {
-        let mut pair = Pair::new(emulated(), &LLAMA, packing, kv);
-        pair.gpu.wide = Tile::Group;
-        follow_pair(pair, most);
+        for kernel in [PromptKernel::Warpgroups, PromptKernel::Bulk] {
+            let of = GpuOptions { prompt_kernel: kernel, ..options(packing, kv, KvSize::Blocks(BLOCKS)) };
+            let pair = Pair::opened(Box::new(EmulatedCard::hopper(2)), &weights(&LLAMA), &of);
+            assert_eq!(pair.gpu.kv.boxes.is_empty(), kernel == PromptKernel::Warpgroups || kv == Format::Fp8);
+            follow_pair(pair, most);
+        }
+        // As where the maker's library takes a scale a matrix only.
+        follow(Box::new(EmulatedCard::of(Chip::Ada, 1)), &LLAMA, packing, kv, most);
     }
 }
 

@@ -301,7 +301,7 @@ fn gpu_options(
         pool: pool.clone(),
         weights: model.on_gpu.weights,
         kv: model.on_gpu.kv,
-        warpgroups: model.on_gpu.warpgroups,
+        prompt_kernel: model.on_gpu.prompt_kernel,
         kv_size,
         block_tokens: engine.block_tokens,
         max_rows: engine.step_tokens,

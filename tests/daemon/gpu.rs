@@ -223,6 +223,63 @@ async fn gpus_serve_what_their_kernels_take_and_the_cpu_the_rest() {
     assert!(told["warnings"][1].as_str().unwrap().starts_with("device 1: 2 critical errors"), "{told}");
 }
 
+/// What a Hopper has beside the kernels of all cards: they are tried when a model is loaded, and each says what the portable one does.
+#[actix::test]
+async fn a_hoppers_own_kernels_read_prompts_as_the_portable_one_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    write_model(&model);
+    let config = |kernel: &str, kv: &str| {
+        format!(
+            "[engine]\nprompt_lookup = false\n\
+             [gpu]\nprompt_kernel = \"{kernel}\"\nstep_tokens = 64\nprefill_chunk = 64\nmax_running = 4\nthreads = 1\n\
+             [[model]]\nid = {LARGE:?}\npath = {model:?}\nkv_bytes = \"1MiB\"\ngpu_kv = \"{kv}\"\ncontext = 256\n"
+        )
+    };
+    let env = [("NEUROND_EMULATED_GPUS", "1"), ("NEUROND_EMULATED_CHIP", "hopper")];
+    let mut daemon = Daemon::start(Setup { config: &config("warps", "bf16"), env: &env });
+    let base = daemon.base.clone();
+    let said = async || {
+        let prompt = |first: &str| {
+            format!(
+                "{first} went down to the river and asked the ferryman what it would cost to be brought over, {first}"
+            )
+        };
+        let body = |first: &str| json!({"model": LARGE, "prompt": prompt(first), "max_tokens": 6, "ignore_eos": true, "temperature": 0});
+        let calls = ["The pilot", "A girl", "Seven men"].map(|first| ask(&base, body(first)));
+        let answers = futures_util::future::join_all(calls).await.into_iter();
+        answers.map(|answer| text(&answer.unwrap()).to_owned()).collect::<Vec<String>>()
+    };
+    let kernel = |daemon: &Daemon| field(daemon.logged("attends to prompts").last().unwrap(), "kernel");
+    let mut reloads = 0;
+    for kv in ["bf16", "fp8"] {
+        let mut expected = Vec::new();
+        for (name, serves) in [("warps", "Wide"), ("warpgroups", "Group"), ("bulk", "Bulk")] {
+            if (name, kv) != ("warps", "bf16") {
+                daemon.rewrite_config(&config(name, kv));
+                daemon.signal(libc::SIGHUP);
+                reloads += 1;
+                daemon.wait_logs("reload done", reloads);
+            }
+            assert_eq!(kernel(&daemon), json!(serves));
+            let said = said().await;
+            if expected.is_empty() {
+                expected = said.clone();
+            }
+            assert_eq!(said, expected, "{name} with KV in {kv}");
+        }
+    }
+    assert!(daemon.logged("attention kernels were tried on a prompt").is_empty());
+    daemon.rewrite_config(&config("fastest", "bf16"));
+    daemon.signal(libc::SIGHUP);
+    daemon.wait_logs("reload done", reloads + 1);
+    let tried = daemon.wait_log("attention kernels were tried on a prompt");
+    let times = field(&tried, "ms");
+    assert!(["Wide", "Group", "Bulk"].iter().all(|tile| times.as_str().unwrap().contains(tile)), "{tried}");
+    assert_eq!(field(&tried, "tile"), kernel(&daemon));
+    assert!(said().await.iter().all(|text| !text.is_empty()));
+}
+
 /// On two GPUs as on one: what is said, drafts, a rank that breaks, another order of ranks.
 #[actix::test]
 async fn a_model_divided_over_two_gpus_is_one_device() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::*;
-use crate::config::{Format, Packing};
+use crate::config::{Format, Packing, PromptKernel};
 use crate::engine::Logits;
 use crate::engine::sampler::{Drawn, Sampler};
 use crate::engine::seen::Seen;
@@ -36,7 +36,7 @@ fn decoder() -> GpuDecoder {
         pool: Arc::new(Pool::new(1)),
         weights: Packing::Bf16,
         kv: Format::Bf16,
-        warpgroups: false,
+        prompt_kernel: PromptKernel::Warps,
         kv_size: KvSize::Blocks(4),
         block_tokens: 16,
         max_rows: 16,

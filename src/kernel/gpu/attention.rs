@@ -2,7 +2,8 @@
 
 use half::bf16;
 
-use super::launch::{Fp8, Launch, Launcher, Ptr};
+use super::card::Card;
+use super::launch::{Fp8, Launch, Launcher, Ptr, Table};
 use super::rows::Heads;
 use crate::base::{Error, Result};
 
@@ -21,6 +22,8 @@ pub enum Tile {
     /// The same by products of warpgroups, which not every card has: see [`Card::has_warpgroups`](super::Card::has_warpgroups). Heads that
     /// have no such kernel go as if it was `Wide`.
     Group,
+    /// The same with keys and values that the card brings by itself, where there are [`Boxes`] of them; else as if it was `Group`.
+    Bulk,
 }
 
 impl Tile {
@@ -41,11 +44,35 @@ pub enum Keys {
     Fp8(Ptr<Fp8>, Ptr<Fp8>),
 }
 
+/// Keys and values as tables, a row a token and kv head; a box has the tokens of a block, at most 64.
+#[derive(Clone, Copy)]
+pub struct Boxes {
+    keys: Table,
+    values: Table,
+}
+
+impl Boxes {
+    /// Those of keys and values of `dim` numbers in blocks of `1 << block_shift` tokens; `None` where the kernel takes no such.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(card: &dyn Card, data: Keys, dim: usize, block_shift: u32) -> Result<Option<Self>> {
+        let Keys::Bf16(keys, values) = data else { return Ok(None) };
+        if !card.has_warpgroups() || ![64, 128].contains(&dim) || block_shift < 3 {
+            return Ok(None);
+        }
+        let table = |of| card.table(of, dim, 1 << block_shift.min(6));
+        Ok(Some(Self { keys: table(keys)?, values: table(values)? }))
+    }
+}
+
 /// A layer's part of the KV pool.
 #[derive(Clone, Copy)]
 pub struct PagedKv {
     /// Where it is.
     pub data: Keys,
+    /// The same once more, for [`Tile::Bulk`].
+    pub boxes: Option<Boxes>,
     /// Blocks have `1 << block_shift` tokens.
     pub block_shift: u32,
     /// Of fp8 keys, else 1.
@@ -206,12 +233,14 @@ impl Attention {
         if count == 0 {
             return Ok(());
         }
+        let boxes = kv.boxes.filter(|_| tile == Tile::Bulk);
+        // Tiles of warpgroups begin at a multiple of 1,024 bytes; what counts the bytes of boxes lies behind them.
         let (width, tokens, apart) = match tile {
             Tile::Narrow => ("narrow", 64, 0),
-            Tile::Wide | Tile::Group if dim == 256 => ("wide", 32, 0),
+            Tile::Wide | Tile::Group | Tile::Bulk if dim == 256 => ("wide", 32, 0),
             Tile::Wide => ("wide", 64, 0),
-            // It begins at a multiple of that.
-            Tile::Group => ("group", 64, 1024),
+            Tile::Bulk if boxes.is_some() => ("bulk", 64, 1024 + 16),
+            Tile::Group | Tile::Bulk => ("group", 64, 1024),
         };
         let kind = match kv.data {
             Keys::Bf16(..) => "bf16",
@@ -219,11 +248,11 @@ impl Attention {
         };
         // Two tiles of keys and two of values; the narrow one's four sums lie in the same place afterwards.
         let shared = (4 * tokens * dim * 2 + apart).max(4 * 16 * (dim + 2) * 4);
-        let launch =
-            Launch::new(format!("attend_{width}_{dim}_{kind}"), [count, kv_heads, 1], 128).shared(shared).ptr(q);
-        let launch = match kv.data {
-            Keys::Bf16(keys, values) => launch.ptr(keys).ptr(values),
-            Keys::Fp8(keys, values) => launch.ptr(keys).ptr(values),
+        let launch = Launch::new(format!("attend_{width}_{dim}_{kind}"), [count, kv_heads, 1], 128).shared(shared);
+        let launch = match (boxes, kv.data) {
+            (Some(Boxes { keys, values }), _) => launch.table(keys).table(values).ptr(q),
+            (None, Keys::Bf16(keys, values)) => launch.ptr(q).ptr(keys).ptr(values),
+            (None, Keys::Fp8(keys, values)) => launch.ptr(q).ptr(keys).ptr(values),
         };
         let launch = launch.ptr(tables).ptr(items).ptr(out).ptr(partial);
         let launch = launch.int(heads).int(kv_heads).int(q_stride).int(kv.block_shift as usize);

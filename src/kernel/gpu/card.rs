@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::attention::{Item, Merge};
 use super::encoder::{Pooled, TextItem, Token};
 use super::gemm::{Sink, Weight};
-use super::launch::{Fp8, Launcher, Ptr};
+use super::launch::{Fp8, Launcher, Ptr, Table};
 use super::lora::Adapted;
 use super::sample::{Drawn, Edit, Wish};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
@@ -45,6 +45,13 @@ pub trait Card: Launcher + Send {
 
     /// Whether its tensor cores multiply for four warps at once, out of shared memory: Hopper's.
     fn has_warpgroups(&self) -> bool;
+
+    /// `numbers` as a table of rows of `columns` numbers, out of which boxes of `box_rows` rows are copied. Only a card with warpgroups is
+    /// asked for it, after the memory was allocated and until it is freed.
+    ///
+    /// # Errors
+    /// The driver's.
+    fn table(&self, numbers: Ptr<bf16>, columns: usize, box_rows: usize) -> Result<Table>;
 
     /// Bytes that are free now.
     ///

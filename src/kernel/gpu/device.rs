@@ -23,9 +23,9 @@ use half::bf16;
 use parking_lot::Mutex;
 
 use super::blas::{Blas, WORKSPACE};
-use super::card::{Card, LANDING, LARGE_UNIT, Part, Parts, alone, check_parts};
-use super::gemm::{Sink, Weight, scale_product};
-use super::launch::{Launch, Launcher, Ptr};
+use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
+use super::gemm::{Sink, Weight, scaled_afterwards};
+use super::launch::{Launch, Launcher, Ptr, Table};
 use super::nccl::Link;
 use super::pinned::{Pinned, Ring, failed};
 use crate::base::{Error, Kind, Result};
@@ -268,6 +268,32 @@ impl Card for Device {
         self.capability == (9, 0)
     }
 
+    fn table(&self, numbers: Ptr<bf16>, columns: usize, box_rows: usize) -> Result<Table> {
+        self.enter()?;
+        let mut table = sys::CUtensorMap { opaque: [0; 16] };
+        let (sizes, stride) = ([columns as u64, (numbers.len() / columns) as u64], [2 * columns as u64]);
+        let (each, steps) = ([64, box_rows as u32], [1, 1]);
+        // SAFETY: two dimensions, and as many sizes, steps and strides (of all dimensions but the first) as that takes.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut table,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                numbers.address() as *mut c_void,
+                sizes.as_ptr(),
+                stride.as_ptr(),
+                each.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().map_err(|error| failed("describing keys and values", error))?;
+        Ok(Table(table.opaque))
+    }
+
     fn free_bytes(&self) -> Result<usize> {
         self.enter()?;
         result::mem_get_info().map(|(free, _)| free).map_err(|error| failed("asking for memory", error))
@@ -461,26 +487,14 @@ impl Card for Device {
         let mut blas = self.blas.lock();
         let Some(blas) = blas.as_mut() else { return Ok(false) };
         self.enter()?;
-        let (stream, (m, n, k)) = (self.stream.cast(), shape);
-        let (w, x) = match weight {
-            Weight::Fp8(w, x) if !self.unscaled.is_null() => (w, x),
-            _ => return blas.product(shape, weight, out, out_stride, stream),
-        };
-        // As many rows at a time as there is room for.
-        let most = self.unscaled.len() / n / LARGE_UNIT * LARGE_UNIT;
-        if most == 0 {
-            return Ok(false);
-        }
-        for first in (0..m).step_by(most) {
-            let count = most.min(m - first);
-            let (room, rows) = (self.unscaled.part(0, count * n), x.data.part(first * k, count * k));
-            if !blas.bare((count, n, k), w.data, rows, room, stream)? {
-                return Ok(false);
+        let stream = self.stream.cast();
+        match weight {
+            Weight::Fp8(w, x) if !self.unscaled.is_null() => {
+                let mut bare = |shape, w, x, to| blas.bare(shape, w, x, to, stream);
+                scaled_afterwards(self, shape, (w, x), (out, out_stride), self.unscaled, &mut bare)
             }
-            let out = out.part(first * out_stride, (count - 1) * out_stride + n);
-            scale_product(self, (count, n), room, (w.scales, x.scales.part(first, count)), out, out_stride)?;
+            _ => blas.product(shape, weight, out, out_stride, stream),
         }
-        Ok(true)
     }
 }
 

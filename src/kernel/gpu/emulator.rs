@@ -8,8 +8,9 @@ use std::time::Instant;
 use half::bf16;
 use parking_lot::Mutex;
 
-use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
-use super::launch::{Launch, Launcher, Ptr};
+use super::card::{Card, LANDING, LARGE_UNIT, Part, Parts, alone, check_parts};
+use super::gemm::{Sink, Weight, scaled_afterwards};
+use super::launch::{Fp8, Launch, Launcher, Ptr, Table};
 use crate::base::{Error, Kind, Result};
 use crate::kernel::{Buffer, Collective, Cpu, Isa, Pool};
 
@@ -77,6 +78,21 @@ impl Launcher for Emulator {
     }
 }
 
+/// What an emulated card is like.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum Chip {
+    /// One whose maker's library is not installed.
+    #[default]
+    Bare,
+    /// One whose library takes a scale a matrix, where there are scales.
+    Ada,
+    /// One that has warpgroups, and whose library takes a scale a row.
+    Hopper,
+}
+
+/// Numbers that products wait for their scales in: few, so that rows come in several parts.
+const UNSCALED: usize = 128 * 320;
+
 /// An emulated device with memory of its own.
 #[derive(Default)]
 pub struct EmulatedCard {
@@ -88,7 +104,8 @@ pub struct EmulatedCard {
     /// When each mark was made.
     marks: Mutex<Vec<(Option<Part>, Instant)>>,
     member: Option<Member>,
-    is_hopper: bool,
+    chip: Chip,
+    unscaled: Mutex<Vec<f32>>,
 }
 
 /// What was asked for to be repeated.
@@ -103,6 +120,9 @@ enum Noted {
     Launch(Launch),
     Reduce(Ptr<bf16>),
     Gather(Ptr<f32>, Ptr<f32>, Vec<Range<usize>>),
+    Product((usize, usize, usize), Weight, Sink, usize),
+    /// Without scales.
+    Bare((usize, usize, usize), Ptr<Fp8>, Ptr<Fp8>, Ptr<f32>),
 }
 
 /// A card's place in a group.
@@ -123,9 +143,15 @@ impl EmulatedCard {
         Self { emulator: Emulator { seed }, ..Self::default() }
     }
 
+    /// One of such a kind.
+    pub fn of(chip: Chip, seed: u32) -> Self {
+        let unscaled = if chip == Chip::Ada { vec![f32::NAN; UNSCALED] } else { Vec::new() };
+        Self { chip, unscaled: Mutex::new(unscaled), ..Self::new(seed) }
+    }
+
     /// One that has warpgroups.
     pub fn hopper(seed: u32) -> Self {
-        Self { is_hopper: true, ..Self::new(seed) }
+        Self::of(Chip::Hopper, seed)
     }
 
     /// A group of so many, whose sums are taken in f32 in the order of ranks and rounded once.
@@ -150,6 +176,32 @@ impl EmulatedCard {
         let member = || self.member.as_ref().ok_or_else(alone);
         match noted {
             Noted::Launch(launch) => self.emulator.launch(launch.clone()),
+            Noted::Product(shape, weight, out, out_stride) => {
+                match *weight {
+                    // SAFETY: lengths were checked when it was asked for; nothing else touches them until the call returns.
+                    Weight::Bf16(w, x) => unsafe {
+                        multiply(*shape, (w, |w| w.to_f32()), (x, |x| x.to_f32()), |_, _, sum| sum, *out, *out_stride)
+                    },
+                    Weight::Fp8(w, x) => {
+                        // SAFETY: as above.
+                        let scale = |scales: Ptr<f32>, at: usize| unsafe { *(scales.address() as *const f32).add(at) };
+                        let scaled = |row, channel, sum: f32| sum * scale(w.scales, channel) * scale(x.scales, row);
+                        // SAFETY: as above.
+                        unsafe {
+                            multiply(*shape, (w.data, Fp8::to_f32), (x.data, Fp8::to_f32), scaled, *out, *out_stride)
+                        }
+                    }
+                    Weight::Q4(..) => return Err(Error::internal("no library multiplies in 4 bits")),
+                }
+                Ok(())
+            }
+            Noted::Bare(shape, w, x, to) => {
+                // SAFETY: as above.
+                unsafe {
+                    multiply(*shape, (*w, Fp8::to_f32), (*x, Fp8::to_f32), |_, _, sum| sum, Sink::Wide(*to), shape.1)
+                };
+                Ok(())
+            }
             Noted::Reduce(x) => {
                 let Member { collective, cpu } = member()?;
                 // SAFETY: numbers of this card's memory, which nothing else touches until the call returns.
@@ -186,6 +238,42 @@ impl EmulatedCard {
     }
 }
 
+/// `x * w^T` as a library computes it, in f32, each sum passed through `last` with its row and channel.
+///
+/// # Safety
+/// There are as many numbers as the shape says, and nobody else uses them.
+unsafe fn multiply<T: Copy>(
+    (m, n, k): (usize, usize, usize),
+    (w, of_w): (Ptr<T>, impl Fn(T) -> f32),
+    (x, of_x): (Ptr<T>, impl Fn(T) -> f32),
+    last: impl Fn(usize, usize, f32) -> f32,
+    out: Sink,
+    out_stride: usize,
+) {
+    // SAFETY: by the caller's promise.
+    let numbers = |from: Ptr<T>, len| unsafe { std::slice::from_raw_parts(from.address() as *const T, len) };
+    let w: Vec<f32> = numbers(w, n * k).iter().map(|&w| of_w(w)).collect();
+    let x: Vec<f32> = numbers(x, m * k).iter().map(|&x| of_x(x)).collect();
+    for row in 0..m {
+        for channel in 0..n {
+            let pairs = x[row * k..][..k].iter().zip(&w[channel * k..][..k]);
+            let sum = last(row, channel, pairs.map(|(x, w)| x * w).sum());
+            let at = row * out_stride + channel;
+            // SAFETY: by the caller's promise.
+            unsafe {
+                match out {
+                    Sink::Set(out) => *(out.address() as *mut bf16).add(at) = bf16::from_f32(sum),
+                    Sink::Add(out) => {
+                        let out = (out.address() as *mut bf16).add(at);
+                        *out = bf16::from_f32((*out).to_f32() + sum);
+                    }
+                    Sink::Wide(out) => *(out.address() as *mut f32).add(at) = sum,
+                }
+            }
+        }
+    }
+}
+
 impl Launcher for EmulatedCard {
     fn launch(&self, launch: Launch) -> Result<()> {
         self.ask(Noted::Launch(launch))
@@ -212,11 +300,19 @@ impl Card for EmulatedCard {
     }
 
     fn has_warpgroups(&self) -> bool {
-        self.is_hopper
+        self.chip == Chip::Hopper
     }
 
     fn processors(&self) -> usize {
         4
+    }
+
+    fn table(&self, numbers: Ptr<bf16>, columns: usize, box_rows: usize) -> Result<Table> {
+        // As `Table` of `emulate.h` has them.
+        let mut words = [0; 16];
+        let rows = numbers.len() / columns;
+        words[..5].copy_from_slice(&[numbers.address(), rows as u64, columns as u64, box_rows as u64, 0x74_6162_6c65]);
+        Ok(Table(words))
     }
 
     fn free_bytes(&self) -> Result<usize> {
@@ -279,6 +375,38 @@ impl Card for EmulatedCard {
         Ok(())
     }
 
+    fn product(&self, shape: (usize, usize, usize), weight: Weight, out: Sink, out_stride: usize) -> Result<bool> {
+        let (m, n, k) = shape;
+        if self.chip == Chip::Bare || matches!(weight, Weight::Q4(..)) {
+            return Ok(false);
+        }
+        if !m.is_multiple_of(LARGE_UNIT) {
+            return Err(Error::internal(format!("a product of {m} rows, which come in multiples of {LARGE_UNIT}")));
+        }
+        out.needs((m - 1) * out_stride + n, 16)?;
+        match weight {
+            Weight::Bf16(w, x) => w.needs("w", n * k, 16).and_then(|()| x.needs("x", m * k, 16))?,
+            Weight::Fp8(w, x) => {
+                w.data.needs("w", n * k, 16).and_then(|()| w.scales.needs("scales of w", n, 4))?;
+                x.data.needs("x", m * k, 16).and_then(|()| x.scales.needs("scales of x", m, 4))?;
+            }
+            Weight::Q4(..) => {}
+        }
+        match weight {
+            Weight::Fp8(w, x) if self.chip == Chip::Ada => {
+                // SAFETY: there as long as the card.
+                let room = unsafe { Emulator::memory(&mut self.unscaled.lock()) };
+                // It has nothing for so few rows.
+                let mut bare = |shape: (usize, usize, usize), w, x, to| match shape.0 {
+                    LARGE_UNIT => Ok(false),
+                    _ => self.ask(Noted::Bare(shape, w, x, to)).map(|()| true),
+                };
+                scaled_afterwards(self, shape, (w, x), (out, out_stride), room, &mut bare)
+            }
+            _ => self.ask(Noted::Product(shape, weight, out, out_stride)).map(|()| true),
+        }
+    }
+
     fn all_reduce(&self, x: Ptr<bf16>) -> Result<()> {
         self.ask(Noted::Reduce(x))
     }
@@ -334,7 +462,9 @@ impl Card for EmulatedCard {
 
 #[cfg(test)]
 mod tests {
+    use super::super::gemm::Scaled;
     use super::*;
+    use crate::kernel::testing::Dice;
 
     /// What a kernel makes of 0, 1, … 127 with threads in several orders.
     fn sums(name: &str) -> Vec<f32> {
@@ -366,7 +496,21 @@ mod tests {
         assert!(error.message().contains("there is no kernel no_such"), "{error}");
     }
     /// Says which mistake the process is to end by.
-    const MISTAKE: &str = "NEUROND_TEST_PRODUCT";
+    const MISTAKE: &str = "NEUROND_TEST_MISTAKE";
+
+    /// The mistake that this process, which is a test's, is to make.
+    fn mistake() -> Option<usize> {
+        std::env::var(MISTAKE).ok()?.parse().ok()
+    }
+
+    /// Whether the test that calls ends with these words in a process of its own that makes this mistake.
+    fn ends(mistake: usize, words: &str) {
+        let name = std::thread::current().name().unwrap().to_owned();
+        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+        let said = again.args(["--exact", &name, "--nocapture"]).env(MISTAKE, mistake.to_string()).output().unwrap();
+        let text = String::from_utf8_lossy(&said.stderr);
+        assert!(!said.status.success() && text.contains(words), "{mistake}: {text}");
+    }
 
     /// What only a card with warpgroups would tell, the emulator tells without one.
     #[test]
@@ -380,7 +524,7 @@ mod tests {
             Emulator { seed: 3 }.launch(launch.ptr(x).ptr(to).int(fault)).unwrap();
             out
         };
-        if let Some(fault) = std::env::var(MISTAKE).ok().and_then(|fault| fault.parse().ok()) {
+        if let Some(fault) = mistake() {
             product(fault);
             return;
         }
@@ -388,14 +532,73 @@ mod tests {
         let sums = product(0);
         assert!(sums.iter().enumerate().all(|(thread, &sum)| sum == (16 * (thread % 4 * 2)) as f32), "{sums:?}");
         let mistakes = ["not published", "not ready", "overwritten", "not waited for"];
-        for (fault, words) in (1..).zip(mistakes) {
-            let this = std::env::current_exe().unwrap();
-            let name = std::thread::current().name().unwrap().to_owned();
-            let mut again = std::process::Command::new(this);
-            let said = again.args(["--exact", &name, "--nocapture"]).env(MISTAKE, fault.to_string()).output().unwrap();
-            let text = String::from_utf8_lossy(&said.stderr);
-            assert!(!said.status.success() && text.contains(words), "{fault}: {text}");
+        (1..).zip(mistakes).for_each(|(fault, words)| ends(fault, words));
+    }
+
+    /// So it is with boxes that a card brings by itself.
+    #[test]
+    fn a_box_that_is_asked_for_wrongly_shows() {
+        let sum = |fault: usize| {
+            let mut numbers: Vec<bf16> = (0..12 * 128).map(|at| bf16::from_f32((at / 128) as f32)).collect();
+            let mut out = [0.0];
+            // SAFETY: both live until the launch has returned.
+            let (x, to) = unsafe { (Emulator::memory(&mut numbers), Emulator::memory(&mut out)) };
+            let table = EmulatedCard::hopper(0).table(x, 128, 8).unwrap();
+            let launch = Launch::new("sum_of_box", [1, 1, 1], 32).shared(16 * 64 * 2 + 8 + 1024);
+            Emulator { seed: 3 }.launch(launch.table(table).ptr(to).int(fault)).unwrap();
+            out[0]
+        };
+        if let Some(fault) = mistake() {
+            sum(fault);
+            return;
         }
+        assert_eq!(sum(0), (3..11).sum::<usize>() as f32 * 64.0);
+        assert!(sum(1).is_nan(), "what is on its way can be read");
+        let mistakes = ["not waited for", "more bytes", "not reached", "misaligned", "before they begin"];
+        (2..).zip(mistakes).for_each(|(fault, words)| ends(fault, words));
+    }
+
+    /// In parts, with scales that come afterwards, and where the library has nothing for a part.
+    #[test]
+    fn a_product_is_the_same_whatever_the_library_does_about_scales() {
+        let (m, n, k, stride) = (192, 320, 128, 328);
+        let mut dice = Dice::new(5);
+        let mut fp8 = |count: usize| -> Vec<Fp8> { (0..count).map(|_| Fp8(dice.bits() as u8 & 0xb7)).collect() };
+        let (w, x) = (fp8(n * k), fp8(m * k));
+        let scales = |count: usize| -> Vec<f32> { (0..count).map(|at| 0.01 + at as f32 / 1000.0).collect() };
+        let product = |chip, add| {
+            let card = &EmulatedCard::of(chip, 1) as &dyn Card;
+            let put = |from: &[f32]| {
+                let to = card.alloc(from.len()).unwrap();
+                card.upload(from, to).unwrap();
+                to
+            };
+            let (w_data, x_data) = (card.alloc(w.len()).unwrap(), card.alloc(x.len()).unwrap());
+            card.upload(&w, w_data).unwrap();
+            card.upload(&x, x_data).unwrap();
+            let out = card.alloc(m * stride).unwrap();
+            let mut found = vec![bf16::ONE; m * stride];
+            card.upload(&found, out).unwrap();
+            let weight = Weight::Fp8(
+                Scaled { data: w_data, scales: put(&scales(n)) },
+                Scaled { data: x_data, scales: put(&scales(m)) },
+            );
+            let sink = if add { Sink::Add(out) } else { Sink::Set(out) };
+            assert!(card.product((m, n, k), weight, sink, stride).unwrap());
+            card.download(out, &mut found).unwrap();
+            found
+        };
+        for add in [false, true] {
+            let (expected, found) = (product(Chip::Hopper, add), product(Chip::Ada, add));
+            assert!(expected[..n].iter().any(|&x| x != bf16::ONE) && expected[n] == bf16::ONE);
+            for (at, (expected, found)) in expected.iter().zip(&found).enumerate() {
+                let (expected, found) = (expected.to_f32(), found.to_f32());
+                assert!((expected - found).abs() <= expected.abs() / 100.0 + 0.01, "{at}: {found}, not {expected}");
+            }
+        }
+        let card = EmulatedCard::new(0);
+        let none = Weight::Bf16(Ptr::null(), Ptr::null());
+        assert!(!card.product((64, 8, 8), none, Sink::Set(Ptr::null()), 8).unwrap());
     }
 
     /// Runs `work(rank, its card)` on a thread a rank, on emulated cards and on a machine's own if it has so many.

@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+use super::card::LARGE_UNIT;
 use super::launch::{Fp8, Launch, Launcher, Ptr};
 use crate::base::{Error, Result};
 
@@ -150,6 +152,43 @@ pub fn scale_product(
         Sink::Wide(out) => (launch.ptr(out), 0),
     };
     on.launch(launch.int(n).int(out_stride).int(adds))
+}
+
+/// A product in fp8 by a library that takes no scale a row: `bare` computes it without any, as many rows at a time as `room` holds, and
+/// [`scale_product`] follows. `bare` gets the shape, w, x and where to; what it says false to is computed by [`gemm_small`]. False: `room`
+/// is too small for that many channels, and nothing is computed.
+///
+/// # Errors
+/// As [`scale_product`], and those of `bare`.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(super) fn scaled_afterwards(
+    on: &dyn Launcher,
+    (m, n, k): (usize, usize, usize),
+    (w, x): (Scaled, Scaled),
+    (out, out_stride): (Sink, usize),
+    room: Ptr<f32>,
+    bare: &mut dyn FnMut((usize, usize, usize), Ptr<Fp8>, Ptr<Fp8>, Ptr<f32>) -> Result<bool>,
+) -> Result<bool> {
+    let most = room.len() / n / LARGE_UNIT * LARGE_UNIT;
+    if most == 0 {
+        return Ok(false);
+    }
+    for first in (0..m).step_by(most) {
+        let count = most.min(m - first);
+        let rows =
+            |at: usize, count: usize| Scaled { data: x.data.part(at * k, count * k), scales: x.scales.part(at, count) };
+        let out = |at: usize, count: usize| out.part(at * out_stride, (count - 1) * out_stride + n);
+        let (room, x) = (room.part(0, count * n), rows(first, count));
+        if bare((count, n, k), w.data, x.data, room)? {
+            scale_product(on, (count, n), room, (w.scales, x.scales), out(first, count), out_stride)?;
+            continue;
+        }
+        for at in (first..first + count).step_by(SMALL_ROWS) {
+            let count = SMALL_ROWS.min(first + count - at);
+            gemm_small(on, (count, n, k), Weight::Fp8(w, rows(at, count)), out(at, count), out_stride)?;
+        }
+    }
+    Ok(true)
 }
 
 /// Rows of GGUF's Q4_0 (`[n, k]`, blocks of 32) as the kernel reads them: codes `[n, k / 128, 4, 4]` words of 8 and scales

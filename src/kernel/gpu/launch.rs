@@ -102,6 +102,12 @@ impl<T> Ptr<T> {
     }
 }
 
+/// A table of rows of bf16, as the card copies boxes of 64 columns out of it by itself: made by [`Card::table`](super::Card::table), which
+/// says what the words are.
+#[derive(Clone, Copy)]
+#[repr(C, align(128))]
+pub struct Table(pub(super) [u64; 16]);
+
 /// One argument, by value.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -123,6 +129,8 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared: usize,
+    /// They come first.
+    tables: Vec<Table>,
     values: Vec<Value>,
 }
 
@@ -134,12 +142,18 @@ impl Launch {
             grid: grid.map(|blocks| blocks as u32),
             block: [threads, 1, 1],
             shared: 0,
+            tables: Vec::new(),
             values: Vec::new(),
         }
     }
 
     pub(super) fn shared(mut self, bytes: usize) -> Self {
         self.shared = bytes;
+        self
+    }
+
+    pub(super) fn table(mut self, table: Table) -> Self {
+        self.tables.push(table);
         self
     }
 
@@ -165,7 +179,8 @@ impl Launch {
 
     /// The addresses of all arguments, in order: what a driver's launch takes.
     pub fn arguments(&mut self) -> Vec<*mut c_void> {
-        self.values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect()
+        let tables = self.tables.iter_mut().map(|table| std::ptr::from_mut(table).cast());
+        tables.chain(self.values.iter_mut().map(|value| std::ptr::from_mut(value).cast())).collect()
     }
 }
 

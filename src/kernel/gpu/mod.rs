@@ -31,19 +31,19 @@ mod open;
 mod pinned;
 mod rows;
 mod sample;
-mod warpgroups;
+mod trial;
 mod watch;
 
-pub use attention::{Attention, Item, Keys, Merge, NARROW, PagedKv, Tile, WIDE};
+pub use attention::{Attention, Boxes, Item, Keys, Merge, NARROW, PagedKv, Tile, WIDE};
 pub use card::{Bits, Card, LANDING, LARGE_UNIT, Part, Parts};
 #[cfg(feature = "emulate")]
-pub use emulator::{EmulatedCard, Emulator};
+pub use emulator::{Chip, EmulatedCard, Emulator};
 pub use encoder::{
     Activation, LayerNorm, Pooled, TEXT_ROWS, Tables, TextItem, Token, add_layer_norm, attend_texts, bias_activate,
     embed_layer_norm, pool_rows, takes_texts,
 };
 pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4, scale_product};
-pub use launch::{Fp8, Launch, Launcher, Ptr};
+pub use launch::{Fp8, Launch, Launcher, Ptr, Table};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
 pub use open::{collectives, count, open, open_ranks};
 pub use rows::{
@@ -51,5 +51,5 @@ pub use rows::{
     random_bf16, rope_kv_write, silu_mul,
 };
 pub use sample::{Drawn, Edit, UNWANTED, Wish, follow, sample, verify};
-pub use warpgroups::warpgroups_pay;
+pub use trial::fastest;
 pub use watch::{Health, Watch};

@@ -8,6 +8,9 @@ use crate::base::Result;
 /// In a build with the feature `emulate`: how many GPUs to emulate. Slow beyond use, and just what the kernels compute.
 #[cfg(feature = "emulate")]
 const EMULATED: &str = "NEUROND_EMULATED_GPUS";
+/// And what they are like: `ada`, `hopper`, or without their maker's library.
+#[cfg(feature = "emulate")]
+const CHIP: &str = "NEUROND_EMULATED_CHIP";
 
 /// How many GPUs there are: those whose numbers are below it can be opened. `folders` hold libraries that the system's loader does
 /// not find.
@@ -39,7 +42,13 @@ pub fn count(folders: &[impl AsRef<Path>]) -> Result<usize> {
 pub fn open(ordinal: u16) -> Result<Box<dyn Card>> {
     #[cfg(feature = "emulate")]
     if emulated().is_some_and(|count| usize::from(ordinal) < count) {
-        return Ok(Box::new(super::emulator::EmulatedCard::new(u32::from(ordinal))));
+        use super::emulator::{Chip, EmulatedCard};
+        let chip = match std::env::var(CHIP).as_deref() {
+            Ok("hopper") => Chip::Hopper,
+            Ok("ada") => Chip::Ada,
+            _ => Chip::Bare,
+        };
+        return Ok(Box::new(EmulatedCard::of(chip, u32::from(ordinal))));
     }
     #[cfg(feature = "cuda")]
     {

@@ -3,7 +3,7 @@
 use super::{GpuDecoder, GpuOptions};
 use crate::base::{Error, Result};
 use crate::config::Format;
-use crate::kernel::gpu::{Card, Keys, PagedKv, Ptr, copy_blocks};
+use crate::kernel::gpu::{Boxes, Card, Keys, PagedKv, Ptr, Tile, copy_blocks};
 use crate::model::spec::DecoderSpec;
 
 /// How large a KV pool is.
@@ -32,6 +32,8 @@ pub(super) struct KvPool {
     /// Of a block's keys in a layer.
     pub(super) block_bytes: usize,
     pub(super) block_shift: u32,
+    /// Of each layer, where a kernel brings keys and values by them.
+    pub(super) boxes: Vec<Boxes>,
     /// From and to.
     pub(super) pair: Ptr<i32>,
 }
@@ -44,6 +46,7 @@ impl KvPool {
             blocks: 0,
             block_bytes: options.kv_block_bytes(spec) / (2 * spec.layers),
             block_shift: options.block_tokens.trailing_zeros(),
+            boxes: Vec::new(),
             pair: card.alloc(2)?,
         })
     }
@@ -84,7 +87,13 @@ impl KvPool {
                 Format::Fp8 => Keys::Fp8(Ptr::new(keys, self.stride()), Ptr::new(values, self.stride())),
             }
         };
-        PagedKv { data, block_shift: self.block_shift, k_scale: 1.0, v_scale: 1.0 }
+        PagedKv {
+            data,
+            boxes: self.boxes.get(layer).copied(),
+            block_shift: self.block_shift,
+            k_scale: 1.0,
+            v_scale: 1.0,
+        }
     }
 }
 
@@ -104,6 +113,14 @@ impl GpuDecoder {
     pub(in crate::model) fn take_pool(&mut self, blocks: usize) -> Result<()> {
         self.kv.data = self.card.alloc(blocks * self.block_bytes())?;
         self.kv.blocks = blocks;
+        if self.wide == Tile::Bulk {
+            let (card, kv, dim) = (&*self.card, &self.kv, self.heads.dim);
+            let layers = 0..self.spec.layers;
+            let boxes =
+                layers.map(|layer| Boxes::new(card, kv.layer(self.options.kv, layer).data, dim, kv.block_shift));
+            // None of any layer: their keys are in fp8, or their blocks too short.
+            self.kv.boxes = boxes.filter_map(Result::transpose).collect::<Result<_>>()?;
+        }
         Ok(())
     }
 
