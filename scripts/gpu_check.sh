@@ -16,8 +16,8 @@
 #
 # Everything is written to $OUT, or target/gpu: what each part said, REPORT.md, and all figures in FIGURES.md and figures.json. A part that
 # fails does not stop the others. cuBLASLt is looked for where CUDA's installer and Python packages put it; set LD_LIBRARY_PATH if it is
-# elsewhere. With NEUROND_EMULATED_GPUS=1 and a .gpu/neurond that emulates, `serve` and `speed` are rehearsed without a GPU, with little of
-# everything.
+# elsewhere. With NEUROND_EMULATED_GPUS=1 (2 for `ranks`; NEUROND_EMULATED_CHIP=hopper or ada) and binaries in .gpu/ that emulate, all of it is
+# rehearsed without a GPU, with little of everything.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -60,7 +60,7 @@ export LD_LIBRARY_PATH=${library:+$(dirname "$library"):}${nccl:+$(dirname "$ncc
 report=$out/REPORT.md
 rm -f "$out"/figures*.json "$out/facts.txt"
 deadline=$((SECONDS + ${BUDGET:-600}))
-rehearsal=${NEUROND_EMULATED_GPUS:+yes}
+rehearsal=${NEUROND_EMULATED_GPUS:+REHEARSAL=1}
 echo "# GPU check of $(date -u +%F), $(.gpu/neurond --version)" >"$report"
 status=0
 
@@ -73,7 +73,7 @@ note() { # NAME COMMAND...
     ((limit > 0)) || { echo "$name: left out, the time is over"; return; }
     (trap stop EXIT; "$@") >"$out/$name.txt" 2>&1 &
     local job=$!
-    (sleep "$limit"; pkill -P "$job" 2>/dev/null; kill "$job" 2>/dev/null) &
+    (sleep "$limit"; pkill -P "$job"; kill "$job") 2>/dev/null &
     local guard=$!
     wait "$job" || { word=FAILED; status=1; }
     pkill -P "$guard" 2>/dev/null; kill "$guard" 2>/dev/null; wait "$guard" 2>/dev/null
@@ -124,17 +124,20 @@ bench() { # NAME WHAT ...
 }
 
 part_card() {
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv
+    [[ -n $rehearsal ]] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit --format=csv
     echo "cuBLASLt: ${library:-not found}"
-    .gpu/neurond gpus --measure --json >"$out/figures-card.json" && cat "$out/figures-card.json" && [[ $(<"$out/figures-card.json") != "[]" ]]
+    .gpu/neurond gpus --measure ${rehearsal:+--scale 0.003} --json >"$out/figures-card.json" && cat "$out/figures-card.json" && [[ $(<"$out/figures-card.json") != "[]" ]]
 }
 
-part_kernels() { NEUROND_TEST_GPU=1 .gpu/kernels --test-threads 1; }
+# What these tests run is the card's, unless there is none.
+kernels() { env ${rehearsal:-NEUROND_TEST_GPU=1} .gpu/kernels "$@" --test-threads 1; }
+
+part_kernels() { kernels; }
 
 part_decoder() { .gpu/tests a_real_card --skip a_real_card_encodes --nocapture --test-threads 1; }
 
 part_embed() {
-    NEUROND_TEST_GPU=1 .gpu/kernels encoder:: --test-threads 1 || return 1
+    kernels encoder:: || return 1
     .gpu/tests a_real_card_encodes --nocapture --test-threads 1 || return 1
     local model=${EMBED_MODEL:-models/all-MiniLM-L6-v2}
     [[ -f $model/model.safetensors ]] || { echo "speed: left out, there is no $model/model.safetensors"; return; }
@@ -148,7 +151,7 @@ part_embed() {
 }
 
 part_ranks() {
-    [[ $(nvidia-smi --list-gpus | wc -l) -gt 1 ]] || { echo "there is one GPU"; return 1; }
+    [[ ${NEUROND_EMULATED_GPUS:-$(nvidia-smi --list-gpus | wc -l)} -gt 1 ]] || { echo "there is one GPU"; return 1; }
     .gpu/neurond gpus || return 1
     .gpu/tests ranks_sum_and_gather --nocapture --test-threads 1 &&
         .gpu/tests real_cards_compute_the_same_together --nocapture --test-threads 1

@@ -604,6 +604,13 @@ fn a_real_card_computes_the_same() {
                 follow(open(0).unwrap(), tiny, Packing::Fp8, Format::Fp8, 0.25);
                 follow(open(0).unwrap(), tiny, Packing::Bf16, Format::Fp8, 0.25);
             }
+            // Whichever pays on this one: each computes the same.
+            for kernel in [PromptKernel::Warps, PromptKernel::Warpgroups, PromptKernel::Bulk] {
+                for (kv, most) in [(Format::Bf16, 0.03), (Format::Fp8, 0.25)] {
+                    let of = GpuOptions { prompt_kernel: kernel, ..options(Packing::Bf16, kv, KvSize::Blocks(BLOCKS)) };
+                    follow_pair(Pair::opened(open(0).unwrap(), &weights(&LLAMA), &of), most);
+                }
+            }
             answer_as_the_reference_does(|| open(0).unwrap());
         }
     }
