@@ -282,7 +282,7 @@ struct Quick<Usual> {
 }
 
 /// The target of those lines.
-const CALLS: &str = "neurond::gateway";
+const CALLS: &str = "neurond::calls";
 
 impl<S, N, Usual> FormatEvent<S, N> for Quick<Usual>
 where
@@ -292,7 +292,12 @@ where
 {
     fn format_event(&self, context: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let metadata = event.metadata();
-        if metadata.target() != CALLS || *metadata.level() != Level::INFO {
+        let level = match *metadata.level() {
+            Level::INFO => "INFO",
+            Level::DEBUG => "DEBUG",
+            _ => "",
+        };
+        if metadata.target() != CALLS || level.is_empty() {
             return self.usual.format_event(context, writer, event);
         }
         let mut line = Line { out: String::new(), direct: None };
@@ -302,16 +307,16 @@ where
                 SystemTime.format_time(&mut writer)?;
                 event.record(&mut line);
                 let message = serde_json::to_string(&line.out).map_err(|_| fmt::Error)?;
-                writeln!(writer, "\",\"level\":\"INFO\",\"message\":{message},\"target\":\"{CALLS}\"}}")
+                writeln!(writer, "\",\"level\":\"{level}\",\"message\":{message},\"target\":\"{CALLS}\"}}")
             }
             Style::Journal | Style::Plain | Style::Terminal => {
                 if self.style == Style::Journal {
-                    writer.write_str("<6>")?;
+                    writer.write_str(if level == "INFO" { "<6>" } else { "<7>" })?;
                 } else {
                     SystemTime.format_time(&mut writer)?;
                     writer.write_char(' ')?;
                 }
-                writer.write_str(" INFO neurond::gateway: ")?;
+                write!(writer, "{level:>5} {CALLS}: ")?;
                 line.direct = Some(writer.by_ref());
                 event.record(&mut line);
                 writer.write_char('\n')
@@ -419,15 +424,22 @@ mod tests {
     fn lines_of_calls_look_like_all_others() {
         let line = r#"event="a\"b" status=200"#;
         for style in [Style::Plain, Style::Journal, Style::Json, Style::Terminal] {
-            let calls = written("info", style, |_| tracing::info!(target: "neurond::gateway", "{line}"));
-            let others = written("info", style, |_| tracing::info!(target: "neurond::gatewax", "{line}"));
+            let calls = written("debug", style, |_| {
+                tracing::info!(target: "neurond::calls", "{line}");
+                tracing::debug!(target: "neurond::calls", "{line}");
+            });
+            let others = written("debug", style, |_| {
+                tracing::info!(target: "neurond::callx", "{line}");
+                tracing::debug!(target: "neurond::callx", "{line}");
+            });
             let known = |text: &str| {
                 // The time and the target differ.
-                let text = text.replace("gatewax", "gateway");
+                let text = text.replace("callx", "calls");
                 let digits = |letter: char| if letter.is_ascii_digit() { '0' } else { letter };
                 text.chars().map(digits).collect::<String>()
             };
             assert_eq!(known(&calls), known(&others));
+            assert_eq!(calls.lines().count(), 2);
         }
     }
 

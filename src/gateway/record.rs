@@ -1,4 +1,5 @@
-//! What is told of a call that went through a gateway: one line of the log and its counts, on whatever path it ended.
+//! What is told of a call that went through a gateway: its record and its counts, on whatever path it ended, and a line of the log if it
+//! did not end well or somebody wants them all.
 //!
 //! A record ends exactly once: with its answer, with a refusal, or because it was dropped, which is how a caller leaves.
 
@@ -11,7 +12,7 @@ use actix_web::http::StatusCode;
 use actix_web::http::header::HeaderValue;
 use bytes::Bytes;
 use serde_json::json;
-use tracing::info;
+use tracing::{Level, debug, enabled, info};
 
 use crate::base::{AccountId, Error, KeyId, LogId, Millis, Neurons, RequestId, TraceContext};
 use crate::gateway::asked::Ask;
@@ -278,11 +279,19 @@ impl Record {
             let cost = charge.map_or(Neurons::ZERO, |charge| charge.cost);
             hold.count(&usage.unwrap_or_default(), cost, Millis::now());
         }
+        // The record says it all: a line for each call that went well would be half as much again of what the gateway does with it.
+        let is_worth_a_line = match outcome {
+            Outcome::Done => enabled!(target: "neurond::calls", Level::DEBUG),
+            _ => enabled!(target: "neurond::calls", Level::INFO),
+        };
         if let Some(log) = self.log
-            && tracing::enabled!(target: "neurond::gateway", tracing::Level::INFO)
+            && is_worth_a_line
         {
             let line = self.line(log, outcome.as_str(), why, charge.as_ref());
-            info!(target: "neurond::gateway", "{line}");
+            match outcome {
+                Outcome::Done => debug!(target: "neurond::calls", "{line}"),
+                _ => info!(target: "neurond::calls", "{line}"),
+            }
         }
         let record = self.told(outcome, why, charge.as_ref());
         self.counts.logs.append(record);
