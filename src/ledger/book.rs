@@ -297,7 +297,8 @@ impl Book {
                 charge = self.windows.placed(charge, used);
                 self.windows.settle(&charge, now);
             }
-            if charge.terms.span.is_durable() {
+            // What used nothing, as an answer from the cache, has nothing to be kept.
+            if charge.terms.span.is_durable() && charge.used.max(charge.beyond) > 0 {
                 charges.push(charge);
             }
         }

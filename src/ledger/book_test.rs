@@ -333,6 +333,30 @@ fn a_window_is_passed_without_a_reservation() {
 }
 
 #[test]
+fn what_used_nothing_of_a_long_window_leaves_nothing_to_keep() {
+    let mut book = Book::new(4);
+    let account = AccountId::new("a");
+    let windows = [window(1, 100, Span::DAY, Technique::Fixed, Counts::Cost)];
+    let mut count = |used: u64| {
+        let claim = Claim {
+            request: RequestId::from_number(1),
+            account: &account,
+            plan: Plan::PAID,
+            windows: &windows,
+            tokens: 0,
+            neurons: Neurons::ZERO,
+            cost: Neurons::from_micro(40),
+            is_once: false,
+        };
+        let open = book.reserve(&claim, Millis(0)).unwrap();
+        let entry = book.count(open, &Usage::default(), Neurons::from_micro(used), Millis(0));
+        (entry.is_some(), book.windows.get(1, Span::DAY).left(windows[0].terms(), Millis(0)))
+    };
+    assert_eq!(count(0), (false, 100), "what was held is given back");
+    assert_eq!(count(7), (true, 93));
+}
+
+#[test]
 fn a_call_that_counts_once_is_billed_once() {
     let mut told = Told::new(Plan::FREE, Vec::new());
     told.is_once = true;
