@@ -154,9 +154,13 @@ pub fn scale_product(
     on.launch(launch.int(n).int(out_stride).int(adds))
 }
 
+/// Computes a product in fp8 without scales: its shape, w, x and where to. False: it cannot.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(super) type Bare<'a> = dyn FnMut((usize, usize, usize), Ptr<Fp8>, Ptr<Fp8>, Ptr<f32>) -> Result<bool> + 'a;
+
 /// A product in fp8 by a library that takes no scale a row: `bare` computes it without any, as many rows at a time as `room` holds, and
-/// [`scale_product`] follows. `bare` gets the shape, w, x and where to; what it says false to is computed by [`gemm_small`]. False: `room`
-/// is too small for that many channels, and nothing is computed.
+/// [`scale_product`] follows. What `bare` cannot compute is done by [`gemm_small`]. False: `room` is too small for that many channels, and
+/// nothing is computed.
 ///
 /// # Errors
 /// As [`scale_product`], and those of `bare`.
@@ -167,7 +171,7 @@ pub(super) fn scaled_afterwards(
     (w, x): (Scaled, Scaled),
     (out, out_stride): (Sink, usize),
     room: Ptr<f32>,
-    bare: &mut dyn FnMut((usize, usize, usize), Ptr<Fp8>, Ptr<Fp8>, Ptr<f32>) -> Result<bool>,
+    bare: &mut Bare<'_>,
 ) -> Result<bool> {
     let most = room.len() / n / LARGE_UNIT * LARGE_UNIT;
     if most == 0 {

@@ -176,16 +176,15 @@ mod tests {
 
     const HEADS: Heads = Heads { heads: 8, kv_heads: 2, dim: 64 };
 
-    fn times(card: &dyn Card, in_fp8: bool) -> [Option<f64>; 3] {
-        let trial = Trial::new(card, HEADS, in_fp8, 4, &mut Vec::new()).unwrap();
-        trial.times(card).unwrap()
+    fn times(card: &dyn Card, in_fp8: bool) -> Result<[Option<f64>; 3]> {
+        Trial::new(card, HEADS, in_fp8, 4, &mut Vec::new())?.times(card)
     }
 
     #[test]
     fn every_kernel_that_a_card_has_is_tried_and_those_that_compute_the_same_are_timed() {
         let card = EmulatedCard::hopper(3);
-        assert!(times(&card, false).iter().all(|time| time.is_some_and(|time| time > 0.0)));
-        let [wide, group, bulk] = times(&card, true);
+        assert!(times(&card, false).unwrap().iter().all(|time| time.is_some_and(|time| time > 0.0)));
+        let [wide, group, bulk] = times(&card, true).unwrap();
         assert!(wide.is_some() && group.is_some() && bulk.is_none(), "boxes hold bf16");
         assert!(TILES.contains(&fastest(&card, HEADS, true, 4).unwrap()));
         assert_eq!(fastest(&EmulatedCard::new(0), HEADS, false, 4).unwrap(), Tile::Wide);
