@@ -127,7 +127,7 @@ mod real {
         }
 
         pub fn boxes(&self, data: Keys, dim: usize, shift: u32) -> Option<Boxes> {
-            Boxes::new(&**self.0.lock().unwrap(), data, dim, shift).unwrap()
+            self.0.lock().unwrap().boxes(data, dim, shift).unwrap()
         }
     }
 

@@ -22,7 +22,7 @@ use crate::gateway::options::CustomCost;
 use crate::gateway::pipe::End;
 use crate::guard::{Check, Finding};
 use crate::ledger::{Reservation, Standing};
-use crate::logs::{self, Body, CacheUse};
+use crate::logs::{self, Body, CacheUse, Text};
 use crate::registry::Gateway;
 use crate::task::Task;
 
@@ -43,8 +43,8 @@ pub struct Record {
     /// What was tried.
     trail: String,
     cache: CacheUse,
-    provider: Box<str>,
-    model: Box<str>,
+    provider: Text,
+    model: Text,
     step: usize,
     status: u16,
     metadata: Option<String>,
@@ -58,7 +58,7 @@ pub struct Record {
     endpoint: String,
     request_type: &'static str,
     request_kind: Option<String>,
-    answer_kind: Box<str>,
+    answer_kind: Text,
     user_agent: Option<HeaderValue>,
     authenticated: bool,
     /// The request's body, or none of it.
@@ -92,7 +92,7 @@ impl Record {
             endpoint: ask.endpoint.clone(),
             request_type: if ask.tries_all { "universal" } else { "http" },
             request_kind: ask.content_type.clone(),
-            answer_kind: Box::default(),
+            answer_kind: Text::default(),
             user_agent: ask.user_agent.clone(),
             authenticated: ask.trusted,
             asked: Body { kept: ask.body.slice(..ask.body.len().min(keep)), size: ask.body.len() as u64 },
@@ -110,8 +110,8 @@ impl Record {
             elsewhere: Duration::ZERO,
             trail: String::new(),
             cache: CacheUse::Off,
-            provider: ask.provider.clone(),
-            model: Box::default(),
+            provider: (&*ask.provider).into(),
+            model: Text::default(),
             step: 0,
             status: 0,
             metadata: ask.options.metadata.as_ref().and_then(|all| serde_json::to_string(all).ok()),
@@ -327,16 +327,16 @@ impl Record {
             saved: if self.cache.is_hit() { self.saved } else { Neurons::ZERO },
             step: self.step as u16,
             request_type: self.request_type.into(),
-            request_content_type: self.request_kind.take().map(String::into_boxed_str),
+            request_content_type: self.request_kind.take().map(Text::from),
             response_content_type: (!self.answer_kind.is_empty()).then(|| std::mem::take(&mut self.answer_kind)),
-            metadata: self.metadata.take().map(String::into_boxed_str),
+            metadata: self.metadata.take().map(Text::from),
             trace: self.trace,
             zero_retention: self.zero_retention,
-            event: self.event.take().map(String::into_boxed_str),
-            user_agent: self.user_agent.as_ref().and_then(|agent| agent.to_str().ok()).map(Box::from),
+            event: self.event.take().map(Text::from),
+            user_agent: self.user_agent.as_ref().and_then(|agent| agent.to_str().ok()).map(Text::from),
             authenticated: self.authenticated,
             stored_key: charge.is_some_and(|charge| charge.stored_key),
-            attempts: std::mem::take(&mut self.trail).into_boxed_str(),
+            attempts: std::mem::take(&mut self.trail).into(),
             why: why.map(Into::into),
             findings: self.flags.iter().map(|flag| Box::from(&*flag.rule)).collect(),
             asked: Body { kept: apart(std::mem::take(&mut self.asked.kept)), size: self.asked.size },

@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::redact::Redactor;
 use crate::base::Lookup;
-use crate::logs::record::{Body, Record};
+use crate::logs::record::{Body, Record, Text};
 
 /// Bytes that a compressed body may become.
 const INFLATED: u64 = 1 << 20;
@@ -22,7 +22,7 @@ pub(super) struct Cleaner<'a> {
     redactor: &'a Redactor,
     known: Lookup<Place, Known>,
     /// Path and user agent of the last record that had nothing but these, and nothing in them.
-    clean: Option<(Box<str>, Option<Box<str>>)>,
+    clean: Option<(Text, Option<Text>)>,
 }
 
 /// What bodies are remembered by. Those of one place need not be the same.
@@ -59,8 +59,7 @@ impl<'a> Cleaner<'a> {
     /// All but the bodies. Many calls have the same path and come from the same program.
     fn texts(&mut self, record: &mut Record) {
         let is_plain = record.metadata.is_none() && record.event.is_none();
-        let is_known =
-            |(path, agent): &(Box<str>, Option<Box<str>>)| *path == record.path && *agent == record.user_agent;
+        let is_known = |(path, agent): &(Text, Option<Text>)| *path == record.path && *agent == record.user_agent;
         if is_plain && self.clean.as_ref().is_some_and(is_known) {
             return;
         }

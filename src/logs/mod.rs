@@ -23,7 +23,7 @@ pub mod trace;
 mod writer;
 
 pub use query::{Filter, Query};
-pub use record::{Body, CacheUse, Record};
+pub use record::{Body, CacheUse, Record, Text};
 pub use redact::{Redactor, Rule as RedactRule, Rules as RedactRules};
 pub use render::{detail, item, moment, result_info};
 pub use store::{Keep, Page, Patch, Settings as StoreSettings, Store, Stored, Strategy, Sums};

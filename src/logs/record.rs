@@ -43,6 +43,10 @@ impl CacheUse {
     }
 }
 
+/// A word of a record. Most are short enough to lie in it: what is allocated by a call is freed by the log's thread, and both wait for memory
+/// that the other has just written.
+pub type Text = compact_str::CompactString;
+
 /// A body, or its beginning.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Body {
@@ -75,13 +79,13 @@ pub struct Record {
     /// Through which gateway.
     pub gateway: Arc<str>,
     /// Canonical slug of the provider that answered, or was tried last; empty where none was.
-    pub provider: Box<str>,
+    pub provider: Text,
     /// As the provider names it.
-    pub model: Box<str>,
+    pub model: Text,
     /// What the model does, where that is known.
     pub task: Option<Task>,
     /// Path at the provider, without host and query.
-    pub path: Box<str>,
+    pub path: Text,
     /// Status that the caller got; 499 where it left before.
     pub status: u16,
     /// A whole answer of a status under 400.
@@ -105,25 +109,25 @@ pub struct Record {
     /// `http`, `websocket`, `universal` …
     pub request_type: Cow<'static, str>,
     /// Media type of the request.
-    pub request_content_type: Option<Box<str>>,
+    pub request_content_type: Option<Text>,
     /// Media type of the answer.
-    pub response_content_type: Option<Box<str>>,
+    pub response_content_type: Option<Text>,
     /// What the caller sent along: a JSON object of at most five entries, as text.
-    pub metadata: Option<Box<str>>,
+    pub metadata: Option<Text>,
     /// Where the call stands in a trace of its caller's; `None`: it begins one.
     pub trace: Option<TraceContext>,
     /// Zero data retention was asked for: no trace has bodies.
     pub zero_retention: bool,
     /// What the caller calls the call.
-    pub event: Option<Box<str>>,
+    pub event: Option<Text>,
     /// Who the caller's program says it is.
-    pub user_agent: Option<Box<str>>,
+    pub user_agent: Option<Text>,
     /// A token of ours was shown.
     pub authenticated: bool,
     /// A stored key stood in for the caller's.
     pub stored_key: bool,
     /// What was tried, as in `cf-aig-attempts`.
-    pub attempts: Box<str>,
+    pub attempts: Text,
     /// Why it did not end well, in a word.
     pub why: Option<Cow<'static, str>>,
     /// Names of the rules that found something.

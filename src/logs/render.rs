@@ -67,7 +67,7 @@ pub fn result_info(query: &Query, page: &Page) -> Value {
 
 fn fields(Stored { record, feedback, score }: &Stored) -> Map<String, Value> {
     let text = |text: &str| if text.is_empty() { Value::Null } else { text.into() };
-    let maybe = |text: &Option<Box<str>>| text.as_deref().map_or(Value::Null, Value::from);
+    let maybe = |text: Option<&str>| text.map_or(Value::Null, Value::from);
     let tokens = |count: fn(&crate::task::Usage) -> u32| record.usage.as_ref().map(count);
     let fields = json!({
         "id": record.id.map(|id| id.to_string()),
@@ -86,15 +86,15 @@ fn fields(Stored { record, feedback, score }: &Stored) -> Map<String, Value> {
         "custom_cost": record.custom_cost,
         "step": record.step,
         "request_type": &*record.request_type,
-        "request_content_type": maybe(&record.request_content_type),
-        "response_content_type": maybe(&record.response_content_type),
+        "request_content_type": maybe(record.request_content_type.as_deref()),
+        "response_content_type": maybe(record.response_content_type.as_deref()),
         "request_size": record.asked.size,
         "response_size": record.answered.size,
         "metadata": metadata(record),
         "feedback": feedback,
         "score": score,
-        "event_id": maybe(&record.event),
-        "user_agent": maybe(&record.user_agent),
+        "event_id": maybe(record.event.as_deref()),
+        "user_agent": maybe(record.user_agent.as_deref()),
         "authentication": record.authenticated,
         "wholesale": false,
         "byok": record.stored_key,

@@ -2,7 +2,7 @@
 
 use half::bf16;
 use neurond::kernel::gpu::{
-    Attention, Boxes, EmulatedCard, Fp8, Heads, Item, Keys, Launcher, Merge, Norm, PagedKv, Ptr, RopeKv, Tile,
+    Attention, Boxes, Card, EmulatedCard, Fp8, Heads, Item, Keys, Launcher, Merge, Norm, PagedKv, Ptr, RopeKv, Tile,
     rope_kv_write,
 };
 
@@ -25,7 +25,7 @@ fn boxes(data: Keys, dim: usize, shift: u32) -> Option<Boxes> {
     if let Some(card) = real::card() {
         return card.boxes(data, dim, shift);
     }
-    Boxes::new(&EmulatedCard::hopper(0), data, dim, shift).unwrap()
+    (&EmulatedCard::hopper(0) as &dyn Card).boxes(data, dim, shift).unwrap()
 }
 
 /// A pool of blocks and a table of some of them in disorder.

@@ -2,9 +2,7 @@
 
 use half::bf16;
 
-use super::card::Card;
 use super::launch::{Fp8, Launch, Launcher, Ptr, Table};
-use super::rows::Heads;
 use crate::base::{Error, Result};
 
 /// Queries of a narrow item, and of a wide one: rows times query heads of a kv head.
@@ -32,6 +30,17 @@ impl Tile {
     }
 }
 
+/// Heads of an attention layer.
+#[derive(Clone, Copy)]
+pub struct Heads {
+    /// Of queries.
+    pub heads: usize,
+    /// Of keys and values; divides `heads`.
+    pub kv_heads: usize,
+    /// Numbers of each, even.
+    pub dim: usize,
+}
+
 /// Fewest keys that an item is cut into: below that merging costs more than the others' company gains.
 const LEAST_KEYS: usize = 256;
 
@@ -47,23 +56,8 @@ pub enum Keys {
 /// Keys and values as tables, a row a token and kv head; a box has the tokens of a block, at most 64.
 #[derive(Clone, Copy)]
 pub struct Boxes {
-    keys: Table,
-    values: Table,
-}
-
-impl Boxes {
-    /// Those of keys and values of `dim` numbers in blocks of `1 << block_shift` tokens; `None` where the kernel takes no such.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn new(card: &dyn Card, data: Keys, dim: usize, block_shift: u32) -> Result<Option<Self>> {
-        let Keys::Bf16(keys, values) = data else { return Ok(None) };
-        if !card.has_warpgroups() || ![64, 128].contains(&dim) || block_shift < 3 {
-            return Ok(None);
-        }
-        let table = |of| card.table(of, dim, 1 << block_shift.min(6));
-        Ok(Some(Self { keys: table(keys)?, values: table(values)? }))
-    }
+    pub(super) keys: Table,
+    pub(super) values: Table,
 }
 
 /// A layer's part of the KV pool.

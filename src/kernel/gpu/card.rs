@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use super::attention::{Item, Merge};
+use super::attention::{Boxes, Item, Keys, Merge};
 use super::encoder::{Pooled, TextItem, Token};
 use super::gemm::{Sink, Weight};
 use super::launch::{Fp8, Launcher, Ptr, Table};
@@ -13,10 +13,6 @@ use super::sample::{Drawn, Edit, Wish};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use crate::base::Error;
 use crate::base::Result;
-
-/// Rows of a [`Card::product`] come in multiples of it: those beyond what is wanted are computed for nothing, as they would be
-/// inside a tile.
-pub const LARGE_UNIT: usize = 64;
 
 /// Bytes that can be on their way out while others are launched.
 pub const LANDING: usize = 64 << 10;
@@ -164,7 +160,7 @@ pub trait Card: Launcher + Send {
     /// is dropped.
     fn abandon(&self);
 
-    /// `x * w^T` into `out` of `m` rows, a multiple of [`LARGE_UNIT`], by a library of the card's maker: rows of `out_stride` numbers,
+    /// `x * w^T` into `out` of `m` rows, a multiple of [`LARGE_UNIT`](super::LARGE_UNIT), by a library of the card's maker: rows of `out_stride` numbers,
     /// their first `n` columns. False: there is none, or it does not do that.
     ///
     /// # Errors
@@ -197,6 +193,20 @@ pub(super) fn check_parts(rank: usize, own: Ptr<f32>, into: Ptr<f32>, parts: &[R
 }
 
 impl dyn Card + '_ {
+    /// What [`Tile::Bulk`](super::Tile::Bulk) takes of keys and values of `dim` numbers in blocks of `1 << block_shift` tokens; `None` where
+    /// there is no such kernel.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn boxes(&self, data: Keys, dim: usize, block_shift: u32) -> Result<Option<Boxes>> {
+        let Keys::Bf16(keys, values) = data else { return Ok(None) };
+        if !self.has_warpgroups() || ![64, 128].contains(&dim) || block_shift < 3 {
+            return Ok(None);
+        }
+        let table = |of| self.table(of, dim, 1 << block_shift.min(6));
+        Ok(Some(Boxes { keys: table(keys)?, values: table(values)? }))
+    }
+
     /// Room for `len` numbers, all bits zero.
     ///
     /// # Errors

@@ -8,8 +8,8 @@ use std::time::Instant;
 use half::bf16;
 use parking_lot::Mutex;
 
-use super::card::{Card, LANDING, LARGE_UNIT, Part, Parts, alone, check_parts};
-use super::gemm::{Sink, Weight, scaled_afterwards};
+use super::card::{Card, LANDING, Part, Parts, alone, check_parts};
+use super::gemm::{LARGE_UNIT, Sink, Weight, scaled_afterwards};
 use super::launch::{Fp8, Launch, Launcher, Ptr, Table};
 use crate::base::{Error, Kind, Result};
 use crate::kernel::{Buffer, Collective, Cpu, Isa, Pool};

@@ -2,13 +2,15 @@
 
 use half::{bf16, f16};
 
-#[cfg(any(feature = "cuda", feature = "emulate"))]
-use super::card::LARGE_UNIT;
 use super::launch::{Fp8, Launch, Launcher, Ptr};
 use crate::base::{Error, Result};
 
 /// Rows up to which [`gemm_small`] goes.
 pub const SMALL_ROWS: usize = 64;
+
+/// Rows of a [`Card::product`](super::Card::product) come in multiples of it: those beyond what is wanted are computed for nothing, as they
+/// would be inside a tile.
+pub const LARGE_UNIT: usize = 64;
 
 /// fp8 rows and the scale of each.
 #[derive(Clone, Copy)]

@@ -34,20 +34,20 @@ mod sample;
 mod trial;
 mod watch;
 
-pub use attention::{Attention, Boxes, Item, Keys, Merge, NARROW, PagedKv, Tile, WIDE};
-pub use card::{Bits, Card, LANDING, LARGE_UNIT, Part, Parts};
+pub use attention::{Attention, Boxes, Heads, Item, Keys, Merge, NARROW, PagedKv, Tile, WIDE};
+pub use card::{Bits, Card, LANDING, Part, Parts};
 #[cfg(feature = "emulate")]
 pub use emulator::{Chip, EmulatedCard, Emulator};
 pub use encoder::{
     Activation, LayerNorm, Pooled, TEXT_ROWS, Tables, TextItem, Token, add_layer_norm, attend_texts, bias_activate,
     embed_layer_norm, pool_rows, takes_texts,
 };
-pub use gemm::{SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4, scale_product};
+pub use gemm::{LARGE_UNIT, SMALL_ROWS, Scaled, Sink, Weight, gemm_small, pack_q4, scale_product};
 pub use launch::{Fp8, Launch, Launcher, Ptr, Table};
 pub use lora::{Adapted, LORA_RANK, LORA_ROWS, Lora, lora};
 pub use open::{collectives, count, open, open_ranks};
 pub use rows::{
-    Heads, Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, norm_add, put_columns, quantize_fp8,
+    Norm, Normed, RopeKv, add_rms_norm, copy_blocks, embed, gather_rows, norm_add, put_columns, quantize_fp8,
     random_bf16, rope_kv_write, silu_mul,
 };
 pub use sample::{Drawn, Edit, UNWANTED, Wish, follow, sample, verify};

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::attention::{Keys, PagedKv};
+use super::attention::{Heads, Keys, PagedKv};
 use super::launch::{Fp8, Launch, Launcher, Ptr};
 use crate::base::{Error, Result};
 use crate::kernel::Gate;
@@ -213,17 +213,6 @@ pub fn silu_mul(
         }
     };
     on.launch(launch.int(width).int(usize::from(gate == Gate::Gelu)))
-}
-
-/// Heads of an attention layer.
-#[derive(Clone, Copy)]
-pub struct Heads {
-    /// Of queries.
-    pub heads: usize,
-    /// Of keys and values; divides `heads`.
-    pub kv_heads: usize,
-    /// Numbers of each, even.
-    pub dim: usize,
 }
 
 /// How queries and keys are turned and where keys and values go.

@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 
-use super::attention::{Attention, Boxes, Item, Keys, Merge, PagedKv, Tile, WIDE};
+use super::attention::{Attention, Heads, Item, Keys, Merge, PagedKv, Tile, WIDE};
 use super::card::{Bits, Card};
 use super::launch::{Fp8, Ptr};
-use super::rows::Heads;
 use crate::base::Result;
 
 /// The portable one first.
@@ -93,7 +92,7 @@ impl Trial {
                 )
             }
         };
-        let boxes = Boxes::new(card, data, heads.dim, block_shift)?;
+        let boxes = card.boxes(data, heads.dim, block_shift)?;
         let kv = PagedKv { data, boxes, block_shift, k_scale: 1.0, v_scale: 1.0 };
         // Not in order.
         let table: Vec<i32> = (0..blocks).rev().map(|block| block as i32).collect();

@@ -60,7 +60,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 
 use crate::base::{AccountId, Error, LogId, Lookup, Result};
 use crate::logs::query::Query;
-use crate::logs::record::{Body, Record};
+use crate::logs::record::{Body, Record, Text};
 use crate::store::{Segment, sync_names};
 use columns::Sealed;
 use memory::{Memory, Plane};
@@ -112,7 +112,7 @@ pub struct Patch {
     /// From 0 to 100.
     pub score: Option<Option<u8>>,
     /// A JSON object, as text.
-    pub metadata: Option<Option<Box<str>>>,
+    pub metadata: Option<Option<Text>>,
 }
 
 /// How much there is.
@@ -256,7 +256,7 @@ impl Store {
     ///
     /// # Errors
     /// The system's.
-    pub fn request(&self, account: &AccountId, gateway: &str, id: LogId) -> Result<Option<(Body, Option<Box<str>>)>> {
+    pub fn request(&self, account: &AccountId, gateway: &str, id: LogId) -> Result<Option<(Body, Option<Text>)>> {
         Ok(self.get(account, gateway, id)?.map(|Stored { record, .. }| (record.asked, record.request_content_type)))
     }
 
@@ -264,7 +264,7 @@ impl Store {
     ///
     /// # Errors
     /// The system's.
-    pub fn response(&self, account: &AccountId, gateway: &str, id: LogId) -> Result<Option<(Body, Option<Box<str>>)>> {
+    pub fn response(&self, account: &AccountId, gateway: &str, id: LogId) -> Result<Option<(Body, Option<Text>)>> {
         Ok(self.get(account, gateway, id)?.map(|Stored { record, .. }| (record.answered, record.response_content_type)))
     }
 

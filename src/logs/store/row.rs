@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::base::{AccountId, KeyId, LogId, Millis, Neurons, RequestId};
-use crate::logs::record::{Body, CacheUse, Record};
+use crate::logs::record::{Body, CacheUse, Record, Text};
 use crate::task::{Task, Usage};
 
 /// A record as it is read back. Of its bodies only the sizes are there, unless they were asked for.
@@ -107,7 +107,7 @@ pub(super) fn decode(bytes: &mut &[u8]) -> Option<Record> {
     let (cost, saved) = (Neurons::from_micro(number(bytes)?), Neurons::from_micro(number(bytes)?));
     let step = number(bytes)? as u16;
     let request_type = Cow::Owned(text(bytes)?.to_owned());
-    let mut next = || Some(maybe(bytes)?.map(Box::from));
+    let mut next = || Some(maybe(bytes)?.map(Text::from));
     let (request_content_type, response_content_type) = (next()?, next()?);
     let (metadata, event, user_agent) = (next()?, next()?, next()?);
     let attempts = text(bytes)?.into();

@@ -116,8 +116,7 @@ impl GpuDecoder {
         if self.wide == Tile::Bulk {
             let (card, kv, dim) = (&*self.card, &self.kv, self.heads.dim);
             let layers = 0..self.spec.layers;
-            let boxes =
-                layers.map(|layer| Boxes::new(card, kv.layer(self.options.kv, layer).data, dim, kv.block_shift));
+            let boxes = layers.map(|layer| card.boxes(kv.layer(self.options.kv, layer).data, dim, kv.block_shift));
             // None of any layer: their keys are in fp8, or their blocks too short.
             self.kv.boxes = boxes.filter_map(Result::transpose).collect::<Result<_>>()?;
         }
