@@ -63,8 +63,12 @@ pub struct Record {
     authenticated: bool,
     /// The request's body, or none of it.
     asked: Body,
-    /// Of the answer, as many chunks as are kept, and their bytes.
-    answered: Vec<Bytes>,
+    /// Of the answer, its first chunk, if that is all so far.
+    answered: Bytes,
+    /// Its chunks, if there were more. Each is a small part of a buffer that its connection read into, and to hold on to them would make the
+    /// connection read into new memory each time.
+    chunks: Vec<u8>,
+    /// Bytes of both.
     kept: usize,
     /// Bytes of the answer that may be kept.
     keep: usize,
@@ -96,7 +100,8 @@ impl Record {
             user_agent: ask.user_agent.clone(),
             authenticated: ask.trusted,
             asked: Body { kept: ask.body.slice(..ask.body.len().min(keep)), size: ask.body.len() as u64 },
-            answered: Vec::new(),
+            answered: Bytes::new(),
+            chunks: Vec::new(),
             kept: 0,
             keep,
             event: ask.options.event_id.clone(),
@@ -224,9 +229,14 @@ impl Record {
     pub fn sent(&mut self, chunk: &Bytes) {
         self.bytes += chunk.len() as u64;
         if self.kept < self.keep {
-            let chunk = chunk.slice(..chunk.len().min(self.keep - self.kept));
-            self.kept += chunk.len();
-            self.answered.push(chunk);
+            let len = chunk.len().min(self.keep - self.kept);
+            if self.kept == 0 {
+                self.answered = chunk.slice(..len);
+            } else {
+                self.chunks.extend_from_slice(&std::mem::take(&mut self.answered));
+                self.chunks.extend_from_slice(&chunk[..len]);
+            }
+            self.kept += len;
         }
     }
 
@@ -301,9 +311,11 @@ impl Record {
     fn told(&mut self, outcome: Outcome, why: Option<&'static str>, charge: Option<&Charge>) -> Box<logs::Record> {
         let taken = self.received.elapsed();
         let path = path_of(&self.endpoint);
-        let answered = match &mut self.answered[..] {
-            [one] => std::mem::take(one),
-            chunks => chunks.concat().into(),
+        let answered = match (std::mem::take(&mut self.answered), std::mem::take(&mut self.chunks)) {
+            // What comes from the cache is there to stay, and known by where it lies.
+            (one, chunks) if chunks.is_empty() && self.cache.is_hit() => one,
+            (one, chunks) if chunks.is_empty() => apart(one),
+            (_, chunks) => chunks.into(),
         };
         Box::new(logs::Record {
             id: self.log,
@@ -340,8 +352,7 @@ impl Record {
             why: why.map(Into::into),
             findings: self.flags.iter().map(|flag| Box::from(&*flag.rule)).collect(),
             asked: Body { kept: apart(std::mem::take(&mut self.asked.kept)), size: self.asked.size },
-            // What comes from the cache is there to stay, and known by where it lies.
-            answered: Body { kept: if self.cache.is_hit() { answered } else { apart(answered) }, size: self.bytes },
+            answered: Body { kept: answered, size: self.bytes },
         })
     }
 
