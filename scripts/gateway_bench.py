@@ -4,7 +4,8 @@
     wrk --> neurond | nginx | a peer --> a static upstream        one side at a time, in rounds, the order reversed each round
 
 For each side at 1, 16 and 128 connections: requests a second, latency p50 and p99, and CPU time of all the side's processes a
-request. neurond is measured with key check, metering and its log record on, passing through and answering from its cache.
+request. neurond is measured with key check, a limit on requests by address, metering and its log record on, passing through and
+answering from its cache.
 Medians over rounds; beside them neurond's figures as multiples of nginx's and of the best peer's.
 
 Then streams: 200 at once, each of 60 chunks 50 ms apart. A chunk says when the upstream sent it and the kernel says when it
@@ -55,6 +56,8 @@ TICK = os.sysconf("SC_CLK_TCK")
 TOKEN = "bench-token"
 KEY = "sk-upstream"
 MODEL = "gpt-4o-mini"
+# One that is looked at for each call and never reached.
+LIMIT = '[[limit]]\nname = "address"\nby = ["ip"]\nrequests = 100_000_000\nwindow_s = 60\n'
 # Streams: all are open at once for a second, and none has to wait for the client to open the others.
 CHUNKS, GAP_MS, START_S = 60, 50, 2.0
 STAMP = re.compile(rb'"content": ?"(\d{19})"')
@@ -114,7 +117,7 @@ def sides(args, scratch, upstream) -> list:
     found = [Direct(upstream)]
     if shutil.which("nginx"):
         found.append(Nginx(scratch, upstream))
-    found += [Neurond(args, scratch, upstream), Neurond(args, scratch, upstream, ttl=3600)]
+    found += [Neurond(args, scratch, upstream, ttl, more=LIMIT) for ttl in (None, 3600)]
     for kind in (SglangRouter, Ferrogw, LiteLlm, Portkey) if args.peers_dir else ():
         places = [place for folder in args.peers_dir for place in (folder / kind.file, *folder.glob(f"*/{kind.file}")) if place.exists()]
         if places:
