@@ -289,7 +289,7 @@ impl Record {
             let cost = charge.map_or(Neurons::ZERO, |charge| charge.cost);
             hold.count(&usage.unwrap_or_default(), cost, Millis::now());
         }
-        // The record says it all: a line for each call that went well would be half as much again of what the gateway does with it.
+        // The record says it all: a line for each call that went well takes about an eighth of what the gateway does with it.
         let is_worth_a_line = match outcome {
             Outcome::Done => enabled!(target: "neurond::calls", Level::DEBUG),
             _ => enabled!(target: "neurond::calls", Level::INFO),

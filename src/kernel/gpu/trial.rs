@@ -34,6 +34,11 @@ pub fn fastest(card: &dyn Card, heads: Heads, in_fp8: bool, block_shift: u32) ->
     if !card.has_warpgroups() || ![64, 128].contains(&heads.dim) {
         return Ok(Tile::Wide);
     }
+    // Nothing here ends a kernel that does not end by itself.
+    tracing::info!(
+        card = card.name(),
+        "trying attention kernels; if this is the last line, set gpu.prompt_kernel to \"warps\""
+    );
     let mut taken = Vec::new();
     let times = Trial::new(card, heads, in_fp8, block_shift, &mut taken).and_then(|trial| trial.times(card));
     taken.into_iter().try_for_each(|address| card.free(address))?;
