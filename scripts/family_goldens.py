@@ -18,6 +18,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -29,10 +31,14 @@ TOKENS = 60
 POSITIONS = [0, 1, 17, 40, 59]
 # Tokens of the most likely answer, which ends earlier where one is not that much more likely than others, in logits.
 GREEDY, MARGIN = 20, 0.01
+# With these weights a Llama's answer is neither short nor one word over and over.
+LLAMA_GREEDY, LLAMA_SEED = 64, 8
 
 
-def tiny(name: str, model: torch.nn.Module, norms_less_1: bool = False) -> None:
-    torch.manual_seed(7)
+def tiny(
+    name: str, model: torch.nn.Module, norms_less_1: bool = False, greedy_tokens: int = GREEDY, seed: int = 7
+) -> None:
+    torch.manual_seed(seed)
     model = model.to(torch.float64).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,7 +54,7 @@ def tiny(name: str, model: torch.nn.Module, norms_less_1: bool = False) -> None:
     greedy, margins = [], []
     with torch.no_grad():
         logits = model(tokens).logits[0]
-        for _ in range(GREEDY):
+        for _ in range(greedy_tokens):
             read = torch.cat([tokens, torch.tensor([greedy], dtype=tokens.dtype)], dim=1)
             (best, other), (token, _) = model(read).logits[0, -1].topk(2)
             if best - other < MARGIN:
@@ -72,6 +78,28 @@ def tiny(name: str, model: torch.nn.Module, norms_less_1: bool = False) -> None:
 
 
 def main() -> None:
+    small = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": 256,
+    }
+    # Positions as Llama 3.1 has them: some of the waves longer than the text it was first taught with.
+    wide = small | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    llama = LlamaConfig(**wide, num_hidden_layers=2, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+    tiny("tiny-llama3", LlamaForCausalLM(llama), greedy_tokens=LLAMA_GREEDY, seed=LLAMA_SEED)
+
     qwen3 = Qwen3Config(
         vocab_size=96,
         hidden_size=64,
@@ -88,15 +116,6 @@ def main() -> None:
     tiny("tiny-qwen3", Qwen3ForCausalLM(qwen3))
 
     # Windows much shorter than the text, in every layer.
-    small = {
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "max_position_embeddings": 256,
-    }
     mistral = MistralConfig(
         **small, num_hidden_layers=2, sliding_window=24, rope_theta=10_000.0, architectures=["MistralForCausalLM"]
     )
