@@ -35,7 +35,7 @@ import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHORT = 100  # tokens of a prompt from which on it is not short; tests/model.rs has the same
+SHORT = 100  # tokens of a prompt from which on it is not short; tests/model/main.rs has the same
 
 
 def main() -> int:

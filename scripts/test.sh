@@ -57,7 +57,7 @@ stage_doc() { RUSTDOCFLAGS=-Dwarnings cargo doc --locked --no-deps; }
 # What users run: the optimised build, a real model against its goldens.
 stage_release() {
     stage_model
-    cargo test --release --locked --test model --test encode -- --nocapture
+    cargo test --release --locked --test model -- --nocapture
     cargo build --release --locked
     cargo build --release --locked --example fake_upstream
 }

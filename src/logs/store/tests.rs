@@ -476,17 +476,20 @@ fn queries_and_changes_go_on_while_segments_fill_and_are_sealed() {
         Store::open(Settings { segment_bytes: 30_000, tend: Duration::from_millis(1), ..settings(folder.path()) })
             .unwrap();
     let many = records(0..6_000);
-    let is_done = std::sync::atomic::AtomicBool::new(false);
+    // Also where what is appended panics: the scope waits for whoever asks.
+    let appending = std::sync::Arc::new(());
+    let is_appending = std::sync::Arc::downgrade(&appending);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut last = 0;
-            while !is_done.load(std::sync::atomic::Ordering::Acquire) {
+            while is_appending.strong_count() > 0 {
                 let page = store
                     .all(&query("order_by=model&filters.key=provider&filters.operator=neq&filters.value=x&per_page=5"));
                 assert!(page.total_count >= last, "{} after {last}", page.total_count);
                 last = page.total_count;
             }
         });
+        let _appending = appending;
         for (at, batch) in many.chunks(100).enumerate() {
             store.append(batch).unwrap();
             if at % 10 == 0 {
@@ -498,7 +501,6 @@ fn queries_and_changes_go_on_while_segments_fill_and_are_sealed() {
                 );
             }
         }
-        is_done.store(true, std::sync::atomic::Ordering::Release);
     });
     assert_eq!(store.all(&query("feedback=1")).total_count, 6);
     assert_eq!(store.all(&Query::default()).total_count, 6_000);

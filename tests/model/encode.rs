@@ -7,8 +7,6 @@
 //! The real model is looked for in `$NEUROND_TEST_MODELS`, `target/test-models` and `models/`; without it its test says
 //! "skipped: no weights". The tiny models are committed and always run.
 
-#![allow(clippy::expect_used, clippy::unwrap_used)]
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
