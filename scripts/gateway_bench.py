@@ -9,8 +9,8 @@ answering from its cache.
 Medians over rounds; beside them neurond's figures as multiples of nginx's and of the best peer's.
 
 Then streams: 200 at once, each of 60 chunks 50 ms apart. A chunk says when the upstream sent it and the kernel says when it
-arrived, so what is measured is how long a chunk was on its way, however late the upstream and this script are. And memory after the
-first and the last of many requests.
+arrived, so what is measured is how long a chunk was on its way, however late the upstream and this script are. And memory over
+the second and the last tenth of many requests.
 
     scripts/gateway_bench.py                              3 rounds, some minutes
     scripts/gateway_bench.py --quick                      1 round, no streams
@@ -47,6 +47,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -558,16 +559,27 @@ def load(side: Side, scratch: Path, connections: int, seconds: int) -> dict:
 
 
 def soak(side: Side, scratch: Path, total: int) -> dict:
-    """Memory after a tenth of the requests, and after all."""
+    """Memory over the second tenth of the requests and over the last. It goes up and down with each segment of records, so that a
+    moment says little: samples all along, and their mean."""
     hear(side)
-    done, memory = 0, []
-    for share in (total // 10, total - total // 10):
-        target = done + share
-        while done < target:
-            figures = load(side, scratch, 64, 5)
-            done += int(figures["requests/s"] * 6)
-        memory.append(side.memory())
-    return {"requests": done, "after a tenth, MiB": memory[0], "at the end, MiB": memory[1]}
+    tenth, done, found = total // 10, 0, {"requests": 0}
+    for until, name in ((tenth, ""), (2 * tenth, "second tenth"), (total - tenth, ""), (total, "last tenth")):
+        samples, is_over = [], threading.Event()
+
+        def sample() -> None:
+            while not is_over.wait(0.1):
+                samples.append(side.memory())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        while done < until:
+            figures = load(side, scratch, 64, 1)
+            done += int(figures["requests/s"] * 2)
+        is_over.set()
+        sampler.join()
+        if name:
+            found |= {f"{name}, MiB": statistics.fmean(samples), f"{name}, least": min(samples), f"{name}, most": max(samples)}
+    return {**found, "requests": done}
 
 
 def streams(side: Side, count: int) -> dict:

@@ -68,10 +68,10 @@ impl Ledger {
         now: Millis,
         attempt: impl Fn(Millis) -> Result<T, (Denied, Option<u64>)>,
     ) -> Result<T, Denied> {
-        let began = Instant::now();
-        let mut is_first = true;
+        // Most need not wait, and then nobody looks at a clock.
+        let mut began: Option<Instant> = None;
         loop {
-            let waited = began.elapsed();
+            let waited = began.map_or(Duration::ZERO, |began| began.elapsed());
             let round = match attempt(Millis(now.0.saturating_add(waited.as_millis() as u64))) {
                 Ok(done) => return Ok(done),
                 Err((Denied::Unleased, round)) => round,
@@ -79,7 +79,8 @@ impl Ledger {
             };
             let is_waiting = match (&self.shared.link, round) {
                 (Some(link), Some(round)) => {
-                    self.shared.fleet(|_, health| health.waits += u64::from(std::mem::take(&mut is_first)));
+                    self.shared.fleet(|_, health| health.waits += u64::from(began.is_none()));
+                    began.get_or_insert_with(Instant::now);
                     link.round(round, waited).await
                 }
                 _ => false,
