@@ -212,7 +212,7 @@ for part in "${parts[@]}"; do
     note speed-8b-bf16 speed 8b-bf16 llama-3.1-8b bf16
     note speed-8b-fp8 speed 8b-fp8 llama-3.1-8b fp8
     memory=$(on_card memory.total)
-    if ((${memory:-0} > 76000)); then note speed-70b-fp8 speed 70b-fp8 llama-3.3-70b fp8; else echo "speed-70b-fp8: left out, ${memory:-no} MiB are too few"; fi
+    if ((${memory:-0} > 76000)); then note speed-70b-fp8 speed 70b-fp8 llama-3.3-70b fp8; else echo "speed-70b-fp8: left out, the card has ${memory:-no known} MiB and it takes 76,000"; fi
     # Four of five guesses of a smaller model come true.
     draft=llama-3.2-1b
     [[ -z $rehearsal ]] || draft=tiny
