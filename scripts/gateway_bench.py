@@ -562,7 +562,7 @@ def soak(side: Side, scratch: Path, total: int) -> dict:
     """Memory over the second tenth of the requests and over the last. It goes up and down with each segment of records, so that a
     moment says little: samples all along, and their mean."""
     hear(side)
-    tenth, done, found = total // 10, 0, {"requests": 0}
+    tenth, done, found = total // 10, 0, {}
     for until, name in ((tenth, ""), (2 * tenth, "second tenth"), (total - tenth, ""), (total, "last tenth")):
         samples, is_over = [], threading.Event()
 
@@ -572,11 +572,14 @@ def soak(side: Side, scratch: Path, total: int) -> dict:
 
         sampler = threading.Thread(target=sample)
         sampler.start()
-        while done < until:
-            figures = load(side, scratch, 64, 1)
-            done += int(figures["requests/s"] * 2)
-        is_over.set()
-        sampler.join()
+        try:
+            # Once at least, so that there are samples.
+            while done < until or not samples:
+                figures = load(side, scratch, 64, 1)
+                done += int(figures["requests/s"] * 2)
+        finally:
+            is_over.set()
+            sampler.join()
         if name:
             found |= {f"{name}, MiB": statistics.fmean(samples), f"{name}, least": min(samples), f"{name}, most": max(samples)}
     return {**found, "requests": done}

@@ -7,7 +7,7 @@
 //! The real model is looked for in `$NEUROND_TEST_MODELS`, `target/test-models` and `models/`; without it its test says
 //! "skipped: no weights". The tiny models are committed and always run.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use neurond::config::Precision;
@@ -17,6 +17,8 @@ use neurond::model::files::ModelFiles;
 use neurond::model::weights::Weights;
 use neurond::task::{Passage, Pooling};
 use serde::Deserialize;
+
+use crate::{fetched, golden, tiny};
 
 /// What a vector must reach against the reference's, for whoever compares distances with another implementation.
 const COSINE: f64 = 0.9999;
@@ -46,28 +48,6 @@ impl Case {
             None => Passage::Text(self.text.clone()),
         }
     }
-}
-
-fn goldens() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
-}
-
-fn golden(path: &Path) -> Golden {
-    let text = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
-
-/// The real embedding model, or a word to whoever reads the output.
-fn real() -> Option<PathBuf> {
-    const FOLDER: &str = "all-MiniLM-L6-v2";
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let named = std::env::var_os("NEUROND_TEST_MODELS").map(PathBuf::from);
-    let folders = named.into_iter().chain([root.join("target/test-models"), root.join("models")]);
-    let found = folders.map(|folder| folder.join(FOLDER)).find(|path| path.join("model.safetensors").is_file());
-    if found.is_none() {
-        eprintln!("skipped: no weights ({FOLDER} in $NEUROND_TEST_MODELS, target/test-models or models/)");
-    }
-    found
 }
 
 fn open(folder: &Path, precision: Precision, isa: Isa, threads: usize, max_rows: usize) -> Encoder {
@@ -132,8 +112,8 @@ fn check(folder: &Path, golden: &Golden, sets: &[Isa]) {
 }
 
 fn check_tiny(name: &str) {
-    let folder = goldens().join(name);
-    check(&folder, &golden(&folder.join("golden.json")), Isa::available());
+    let folder = tiny(name);
+    check(&folder, &golden(&format!("{name}/golden.json")), Isa::available());
 }
 
 #[test]
@@ -158,15 +138,15 @@ fn distilbert_has_no_segments_and_a_head_of_its_own() {
 
 #[test]
 fn the_real_model_gives_the_references_vectors() {
-    let Some(folder) = real() else { return };
+    let Some(weights) = fetched("all-MiniLM-L6-v2/model.safetensors") else { return };
     // The portable one takes a minute without optimisation; the tiny models show that sets agree.
-    check(&folder, &golden(&goldens().join("all-minilm-l6-v2.json")), &[Isa::detect()]);
+    check(weights.parent().unwrap(), &golden("all-minilm-l6-v2.json"), &[Isa::detect()]);
 }
 
 #[test]
 fn a_text_has_the_same_bits_alone_in_company_and_on_any_number_of_threads() {
-    let folder = goldens().join("tiny-bert");
-    let golden = golden(&folder.join("golden.json"));
+    let folder = tiny("tiny-bert");
+    let golden: Golden = golden("tiny-bert/golden.json");
     let text = EncoderText::of(&ModelFiles::open(&folder).unwrap()).unwrap();
     let texts = tokens(&text, &golden);
     // 40 times 5 texts: many blocks of rows, cut anywhere.
@@ -187,7 +167,7 @@ fn a_text_has_the_same_bits_alone_in_company_and_on_any_number_of_threads() {
 
 #[test]
 fn what_is_too_long_is_refused_unless_it_may_be_cut() {
-    let text = EncoderText::of(&ModelFiles::open(&goldens().join("tiny-bert")).unwrap()).unwrap();
+    let text = EncoderText::of(&ModelFiles::open(&tiny("tiny-bert")).unwrap()).unwrap();
     let check = |passage: &Passage, most: usize, expected: Result<usize, &str>| {
         let got = text.tokens(passage, most, false);
         match (got, expected) {

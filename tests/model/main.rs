@@ -28,6 +28,7 @@ use neurond::task::{Message, Prompt, Role};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 /// How far a logit may be from the reference's.
 const CLOSE: f32 = 1e-3;
@@ -98,8 +99,8 @@ impl Case {
     }
 }
 
-fn golden(file: &str) -> Golden {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(file);
+fn golden<T: DeserializeOwned>(file: &str) -> T {
+    let path = tiny(file);
     let text = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
@@ -108,16 +109,21 @@ fn tiny(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(file)
 }
 
-/// The demo model, or a word to whoever reads the output.
-fn real() -> Option<(PathBuf, Golden)> {
-    const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+/// A file of weights that was fetched, or a word to whoever reads the output.
+fn fetched(name: &str) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let named = std::env::var_os("NEUROND_TEST_MODELS").map(PathBuf::from);
     let folders = named.into_iter().chain([root.join("target/test-models"), root.join("models")]);
-    let found = folders.map(|folder| folder.join(FILE)).find(|path| path.is_file());
+    let found = folders.map(|folder| folder.join(name)).find(|path| path.is_file());
     if found.is_none() {
-        eprintln!("skipped: no weights ({FILE} in $NEUROND_TEST_MODELS, target/test-models or models/)");
+        eprintln!("skipped: no weights ({name} in $NEUROND_TEST_MODELS, target/test-models or models/)");
     }
+    found
+}
+
+/// The demo model, unless it would take minutes.
+fn real() -> Option<(PathBuf, Golden)> {
+    let found = fetched("SmolLM2-135M-Instruct.Q4_1.gguf");
     if cfg!(debug_assertions) && std::env::var_os("NEUROND_TEST_MODELS_ALL").is_none() {
         eprintln!("skipped: a real model takes minutes without optimisation (cargo test --release --test model)");
         return None;
@@ -487,7 +493,7 @@ struct FamilyGolden {
 
 impl FamilyGolden {
     fn of(family: &str) -> Self {
-        serde_json::from_slice(&std::fs::read(tiny(family).join("golden.json")).unwrap()).unwrap()
+        golden(&format!("{family}/golden.json"))
     }
 }
 
@@ -581,7 +587,7 @@ fn tiny_models_answer_alike_alone_batched_chunked_and_in_any_block_size() {
         ("tiny-gguf/k.gguf", "tiny-gguf/k.json"),
     ];
     for (model, file) in models {
-        let (model, golden) = (tiny(model), golden(file));
+        let (model, golden) = (tiny(model), golden::<Golden>(file));
         let longest = golden.prompts.iter().max_by_key(|case| case.tokens.len()).expect("a prompt").read();
         for (precision, kv) in [(Precision::Plain, KvType::F32), (Precision::Fast, KvType::F16)] {
             check_batch(&model, &golden, precision, kv, usize::MAX);
