@@ -5,14 +5,14 @@
 //!
 //! Bound by memory for a few rows (each weight is read once a step), by the int8 multiplier beyond some ten.
 //! Each row's sum runs over k in order whatever the size of its tile, so its bits do not depend on its company.
-//!
-//! int8 (quantised weights): per block of 32 `acc = sum code * x` in i32, then `y += dx * (dw * acc + min * sum x)`.
+//! Quantised weights are multiplied in int8.rs.
 
 use std::mem::MaybeUninit;
 
+use crate::kernel::int8::{Int8, Scaled, int8_panel};
 use crate::kernel::lowrank::Delta;
 use crate::kernel::panel::{BLOCK, Codes, Kind, LANES, Panels};
-use crate::kernel::rows::{Activations, CENTRES, View};
+use crate::kernel::rows::{Activations, View};
 use crate::kernel::simd::{BYTE, FULL, NIBBLE, Simd, by_isa, exp, tile_rows};
 use crate::kernel::{Cpu, Isa, Shared};
 
@@ -271,19 +271,14 @@ impl Panels {
                 Kind::Bf16 => float_panel::<BF16>(isa, weights, inputs, floats, rows, out),
                 Kind::Quant { codes, groups, affine, zero, factor } => {
                     let x = Int8 { x, blocks: inputs / BLOCK }.from(first);
+                    let scaled = Scaled { zero, factor };
                     match (codes, groups, affine) {
-                        (Codes::Nibble, _, false) => {
-                            int8_panel::<NIBBLE, 1, false>(isa, weights, x, rows, zero, factor, out)
-                        }
-                        (Codes::Nibble, _, true) => {
-                            int8_panel::<NIBBLE, 1, true>(isa, weights, x, rows, zero, factor, out)
-                        }
-                        (Codes::Byte, 1, false) => {
-                            int8_panel::<BYTE, 1, false>(isa, weights, x, rows, zero, factor, out)
-                        }
-                        (Codes::Byte, 1, true) => int8_panel::<BYTE, 1, true>(isa, weights, x, rows, zero, factor, out),
-                        (Codes::Byte, _, _) => int8_panel::<BYTE, 2, false>(isa, weights, x, rows, zero, factor, out),
-                        (Codes::Full, _, _) => int8_panel::<FULL, 1, false>(isa, weights, x, rows, zero, factor, out),
+                        (Codes::Nibble, _, false) => int8_panel::<NIBBLE, 1, false>(isa, weights, x, rows, scaled, out),
+                        (Codes::Nibble, _, true) => int8_panel::<NIBBLE, 1, true>(isa, weights, x, rows, scaled, out),
+                        (Codes::Byte, 1, false) => int8_panel::<BYTE, 1, false>(isa, weights, x, rows, scaled, out),
+                        (Codes::Byte, 1, true) => int8_panel::<BYTE, 1, true>(isa, weights, x, rows, scaled, out),
+                        (Codes::Byte, _, _) => int8_panel::<BYTE, 2, false>(isa, weights, x, rows, scaled, out),
+                        (Codes::Full, _, _) => int8_panel::<FULL, 1, false>(isa, weights, x, rows, scaled, out),
                     }
                 }
             }
@@ -339,133 +334,6 @@ unsafe fn float_tile<S: Simd, const KIND: u8, const R: usize>(
         }
         for (r, sum) in sums.into_iter().enumerate() {
             S::store(out.add(r * LANES), sum);
-        }
-    }
-}
-
-/// Rows of int8 activations: strides follow from `blocks`.
-#[derive(Clone, Copy)]
-struct Int8 {
-    x: View,
-    blocks: usize,
-}
-
-impl Int8 {
-    /// From row `row` on.
-    ///
-    /// # Safety
-    /// There are that many rows.
-    #[inline(always)]
-    unsafe fn from(self, row: usize) -> Self {
-        let (x, blocks) = (self.x, row * self.blocks);
-        // SAFETY: by contract.
-        unsafe {
-            let x = View {
-                floats: x.floats,
-                codes: x.codes.add(blocks * BLOCK),
-                scales: x.scales.add(blocks),
-                sums: x.sums.add(blocks * 2),
-                totals: x.totals.add(blocks),
-                starts: x.starts.add(blocks * CENTRES.len()),
-            };
-            Self { x, blocks: self.blocks }
-        }
-    }
-}
-
-/// Bytes that a single row's weights are asked for ahead of their use.
-const AHEAD: usize = 4096;
-
-by_isa! {
-    fn int8_panel<const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
-        w: *const u8, x: Int8, rows: usize, zero: f32, factor: f32, out: *mut f32,
-    ) = int8_body
-}
-
-#[inline(always)]
-unsafe fn int8_body<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
-    w: *const u8,
-    x: Int8,
-    rows: usize,
-    zero: f32,
-    factor: f32,
-    out: *mut f32,
-) {
-    let mut row = 0;
-    while row < rows {
-        let count = tile_rows(S::ROWS, rows - row);
-        // SAFETY: by contract, `rows` rows of activations and of 16 results.
-        unsafe {
-            let (x, out) = (x.from(row), out.add(row * LANES));
-            match count {
-                8.. if S::ROWS == 8 => int8_tile::<S, CODES, GROUPS, AFFINE, 8>(w, x, zero, factor, out),
-                4.. => int8_tile::<S, CODES, GROUPS, AFFINE, 4>(w, x, zero, factor, out),
-                2.. => int8_tile::<S, CODES, GROUPS, AFFINE, 2>(w, x, zero, factor, out),
-                _ => int8_tile::<S, CODES, GROUPS, AFFINE, 1>(w, x, zero, factor, out),
-            }
-        }
-        row += count;
-    }
-}
-
-#[inline(always)]
-unsafe fn int8_tile<S: Simd, const CODES: u8, const GROUPS: usize, const AFFINE: bool, const R: usize>(
-    w: *const u8,
-    x: Int8,
-    zero: f32,
-    factor: f32,
-    out: *mut f32,
-) {
-    let code_bytes = if CODES == NIBBLE { 256 } else { 512 };
-    let block_bytes = code_bytes + GROUPS * LANES * 2 * if AFFINE { 2 } else { 1 };
-    let Int8 { x, blocks } = x;
-    let width = blocks * BLOCK;
-    // SAFETY: a panel of `blocks` blocks in the layout of panel.rs, R rows of as many blocks, R x 16 results.
-    unsafe {
-        // Where all codes of a kind have one centre, the sums begin with what it takes off, unless the set's own dot
-        // product takes it off.
-        let centre = match CODES {
-            NIBBLE if !AFFINE => Some(0),
-            FULL if S::FULL_OFFSET == 0.0 => Some(1),
-            _ => None,
-        };
-        debug_assert!(AFFINE || CODES == BYTE || zero == CENTRES[usize::from(CODES == FULL)] as f32);
-        let zero = S::splat(-zero);
-        let mut results = [S::splat(0.0); R];
-        for block in 0..blocks {
-            let codes = w.add(block * block_bytes);
-            let scales = codes.add(code_bytes).cast::<u16>();
-            if R == 1 {
-                // One row waits for memory alone; the machine's own prefetch stops at every small page.
-                for line in (0..block_bytes).step_by(64) {
-                    S::prefetch(codes.wrapping_add(AHEAD + line));
-                }
-            }
-            for group in 0..GROUPS {
-                let start = |r| match centre {
-                    Some(centre) => *x.starts.add((r * blocks + block) * CENTRES.len() + centre),
-                    None => 0,
-                };
-                let pairs = group * (4 / GROUPS)..(group + 1) * (4 / GROUPS);
-                let acc = S::dots::<CODES, R>(codes, pairs, x.codes.add(block * BLOCK), width, start);
-                let scale = S::load_f16(scales.add(group * LANES));
-                let min = if AFFINE { S::load_f16(scales.add((GROUPS + group) * LANES)) } else { scale };
-                for (r, (acc, result)) in acc.into_iter().zip(&mut results).enumerate() {
-                    let at = r * blocks + block;
-                    let sum = S::splat(if GROUPS == 1 { *x.totals.add(at) } else { *x.sums.add(at * 2 + group) });
-                    let value = if AFFINE {
-                        S::fma(min, sum, S::mul(S::to_f(acc), scale))
-                    } else if CODES != BYTE {
-                        S::mul(S::to_f(acc), scale)
-                    } else {
-                        S::mul(S::fma(zero, sum, S::to_f(acc)), scale)
-                    };
-                    *result = S::fma(value, S::splat(*x.scales.add(at)), *result);
-                }
-            }
-        }
-        for (r, result) in results.into_iter().enumerate() {
-            S::store(out.add(r * LANES), S::mul(result, S::splat(factor)));
         }
     }
 }

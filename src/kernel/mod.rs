@@ -3,7 +3,8 @@
 //!
 //!     quant    block formats of files          panel   weights repacked for the kernels
 //!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
-//!     lowrank  what adapters add to a product   words   rows x panels in 16 bits, layer norm: encoders
+//!     int8     quantised panels, in gemm       words   rows x panels in 16 bits, layer norm: encoders
+//!     lowrank  what adapters add to a product
 //!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
 //!     gpu      how kernels/*.cu are launched
 //!     collective what the ranks of a group sum and gather
@@ -15,6 +16,7 @@ mod buffer;
 mod collective;
 mod gemm;
 pub mod gpu;
+mod int8;
 mod lowrank;
 mod panel;
 mod pool;

@@ -39,6 +39,28 @@ pub(super) struct View {
     pub(super) starts: *const i32,
 }
 
+impl View {
+    /// From row `row` on, where rows have `blocks` blocks.
+    ///
+    /// # Safety
+    /// There are that many rows in the int8 form.
+    #[inline(always)]
+    pub(super) unsafe fn from(self, row: usize, blocks: usize) -> Self {
+        let blocks = row * blocks;
+        // SAFETY: by contract.
+        unsafe {
+            Self {
+                floats: self.floats,
+                codes: self.codes.add(blocks * BLOCK),
+                scales: self.scales.add(blocks),
+                sums: self.sums.add(blocks * 2),
+                totals: self.totals.add(blocks),
+                starts: self.starts.add(blocks * CENTRES.len()),
+            }
+        }
+    }
+}
+
 // SAFETY: read-only pointers into the `Activations` that the view was made of; see `Activations::view`.
 unsafe impl Sync for View {}
 

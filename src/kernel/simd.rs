@@ -5,7 +5,7 @@
 //!       ├ portable         arrays of 16, whatever the compiler makes of them
 //!       ├ neon             four registers of 4; dot products of bytes
 //!       ├ avx2             two registers of 8; FMA, F16C
-//!       └ avx512           one register of 16; VNNI for int8
+//!       └ avx512           one register of 16; VNNI for int8, and AMX for 16 rows of it at a time where there is some
 //!
 //! The order of additions inside a row never depends on how many rows are computed together: a row's result is
 //! bit-identical alone and in any company (on one instruction set; between sets roundings differ).
@@ -13,6 +13,8 @@
 use std::fmt;
 use std::ops::Range;
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
 #[cfg(target_arch = "aarch64")]
 pub(super) mod arm;
 #[cfg(target_arch = "x86_64")]
@@ -29,6 +31,8 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// The same, with AMX for int8 (Xeons from 2023 on), which the kernel lets this process use.
+    Amx,
 }
 
 impl Isa {
@@ -48,7 +52,10 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
                 {
-                    return &[Self::Portable, Self::Avx2, Self::Avx512];
+                    return match amx::is_ready() {
+                        true => &[Self::Portable, Self::Avx2, Self::Avx512, Self::Amx],
+                        false => &[Self::Portable, Self::Avx2, Self::Avx512],
+                    };
                 }
                 return &[Self::Portable, Self::Avx2];
             }
@@ -64,7 +71,7 @@ impl Isa {
 impl Isa {
     /// Whether there are 32 registers of 16 lanes each, rather than half as many lanes or registers.
     pub(super) fn is_wide(self) -> bool {
-        self == Self::Avx512
+        matches!(self, Self::Avx512 | Self::Amx)
     }
 
     /// Cuts rows into tiles of as many as the set takes, 4, 2 and 1: `work(row, count)`.
@@ -97,6 +104,7 @@ impl fmt::Display for Isa {
             Self::Neon => "neon-dotprod",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512-vnni",
+            Self::Amx => "amx-int8",
         })
     }
 }
@@ -129,7 +137,7 @@ macro_rules! by_isa {
             unsafe {
                 match isa {
                     #[cfg(target_arch = "x86_64")]
-                    $crate::kernel::Isa::Avx512 => avx512 $(::<$($g),*>)? ($($arg),*),
+                    $crate::kernel::Isa::Avx512 | $crate::kernel::Isa::Amx => avx512 $(::<$($g),*>)? ($($arg),*),
                     #[cfg(target_arch = "x86_64")]
                     $crate::kernel::Isa::Avx2 => avx2 $(::<$($g),*>)? ($($arg),*),
                     #[cfg(target_arch = "aarch64")]
@@ -187,6 +195,7 @@ pub(super) trait Simd: Copy {
 
     unsafe fn zero_i() -> Self::I;
     unsafe fn splat_i(x: i32) -> Self::I;
+    unsafe fn load_i(p: *const i32) -> Self::I;
     unsafe fn to_f(a: Self::I) -> Self::F;
     /// Rounds 16 values in -127..=127 to i8 and stores them; returns their sum.
     unsafe fn store_i8(p: *mut i8, x: Self::F) -> i32;
@@ -241,6 +250,20 @@ pub(super) trait Simd: Copy {
             acc
         }
     }
+}
+
+/// Rows of a product that is made as one, and its channels.
+pub(super) const TILE: usize = 16;
+
+/// Products of tiles of int8.
+pub(super) trait Tiles {
+    /// Products number `i < count`: `sums[i][row][channel] = sum over k < depth of x[row * width + i * depth + k] *
+    /// w[i][k / 4][channel][k % 4]`, for 16 rows and 16 channels.
+    ///
+    /// # Safety
+    /// `depth` is 32 or 16; 16 rows of `width` inputs, of which the first `count * depth` are read, `count * depth * 16` weights
+    /// and room for `count * 256` sums; the instructions exist.
+    unsafe fn products(x: *const i8, width: usize, w: *const i8, depth: usize, count: usize, sums: *mut i32);
 }
 
 /// How the codes of a block lie and how large they are: two to a byte, up to 15.
@@ -377,6 +400,11 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn splat_i(x: i32) -> Self::I {
         [x; 16]
+    }
+    #[inline(always)]
+    unsafe fn load_i(p: *const i32) -> Self::I {
+        // SAFETY: see load.
+        unsafe { p.cast::<[i32; 16]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn to_f(a: Self::I) -> Self::F {

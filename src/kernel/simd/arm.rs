@@ -148,6 +148,10 @@ impl Simd for Neon {
         [vdupq_n_s32(x); 4]
     }
     #[inline(always)]
+    unsafe fn load_i(p: *const i32) -> Self::I {
+        each(|i| vld1q_s32(p.add(4 * i)))
+    }
+    #[inline(always)]
     unsafe fn to_f(a: Self::I) -> Self::F {
         each(|i| vcvtq_f32_s32(a[i]))
     }

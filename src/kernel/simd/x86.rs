@@ -106,6 +106,10 @@ impl Simd for Avx512 {
         _mm512_set1_epi32(x)
     }
     #[inline(always)]
+    unsafe fn load_i(p: *const i32) -> __m512i {
+        _mm512_loadu_si512(p.cast())
+    }
+    #[inline(always)]
     unsafe fn to_f(a: __m512i) -> __m512 {
         _mm512_cvtepi32_ps(a)
     }
@@ -307,6 +311,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn splat_i(x: i32) -> Self::I {
         [_mm256_set1_epi32(x); 2]
+    }
+    #[inline(always)]
+    unsafe fn load_i(p: *const i32) -> Self::I {
+        [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast())]
     }
     #[inline(always)]
     unsafe fn to_f(a: Self::I) -> Self::F {
