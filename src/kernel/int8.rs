@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 use crate::kernel::Isa;
 use crate::kernel::panel::{BLOCK, LANES};
 use crate::kernel::rows::{CENTRES, View};
-use crate::kernel::simd::{BYTE, FULL, NIBBLE, Simd, TILE, Tiles, by_isa, tile_rows};
+use crate::kernel::simd::{BYTE, DEPTH, FULL, NIBBLE, Simd, TILE, Tiles, by_isa, tile_rows};
 
 /// Rows of int8 activations: strides follow from `blocks`.
 #[derive(Clone, Copy)]
@@ -46,6 +46,9 @@ const AHEAD: usize = 4096;
 /// Products that AMX makes in one go: their sums, weights and inputs stay in L1.
 const TILES: usize = 20;
 
+/// A product is of a block.
+const _: () = assert!(DEPTH == BLOCK && TILE == LANES);
+
 /// `[rows, 16]` = rows of `x` times a panel.
 ///
 /// # Safety
@@ -61,18 +64,14 @@ pub(super) unsafe fn int8_panel<const CODES: u8, const GROUPS: usize, const AFFI
 ) {
     // SAFETY: by contract, cut at a row.
     unsafe {
-        let tiled = tiled_rows(isa, rows);
+        // Groups of 16 inputs would leave half of each tile empty.
+        let tiled = if isa == Isa::Amx && GROUPS == 1 { rows / TILE * TILE } else { 0 };
         #[cfg(target_arch = "x86_64")]
         if tiled > 0 {
-            amx::<CODES, GROUPS, AFFINE>(w, x, tiled, scaled, out);
+            amx::<CODES, AFFINE>(w, x, tiled, scaled, out);
         }
         untiled::<CODES, GROUPS, AFFINE>(isa, w, x.from(tiled), rows - tiled, scaled, out.add(tiled * LANES));
     }
-}
-
-/// How many of the first rows go the way of tiles.
-fn tiled_rows(isa: Isa, rows: usize) -> usize {
-    if isa == Isa::Amx { rows / TILE * TILE } else { 0 }
 }
 
 by_isa! {
@@ -207,16 +206,10 @@ impl<S: Simd> Group<S> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,bmi2,popcnt")]
-unsafe fn amx<const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
-    w: *const u8,
-    x: Int8,
-    rows: usize,
-    scaled: Scaled,
-    out: *mut f32,
-) {
+unsafe fn amx<const CODES: u8, const AFFINE: bool>(w: *const u8, x: Int8, rows: usize, scaled: Scaled, out: *mut f32) {
     use crate::kernel::simd::{amx::Amx, x86::Avx512};
     // SAFETY: the caller's promises are passed on; the features are those of this function.
-    unsafe { tiled_body::<Avx512, Amx, CODES, GROUPS, AFFINE>(w, x, rows, scaled, out) }
+    unsafe { tiled_body::<Avx512, Amx, CODES, AFFINE>(w, x, rows, scaled, out) }
 }
 
 /// Memory for some blocks' weights and sums; tiles are read and written by whole cache lines.
@@ -229,7 +222,7 @@ struct Room {
 /// `rows`, a multiple of 16, in chunks of blocks: weights of a chunk are unpacked once for all rows, and `out` holds the results
 /// of the chunks before.
 #[inline(always)]
-unsafe fn tiled_body<S: Simd, T: Tiles, const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
+unsafe fn tiled_body<S: Simd, T: Tiles, const CODES: u8, const AFFINE: bool>(
     w: *const u8,
     x: Int8,
     rows: usize,
@@ -237,9 +230,9 @@ unsafe fn tiled_body<S: Simd, T: Tiles, const CODES: u8, const GROUPS: usize, co
     out: *mut f32,
 ) {
     debug_assert!(rows.is_multiple_of(TILE));
-    let (code_bytes, block_bytes) = block_bytes(CODES, GROUPS, AFFINE);
+    let (code_bytes, block_bytes) = block_bytes(CODES, 1, AFFINE);
     let blocks = x.blocks;
-    let chunk = blocks.div_ceil(blocks.div_ceil(TILES / GROUPS));
+    let chunk = blocks.div_ceil(blocks.div_ceil(TILES));
     let mut room = Room {
         codes: [MaybeUninit::uninit(); TILES * BLOCK * LANES],
         sums: [MaybeUninit::uninit(); TILES * TILE * LANES],
@@ -248,7 +241,7 @@ unsafe fn tiled_body<S: Simd, T: Tiles, const CODES: u8, const GROUPS: usize, co
     for begin in (0..blocks).step_by(chunk) {
         let end = blocks.min(begin + chunk);
         // SAFETY: by contract, `blocks` blocks of weights and of inputs in each row, `rows` rows of 16 results; the
-        // room is for `chunk` blocks, whose groups are at most `TILES`.
+        // room is for `chunk` blocks, which are at most `TILES`.
         unsafe {
             for block in begin..end {
                 let to = codes.add((block - begin) * BLOCK * LANES);
@@ -256,8 +249,7 @@ unsafe fn tiled_body<S: Simd, T: Tiles, const CODES: u8, const GROUPS: usize, co
             }
             for row in (0..rows).step_by(TILE) {
                 let (Int8 { x, .. }, out) = (x.from(row), out.add(row * LANES));
-                let (inputs, depth) = (x.codes.add(begin * BLOCK), BLOCK / GROUPS);
-                T::products(inputs, blocks * BLOCK, codes, depth, (end - begin) * GROUPS, sums);
+                T::products(x.codes.add(begin * BLOCK), blocks * BLOCK, codes, end - begin, sums);
                 let mut results = [S::splat(0.0); TILE];
                 if begin > 0 {
                     for (r, result) in results.iter_mut().enumerate() {
@@ -265,14 +257,11 @@ unsafe fn tiled_body<S: Simd, T: Tiles, const CODES: u8, const GROUPS: usize, co
                     }
                 }
                 for block in begin..end {
-                    let scales = w.add(block * block_bytes + code_bytes);
-                    for group in 0..GROUPS {
-                        let sums = sums.add(((block - begin) * GROUPS + group) * TILE * LANES);
-                        let group = Group::<S>::of::<GROUPS, AFFINE>(scales, group, scaled);
-                        for (r, result) in results.iter_mut().enumerate() {
-                            let acc = S::load_i(sums.add(r * LANES));
-                            *result = group.add::<CODES, GROUPS, AFFINE>(acc, x, r * blocks + block, *result);
-                        }
+                    let sums = sums.add((block - begin) * TILE * LANES);
+                    let group = Group::<S>::of::<1, AFFINE>(w.add(block * block_bytes + code_bytes), 0, scaled);
+                    for (r, result) in results.iter_mut().enumerate() {
+                        let acc = S::load_i(sums.add(r * LANES));
+                        *result = group.add::<CODES, 1, AFFINE>(acc, x, r * blocks + block, *result);
                     }
                 }
                 let factor = S::splat(if end == blocks { scaled.factor } else { 1.0 });
@@ -320,23 +309,23 @@ mod tests {
     struct Defined;
 
     impl Tiles for Defined {
-        unsafe fn products(x: *const i8, width: usize, w: *const i8, depth: usize, count: usize, sums: *mut i32) {
+        unsafe fn products(x: *const i8, width: usize, w: *const i8, count: usize, sums: *mut i32) {
             for (i, row, channel) in
                 (0..count).flat_map(|i| (0..TILE * LANES).map(move |at| (i, at / LANES, at % LANES)))
             {
                 // SAFETY: by contract.
                 unsafe {
                     let product = |k: usize| {
-                        let w = *w.add(i * depth * LANES + (k / 4 * LANES + channel) * 4 + k % 4);
-                        i32::from(*x.add(row * width + i * depth + k)) * i32::from(w)
+                        let w = *w.add(i * BLOCK * LANES + (k / 4 * LANES + channel) * 4 + k % 4);
+                        i32::from(*x.add(row * width + i * BLOCK + k)) * i32::from(w)
                     };
-                    *sums.add((i * TILE + row) * LANES + channel) = (0..depth).map(product).sum();
+                    *sums.add((i * TILE + row) * LANES + channel) = (0..BLOCK).map(product).sum();
                 }
             }
         }
     }
 
-    fn check<const CODES: u8, const GROUPS: usize, const AFFINE: bool>(most: u8, zero: f32) {
+    fn check<const CODES: u8, const AFFINE: bool>(most: u8, zero: f32) {
         let cpu = Cpu { pool: Arc::new(Pool::new(1)), isa: Isa::Portable };
         for (rows, blocks) in [(16, 1), (32, 7), (16, 21), (48, 43)] {
             let mut dice = Dice::new(u64::from(CODES) + blocks as u64);
@@ -344,33 +333,34 @@ mod tests {
             let values = dice.values(rows * blocks * BLOCK);
             x.floats(blocks * BLOCK).copy_from_slice(&values);
             x.quantize(&cpu, rows);
-            let (code_bytes, block_bytes) = block_bytes(CODES, GROUPS, AFFINE);
+            let (code_bytes, block_bytes) = block_bytes(CODES, 1, AFFINE);
             let mut w = Vec::new();
             for _ in 0..blocks {
                 w.extend((0..code_bytes).map(|_| (dice.bits() as u8) & most));
-                w.extend((0..(block_bytes - code_bytes) / 2).flat_map(|_| half::f16::from_f32(dice.value()).to_le_bytes()));
+                w.extend(
+                    (0..(block_bytes - code_bytes) / 2).flat_map(|_| half::f16::from_f32(dice.value()).to_le_bytes()),
+                );
             }
             let scaled = Scaled { zero, factor: 0.75 };
             let (mut tiled, mut untiled) = (vec![f32::NAN; rows * LANES], vec![f32::NAN; rows * LANES]);
             let x = Int8 { x: x.view(rows, true), blocks };
             // SAFETY: all as long as `rows` and `blocks` say.
             unsafe {
-                tiled_body::<Portable, Defined, CODES, GROUPS, AFFINE>(w.as_ptr(), x, rows, scaled, tiled.as_mut_ptr());
-                untiled_body::<Portable, CODES, GROUPS, AFFINE>(w.as_ptr(), x, rows, scaled, untiled.as_mut_ptr());
+                tiled_body::<Portable, Defined, CODES, AFFINE>(w.as_ptr(), x, rows, scaled, tiled.as_mut_ptr());
+                untiled_body::<Portable, CODES, 1, AFFINE>(w.as_ptr(), x, rows, scaled, untiled.as_mut_ptr());
             }
             assert!(tiled.iter().all(|x| x.is_finite()));
-            assert_eq!(tiled, untiled, "{CODES} {GROUPS} {AFFINE}: {rows} rows of {blocks} blocks");
+            assert_eq!(tiled, untiled, "{CODES} {AFFINE}: {rows} rows of {blocks} blocks");
         }
     }
 
     #[test]
     fn a_row_has_the_same_bits_in_a_tile() {
-        check::<NIBBLE, 1, false>(0xff, 8.0);
-        check::<NIBBLE, 1, true>(0xff, 0.0);
-        check::<BYTE, 1, false>(31, 16.0);
-        check::<BYTE, 1, true>(31, 0.0);
-        check::<BYTE, 2, false>(63, 32.0);
-        check::<FULL, 1, false>(0xff, 128.0);
+        check::<NIBBLE, false>(0xff, 8.0);
+        check::<NIBBLE, true>(0xff, 0.0);
+        check::<BYTE, false>(31, 16.0);
+        check::<BYTE, true>(31, 0.0);
+        check::<FULL, false>(0xff, 128.0);
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -381,16 +371,16 @@ mod tests {
             return;
         }
         let mut dice = Dice::new(3);
-        for (depth, count, width) in [(32, 1, 32), (32, 4, 160), (16, 5, 128), (32, 18, 576), (16, 20, 320), (32, 20, 700)] {
+        for (count, width) in [(1, 32), (4, 160), (7, 224), (18, 576), (20, 700)] {
             let bytes = |n: usize, dice: &mut Dice| (0..n).map(|_| dice.bits() as i8).collect::<Vec<i8>>();
-            let (x, w) = (bytes(TILE * width, &mut dice), bytes(count * depth * LANES, &mut dice));
+            let (x, w) = (bytes(TILE * width, &mut dice), bytes(count * BLOCK * LANES, &mut dice));
             let (mut got, mut expected) = (vec![0; count * 256 + 1], vec![0; count * 256 + 1]);
-            // SAFETY: all as long as depth, count and width say; the set is there.
+            // SAFETY: all as long as count and width say; the set is there.
             unsafe {
-                crate::kernel::simd::amx::Amx::products(x.as_ptr(), width, w.as_ptr(), depth, count, got.as_mut_ptr());
-                Defined::products(x.as_ptr(), width, w.as_ptr(), depth, count, expected.as_mut_ptr());
+                crate::kernel::simd::amx::Amx::products(x.as_ptr(), width, w.as_ptr(), count, got.as_mut_ptr());
+                Defined::products(x.as_ptr(), width, w.as_ptr(), count, expected.as_mut_ptr());
             }
-            assert_eq!(got, expected, "{count} of {depth}, rows of {width}");
+            assert_eq!(got, expected, "{count}, rows of {width}");
         }
     }
 }

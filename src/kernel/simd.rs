@@ -254,16 +254,18 @@ pub(super) trait Simd: Copy {
 
 /// Rows of a product that is made as one, and its channels.
 pub(super) const TILE: usize = 16;
+/// Inputs of such a product.
+pub(super) const DEPTH: usize = 32;
 
 /// Products of tiles of int8.
 pub(super) trait Tiles {
-    /// Products number `i < count`: `sums[i][row][channel] = sum over k < depth of x[row * width + i * depth + k] *
+    /// Products number `i < count`: `sums[i][row][channel] = sum over k < 32 of x[row * width + i * 32 + k] *
     /// w[i][k / 4][channel][k % 4]`, for 16 rows and 16 channels.
     ///
     /// # Safety
-    /// `depth` is 32 or 16; 16 rows of `width` inputs, of which the first `count * depth` are read, `count * depth * 16` weights
-    /// and room for `count * 256` sums; the instructions exist.
-    unsafe fn products(x: *const i8, width: usize, w: *const i8, depth: usize, count: usize, sums: *mut i32);
+    /// 16 rows of `width` inputs, of which the first `count * 32` are read, `count * 512` weights and room for `count * 256` sums;
+    /// the instructions exist.
+    unsafe fn products(x: *const i8, width: usize, w: *const i8, count: usize, sums: *mut i32);
 }
 
 /// How the codes of a block lie and how large they are: two to a byte, up to 15.

@@ -1,8 +1,8 @@
 //! AMX: sixteen rows times sixteen channels in an instruction.
 //!
 //!     tmm0..tmm3   sums       16 rows x 16 channels, i32
-//!     tmm4, tmm5   inputs     16 rows x DEPTH, i8
-//!     tmm6, tmm7   weights    DEPTH / 4 x 16 channels x 4, i8: as they lie in a panel
+//!     tmm4, tmm5   inputs     16 rows x 32, i8
+//!     tmm6, tmm7   weights    8 x 16 channels x 4, i8: as they lie in a panel
 //!
 //! Tiles only go to and from memory, and a vector instruction behind one of AMX waits for some forty cycles: so many
 //! products are made in one go, and what follows them comes later. A thread that has used tiles keeps its configuration.
@@ -12,7 +12,7 @@ use std::arch::x86_64::__cpuid_count;
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use super::{TILE, Tiles};
+use super::{DEPTH, TILE, Tiles};
 
 /// What the rows and lines of the eight tiles are, as `ldtilecfg` reads it.
 #[repr(C, align(64))]
@@ -24,25 +24,20 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-impl Shapes {
-    const fn of(depth: usize) -> Self {
-        let mut shapes = Self { palette: 1, start: 0, reserved: [0; 14], line_bytes: [0; 16], rows: [0; 16] };
-        let mut tile = 0;
-        while tile < 8 {
-            shapes.line_bytes[tile] = if tile == 4 || tile == 5 { depth as u16 } else { 64 };
-            shapes.rows[tile] = if tile < 6 { TILE as u8 } else { (depth / 4) as u8 };
-            tile += 1;
-        }
-        shapes
+static SHAPES: Shapes = {
+    let mut shapes = Shapes { palette: 1, start: 0, reserved: [0; 14], line_bytes: [0; 16], rows: [0; 16] };
+    let mut tile = 0;
+    while tile < 8 {
+        shapes.line_bytes[tile] = if tile == 4 || tile == 5 { DEPTH as u16 } else { 64 };
+        shapes.rows[tile] = if tile < 6 { TILE as u8 } else { DEPTH as u8 / 4 };
+        tile += 1;
     }
-}
-
-static WHOLE: Shapes = Shapes::of(32);
-static HALF: Shapes = Shapes::of(16);
+    shapes
+};
 
 thread_local! {
-    /// The depth that this thread's tiles are configured for.
-    static DEPTH: Cell<usize> = const { Cell::new(0) };
+    /// Whether this thread's tiles have their shapes.
+    static CONFIGURED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Whether the processor has it and the kernel lets this process use it, which has to be asked for.
@@ -64,15 +59,13 @@ pub(in crate::kernel) struct Amx;
 
 impl Tiles for Amx {
     #[inline(always)]
-    unsafe fn products(x: *const i8, width: usize, w: *const i8, depth: usize, count: usize, sums: *mut i32) {
-        debug_assert!(depth == 32 || depth == 16);
+    unsafe fn products(x: *const i8, width: usize, w: *const i8, count: usize, sums: *mut i32) {
         let (mut x, mut w, mut sums) = (x, w, sums);
         // SAFETY: by contract, `count` products' inputs, weights and sums. The instructions exist, as `is_ready` found.
         unsafe {
-            if DEPTH.get() != depth {
-                let shapes = if depth == 32 { &WHOLE } else { &HALF };
-                asm!("ldtilecfg [{}]", in(reg) shapes, options(nostack, preserves_flags, readonly));
-                DEPTH.set(depth);
+            if !CONFIGURED.get() {
+                asm!("ldtilecfg [{}]", in(reg) &SHAPES, options(nostack, preserves_flags, readonly));
+                CONFIGURED.set(true);
             }
             if count >= 4 {
                 // Sums are stored two products later than they are made. The first turn has none to store, and writes
@@ -84,29 +77,29 @@ impl Tiles for Amx {
                     "tileloadd tmm6, [{w} + {line}*1]",
                     "tdpbssd tmm0, tmm4, tmm6",
                     "tilestored [{late} + {line}*1 + 2048], tmm2",
-                    "add {x}, {depth}",
-                    "add {w}, {size}",
+                    "add {x}, 32",
+                    "add {w}, 512",
                     "tilezero tmm1",
                     "tileloadd tmm5, [{x} + {width}*1]",
                     "tileloadd tmm7, [{w} + {line}*1]",
                     "tdpbssd tmm1, tmm5, tmm7",
                     "tilestored [{late} + {line}*1 + 3072], tmm3",
-                    "add {x}, {depth}",
-                    "add {w}, {size}",
+                    "add {x}, 32",
+                    "add {w}, 512",
                     "tilezero tmm2",
                     "tileloadd tmm4, [{x} + {width}*1]",
                     "tileloadd tmm6, [{w} + {line}*1]",
                     "tdpbssd tmm2, tmm4, tmm6",
                     "tilestored [{sums} + {line}*1], tmm0",
-                    "add {x}, {depth}",
-                    "add {w}, {size}",
+                    "add {x}, 32",
+                    "add {w}, 512",
                     "tilezero tmm3",
                     "tileloadd tmm5, [{x} + {width}*1]",
                     "tileloadd tmm7, [{w} + {line}*1]",
                     "tdpbssd tmm3, tmm5, tmm7",
                     "tilestored [{sums} + {line}*1 + 1024], tmm1",
-                    "add {x}, {depth}",
-                    "add {w}, {size}",
+                    "add {x}, 32",
+                    "add {w}, 512",
                     "mov {late}, {sums}",
                     "add {sums}, 4096",
                     "dec {turns}",
@@ -119,8 +112,6 @@ impl Tiles for Amx {
                     late = inout(reg) sums => _,
                     turns = inout(reg) count / 4 => _,
                     width = in(reg) width,
-                    depth = in(reg) depth,
-                    size = in(reg) depth * TILE,
                     line = in(reg) 64usize,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -142,8 +133,8 @@ impl Tiles for Amx {
                     out("tmm0") _, out("tmm4") _, out("tmm6") _,
                     options(nostack, preserves_flags),
                 );
-                x = x.add(depth);
-                w = w.add(depth * TILE);
+                x = x.add(DEPTH);
+                w = w.add(DEPTH * TILE);
                 sums = sums.add(TILE * TILE);
             }
         }
