@@ -262,7 +262,7 @@ impl Panels {
         let (inputs, out) = (self.inputs(), out.as_mut_ptr().cast::<f32>());
         let weights = self.data[panel * self.stride..][..self.stride].as_ptr();
         // SAFETY: the view was made for at least `last` rows of this width, a panel holds `inputs` vectors or as many
-        // blocks, the kernels write 16 numbers a row, and a block has room for its rows.
+        // blocks, the kernels write 16 numbers a row, and a block has room for its rows, filled up to whole tiles.
         unsafe {
             let floats = x.floats.wrapping_add(first * inputs);
             match self.kind {

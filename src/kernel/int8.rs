@@ -46,6 +46,9 @@ const AHEAD: usize = 4096;
 /// Products that AMX makes in one go: their sums, weights and inputs stay in L1.
 const TILES: usize = 20;
 
+/// So many rows that a tile lacks some for are taken as one all the same: it costs less than the two or three smaller ones of them.
+const NEARLY: usize = 10;
+
 /// A product is of a block.
 const _: () = assert!(DEPTH == BLOCK && TILE == LANES);
 
@@ -53,7 +56,8 @@ const _: () = assert!(DEPTH == BLOCK && TILE == LANES);
 ///
 /// # Safety
 /// A panel of `x.blocks` blocks in the layout of panel.rs, with `GROUPS` scales a block and as many minima if `AFFINE`;
-/// `rows` rows of `x`, room for `rows` x 16 results; `isa` is one of [`Isa::available`].
+/// `rows` rows of `x` and, since a tile may be read that is not full, memory for as many as make tiles of 16; room for as many rows
+/// of 16 results; `isa` is one of [`Isa::available`].
 pub(super) unsafe fn int8_panel<const CODES: u8, const GROUPS: usize, const AFFINE: bool>(
     isa: Isa,
     w: *const u8,
@@ -65,11 +69,12 @@ pub(super) unsafe fn int8_panel<const CODES: u8, const GROUPS: usize, const AFFI
     // SAFETY: by contract, cut at a row.
     unsafe {
         // Groups of 16 inputs would leave half of each tile empty.
-        let tiled = if isa == Isa::Amx && GROUPS == 1 { rows / TILE * TILE } else { 0 };
+        let tiled = if isa == Isa::Amx && GROUPS == 1 { (rows + TILE - NEARLY) / TILE * TILE } else { 0 };
         #[cfg(target_arch = "x86_64")]
         if tiled > 0 {
             amx::<CODES, AFFINE>(w, x, tiled, scaled, out);
         }
+        let tiled = tiled.min(rows);
         untiled::<CODES, GROUPS, AFFINE>(isa, w, x.from(tiled), rows - tiled, scaled, out.add(tiled * LANES));
     }
 }

@@ -5,7 +5,7 @@
 //! A row is some hundred numbers that stay in L1 between the steps; the caller spreads rows over threads.
 
 use crate::kernel::panel::BLOCK;
-use crate::kernel::simd::{Simd, by_isa};
+use crate::kernel::simd::{Simd, TILE, by_isa};
 use crate::kernel::{Buffer, Cpu, Isa, Shared};
 
 /// Inputs of a matrix, row by row, in the forms its kernels take: f32, or int8 in blocks of 32 with a scale each.
@@ -65,9 +65,9 @@ impl View {
 unsafe impl Sync for View {}
 
 impl Activations {
-    /// Room for `rows` rows of up to `width` numbers; the int8 form only when `int8`.
+    /// Room for `rows` rows of up to `width` numbers; the int8 form only when `int8`, and for as many more as fill a tile.
     pub fn new(rows: usize, width: usize, int8: bool) -> Self {
-        let blocks = if int8 { rows * width.div_ceil(BLOCK) } else { 0 };
+        let blocks = if int8 { (rows + TILE - 1) * width.div_ceil(BLOCK) } else { 0 };
         Self {
             floats: Buffer::zeroed(rows * width),
             codes: Buffer::zeroed(blocks * BLOCK),
