@@ -19,15 +19,20 @@ const TILE: usize = 8;
 /// Rows that prompts have in any case, so that they always move on. One: late in a long text four rows look at so much that
 /// they would make the step of sixteen answers twice as long by themselves, and a row of four costs little less than one alone.
 const LEAST_PROMPT: usize = 1;
-/// How far one measured step moves the model towards itself.
-const RATE: f64 = 0.2;
-/// How much less a step with prompts teaches about those who decode.
-const MIXED: f64 = 0.1;
+/// What a cost drifts by from one step to the next, as a part of itself; and what is not known of it at most.
+const DRIFT: f64 = 0.01;
+const UNKNOWN: f64 = 1.0;
+/// What a step's time is off by for no reason, as a part of itself; and how much of a surprise is believed: where the system stops a
+/// step now and then for as long as three take, nothing else would keep the model near what steps take when it does not.
+const NOISE: f64 = 0.1;
+const BELIEVED: f64 = 0.1;
 /// The fixed part of a step, in rows, as long as nothing is known of it; and its weight against rows in what is learnt.
 const FIXED_ROWS: f64 = 8.0;
 /// Context that weighs as much as a row in what is learnt; and what it costs beside a row while nothing is known.
 const CONTEXT: f64 = 256.0;
 const GUESSED_CONTEXT: f64 = 0.25;
+/// What [`Load::terms`] cost beside each other while nothing is known.
+const GUESS: [f64; 5] = [1.0, 1.0, GUESSED_CONTEXT, 1.0, GUESSED_CONTEXT];
 /// What a row adds to a step, in steps without rows, while nothing is known; and the least that is ever believed.
 const GUESSED_ROW: f64 = 0.2;
 const LEAST_ROW: f64 = 0.01;
@@ -72,29 +77,53 @@ impl Load {
 pub struct Pace {
     /// Seconds that each of [`Load::terms`] adds by one.
     costs: [f64; 5],
+    /// How far they may be off, and together: a covariance.
+    doubt: [[f64; 5]; 5],
 }
 
 impl Pace {
-    /// A step took this long. Moves the model a part of the way to where it would have said so, most along what the step
-    /// had most of; steps of different mixtures pin down all numbers (normalised least mean squares).
+    /// A step took this long. A Kalman filter whose costs drift: a surprise is put down to what is least sure for as much as the step
+    /// had of it. So a prompt that is read beside many answers, the cost of which is well known from steps without, does not change
+    /// what those seem to cost, and a few of its rows are enough to know its own.
     pub fn learn(&mut self, load: Load, took: Duration) {
         let (terms, took) = (load.terms(), took.as_secs_f64());
         if took <= 0.0 || load.decode + load.prompt == 0 {
             return;
         }
         if !self.is_known() {
-            let guess = [1.0, 1.0, GUESSED_CONTEXT, 1.0, GUESSED_CONTEXT];
-            let unit = took / dot(guess, terms);
-            self.costs = guess.map(|guess| guess * unit);
+            let unit = took / dot(GUESS, terms);
+            self.costs = GUESS.map(|guess| guess * unit);
+            self.doubt = std::array::from_fn(|i| {
+                std::array::from_fn(|j| if i == j { (UNKNOWN * self.costs[i]).powi(2) } else { 0.0 })
+            });
             return;
         }
-        let weights = if load.prompt > 0 { [MIXED, MIXED, MIXED, 1.0, 1.0] } else { [1.0, 1.0, 1.0, 0.0, 0.0] };
-        let pulls: [f64; 5] = std::array::from_fn(|at| weights[at] * terms[at]);
-        let expected = self.seconds(load);
-        // A step that the system interrupted says little about the next one.
-        let surprise = RATE / dot(pulls, terms) * (took - expected).clamp(-expected, expected);
-        for (cost, pull) in self.costs.iter_mut().zip(pulls) {
-            *cost = (*cost + surprise * pull).max(0.0);
+        // Costs of nothing would never be learnt again: what is dear or cheap on this device is told by the others.
+        let unit = (self.costs[0] + self.costs[1] + self.costs[3]) / 3.0;
+        for i in 0..5 {
+            let size = self.costs[i].max(unit * GUESS[i]);
+            self.doubt[i][i] += (DRIFT * size).powi(2);
+            let excess = self.doubt[i][i] / (UNKNOWN * size).powi(2);
+            if excess > 1.0 {
+                let scale = excess.sqrt().recip();
+                for j in 0..5 {
+                    self.doubt[i][j] *= scale;
+                    self.doubt[j][i] *= scale;
+                }
+            }
+        }
+        let expected = dot(self.costs, terms);
+        let blame: [f64; 5] = self.doubt.map(|row| dot(row, terms));
+        let spread = dot(blame, terms) + (NOISE * expected).powi(2);
+        let surprise = (took - expected).clamp(-BELIEVED * expected, BELIEVED * expected);
+        if spread <= 0.0 {
+            return;
+        }
+        for i in 0..5 {
+            self.costs[i] = (self.costs[i] + blame[i] / spread * surprise).max(0.0);
+            for j in 0..5 {
+                self.doubt[i][j] -= blame[i] * blame[j] / spread;
+            }
         }
     }
 
@@ -110,7 +139,7 @@ impl Pace {
 
     /// What a step takes, and what one more row that decodes adds to it. Not in seconds while nothing is known.
     pub fn step(&self, load: Load) -> (f32, f32) {
-        let guess = Self { costs: [1.0 / FIXED_ROWS, GUESSED_ROW, 0.0, GUESSED_ROW, 0.0] };
+        let guess = Self { costs: [1.0 / FIXED_ROWS, GUESSED_ROW, 0.0, GUESSED_ROW, 0.0], ..Self::default() };
         let pace = if self.is_known() { self } else { &guess };
         // Nothing is free, whatever the clock says.
         let least = LEAST_ROW * pace.costs[0] * FIXED_ROWS;
@@ -254,12 +283,35 @@ mod tests {
         assert!((0.85..1.15).contains(&says), "{says}");
     }
 
+    /// Where the host stops a step now and then, a prompt beside many answers is read as fast as where it does not.
+    #[test]
+    fn steps_that_take_long_for_no_reason_do_not_make_prompts_wait() {
+        for stopped in [0, 10, 34] {
+            let (mut pace, mut dice, mut slowest) = (CPU.known(), 12_345u64, 0f64);
+            let (mut read, mut steps) = (0, 0);
+            while read < 4_000 {
+                let load = decode(16, 200 + steps);
+                let rows = pace.prompt_rows(load, 1, false, read, 1.3);
+                let load = with(load, rows, read);
+                slowest = slowest.max(CPU.seconds(load) / CPU.seconds(decode(17, 200 + steps)));
+                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let times = if (dice >> 40) % 100 < stopped { 3.0 } else { 1.0 };
+                pace.learn(load, Duration::from_secs_f64(CPU.seconds(load) * times));
+                (read, steps) = (read + rows, steps + 1);
+            }
+            assert!(
+                steps < 1_100 && slowest < 1.4,
+                "{stopped}: {steps} steps, the slowest {slowest} times one without"
+            );
+        }
+    }
+
     #[test]
     fn one_more_row_costs_what_was_learnt_and_never_nothing() {
         assert_eq!(Pace::default().step(decode(2, 100)), (1.4, 0.2));
         let (step, row) = CPU.known().step(decode(4, 100));
         assert!((step - 0.007).abs() < 0.001 && (row - 0.0007).abs() < 0.0003, "{step} {row}");
-        let free = Pace { costs: [1.0, 0.0, 0.0, 1.0, 0.0] };
+        let free = Pace { costs: [1.0, 0.0, 0.0, 1.0, 0.0], ..Pace::default() };
         assert_eq!(free.step(decode(100, 100)), (8.0, 0.08));
     }
 
