@@ -100,8 +100,8 @@ impl Pace {
         }
         // Costs of nothing would never be learnt again: what is dear or cheap on this device is told by the others.
         let unit = (self.costs[0] + self.costs[1] + self.costs[3]) / 3.0;
-        for i in 0..5 {
-            let size = self.costs[i].max(unit * GUESS[i]);
+        for (i, guess) in GUESS.into_iter().enumerate() {
+            let size = self.costs[i].max(unit * guess);
             self.doubt[i][i] += (DRIFT * size).powi(2);
             let excess = self.doubt[i][i] / (UNKNOWN * size).powi(2);
             if excess > 1.0 {
@@ -119,10 +119,10 @@ impl Pace {
         if spread <= 0.0 {
             return;
         }
-        for i in 0..5 {
-            self.costs[i] = (self.costs[i] + blame[i] / spread * surprise).max(0.0);
-            for j in 0..5 {
-                self.doubt[i][j] -= blame[i] * blame[j] / spread;
+        for (i, blame_i) in blame.into_iter().enumerate() {
+            self.costs[i] = (self.costs[i] + blame_i / spread * surprise).max(0.0);
+            for (doubt, blame_j) in self.doubt[i].iter_mut().zip(blame) {
+                *doubt -= blame_i * blame_j / spread;
             }
         }
     }
