@@ -60,6 +60,8 @@ stage_release() {
     cargo test --release --locked --test model -- --nocapture
     cargo build --release --locked
     cargo build --release --locked --example fake_upstream
+    # The load that releases are arranged by must run; the two builds around it take too long for here.
+    python3 scripts/release_load.py --neurond "$target/release/neurond"
 }
 
 # The README's first command, and the official SDKs against the daemon that it starts, on a free port.

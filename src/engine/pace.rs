@@ -26,6 +26,9 @@ const UNKNOWN: f64 = 1.0;
 /// step now and then for as long as three take, nothing else would keep the model near what steps take when it does not.
 const NOISE: f64 = 0.1;
 const BELIEVED: f64 = 0.1;
+/// After so many steps with answers and prompts comes one with answers alone: what those cost by themselves, which the pace is measured by,
+/// could not be told from what prompts add otherwise, and would follow the host's slow moments.
+const TOGETHER: u32 = 16;
 /// The fixed part of a step, in rows, as long as nothing is known of it; and its weight against rows in what is learnt.
 const FIXED_ROWS: f64 = 8.0;
 /// Context that weighs as much as a row in what is learnt; and what it costs beside a row while nothing is known.
@@ -79,6 +82,8 @@ pub struct Pace {
     costs: [f64; 5],
     /// How far they may be off, and together: a covariance.
     doubt: [[f64; 5]; 5],
+    /// Steps in a row that had answers and prompts.
+    together: u32,
 }
 
 impl Pace {
@@ -86,6 +91,11 @@ impl Pace {
     /// had of it. So a prompt that is read beside many answers, the cost of which is well known from steps without, does not change
     /// what those seem to cost, and a few of its rows are enough to know its own.
     pub fn learn(&mut self, load: Load, took: Duration) {
+        match (load.decode, load.prompt) {
+            (_, 0) => self.together = 0,
+            (0, _) => {}
+            _ => self.together += 1,
+        }
         let (terms, took) = (load.terms(), took.as_secs_f64());
         if took <= 0.0 || load.decode + load.prompt == 0 {
             return;
@@ -147,11 +157,14 @@ impl Pace {
     }
 
     /// Prompt rows of a step that decodes `load`, while `prompts` sequences read their prompts or wait to, the first of
-    /// them after `context` tokens, as part of a `crowd` or not. A few at least, so that prompts move on; as many as you
-    /// like while nothing is known.
+    /// them after `context` tokens, as part of a `crowd` or not. One at least, so that prompts move on, but for a step now and then
+    /// that is to show what answers cost alone; as many as you like while nothing is known.
     pub fn prompt_rows(&self, load: Load, prompts: usize, crowd: bool, context: usize, stretch: f64) -> usize {
         if !self.is_known() {
             return usize::MAX;
+        }
+        if self.together >= TOGETHER {
+            return 0;
         }
         let decode = load.decode;
         let crowd = if crowd { 1.0 } else { (prompts.saturating_sub(1) as f64 / decode.max(1) as f64).min(1.0) };
@@ -268,14 +281,16 @@ mod tests {
     #[test]
     fn a_prompt_that_becomes_dearer_does_not_raise_the_pace_it_is_measured_by() {
         let mut pace = CPU.known();
-        let (mut read, mut own) = (0, 200);
+        let (mut read, mut own, mut alone) = (0, 200, 0);
         while read < 4_000 {
             let load = decode(16, own);
             let rows = pace.prompt_rows(load, 1, false, read, 1.5);
             let took = CPU.seconds(with(load, rows, read));
             let even = CPU.seconds(decode(17, own));
             assert!(took < 1.7 * even || rows <= LEAST_PROMPT, "after {read}: {rows} rows take {took} beside {even}");
-            assert!(took > 1.2 * even, "after {read}: {rows} rows take {took} beside {even}");
+            assert!(took > 1.2 * even || rows == 0, "after {read}: {rows} rows take {took} beside {even}");
+            alone = if rows == 0 { 0 } else { alone + 1 };
+            assert!(alone <= TOGETHER, "what answers cost alone is not looked at any more");
             pace.learn(with(load, rows, read), Duration::from_secs_f64(took));
             (read, own) = (read + rows, own + 1);
         }
@@ -303,6 +318,31 @@ mod tests {
                 steps < 1_100 && slowest < 1.4,
                 "{stopped}: {steps} steps, the slowest {slowest} times one without"
             );
+        }
+    }
+
+    /// Where the host is slow for some dozens of steps now and then, what answers cost alone is not lost sight of.
+    #[test]
+    fn the_pace_is_kept_through_slow_moments() {
+        for seed in [7u64, 99, 4_321] {
+            let (mut pace, mut dice, mut slow) = (CPU.known(), seed, 0);
+            let (mut read, mut steps, mut stretches) = (0, 0, Vec::new());
+            while read < 4_000 {
+                let load = decode(16, 200 + steps);
+                let rows = pace.prompt_rows(load, 1, false, read, 1.3);
+                let load = with(load, rows, read);
+                stretches.push(CPU.seconds(load) / CPU.seconds(decode(17, 200 + steps)));
+                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                slow = match slow {
+                    0 if (dice >> 40).is_multiple_of(100) => 60,
+                    slow => slow.saturating_sub(1),
+                };
+                pace.learn(load, Duration::from_secs_f64(CPU.seconds(load) * if slow > 0 { 1.6 } else { 1.0 }));
+                (read, steps) = (read + rows, steps + 1);
+            }
+            stretches.sort_by(f64::total_cmp);
+            let at = |part: usize| stretches[stretches.len() * part / 100];
+            assert!((1.15..1.3).contains(&at(50)) && at(99) < 1.4, "{seed}: p50 {}, p99 {}", at(50), at(99));
         }
     }
 
