@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn the_pace_is_kept_through_slow_moments() {
         for seed in [7u64, 99, 4_321] {
-            let (mut pace, mut dice, mut slow) = (CPU.known(), seed, 0);
+            let (mut pace, mut dice, mut slow) = (CPU.known(), seed, 0u32);
             let (mut read, mut steps, mut stretches) = (0, 0, Vec::new());
             while read < 4_000 {
                 let load = decode(16, 200 + steps);
