@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the daemon as it is released: arranged by a profile of itself at work, which takes a quarter off the CPU time of a call through
-# the gateway (docs/PERFORMANCE.md). About 20 minutes on two cores; `cargo build --release` makes the same program in half of that, without.
+# Builds the daemon as it is released: arranged by a profile of itself at work, which takes up to a quarter off the CPU time of a call passed
+# through the gateway, and a quarter or more off one answered from its cache (docs/PERFORMANCE.md). About 20 minutes on two cores; `cargo build --release` makes the same program in half of that, without.
 #
 #   scripts/release.sh                    target/release/neurond
 #   scripts/release.sh --features cuda    the same with arguments for cargo
@@ -11,16 +11,17 @@
 # on it. Needs Rust by rustup, which brings the compiler's own llvm-profdata (or name one in LLVM_PROFDATA), a C compiler, and Python 3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-case ${1:-} in -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit ;; esac
+case ${1:-} in -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit ;; esac
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 
-target=${CARGO_TARGET_DIR:-$PWD/target}
+# Whole, since the daemon that counts runs in another folder.
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 host=$(rustc -vV | sed -n 's/^host: //p')
 profdata=${LLVM_PROFDATA:-$(rustc --print sysroot)/lib/rustlib/$host/bin/llvm-profdata}
 if [[ ! -x $profdata ]]; then
     say "fetching llvm-profdata"
-    rustup component add llvm-tools
+    rustup component add llvm-tools || { echo "release: no llvm-profdata: install Rust by rustup, or set LLVM_PROFDATA" >&2; exit 1; }
 fi
 counts=$target/profile/counts
 profile=$target/profile/neurond.profdata
@@ -34,7 +35,7 @@ build() { # KIND FLAGS CARGO-ARGUMENTS
 
 say "1 of 3: a build that counts"
 build profile "-Cprofile-generate=$counts" "$@"
-say "2 of 3: a minute of calls"
+say "2 of 3: calls, less than a minute"
 rm -rf "$counts"
 python3 scripts/release_load.py --neurond "$target/profile/$host/release/neurond"
 "$profdata" merge --sparse -o "$profile" "$counts"/*.profraw

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gateway_bench import BODY, LIMIT, ROOT, Neurond, Stamped, hear, note, streams
+from gateway_bench import BODY, LIMIT, MODEL, ROOT, Neurond, Stamped, hear, note, streams, whole
 
-NATIVE, COMPAT = "/v1/acme/bench/openai/chat/completions", "/v1/acme/bench/compat/chat/completions"
+COMPAT = "/v1/acme/bench/compat/chat/completions"
 # Connections, and calls on each of them.
 LOADS = ((1, 2000), (16, 500), (128, 60))
 STREAMS = 100
@@ -31,7 +31,7 @@ def main() -> int:
         for ttl in (None, 3600):
             with Neurond(args, Path(scratch), upstream, ttl, more=LIMIT) as side:
                 hear(side)
-                for path, body in ((NATIVE, BODY), (COMPAT, BODY.replace('"gpt-4o-mini"', '"openai/gpt-4o-mini"'))):
+                for path, body in ((side.path, BODY), (COMPAT, BODY.replace(MODEL, f"openai/{MODEL}"))):
                     for connections, calls in LOADS:
                         call(side, path, body, connections, calls)
                 if not ttl:
@@ -51,7 +51,7 @@ def call(side: Neurond, path: str, body: str, connections: int, calls: int) -> N
             connection.sendall(request)
         for connection in open_ones:
             answer = b""
-            while not is_whole(answer):
+            while not whole(answer):
                 piece = connection.recv(65536)
                 if not piece:
                     sys.exit(f"the daemon closed a connection after {answer[:300]!r}")
@@ -60,14 +60,6 @@ def call(side: Neurond, path: str, body: str, connections: int, calls: int) -> N
                 sys.exit(f"the daemon answered {answer[:500]!r}")
     for connection in open_ones:
         connection.close()
-
-
-def is_whole(answer: bytes) -> bool:
-    head, end, body = answer.partition(b"\r\n\r\n")
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            return bool(end) and len(body) >= int(line.partition(b":")[2])
-    return bool(end) and body.endswith(b"0\r\n\r\n")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ impl Pace {
         match (load.decode, load.prompt) {
             (_, 0) => self.together = 0,
             (0, _) => {}
-            _ => self.together += 1,
+            _ => self.together = self.together.saturating_add(1),
         }
         let (terms, took) = (load.terms(), took.as_secs_f64());
         if took <= 0.0 || load.decode + load.prompt == 0 {
