@@ -31,6 +31,8 @@ const QUERIES: usize = 12;
 pub const MAX_GROUP: usize = 32;
 /// Length of a head, at most.
 pub const MAX_DIM: usize = 256;
+/// From one query to the next while they are worked on.
+const Q_STRIDE: usize = MAX_DIM + GROUP;
 
 /// How keys and values lie in a block of one layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -228,22 +230,20 @@ impl Attention {
             let scratch = scratch.as_mut_ptr();
             // Where query `i` lies in a row of `heads * dim`.
             let place = |i: usize| (part.row + i / group, (head * group + i % group) * dim);
-            each_chunk(cpu.isa, queries, |first, count| {
-                for i in first..first + count {
-                    let (row, at) = place(i);
-                    let from = &q[row * stride + at..][..dim];
-                    // SAFETY: `queries <= MAX_GROUP`, since a part of several rows has at most QUERIES; dims as asserted.
-                    unsafe {
-                        let to = (&raw mut (*scratch).q).cast::<f32>().add(first * dim + i - first);
-                        for (d, x) in from.iter().enumerate() {
-                            to.add(d * count).write(x * scale);
-                        }
-                        (&raw mut (*scratch).max[i]).write(f32::NEG_INFINITY);
-                        (&raw mut (*scratch).sum[i]).write(0.0);
-                        (&raw mut (*scratch).acc).cast::<f32>().add(i * padded).write_bytes(0, padded);
+            for i in 0..queries {
+                let (row, at) = place(i);
+                let from = &q[row * stride + at..][..dim];
+                // SAFETY: `queries <= MAX_GROUP`, since a part of several rows has at most QUERIES; dims as asserted.
+                unsafe {
+                    let to = (&raw mut (*scratch).q[i]).cast::<f32>();
+                    for (d, x) in from.iter().enumerate() {
+                        to.add(d).write(x * scale);
                     }
+                    (&raw mut (*scratch).max[i]).write(f32::NEG_INFINITY);
+                    (&raw mut (*scratch).sum[i]).write(0.0);
+                    (&raw mut (*scratch).acc).cast::<f32>().add(i * padded).write_bytes(0, padded);
                 }
-            });
+            }
             let seen = |i: usize| {
                 let end = part.seen + i / group * part.step;
                 end.saturating_sub(window)..end
@@ -297,9 +297,9 @@ fn gcd(a: usize, b: usize) -> usize {
 
 /// A task's working memory, on its thread's stack: some 70 KiB, of which it touches what its sizes need.
 struct Scratch {
-    /// Scaled, `[dim, count]` for each chunk of [`each_chunk`]: what a vector of keys meets lies side by side, where a stride
-    /// that is only known at run time would have the processor add up one address after the other.
-    q: [f32; MAX_GROUP * MAX_DIM],
+    /// Scaled. A stride that is known when it is compiled, where one that is not would have the processor add up one address after
+    /// the other; and not a power of two, so that what a vector of keys meets lies in different sets of the cache.
+    q: [[f32; Q_STRIDE]; MAX_GROUP],
     /// `[queries, padded dim]`: sum of p V so far, relative to `max`.
     acc: [f32; MAX_GROUP * MAX_DIM],
     /// `[queries, SCORES]`: scores, then weights.
@@ -361,7 +361,7 @@ impl Tile {
             let (q, p) = ((&raw const (*s).q).cast::<f32>(), (&raw mut (*s).p).cast::<f32>());
             let acc = (&raw mut (*s).acc).cast::<f32>();
             each_chunk(isa, queries, |i, count| {
-                let (q, p) = (q.add(i * dim), p.add(i * SCORES));
+                let (q, p) = (q.add(i * Q_STRIDE), p.add(i * SCORES));
                 macro_rules! scores {
                     ($($count:literal),*) => {
                         match (count, layout.half) {
@@ -421,7 +421,7 @@ unsafe fn load<S: Simd, const HALF: bool>(at: *const u8, index: usize) -> S::F {
 
 by_isa! { fn scores<const C: usize, const HALF: bool>(tile: &Tile, q: *const f32, dim: usize, p: *mut f32) = scores_body }
 
-/// `p[c][token] = q[..][c] . k[token]` for all tokens of the tile.
+/// `p[c][token] = q[c] . k[token]` for all tokens of the tile.
 #[inline(always)]
 unsafe fn scores_body<S: Simd, const C: usize, const HALF: bool>(tile: &Tile, q: *const f32, dim: usize, p: *mut f32) {
     let mut g = 0;
@@ -452,7 +452,7 @@ unsafe fn scores_strip<S: Simd, const C: usize, const V: usize, const HALF: bool
     dim: usize,
     p: *mut f32,
 ) {
-    // SAFETY: `[dim, C]` of queries, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
+    // SAFETY: C queries, C rows of SCORES results, groups of `dim` vectors, of which a narrow one reads into the
     // values behind it: at least a vector of them is there. The empty lanes of a short group are
     // overwritten by the next one, or lie behind the last token, where nobody looks.
     unsafe {
@@ -463,7 +463,7 @@ unsafe fn scores_strip<S: Simd, const C: usize, const V: usize, const HALF: bool
                 *k = load::<S, HALF>(tile.groups[g + i].keys, d * tile.groups[g + i].width);
             }
             for (c, sums) in sums.iter_mut().enumerate() {
-                let q = S::splat(*q.add(d * C + c));
+                let q = S::splat(*q.add(c * Q_STRIDE + d));
                 for (sum, k) in sums.iter_mut().zip(k) {
                     *sum = S::fma(k, q, *sum);
                 }

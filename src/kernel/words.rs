@@ -138,52 +138,89 @@ impl Words {
         while first < self.channels {
             let panels = if twins && first + LANES < self.channels { 2 } else { 1 };
             let panel = self.data[first / LANES * stride..][..panels * stride].as_ptr();
-            isa.each_tile(0, rows, |row, count| {
-                let mut tile = [0f32; 2 * TILE * LANES];
-                let sums = tile.as_mut_ptr();
-                // SAFETY: whole panels; `count` rows of inputs, and of results in the tile.
-                unsafe {
-                    if self.plain {
-                        let x = x.as_ptr().add(row * self.inputs);
-                        match count {
-                            1 => float_tile::<1>(isa, panel, self.inputs, x, sums),
-                            2 => float_tile::<2>(isa, panel, self.inputs, x, sums),
-                            4 => float_tile::<4>(isa, panel, self.inputs, x, sums),
-                            _ => float_tile::<TILE>(isa, panel, self.inputs, x, sums),
-                        }
-                    } else {
-                        let codes = words.codes.as_ptr().add(row * self.inputs);
-                        let scales = words.scales.as_ptr().add(row * blocks);
-                        match (panels, count) {
-                            (1, 1) => word_tile::<1>(isa, panel, blocks, codes, scales, sums),
-                            (1, 2) => word_tile::<2>(isa, panel, blocks, codes, scales, sums),
-                            (1, 4) => word_tile::<4>(isa, panel, blocks, codes, scales, sums),
-                            (1, _) => word_tile::<TILE>(isa, panel, blocks, codes, scales, sums),
-                            (_, 1) => word_twins::<1>(isa, panel, blocks, codes, scales, sums),
-                            (_, 2) => word_twins::<2>(isa, panel, blocks, codes, scales, sums),
-                            (_, 4) => word_twins::<4>(isa, panel, blocks, codes, scales, sums),
-                            (_, _) => word_twins::<TILE>(isa, panel, blocks, codes, scales, sums),
-                        }
-                    }
+            let bias = self.bias[first..first + panels * LANES].as_ptr();
+            let valid = (panels * LANES).min(self.channels - first);
+            // SAFETY, of each call: whole panels and as much bias; `count` rows of inputs, and of results as `finish` says.
+            let multiply = |row: usize, count: usize, finish: Finish| unsafe {
+                if self.plain {
+                    let x = x.as_ptr().add(row * self.inputs);
+                    return match count {
+                        1 => float_tile::<1>(isa, panel, self.inputs, x, finish),
+                        2 => float_tile::<2>(isa, panel, self.inputs, x, finish),
+                        4 => float_tile::<4>(isa, panel, self.inputs, x, finish),
+                        _ => float_tile::<TILE>(isa, panel, self.inputs, x, finish),
+                    };
                 }
-                for (at, sums) in tile[..panels * count * LANES].chunks_exact(LANES).enumerate() {
-                    let (first, row) = (first + at / count * LANES, row + at % count);
-                    let bias = self.bias[first..first + LANES].as_ptr();
-                    let valid = LANES.min(self.channels - first);
-                    let out = &mut out[row * self.channels + first..][..valid];
-                    if valid == LANES {
-                        // SAFETY: 16 numbers each.
-                        unsafe { finish(isa, then as u8, sums.as_ptr(), bias, out.as_mut_ptr()) };
-                        continue;
-                    }
-                    let mut padded = [0f32; LANES];
-                    padded[..valid].copy_from_slice(out);
-                    // SAFETY: as above.
-                    unsafe { finish(isa, then as u8, sums.as_ptr(), bias, padded.as_mut_ptr()) };
-                    out.copy_from_slice(&padded[..valid]);
+                let codes = words.codes.as_ptr().add(row * self.inputs);
+                let scales = words.scales.as_ptr().add(row * blocks);
+                match (panels, count) {
+                    (1, 1) => word_tile::<1>(isa, panel, blocks, codes, scales, finish),
+                    (1, 2) => word_tile::<2>(isa, panel, blocks, codes, scales, finish),
+                    (1, 4) => word_tile::<4>(isa, panel, blocks, codes, scales, finish),
+                    (1, _) => word_tile::<TILE>(isa, panel, blocks, codes, scales, finish),
+                    (_, 1) => word_twins::<1>(isa, panel, blocks, codes, scales, finish),
+                    (_, 2) => word_twins::<2>(isa, panel, blocks, codes, scales, finish),
+                    (_, 4) => word_twins::<4>(isa, panel, blocks, codes, scales, finish),
+                    (_, _) => word_twins::<TILE>(isa, panel, blocks, codes, scales, finish),
+                }
+            };
+            isa.each_tile(0, rows, |row, count| {
+                let results = &mut out[row * self.channels + first..][..(count - 1) * self.channels + valid];
+                if valid == panels * LANES {
+                    return multiply(
+                        row,
+                        count,
+                        Finish { then, bias, out: results.as_mut_ptr(), stride: self.channels },
+                    );
+                }
+                let mut padded = [0f32; 2 * TILE * LANES];
+                for (padded, row) in padded.chunks_exact_mut(2 * LANES).zip(results.chunks(self.channels)) {
+                    padded[..valid].copy_from_slice(&row[..valid]);
+                }
+                multiply(row, count, Finish { then, bias, out: padded.as_mut_ptr(), stride: 2 * LANES });
+                for (padded, row) in padded.chunks_exact(2 * LANES).zip(results.chunks_mut(self.channels)) {
+                    row[..valid].copy_from_slice(&padded[..valid]);
                 }
             });
             first += panels * LANES;
+        }
+    }
+}
+
+/// Where the sums of a tile go: `out = then(sums + bias)`, rows `stride` apart.
+#[derive(Clone, Copy)]
+struct Finish {
+    then: Then,
+    bias: *const f32,
+    out: *mut f32,
+    stride: usize,
+}
+
+impl Finish {
+    /// Of R rows and P panels. A loop on purpose: unrolled, the function of each [`Then`] would be there for every row.
+    ///
+    /// # Safety
+    /// P times 16 numbers of bias, and of results in each of R rows.
+    #[inline(always)]
+    unsafe fn take<S: Simd, const R: usize, const P: usize>(self, sums: [[S::F; P]; R]) {
+        // SAFETY: by contract.
+        unsafe {
+            for (r, sums) in sums.into_iter().enumerate().take(S::turns::<R>(R)) {
+                for (p, sum) in sums.into_iter().enumerate() {
+                    let x = S::add(sum, S::load(self.bias.add(p * LANES)));
+                    let out = self.out.add(r * self.stride + p * LANES);
+                    S::store(
+                        out,
+                        match self.then {
+                            Then::Set => x,
+                            Then::Add => S::add(x, S::load(out)),
+                            Then::Gelu => gelu::<S>(x),
+                            Then::GeluTanh => gelu_tanh::<S>(x),
+                            Then::Relu => S::max(x, S::splat(0.0)),
+                        },
+                    );
+                }
+            }
         }
     }
 }
@@ -338,13 +375,13 @@ mod arm {
 }
 
 by_isa! {
-    fn word_tile<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, out: *mut f32)
+    fn word_tile<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, finish: Finish)
         = word_body
 }
 
 by_isa! {
-    /// [`word_tile`] of two panels that follow each other: `[2, R, 16]` results.
-    fn word_twins<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, out: *mut f32)
+    /// [`word_tile`] of two panels that follow each other.
+    fn word_twins<const R: usize>(panel: *const u8, blocks: usize, codes: *const i16, scales: *const f32, finish: Finish)
         = word_twins_body
 }
 
@@ -354,10 +391,10 @@ unsafe fn word_body<S: Pairs, const R: usize>(
     blocks: usize,
     codes: *const i16,
     scales: *const f32,
-    out: *mut f32,
+    finish: Finish,
 ) {
     // SAFETY: the caller's promises.
-    unsafe { word_panels::<S, R, 1>(panel, blocks, codes, scales, out) }
+    unsafe { word_panels::<S, R, 1>(panel, blocks, codes, scales, finish) }
 }
 
 #[inline(always)]
@@ -366,10 +403,10 @@ unsafe fn word_twins_body<S: Pairs, const R: usize>(
     blocks: usize,
     codes: *const i16,
     scales: *const f32,
-    out: *mut f32,
+    finish: Finish,
 ) {
     // SAFETY: the caller's promises.
-    unsafe { word_panels::<S, R, 2>(panel, blocks, codes, scales, out) }
+    unsafe { word_panels::<S, R, 2>(panel, blocks, codes, scales, finish) }
 }
 
 #[inline(always)]
@@ -378,9 +415,9 @@ unsafe fn word_panels<S: Pairs, const R: usize, const P: usize>(
     blocks: usize,
     codes: *const i16,
     scales: *const f32,
-    out: *mut f32,
+    finish: Finish,
 ) {
-    // SAFETY: P panels of `blocks` blocks, R rows of as many, P x R x 16 results.
+    // SAFETY: P panels of `blocks` blocks, R rows of as many, and of results.
     unsafe {
         let mut results = [[S::splat(0.0); P]; R];
         for block in 0..blocks {
@@ -406,30 +443,24 @@ unsafe fn word_panels<S: Pairs, const R: usize, const P: usize>(
                 }
             }
         }
-        for (r, results) in results.into_iter().enumerate() {
-            for (p, result) in results.into_iter().enumerate() {
-                S::store(out.add((p * R + r) * LANES), result);
-            }
-        }
+        finish.take::<S, R, P>(results);
     }
 }
 
-by_isa! { fn float_tile<const R: usize>(panel: *const u8, inputs: usize, x: *const f32, out: *mut f32) = float_body }
+by_isa! { fn float_tile<const R: usize>(panel: *const u8, inputs: usize, x: *const f32, finish: Finish) = float_body }
 
 #[inline(always)]
-unsafe fn float_body<S: Simd, const R: usize>(panel: *const u8, inputs: usize, x: *const f32, out: *mut f32) {
-    // SAFETY: a panel of `inputs` vectors, R rows of `inputs` numbers, R x 16 results.
+unsafe fn float_body<S: Simd, const R: usize>(panel: *const u8, inputs: usize, x: *const f32, finish: Finish) {
+    // SAFETY: a panel of `inputs` vectors, R rows of `inputs` numbers, and of results.
     unsafe {
-        let mut sums = [S::splat(0.0); R];
+        let mut sums = [[S::splat(0.0)]; R];
         for k in 0..inputs {
             let w = S::load(panel.cast::<f32>().add(k * LANES));
-            for (r, sum) in sums.iter_mut().enumerate() {
+            for (r, [sum]) in sums.iter_mut().enumerate() {
                 *sum = S::fma(w, S::splat(*x.add(r * inputs + k)), *sum);
             }
         }
-        for (r, sum) in sums.into_iter().enumerate() {
-            S::store(out.add(r * LANES), sum);
-        }
+        finish.take::<S, R, 1>(sums);
     }
 }
 
@@ -450,31 +481,6 @@ unsafe fn quantize_body<S: Pairs>(x: *const f32, blocks: usize, codes: *mut i16,
                 S::store_i16(codes.add(block * BLOCK + i * LANES), S::mul(x, inverse));
             }
         }
-    }
-}
-
-by_isa! { fn finish(then: u8, sums: *const f32, bias: *const f32, out: *mut f32) = finish_body }
-
-/// `out = then(sums + bias)`, 16 numbers.
-#[inline(always)]
-unsafe fn finish_body<S: Simd>(then: u8, sums: *const f32, bias: *const f32, out: *mut f32) {
-    const ADD: u8 = Then::Add as u8;
-    const GELU: u8 = Then::Gelu as u8;
-    const GELU_TANH: u8 = Then::GeluTanh as u8;
-    const RELU: u8 = Then::Relu as u8;
-    // SAFETY: 16 numbers each.
-    unsafe {
-        let x = S::add(S::load(sums), S::load(bias));
-        S::store(
-            out,
-            match then {
-                ADD => S::add(x, S::load(out)),
-                GELU => gelu::<S>(x),
-                GELU_TANH => gelu_tanh::<S>(x),
-                RELU => S::max(x, S::splat(0.0)),
-                _ => x,
-            },
-        );
     }
 }
 

@@ -1,19 +1,22 @@
 //! Calls to other servers over HTTP/1.1, from one HTTP worker: its own pool of connections, no lock, no other thread.
 //!
 //!     Request --> idle connection, or a new one: name -> addresses --allowed?--> TCP (--> proxy) --> TLS
+//!                      |                |
+//!                      |                +-- one ahead, while calls to a server overlap: streams that hold on to theirs leave none
+//!                      |                    behind, and each would begin with handshakes
 //!                      |
 //!                 Response: head, then a body that is read no faster than its reader asks; dropped, it hangs up
 //!
 //! HTTP/1.1 on purpose: one connection a call means that a slow reader slows its own call only, and that hanging up is
 //! heard at once. Redirects are not followed, bodies are not decompressed: what came is handed on as it came.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::poll_fn;
 use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -30,7 +33,7 @@ use rustls::ClientConfig;
 use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant as TokioInstant, Sleep, sleep_until, timeout};
+use tokio::time::{Instant as TokioInstant, Sleep, sleep, sleep_until, timeout};
 use tokio_rustls::TlsConnector;
 
 use crate::base::Lookup;
@@ -40,6 +43,8 @@ use crate::net::gather::Gather;
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 /// A connection that was not used for this long is closed: shorter than servers commonly keep theirs.
 const IDLE: Duration = Duration::from_secs(50);
+/// How long after the head of an answer a connection ahead is begun: its handshakes would delay what follows the head.
+const AHEAD_AFTER: Duration = Duration::from_millis(5);
 /// Idle connections kept to one server by one worker.
 const MAX_IDLE: usize = 256;
 
@@ -202,7 +207,15 @@ pub struct Client {
 
 struct Inner {
     settings: Settings,
-    idle: RefCell<Lookup<Arc<Origin>, Vec<Idle>>>,
+    pools: RefCell<Lookup<Arc<Origin>, Rc<Pool>>>,
+}
+
+/// Connections to one server. Whoever calls it has a share in this.
+#[derive(Default)]
+struct Pool {
+    idle: RefCell<Vec<Idle>>,
+    /// Whether one more is on its way for a call that will come.
+    opening: Cell<bool>,
 }
 
 struct Idle {
@@ -215,7 +228,7 @@ struct Idle {
 impl Client {
     /// A client without connections.
     pub fn new(settings: Settings) -> Self {
-        Self { inner: Rc::new(Inner { settings, idle: RefCell::default() }) }
+        Self { inner: Rc::new(Inner { settings, pools: RefCell::default() }) }
     }
 
     /// Makes a call up to the head of its answer. The caller decides how long that may take.
@@ -225,16 +238,17 @@ impl Client {
     /// # Errors
     /// See [`Fault`].
     pub async fn send(&self, call: &Attempt) -> Result<Answer, Fault> {
-        if let Some(idle) = self.take_idle(call) {
+        let pool = self.pool(&call.origin);
+        if let Some(idle) = pool.take(self.allows_private(call)) {
             let private = idle.private;
-            match self.exchange(idle.sender, private, call).await {
+            match self.exchange(idle.sender, private, call, &pool).await {
                 // Nothing was heard: the server closed while the request was on its way.
                 Err(Lost::Silent(_)) => {}
                 outcome => return outcome.map_err(Lost::fault),
             }
         }
-        let (sender, private) = Box::pin(self.connect(call)).await?;
-        self.exchange(sender, private, call).await.map_err(Lost::fault)
+        let (sender, private) = Box::pin(self.connect(&call.origin, self.allows_private(call))).await?;
+        self.exchange(sender, private, call, &pool).await.map_err(Lost::fault)
     }
 
     /// Makes a handshake for another protocol on a connection of its own.
@@ -242,7 +256,7 @@ impl Client {
     /// # Errors
     /// See [`Fault`]; a server that answers in HTTP has refused.
     pub async fn upgrade(&self, call: &Attempt) -> Result<(HeaderMap, Upgraded), Fault> {
-        let (mut sender, _) = self.connect(call).await?;
+        let (mut sender, _) = self.connect(&call.origin, self.allows_private(call)).await?;
         let answer = sender.send_request(request(call)?).await.map_err(broken)?;
         if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(Fault::Broken(format!("the handshake was answered with {}", answer.status())));
@@ -253,15 +267,28 @@ impl Client {
 
     /// Connections that wait for a call.
     pub fn idle_connections(&self) -> usize {
-        self.inner.idle.borrow().values().map(Vec::len).sum()
+        self.inner.pools.borrow().values().map(|pool| pool.idle.borrow().len()).sum()
     }
 
     /// Closes what has waited too long.
     pub fn sweep(&self) {
-        self.inner.idle.borrow_mut().retain(|_, waiting| {
+        self.inner.pools.borrow_mut().retain(|_, pool| {
+            let mut waiting = pool.idle.borrow_mut();
             waiting.retain(|idle| idle.since.elapsed() < IDLE && !idle.sender.is_closed());
-            !waiting.is_empty()
+            !waiting.is_empty() || Rc::strong_count(pool) > 1
         });
+    }
+
+    fn pool(&self, origin: &Arc<Origin>) -> Rc<Pool> {
+        let mut pools = self.inner.pools.borrow_mut();
+        if let Some(pool) = pools.get(origin) {
+            return Rc::clone(pool);
+        }
+        Rc::clone(pools.entry(Arc::clone(origin)).or_default())
+    }
+
+    fn allows_private(&self, call: &Attempt) -> bool {
+        call.allow_private || self.inner.settings.allow_private
     }
 
     async fn exchange(
@@ -269,6 +296,7 @@ impl Client {
         mut sender: SendRequest<Full<Bytes>>,
         private: bool,
         call: &Attempt,
+        pool: &Rc<Pool>,
     ) -> Result<Answer, Lost> {
         let request = request(call).map_err(Lost::Heard)?;
         let answer = sender.send_request(request).await.map_err(|error| match error.is_parse() {
@@ -276,36 +304,42 @@ impl Client {
             false => Lost::Silent(broken(error)),
         })?;
         let (head, body) = answer.into_parts();
-        let origin = Arc::clone(&call.origin);
-        let lease = Lease { sender, origin, private, pool: Rc::downgrade(&self.inner) };
+        // The map has a share, and this call.
+        let overlaps = Rc::strong_count(pool) > 2;
+        let lease = Lease { sender, private, pool: Rc::clone(pool) };
         let mut body = AnswerBody { incoming: body, lease: Some(lease), patience: None };
         body.settle();
+        if overlaps && pool.idle.borrow().is_empty() && !pool.opening.replace(true) {
+            self.open_ahead(call, pool);
+        }
         Ok(Answer { status: head.status, headers: head.headers, body })
     }
 
-    /// The connection used last: it is the least likely to have been closed.
-    fn take_idle(&self, call: &Attempt) -> Option<Idle> {
-        let mut pools = self.inner.idle.borrow_mut();
-        let waiting = pools.get_mut(&call.origin)?;
-        while let Some(idle) = waiting.pop() {
-            let allowed = !idle.private || call.allow_private || self.inner.settings.allow_private;
-            if allowed && idle.since.elapsed() < IDLE && idle.sender.is_ready() {
-                return Some(idle);
+    /// One that waits for the next call, begun when this one's first bytes are through. Should it not come about, the next call
+    /// says why.
+    fn open_ahead(&self, call: &Attempt, pool: &Rc<Pool>) {
+        let (client, origin, pool) = (self.clone(), Arc::clone(&call.origin), Rc::clone(pool));
+        let allow_private = self.allows_private(call);
+        tokio::task::spawn_local(async move {
+            sleep(AHEAD_AFTER).await;
+            let opened = client.connect(&origin, allow_private).await;
+            pool.opening.set(false);
+            match opened {
+                Ok((sender, private)) => pool.keep(sender, private),
+                Err(fault) => tracing::debug!(%fault, "a connection ahead"),
             }
-        }
-        None
+        });
     }
 
-    async fn connect(&self, call: &Attempt) -> Result<(SendRequest<Full<Bytes>>, bool), Fault> {
+    async fn connect(&self, origin: &Origin, allow_private: bool) -> Result<(SendRequest<Full<Bytes>>, bool), Fault> {
         let settings = &self.inner.settings;
         let open = async {
-            let (stream, private) = self.reach(call).await?;
-            if !call.origin.tls {
+            let (stream, private) = self.reach(origin, allow_private).await?;
+            if !origin.tls {
                 return Ok((spoken(stream).await?, private));
             }
-            let name = ServerName::try_from(call.origin.host().to_owned()).map_err(|_| {
-                Fault::Refused(format!("`{}` is no name that a certificate can have", call.origin.host()))
-            })?;
+            let name = ServerName::try_from(origin.host().to_owned())
+                .map_err(|_| Fault::Refused(format!("`{}` is no name that a certificate can have", origin.host())))?;
             let stream = TlsConnector::from(settings.tls.0.clone())
                 .connect(name, stream)
                 .await
@@ -316,11 +350,9 @@ impl Client {
     }
 
     /// A TCP connection to the server, or through the proxy; and whether it ends at a private address.
-    async fn reach(&self, call: &Attempt) -> Result<(TcpStream, bool), Fault> {
-        let settings = &self.inner.settings;
-        let allow_private = call.allow_private || settings.allow_private;
-        let (host, port) = (call.origin.host(), call.origin.port());
-        if let Some(proxy) = &settings.proxy {
+    async fn reach(&self, origin: &Origin, allow_private: bool) -> Result<(TcpStream, bool), Fault> {
+        let (host, port) = (origin.host(), origin.port());
+        if let Some(proxy) = &self.inner.settings.proxy {
             // The proxy looks names up, so only addresses can be judged here.
             let private = host.parse().is_ok_and(is_private);
             if private && !allow_private {
@@ -438,26 +470,38 @@ fn request(call: &Attempt) -> Result<Request<Full<Bytes>>, Fault> {
     Ok(request)
 }
 
+impl Pool {
+    /// The connection used last: it is the least likely to have been closed.
+    fn take(&self, allow_private: bool) -> Option<Idle> {
+        let mut waiting = self.idle.borrow_mut();
+        while let Some(idle) = waiting.pop() {
+            let allowed = !idle.private || allow_private;
+            if allowed && idle.since.elapsed() < IDLE && idle.sender.is_ready() {
+                return Some(idle);
+            }
+        }
+        None
+    }
+
+    fn keep(&self, sender: SendRequest<Full<Bytes>>, private: bool) {
+        let mut waiting = self.idle.borrow_mut();
+        if !sender.is_closed() && waiting.len() < MAX_IDLE {
+            waiting.push(Idle { sender, since: Instant::now(), private });
+        }
+    }
+}
+
 /// A connection in use.
 struct Lease {
     sender: SendRequest<Full<Bytes>>,
-    origin: Arc<Origin>,
     private: bool,
-    pool: Weak<Inner>,
+    pool: Rc<Pool>,
 }
 
 impl Lease {
     /// Hands the connection back for the next call.
     fn give_back(self) {
-        let Some(pool) = self.pool.upgrade() else { return };
-        if self.sender.is_closed() {
-            return;
-        }
-        let mut pools = pool.idle.borrow_mut();
-        let waiting = pools.entry(self.origin).or_default();
-        if waiting.len() < MAX_IDLE {
-            waiting.push(Idle { sender: self.sender, since: Instant::now(), private: self.private });
-        }
+        self.pool.keep(self.sender, self.private);
     }
 }
 

@@ -213,6 +213,36 @@ async fn hanging_up_reaches_the_upstream_before_and_after_the_first_byte() {
 }
 
 #[actix_web::test]
+async fn while_streams_overlap_the_next_finds_a_connection_and_a_lone_one_opens_no_other() {
+    let rig = Rig::tuned(|config| config.server.workers = 1);
+    let begun = async || {
+        let answer = rig.chat(&[("x-fake", "chunks=1000; gap=20")], &streamed("a b c")).send().await.unwrap();
+        let mut stream = answer.bytes_stream();
+        stream.next().await.unwrap().unwrap();
+        stream
+    };
+    let settled = async |open: usize, what: &str| {
+        rig.upstream.until(what, |_| rig.upstream.open() == open).await;
+        // Time for one too many.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(rig.upstream.open(), open, "{what}");
+    };
+    let mut streams = vec![begun().await];
+    settled(1, "one stream has one connection").await;
+    for open in 3..6 {
+        streams.push(begun().await);
+        settled(open, "another has one, and one is ahead").await;
+    }
+    let over: Vec<u64> = rig.upstream.requests().iter().map(|seen| seen.connection).collect();
+    assert_eq!(over, [1, 2, 3, 4], "each takes the one that was ahead");
+    drop(streams);
+    rig.is_clean().await;
+    settled(1, "the one ahead is kept").await;
+    assert_eq!(Answer::of(rig.chat(&[], &question("q"))).await.status, 200);
+    assert_eq!(rig.upstream.accepted(), 5, "and serves whoever comes next");
+}
+
+#[actix_web::test]
 async fn a_stream_that_breaks_off_says_so_and_never_says_done() {
     let rig = Rig::start();
     for fake in ["reset-after=4", "close-after=4"] {
