@@ -39,6 +39,8 @@ use crate::registry::Gateway;
 const RETRY_DELAY: Duration = Duration::from_millis(500);
 /// How long the opening of a stream without content is held back where something else can be tried.
 const OPENING: Duration = Duration::from_secs(1);
+/// How long the head of a stream waits for its first chunk: most come right behind it, and one packet takes both.
+const COMPANY: Duration = Duration::from_millis(1);
 /// How long a failed answer may take to say what failed.
 const FAILURE_PATIENCE: Duration = Duration::from_secs(10);
 /// Most of a failed answer that is kept, to be judged and to be handed on if nothing better comes.
@@ -369,6 +371,13 @@ impl Relay {
                     source = Source::Whole(Some(body));
                 }
             }
+        }
+        if let Source::Upstream(held, body) = &mut source
+            && held.is_empty()
+            && is_events(&headers)
+            && let Ok(Some(chunk)) = timeout(COMPANY, body.chunk()).await
+        {
+            held.push_back(chunk.map_err(Failure::Fault)?);
         }
         Ok((status, headers, source))
     }
