@@ -213,6 +213,17 @@ async fn hanging_up_reaches_the_upstream_before_and_after_the_first_byte() {
 }
 
 #[actix_web::test]
+async fn the_head_of_a_stream_waits_no_more_than_a_moment_for_its_first_chunk() {
+    let rig = Rig::start();
+    let request = rig.chat(&[("x-fake", "pause=2000; chunks=2")], &streamed("a b")).send();
+    let answer = tokio::time::timeout(Duration::from_millis(1500), request).await.expect("the head is here").unwrap();
+    assert_eq!(answer.status(), 200);
+    let mut stream = answer.bytes_stream();
+    assert!(tokio::time::timeout(Duration::from_millis(100), stream.next()).await.is_err(), "nothing was said yet");
+    assert!(stream.next().await.unwrap().is_ok(), "then it is");
+}
+
+#[actix_web::test]
 async fn while_streams_overlap_the_next_finds_a_connection_and_a_lone_one_opens_no_other() {
     let rig = Rig::tuned(|config| config.server.workers = 1);
     let begun = async || {
