@@ -198,6 +198,18 @@ unsafe fn dot<const AT: usize>(mut sum: __m512i, codes: __m512i, x: *const i8) -
 #[derive(Clone, Copy)]
 pub(in crate::kernel) struct Avx2;
 
+/// Products of four `w - 128` and four `x` a lane. maddubs adds two products in 16 bits, which 255 * 127 * 2 overflows. The code less 128
+/// does not: its sign moves over to x, which is never -128.
+#[inline(always)]
+unsafe fn less_128(w: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: registers only, of the set that the callers have.
+    unsafe {
+        let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+        _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+    }
+}
+
 #[allow(unsafe_op_in_unsafe_fn)]
 impl Simd for Avx2 {
     type F = [__m256; 2];
@@ -352,13 +364,7 @@ impl Simd for Avx2 {
         let ones = _mm256_set1_epi16(1);
         let half = |acc, w0, w1| {
             if FULL {
-                // maddubs adds two products in 16 bits, which 255 * 127 * 2 overflows. The code less 128 does not:
-                // its sign moves over to x, which is never -128.
-                let signed = |w, x| {
-                    let w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-                    _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), ones)
-                };
-                _mm256_add_epi32(acc, _mm256_add_epi32(signed(w0, x0), signed(w1, x1)))
+                _mm256_add_epi32(acc, _mm256_add_epi32(less_128(w0, x0), less_128(w1, x1)))
             } else {
                 // 63 * 127 * 4 = 32,004 still fits.
                 let sum = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
@@ -381,16 +387,30 @@ impl Simd for Avx2 {
         start: impl Fn(usize) -> i32,
     ) -> [Self::I; R] {
         let mut sums = [Self::zero_i(); R];
+        let four = |r: usize, at: usize| x.add(r * width + at).cast::<i32>().read_unaligned();
         let (mut pair, end) = (pairs.start, Self::turns::<R>(pairs.end));
         while pair != end {
+            if CODES == FULL {
+                // One after the other: there are no registers for both and what becomes of them.
+                for at in [2 * pair, 2 * pair + 1] {
+                    let w = Self::codes(codes.add(at * 64));
+                    for (r, sum) in sums.iter_mut().enumerate() {
+                        let x = _mm256_set1_epi32(four(r, at * 4));
+                        for half in 0..2 {
+                            sum[half] = _mm256_add_epi32(sum[half], less_128(w[half], x));
+                        }
+                    }
+                }
+                pair += 1;
+                continue;
+            }
             let (w0, w1) = if CODES == NIBBLE {
                 Self::nibbles(codes.add(pair * 64))
             } else {
                 (Self::codes(codes.add(pair * 128)), Self::codes(codes.add(pair * 128 + 64)))
             };
             for (r, sum) in sums.iter_mut().enumerate() {
-                let x = x.add(r * width + pair * 8).cast::<i32>();
-                let (x0, x1) = (x.read_unaligned(), x.add(1).read_unaligned());
+                let (x0, x1) = (four(r, pair * 8), four(r, pair * 8 + 4));
                 if CODES == NIBBLE {
                     let (x0, x1) = (_mm256_set1_epi32(x0), _mm256_set1_epi32(x1));
                     for half in 0..2 {
@@ -398,10 +418,7 @@ impl Simd for Avx2 {
                         sum[half] = _mm256_add_epi16(sum[half], _mm256_maddubs_epi16(w1[half], x1));
                     }
                 } else {
-                    *sum = match CODES == FULL {
-                        true => Self::dot2::<true>(*sum, w0, w1, x0, x1),
-                        false => Self::dot2::<false>(*sum, w0, w1, x0, x1),
-                    };
+                    *sum = Self::dot2::<false>(*sum, w0, w1, x0, x1);
                 }
             }
             pair += 1;
