@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use crate::adapters::book::{Book, Draft, Finetune};
 use crate::adapters::cache::{Cache, Cell, Key};
-use crate::adapters::disk::Disk;
+use crate::adapters::disk::{Disk, unreadable};
 use crate::adapters::upload::Upload;
 use crate::base::{AccountId, Error, Kind, Millis, ModelId, Result};
 use crate::config::Live;
@@ -76,12 +76,17 @@ impl Adapters {
         })?;
         let (finetune, folder) = self.addr.send(Find(account.clone(), key.to_owned())).await.map_err(dead)??;
         let most = self.config.get().lora.max_file_bytes;
-        Upload::begin(self.clone(), finetune, &folder, most, turn).await
+        Upload::begin(finetune, &folder, most, turn).await
     }
 
-    /// Moves an uploaded file into its place.
-    pub(super) async fn place(&self, finetune: &Finetune, temporary: PathBuf, file: &'static str) -> Result<Finetune> {
-        self.addr.send(Place { finetune: finetune.clone(), temporary, file }).await.map_err(dead)?
+    /// All bytes of a file are here: it is `name` from now on, in place of what was there.
+    ///
+    /// # Errors
+    /// `BadInput` when a fine-tune has no file of that name, or this is none; then nothing has changed.
+    pub async fn keep(&self, mut upload: Upload, name: &str) -> Result<Finetune> {
+        let file = upload.finish(name).await?;
+        let (finetune, temporary) = (upload.finetune.clone(), upload.path.clone());
+        self.addr.send(Place { finetune, temporary, file }).await.map_err(dead)?
     }
 
     /// Removes an adapter, named by id or name. Requests that compute with it end well.
@@ -130,14 +135,6 @@ impl Adapters {
 
 fn dead(error: MailboxError) -> Error {
     Error::internal("The keeper of adapters is not answering.").with_source(error)
-}
-
-/// A file of ours that cannot be read is no fault of the caller, and none of the model.
-pub(super) fn unreadable(error: Error) -> Error {
-    match error.kind() {
-        Kind::ModelUnavailable => Error::internal(error.message()),
-        _ => error,
-    }
 }
 
 struct AdaptersActor {

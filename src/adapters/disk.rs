@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::adapters::book::Finetune;
-use crate::base::{AccountId, Error, Millis, ModelId, Result};
+use crate::base::{AccountId, Error, Kind, Millis, ModelId, Result};
 use crate::model::lora::{CONFIG_FILE, WEIGHTS_FILE};
 
 const ABOUT_FILE: &str = "finetune.json";
@@ -29,6 +29,14 @@ struct About {
     model: ModelId,
     description: String,
     created: Millis,
+}
+
+/// A file of ours that cannot be read is no fault of the caller, and none of the model.
+pub(super) fn unreadable(error: Error) -> Error {
+    match error.kind() {
+        Kind::ModelUnavailable => Error::internal(error.message()),
+        _ => error,
+    }
 }
 
 /// The folder of all adapters.

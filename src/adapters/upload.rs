@@ -8,8 +8,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
-use crate::adapters::actor::{Adapters, unreadable};
 use crate::adapters::book::Finetune;
+use crate::adapters::disk::unreadable;
 use crate::base::{Error, Kind, Result};
 use crate::model::lora::{Adapter, AdapterConfig, CONFIG_FILE, WEIGHTS_FILE};
 
@@ -18,9 +18,9 @@ const MAX_CONFIG: u64 = 1 << 20;
 
 /// One file of an adapter.
 pub struct Upload {
-    adapters: Adapters,
-    finetune: Finetune,
-    path: PathBuf,
+    pub(super) finetune: Finetune,
+    /// Where it is until it is moved into its place.
+    pub(super) path: PathBuf,
     file: File,
     size: u64,
     most: u64,
@@ -29,7 +29,6 @@ pub struct Upload {
 
 impl Upload {
     pub(super) async fn begin(
-        adapters: Adapters,
         finetune: Finetune,
         folder: &Path,
         most: u64,
@@ -37,7 +36,7 @@ impl Upload {
     ) -> Result<Self> {
         let path = folder.join(format!(".upload-{}", Uuid::new_v4()));
         let file = File::create_new(&path).await.map_err(|error| not_written(&path, error))?;
-        Ok(Self { adapters, finetune, path, file, size: 0, most, _turn: turn })
+        Ok(Self { finetune, path, file, size: 0, most, _turn: turn })
     }
 
     /// The next bytes.
@@ -56,11 +55,11 @@ impl Upload {
         self.file.write_all(bytes).await.map_err(|error| not_written(&self.path, error))
     }
 
-    /// All bytes are here: the file is `name` from now on, in place of what was there.
+    /// All bytes are here: waits until they are on disk, and sees whether they are the file of a fine-tune that `name` says.
     ///
     /// # Errors
-    /// `BadInput` when a fine-tune has no file of that name, or this is none; then nothing has changed.
-    pub async fn commit(mut self, name: &str) -> Result<Finetune> {
+    /// `BadInput` when a fine-tune has no file of that name, or this is none.
+    pub(super) async fn finish(&mut self, name: &str) -> Result<&'static str> {
         let name = match name {
             CONFIG_FILE if self.size > MAX_CONFIG => {
                 return Err(Error::bad_field("file", format!("{CONFIG_FILE} is larger than {MAX_CONFIG} bytes")));
@@ -82,7 +81,7 @@ impl Upload {
         let path = self.path.clone();
         let checked = tokio::task::spawn_blocking(move || check(name, &path)).await;
         checked.map_err(|error| Error::internal("a file was not checked").with_source(error))?.map_err(unreadable)?;
-        self.adapters.place(&self.finetune, self.path.clone(), name).await
+        Ok(name)
     }
 }
 

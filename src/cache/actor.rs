@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Lookup ─> in memory? on disk? under way? ─ no ─> a ticket, and others follow it
-//!   Store  ─> a place on disk (the oldest segment goes if there is none) ─> index ─> view
+//!   Whole  ─> a place on disk (the oldest segment goes if there is none) ─> index ─> view
 //!   Over, Purged, Alias, Flush, Look                         every few seconds: what is too old goes, what is new is synced
 //! ```
 //!
@@ -24,11 +24,11 @@ use tracing::{error, info, warn};
 use crate::base::{Error, Millis, Result};
 use crate::cache::disk::{Disk, bytes_of};
 use crate::cache::entry::{Entry, Record};
-use crate::cache::fill::Fill;
+use crate::cache::fill::{Fill, Found, Told};
 use crate::cache::fleet::Shelf;
-use crate::cache::handle::{Found, Settings, Stats};
 use crate::cache::index::{Changes, Index, Limits, Place};
 use crate::cache::key::{Digest, Key, Scope};
+use crate::cache::settings::{Settings, Stats};
 use crate::cache::view::Shared;
 
 /// How often old entries are looked for.
@@ -144,7 +144,7 @@ impl CacheActor {
             return Found::Follow(follower);
         }
         counters.misses.fetch_add(1, Ordering::Relaxed);
-        let fill = Fill::new(key, addr, self.shared.clone(), true, now);
+        let fill = Fill::new(key, addr.recipient(), self.shared.clone(), true, now);
         let ticket = fill.ticket();
         self.fills.insert(key.digest, fill);
         Found::Fill(ticket)
@@ -423,20 +423,6 @@ pub(super) struct Lookup {
 #[rtype(result = "()")]
 pub(super) struct Alias(pub(super) Key);
 
-/// An answer is whole and may be stored.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub(super) struct Store {
-    pub(super) fill: Arc<Fill>,
-    /// Nobody else had it.
-    pub(super) is_ours: bool,
-}
-
-/// Nobody may join any more.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub(super) struct Over(pub(super) Arc<Fill>);
-
 #[derive(Message)]
 #[rtype(result = "()")]
 pub(super) struct Purged {
@@ -467,18 +453,17 @@ impl Handler<Alias> for CacheActor {
     }
 }
 
-impl Handler<Store> for CacheActor {
+impl Handler<Told> for CacheActor {
     type Result = ();
-    fn handle(&mut self, Store { fill, is_ours }: Store, _: &mut Context<Self>) {
-        self.guarded(|this| this.store(&fill, is_ours, Millis::now()));
+    fn handle(&mut self, told: Told, _: &mut Context<Self>) {
+        let fill = match told {
+            Told::Whole { fill, is_ours } => {
+                self.guarded(|this| this.store(&fill, is_ours, Millis::now()));
+                fill
+            }
+            Told::Over(fill) => fill,
+        };
         // Only now, so that there is never a moment with neither the fill nor the entry.
-        self.unlist(&fill);
-    }
-}
-
-impl Handler<Over> for CacheActor {
-    type Result = ();
-    fn handle(&mut self, Over(fill): Over, _: &mut Context<Self>) {
         self.unlist(&fill);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   FillTicket (one) ── begin, push, finish ──> Fill { Buffer } ──> Follower (many, the first caller too)
-//!        └─ finish, if it may be stored ──> Store ──┐    └─ nobody may join any more ──> Over ──> CacheActor
+//!        └─ finish, if it may be stored ──> Whole ──┐    └─ nobody may join any more ──> Over ──> the actor
 //!                                                   └───────────────────────────────────────────────┘
 //! ```
 //!
@@ -13,16 +13,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use actix::Addr;
+use actix::{Message, Recipient};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::base::{Millis, Result};
-use crate::cache::actor::{CacheActor, Over, Store};
 use crate::cache::buffer::{Beginning, Buffer, FailedAnswer, Next, Pushed};
 use crate::cache::entry::{Entry, Head, Stamps};
-use crate::cache::handle::Found;
 use crate::cache::key::Key;
 use crate::cache::view::Shared;
 
@@ -32,7 +30,7 @@ pub(super) struct Fill {
     /// The generations that it belongs to: those of its beginning.
     pub(super) stamps: Stamps,
     pub(super) begun: Millis,
-    addr: Addr<CacheActor>,
+    actor: Recipient<Told>,
     shared: Arc<Shared>,
     /// Whether the actor lets others join.
     is_listed: bool,
@@ -46,7 +44,7 @@ pub(super) struct Fill {
 impl Fill {
     pub(super) fn new(
         key: Key,
-        addr: Addr<CacheActor>,
+        actor: Recipient<Told>,
         shared: Arc<Shared>,
         is_listed: bool,
         begun: Millis,
@@ -54,7 +52,7 @@ impl Fill {
         let stamps = shared.generations.stamps(key.scopes);
         let buffer = Mutex::new(Buffer::new(shared.max_entry_bytes));
         let (grown, space) = (Notify::new(), Notify::new());
-        Arc::new(Self { key, stamps, begun, addr, shared, is_listed, buffer, grown, space })
+        Arc::new(Self { key, stamps, begun, actor, shared, is_listed, buffer, grown, space })
     }
 
     /// The only ticket of a new fill.
@@ -85,7 +83,7 @@ impl Fill {
         // Wraps where it shrinks, and so does the sum.
         self.shared.counters.filling.fetch_add(holds.wrapping_sub(held), Ordering::Relaxed);
         if is_over && self.is_listed {
-            self.addr.do_send(Over(self.clone()));
+            self.actor.do_send(Told::Over(self.clone()));
         }
         outcome
     }
@@ -102,6 +100,32 @@ impl Drop for Fill {
     fn drop(&mut self) {
         self.shared.counters.filling.fetch_sub(self.buffer.get_mut().held(), Ordering::Relaxed);
     }
+}
+
+/// What a fill tells the actor.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(super) enum Told {
+    /// It is whole and may be stored.
+    Whole {
+        fill: Arc<Fill>,
+        /// Nobody else had it.
+        is_ours: bool,
+    },
+    /// Nobody may join any more.
+    Over(Arc<Fill>),
+}
+
+/// What a lookup finds.
+pub enum Found {
+    /// The answer.
+    Hit(Arc<Entry>),
+    /// Nothing: go upstream. Others of the same key wait for what becomes of the ticket.
+    Fill(FillTicket),
+    /// Somebody is upstream for the same already.
+    Follow(Follower),
+    /// The cache is in trouble: go upstream without it.
+    Off,
 }
 
 /// It is not stored and nobody reads it: stop asking upstream.
@@ -160,7 +184,7 @@ impl FillTicket {
             buffer.finish()
         });
         if is_kept {
-            self.fill.addr.do_send(Store { fill: self.fill.clone(), is_ours: false });
+            self.fill.actor.do_send(Told::Whole { fill: self.fill.clone(), is_ours: false });
         }
     }
 
@@ -207,7 +231,7 @@ impl FillTicket {
     pub fn finish(mut self) {
         self.is_done = true;
         if self.fill.advance(Buffer::finish) {
-            self.fill.addr.do_send(Store { fill: self.fill.clone(), is_ours: true });
+            self.fill.actor.do_send(Told::Whole { fill: self.fill.clone(), is_ours: true });
         }
     }
 

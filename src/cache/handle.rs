@@ -8,7 +8,6 @@
 //!
 //! Nothing here fails a request: what goes wrong is a miss, or [`Found::Off`].
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -18,81 +17,15 @@ use actix::prelude::*;
 use crate::base::{Millis, Result};
 use crate::cache::actor::{Alias, CacheActor, Flush, Look, Lookup, Purged};
 use crate::cache::entry::Entry;
-use crate::cache::fill::{Fill, FillTicket, Follower};
-use crate::cache::fleet::Fleet;
+use crate::cache::fill::{Fill, FillTicket, Found};
 use crate::cache::key::{Key, RawKey, Scope};
+use crate::cache::settings::{Settings, Stats};
 use crate::cache::view::Shared;
 
 /// Messages waiting at most; callers wait in line behind it.
 const MAILBOX: usize = 1024;
 /// A lookup that takes longer is given up: the disk hangs, and upstream is quicker.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// What the cache may take.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Memory for whole answers. Answers under way may take as much again before new ones are not stored any more.
-    pub memory_bytes: u64,
-    /// Disk for whole answers; 0 keeps them in memory only.
-    pub disk_bytes: u64,
-    /// Entries at most, in memory and on disk together.
-    pub max_entries: usize,
-    /// A larger answer is not stored.
-    pub max_entry_bytes: u64,
-    /// Where the disk tier is. `None` keeps answers in memory only.
-    pub folder: Option<PathBuf>,
-    /// With whom answers are shared.
-    pub fleet: Option<Fleet>,
-}
-
-/// How the cache is, and what it has done since its start.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
-pub struct Stats {
-    /// It has turned itself off after several failures, or its thread is gone.
-    pub is_off: bool,
-    /// There is a disk tier, and it is written to.
-    pub is_disk_on: bool,
-    /// Entries there are.
-    pub entries: u64,
-    /// Those of them that are in memory.
-    pub entries_in_memory: u64,
-    /// Bytes of entries in memory.
-    pub memory_bytes: u64,
-    /// Bytes of all segments.
-    pub disk_bytes: u64,
-    /// Tickets that are neither finished nor failed nor dropped.
-    pub fills_open: u64,
-    /// Bytes of answers that are under way or still being read by followers.
-    pub filling_bytes: u64,
-    /// Followers there are.
-    pub followers: u64,
-    /// Lookups and peeks that were answered.
-    pub hits: u64,
-    /// Lookups that got a ticket, refreshes included, and those that others of a fleet had the answer for.
-    pub misses: u64,
-    /// Lookups that got a follower.
-    pub coalesced: u64,
-    /// Answers that were stored.
-    pub stores: u64,
-    /// Entries that made room in memory, or altogether.
-    pub evictions: u64,
-    /// Entries that became too old.
-    pub expired: u64,
-    /// Failures of the disk and of handlers.
-    pub failures: u64,
-}
-
-/// What a lookup finds.
-pub enum Found {
-    /// The answer.
-    Hit(Arc<Entry>),
-    /// Nothing: go upstream. Others of the same key wait for what becomes of the ticket.
-    Fill(FillTicket),
-    /// Somebody is upstream for the same already.
-    Follow(Follower),
-    /// The cache is in trouble: go upstream without it.
-    Off,
-}
 
 /// The cache's whole outside.
 #[derive(Clone)]
@@ -152,7 +85,7 @@ impl Cache {
     /// follows it, and others of the same key are answered from the old entry meanwhile.
     pub fn refresh(&self, key: Key) -> FillTicket {
         self.shared.counters.misses.fetch_add(1, Ordering::Relaxed);
-        Fill::new(key, self.addr.clone(), self.shared.clone(), false, Millis::now()).ticket().accept()
+        Fill::new(key, self.addr.clone().recipient(), self.shared.clone(), false, Millis::now()).ticket().accept()
     }
 
     /// Nothing of this scope that was stored or begun before is served from now on. It counts at once, and after a start

@@ -30,6 +30,7 @@ mod handle;
 mod index;
 mod json;
 mod key;
+mod settings;
 mod view;
 
 #[cfg(test)]
@@ -37,7 +38,8 @@ mod tests;
 
 pub use buffer::FailedAnswer;
 pub use entry::{Entry, Head};
-pub use fill::{FillTicket, Follower, Lead, Unwanted};
+pub use fill::{FillTicket, Follower, Found, Lead, Unwanted};
 pub use fleet::Fleet;
-pub use handle::{Cache, Found, Settings, Stats};
+pub use handle::Cache;
 pub use key::{Common, Key, Material, RawKey, Scope};
+pub use settings::{Settings, Stats};

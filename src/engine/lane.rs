@@ -17,6 +17,7 @@ use crate::base::{Error, Kind, Result, SlotId};
 use crate::engine::answer::{Answer, Last};
 use crate::engine::drafter::Drafter;
 use crate::engine::masks::Masks;
+use crate::engine::refusal::unavailable;
 use crate::engine::reply::{Reply, Said};
 use crate::engine::sampler::Sampler;
 use crate::engine::scheduler::{Ask, DraftLimits, Limits, Plan, Planned, Pushed, Scheduler};
@@ -468,12 +469,6 @@ impl Lane {
             steps: self.steps,
         }
     }
-}
-
-/// What a submission hears whose slot is gone or going.
-pub fn unavailable() -> Error {
-    Error::new(Kind::ModelUnavailable, "This version of the model is being replaced; ask again.")
-        .with_retry_after(Duration::from_secs(1))
 }
 
 #[cfg(test)]

@@ -34,12 +34,17 @@ pub mod spill;
 mod command;
 mod drafter;
 mod masks;
+mod refusal;
 mod reply;
 mod run;
 mod runner;
 mod scribe;
 mod slab;
+mod slot;
+mod submit;
 
-pub use command::{Coming, Command, Engine, EngineStatus, ModelSlot, SlotStatus, Speculation, Submit};
+pub use command::{Coming, Command, Engine};
 pub use run::start;
 pub use runner::{Logits, Runner};
+pub use slot::{EngineStatus, ModelSlot, SlotStatus, Speculation};
+pub use submit::Submit;

@@ -16,8 +16,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::base::{AccountId, Error, Kind, ModelId, RequestId, Result, SlotId};
-use crate::engine::SlotStatus;
-use crate::engine::lane::unavailable;
+use crate::engine::refusal::unavailable;
+use crate::engine::slot::SlotStatus;
 use crate::metrics::EngineMetrics;
 use crate::model::encoder::{EncodeBatch, Encoder, EncoderSpec, GpuEncoder, Tokens};
 use crate::task::Pooling;

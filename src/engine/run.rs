@@ -22,8 +22,9 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
 use crate::base::{DeviceId, Error, Kind, Result, SlotId};
-use crate::engine::lane::{Lane, unavailable};
+use crate::engine::lane::Lane;
 use crate::engine::oneshot::{self, OneShotLane};
+use crate::engine::refusal::unavailable;
 use crate::engine::scribe::WORTH_A_WAKE;
 use crate::engine::{Command, Engine, EngineStatus, SlotStatus};
 use crate::task::Event;

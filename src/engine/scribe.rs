@@ -25,7 +25,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 
 use crate::base::{Error, RequestId, Result};
-use crate::engine::command;
+use crate::engine::refusal::lost;
 use crate::engine::reply::{Heard, Reply, Said};
 use crate::engine::sampler::Drawn;
 use crate::engine::scheduler::Planned;
@@ -332,7 +332,7 @@ impl Thread {
                 // The engine must hear of a panic, and callers before it goes on to others.
                 if catch_unwind(AssertUnwindSafe(|| replies.write(&mut page))).is_err() {
                     tracing::error!("the thread that writes a model's answers panicked");
-                    return replies.fail(&mut page, &command::lost());
+                    return replies.fail(&mut page, &lost());
                 }
                 if outbox.send(Work { page, replies }).is_err() {
                     return;

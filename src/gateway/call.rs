@@ -1,11 +1,13 @@
 //! One call, parsed and authenticated.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::base::{AccountId, KeyId, RequestId};
-use crate::config::CatalogEntry;
-use crate::gateway::terms::Terms;
+use crate::config::{Budget, CatalogEntry};
+use crate::gateway::bill::Tally;
+use crate::gateway::limits::Ruled;
+use crate::ledger::Standing;
 use crate::task::TextInput;
 
 /// What a surface makes of a request before it asks the gateway to serve it.
@@ -29,4 +31,24 @@ pub struct Call<Input = TextInput> {
     pub received: Instant,
     /// By what it is measured.
     pub terms: Terms,
+}
+
+/// By what a call of this machine's models is measured: whose plan, which limits, who hears what it used. Nothing of it for calls that
+/// nobody waits for.
+#[derive(Debug, Clone, Default)]
+pub struct Terms {
+    /// The operator's own rules that it falls under.
+    pub ruled: Ruled,
+    /// Of the token that was shown.
+    pub budget: Budget,
+    /// Through which gateway it came; that has looked at rules and at budgets of money already.
+    pub gateway: Option<Arc<str>>,
+    /// Where the gateway hears what it used.
+    pub tally: Option<Tally>,
+    /// Where the surface hears how the tightest limit stands.
+    pub standing: Arc<OnceLock<Standing>>,
+    /// Another call of the same request counts as the request; this one counts what it uses.
+    pub is_part: bool,
+    /// A second run of the same call, after a crash, is not billed again.
+    pub is_once: bool,
 }

@@ -14,9 +14,9 @@ use crate::base::{AccountId, Error, KeyId, Kind, Millis, Neurons, RequestId, Res
 use crate::config::CatalogEntry;
 use crate::gateway::bill::Tally;
 use crate::gateway::calls::Calls;
+use crate::gateway::hold::Held;
 use crate::gateway::step::LOCAL;
-use crate::gateway::terms::Held;
-use crate::gateway::{Call, Gateway, terms};
+use crate::gateway::{Call, Gateway, hold};
 use crate::ledger::Spent;
 use crate::logs::{CacheUse, Logs, Record};
 use crate::metrics::Metrics;
@@ -227,7 +227,7 @@ impl Close {
             usage: Usage::default(),
             neurons: Neurons::ZERO,
             reservation: Some(reservation),
-            spent: terms::spent(call),
+            spent: hold::spent(call),
             tally: call.terms.tally.clone(),
             logs: call.terms.gateway.is_none().then(|| gateway.logs.clone()),
             metrics: gateway.metrics.clone(),

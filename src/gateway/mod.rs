@@ -10,6 +10,7 @@ pub mod asked;
 pub mod bill;
 pub mod counts;
 pub mod headers;
+pub mod hold;
 pub mod limits;
 pub mod opening;
 pub mod options;
@@ -18,7 +19,6 @@ pub mod record;
 pub mod relay;
 pub mod route;
 pub mod step;
-pub mod terms;
 pub mod watch;
 
 mod call;
@@ -26,7 +26,7 @@ mod calls;
 mod delivery;
 mod encode;
 
-pub use call::Call;
+pub use call::{Call, Terms};
 pub use delivery::{Answer, Choice, Delivery};
 pub use encode::Encoded;
 

@@ -39,11 +39,11 @@ use crate::gateway::asked::{Ask, Who};
 use crate::gateway::bill::Receipt;
 use crate::gateway::counts;
 use crate::gateway::headers::{self, Headers};
+use crate::gateway::hold;
 use crate::gateway::limits;
 use crate::gateway::pipe::{End, Pipe, Source, Words};
 use crate::gateway::record::Record;
 use crate::gateway::step::LocalCall;
-use crate::gateway::terms;
 use crate::gateway::watch::Watch;
 use crate::ledger::{Claim, Counts, Ledger, Plan};
 use crate::logs::{CacheUse, Logs};
@@ -481,7 +481,7 @@ fn finish(begun: Begun, cache: CacheUse, mut record: Box<Record>) -> Reply {
         }
     };
     if let Some(standing) = record.standing() {
-        let limit = terms::limit(standing);
+        let limit = hold::limit(standing);
         let reset = limit.reset.as_secs_f64().ceil() as u64;
         for (name, number) in
             [(&headers::LIMIT, limit.limit), (&headers::LIMIT_REMAINING, limit.left), (&headers::LIMIT_RESET, reset)]

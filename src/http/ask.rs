@@ -17,8 +17,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Kind, ModelId, RequestId, Result};
 use crate::config::{Catalog, CatalogEntry};
-use crate::gateway::terms::Terms;
-use crate::gateway::{Answer, Call, Delivery, Encoded};
+use crate::gateway::{Answer, Call, Delivery, Encoded, Terms};
 use crate::http::Services;
 use crate::http::fields::Fields;
 use crate::http::route::Surface;

@@ -25,13 +25,12 @@ use tracing::{info, warn};
 
 use crate::base::{AccountId, Error, KeyId, Kind, Millis, ModelId, Neurons, RequestId, Result};
 use crate::config::{Budget, CatalogEntry, ResultShape};
-use crate::gateway::terms::Terms;
-use crate::gateway::{Call, Gateway};
+use crate::gateway::{Call, Gateway, Terms};
 use crate::http::answer::{self, UsageJson};
 use crate::http::ask::{Ask, no_such_model};
 use crate::http::chat;
+use crate::http::classic::{ClassicResult, TASKS, parse, wrap};
 use crate::http::fields::Fields;
-use crate::http::run::{self, ClassicResult};
 use crate::http::{Services, encode, error, text};
 use crate::metrics::Metrics;
 use crate::store::Segment;
@@ -122,7 +121,7 @@ pub(super) async fn run(
         };
         let id = batches.submit(head).await?;
         let queued = json!({ "status": "queued", "request_id": id, "model": entry.id });
-        return run::wrap(ask.surface, &queued, Neurons::ZERO);
+        return wrap(ask.surface, &queued, Neurons::ZERO);
     }
     let priority = text::priority(fields)?;
     let work = requests.iter().enumerate().map(|(at, request)| {
@@ -148,7 +147,7 @@ pub(super) async fn run(
         neurons = neurons + cost;
     }
     let usage = UsageJson::new(&usage, neurons);
-    run::wrap(ask.surface, &Responses { responses: &responses, usage }, neurons)
+    wrap(ask.surface, &Responses { responses: &responses, usage }, neurons)
 }
 
 /// What became of a batch that was put in line.
@@ -167,10 +166,10 @@ pub(super) async fn poll(services: &Services, ask: &Ask, fields: &Fields<'_>) ->
                 .map_err(|error| Error::internal("a batch was not read").with_source(error))??;
             let usage = UsageJson::new(&batch.usage, batch.neurons);
             // It was charged while it was computed: asking costs nothing.
-            return run::wrap(ask.surface, &Responses { responses: &batch.responses, usage }, Neurons::ZERO);
+            return wrap(ask.surface, &Responses { responses: &batch.responses, usage }, Neurons::ZERO);
         }
     };
-    run::wrap(ask.surface, &json!({ "status": status, "request_id": id }), Neurons::ZERO)
+    wrap(ask.surface, &json!({ "status": status, "request_id": id }), Neurons::ZERO)
 }
 
 fn no_folder() -> Error {
@@ -223,7 +222,7 @@ async fn one(
         let (usage, neurons) = (result.usage(), result.neurons());
         return Ok((result.into_raw().await?, usage, neurons));
     }
-    let mut input = run::parse(&fields, entry)?.input;
+    let mut input = parse(&fields, entry)?.input;
     input.priority = input.priority.min(job.priority);
     let json = input.grammar.as_ref().is_some_and(|grammar| grammar.is_json());
     let call = call(owner, entry, job, input);
@@ -588,7 +587,7 @@ async fn patiently(
     let mut slow = 0;
     loop {
         let catalog = gateway.config.get().catalog.clone();
-        let entry = catalog.resolve(model.as_str()).filter(|entry| run::TASKS.contains(&entry.task)).cloned();
+        let entry = catalog.resolve(model.as_str()).filter(|entry| TASKS.contains(&entry.task)).cloned();
         let entry = entry.ok_or_else(|| no_such_model(&catalog, model.as_str()))?;
         let job = Job { batch: Some(id), at, request, priority: PRIORITY, reject_if_busy: false };
         let error = match one(gateway, owner, &entry, &job).await {

@@ -135,7 +135,7 @@ pub(super) async fn upload(
     }
     let Some((upload, filename)) = upload else { return Err(Error::bad_field("file", "'file' is required")) };
     let Some(name) = named.or(filename) else { return Err(Error::bad_field("file_name", "'file_name' is required")) };
-    let finetune = upload.commit(&name).await?;
+    let finetune = services.gateway.adapters.keep(upload, &name).await?;
     let mut shown = shown(services, &finetune);
     shown["file_name"] = json!(name);
     answer::json(StatusCode::OK, &Envelope::new(&shown))

@@ -10,11 +10,11 @@ use actix_web::web;
 use futures_util::FutureExt;
 
 use crate::base::{Error, Kind, Result};
+use crate::gateway::Terms;
 use crate::gateway::asked::Who;
 use crate::gateway::headers::Headers;
 use crate::gateway::relay::{Local, LocalAnswer};
 use crate::gateway::step::{LocalCall, LocalEndpoint};
-use crate::gateway::terms::Terms;
 use crate::http::ask::{self, Ask};
 use crate::http::route::{Endpoint, Surface, openai};
 use crate::http::{Services, answer, error};

@@ -14,6 +14,7 @@ mod auth;
 mod batch;
 mod binding;
 mod chat;
+mod classic;
 mod completions;
 mod encode;
 mod entrance;
@@ -62,10 +63,9 @@ use tracing::{info, warn};
 use crate::alert::Alerts;
 use crate::base::{AccountId, Error, Kind, Limit, ModelId, Phase, RequestId, Result};
 use crate::config::Live;
-use crate::gateway::Gateway;
 use crate::gateway::limits::{Ruled, Seen};
 use crate::gateway::relay::{Parts, Relay};
-use crate::gateway::terms::{self, Terms};
+use crate::gateway::{Gateway, Terms, hold};
 use crate::metrics::Metrics;
 use crate::net::client;
 use crate::supervisor::FleetView;
@@ -296,7 +296,7 @@ async fn dispatch(
     let outcome = Box::pin(answer(services, &ask, endpoint)).await;
     trail.served = ask.served.get();
     trail.model = ask.model.into_inner();
-    trail.limit = standing.get().map(terms::limit);
+    trail.limit = standing.get().map(hold::limit);
     outcome
 }
 

@@ -12,7 +12,7 @@ use crate::config::{CatalogEntry, Price};
 use crate::http::ask::{Ask, no_such_model};
 use crate::http::native::Envelope;
 use crate::http::route::Surface;
-use crate::http::{Services, answer, encode, run};
+use crate::http::{Services, answer, classic, encode};
 use crate::task::Task;
 
 /// Results on a page of a search when the caller does not say, and at most.
@@ -75,7 +75,7 @@ pub(super) fn schema(services: &Services, ask: &Ask) -> Result<HttpResponse> {
     let Some(name) = ask.query.get("model") else { return Err(Error::bad_field("model", "'model' is required")) };
     let tasks = [Task::TextGeneration, Task::TextEmbeddings, Task::TextClassification];
     let entry = ask.model_for(services, name, &tasks)?;
-    let schema = if entry.task == Task::TextGeneration { run::schema(&entry) } else { encode::schema(&entry) };
+    let schema = if entry.task == Task::TextGeneration { classic::schema(&entry) } else { encode::schema(&entry) };
     answer::json(StatusCode::OK, &Envelope::new(&schema))
 }
 

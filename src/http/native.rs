@@ -52,3 +52,17 @@ impl UsageEvent {
         Self { response: "", usage }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_varies_and_stays_within_bounds() {
+        let mut padding = Padding::new(RequestId::random());
+        let lengths: Vec<usize> = (0..500).map(|_| padding.next().len()).collect();
+        assert!(lengths.iter().all(|length| (1..=36).contains(length)));
+        let different: std::collections::HashSet<_> = lengths.iter().collect();
+        assert!(different.len() > 20, "{different:?}");
+    }
+}

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::fields::Fields;
-use super::{chat, completions, responses, run};
+use super::{chat, classic, completions, responses};
 use crate::base::{Kind, ModelId, Result};
 use crate::config::{CatalogEntry, Price, ResultShape};
 use crate::task::{Pooling, Prompt, Task, TextInput};
@@ -47,7 +47,7 @@ fn read(wire: Wire, body: &Value) -> Result<Vec<TextInput>> {
         Wire::Chat => chat::parse(&fields, &entry).map(|request| vec![request.input]),
         Wire::Completions => completions::parse(&fields, &entry).map(|request| request.inputs),
         Wire::Responses => responses::parse(&fields, &entry).map(|request| vec![request.input]),
-        Wire::Run => run::parse(&fields, &entry).map(|request| vec![request.input]),
+        Wire::Run => classic::parse(&fields, &entry).map(|request| vec![request.input]),
     }
 }
 

@@ -21,6 +21,7 @@ pub mod frame;
 mod google;
 mod json;
 pub mod messages;
+mod meter;
 mod openai;
 mod reply;
 mod schema;
@@ -36,11 +37,11 @@ mod url;
 mod usage;
 
 pub use failure::failure;
+pub use meter::Meter;
 pub use splice::{Facts, facts, splice_model};
 pub use talk::Talk;
 pub use translate::{Translator, answer};
 pub use url::Url;
-pub use usage::Meter;
 
 use bytes::Bytes;
 

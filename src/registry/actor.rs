@@ -9,8 +9,8 @@ use arc_swap::ArcSwap;
 use serde_json::Value;
 use tracing::{error, info, warn};
 
-use super::admin::gateways;
 use super::book::Book;
+use super::edit::{Bench, ensure_default, reseal};
 use super::folder::Folder;
 use super::view::{AccountView, DEFAULT, FixedView, Gateway, View};
 use crate::base::{AccountId, Error, Lookup, Millis, Result};
@@ -25,13 +25,6 @@ const MAILBOX: usize = 1024;
 pub struct Registry {
     addr: Addr<RegistryActor>,
     view: Arc<ArcSwap<View>>,
-}
-
-/// What an edit has at hand.
-pub(super) struct Bench<'a> {
-    pub account: &'a str,
-    pub sealer: &'a Sealer,
-    pub now: Millis,
 }
 
 /// Changes a book, or refuses to; a book that was refused is thrown away.
@@ -101,7 +94,7 @@ impl Registry {
             return Ok(gateway);
         }
         let edit = |book: &mut Book, bench: &Bench| {
-            gateways::ensure_default(book, bench);
+            ensure_default(book, bench);
             Ok(Value::Null)
         };
         self.send(account, Box::new(edit), false).await?;
@@ -130,7 +123,7 @@ impl Registry {
 /// Seals anew what another key than the current one sealed. What cannot be, stays as it is.
 fn renew(folder: &Folder, account: &str, book: &mut Book, sealer: &Sealer) {
     let before = book.clone();
-    let outcome = super::edit::reseal(account, book, sealer);
+    let outcome = reseal(account, book, sealer);
     match outcome {
         Ok(0) => {}
         Ok(count) => match folder.write(account, book) {

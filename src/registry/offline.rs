@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::actor::Bench;
-use super::admin::{gateways, keys};
+use super::admin::keys;
 use super::book::Book;
+use super::edit::{Bench, ensure_default};
 use super::folder::Folder;
 use super::view::DEFAULT;
 use crate::base::{Error, Kind, Millis, Result, Secret};
@@ -94,7 +94,7 @@ impl Offline {
         let bench = Bench { account, sealer, now: Millis::now() };
         let replaced = book.key(gateway, provider, alias).is_some();
         if gateway == DEFAULT {
-            gateways::ensure_default(&mut book, &bench);
+            ensure_default(&mut book, &bench);
         }
         keys::put(&mut book, &bench, gateway, provider, alias, default, secret)?;
         self.keep(account, book)?;

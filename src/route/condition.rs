@@ -11,7 +11,7 @@ use std::cmp::Ordering;
 use regex::{Regex, RegexBuilder};
 use serde_json::{Number, Value};
 
-use super::Facts;
+use crate::base::Millis;
 
 /// Levels of `$and`, `$or`, `$nor` and `$not` at most.
 const MAX_DEPTH: usize = 16;
@@ -19,6 +19,22 @@ const MAX_DEPTH: usize = 16;
 const MAX_TESTS: usize = 256;
 /// Bytes of a compiled pattern at most.
 const MAX_COMPILED: usize = 1 << 20;
+
+/// What is known of a call.
+pub struct Facts<'f> {
+    /// The request's body.
+    pub body: &'f Value,
+    /// Its headers, names in any case.
+    pub headers: &'f [(&'f str, &'f str)],
+    /// The entries of `cf-aig-metadata`: an object, or null.
+    pub metadata: &'f Value,
+    /// The model as asked for.
+    pub model: &'f str,
+    /// What keeps percentages the same from call to call: a hash of the session, user or metadata, or a random number.
+    pub key: u64,
+    /// When this step is taken; it is noted beside it.
+    pub now: Millis,
+}
 
 #[derive(Debug)]
 pub(super) enum Condition {

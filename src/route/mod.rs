@@ -20,7 +20,8 @@ use crate::base::{Error, Result};
 use condition::{Condition, FactPath};
 use split::Split;
 
-pub use walk::{Facts, Step, Walk, Why};
+pub use condition::Facts;
+pub use walk::{Step, Walk, Why};
 
 /// Elements of a route at most.
 pub const MAX_ELEMENTS: usize = 128;

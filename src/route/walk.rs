@@ -9,26 +9,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use serde_json::Value;
-
+use super::condition::Facts;
 use super::{Graph, LimitNode, ModelNode, Node, NodeKind};
 use crate::base::Millis;
-
-/// What is known of a call.
-pub struct Facts<'f> {
-    /// The request's body.
-    pub body: &'f Value,
-    /// Its headers, names in any case.
-    pub headers: &'f [(&'f str, &'f str)],
-    /// The entries of `cf-aig-metadata`: an object, or null.
-    pub metadata: &'f Value,
-    /// The model as asked for.
-    pub model: &'f str,
-    /// What keeps percentages the same from call to call: a hash of the session, user or metadata, or a random number.
-    pub key: u64,
-    /// When this step is taken; it is noted beside it.
-    pub now: Millis,
-}
 
 /// Asked at each limit on the way, with the value of its key (empty: none): whether the call is within it, and if so counted.
 pub type Limits<'l> = &'l mut dyn FnMut(&LimitNode, &str) -> bool;
@@ -200,7 +183,7 @@ impl fmt::Display for Step {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::route::tests::{element, model};

@@ -8,46 +8,11 @@
 //! Reading is not part of it: what is read back is always a real file.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Result, Write};
+use std::io::{ErrorKind, Result};
 use std::path::Path;
 
-use crate::store::{Segment, snapshot, sync_names};
-
-/// A file that is written from its start to its end.
-pub trait Bytes: Write + Sized {
-    /// Cuts off what follows.
-    ///
-    /// # Errors
-    /// The system's.
-    fn set_len(&self, length: u64) -> Result<()>;
-
-    /// Waits until what was written is on disk. After an error nothing is known of what was written since the last time
-    /// that there was none: the system may have dropped it, and says so once only.
-    ///
-    /// # Errors
-    /// The system's.
-    fn sync_data(&self) -> Result<()>;
-
-    /// The same file once more.
-    ///
-    /// # Errors
-    /// The system's.
-    fn try_clone(&self) -> Result<Self>;
-}
-
-impl Bytes for File {
-    fn set_len(&self, length: u64) -> Result<()> {
-        Self::set_len(self, length)
-    }
-
-    fn sync_data(&self) -> Result<()> {
-        Self::sync_data(self)
-    }
-
-    fn try_clone(&self) -> Result<Self> {
-        Self::try_clone(self)
-    }
-}
+use crate::store::segment::{Bytes, Segment, sync_names};
+use crate::store::snapshot;
 
 /// Where segments and snapshots are written.
 pub trait Disk: Clone + Send + 'static {

@@ -7,6 +7,6 @@ mod lock;
 mod segment;
 pub mod snapshot;
 
-pub use disk::{Bytes, Disk, RealDisk};
+pub use disk::{Disk, RealDisk};
 pub use lock::lock;
-pub use segment::{Frames, Segment, sync_names};
+pub use segment::{Bytes, Frames, Segment, sync_names};

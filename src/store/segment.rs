@@ -9,10 +9,8 @@
 //! lies reads that one. Knows nothing of what the bytes mean.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufReader, Error, ErrorKind, Read, Result, Seek, SeekFrom};
+use std::io::{BufReader, Error, ErrorKind, Read, Result, Seek, SeekFrom, Write};
 use std::path::Path;
-
-use crate::store::Bytes;
 
 /// Length and checksum.
 const HEAD: usize = 8;
@@ -20,6 +18,42 @@ const HEAD: usize = 8;
 const MAX_FRAME: usize = 1 << 30;
 /// A longer frame is written in two parts rather than copied into one.
 const COPIED: usize = 64 << 10;
+
+/// A file that is written from its start to its end.
+pub trait Bytes: Write + Sized {
+    /// Cuts off what follows.
+    ///
+    /// # Errors
+    /// The system's.
+    fn set_len(&self, length: u64) -> Result<()>;
+
+    /// Waits until what was written is on disk. After an error nothing is known of what was written since the last time
+    /// that there was none: the system may have dropped it, and says so once only.
+    ///
+    /// # Errors
+    /// The system's.
+    fn sync_data(&self) -> Result<()>;
+
+    /// The same file once more.
+    ///
+    /// # Errors
+    /// The system's.
+    fn try_clone(&self) -> Result<Self>;
+}
+
+impl Bytes for File {
+    fn set_len(&self, length: u64) -> Result<()> {
+        Self::set_len(self, length)
+    }
+
+    fn sync_data(&self) -> Result<()> {
+        Self::sync_data(self)
+    }
+
+    fn try_clone(&self) -> Result<Self> {
+        Self::try_clone(self)
+    }
+}
 
 /// A file of frames, open at its end.
 #[derive(Debug)]

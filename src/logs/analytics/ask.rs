@@ -24,9 +24,9 @@ use jiff::{SignedDuration, Timestamp};
 use percent_encoding::percent_decode_str;
 
 use crate::base::{AccountId, Error, Result};
-use crate::logs::analytics::answer::Measure;
+use crate::logs::analytics::measure::Measure;
+use crate::logs::analytics::row::{NAMES, Name};
 use crate::logs::analytics::shelf::Tier;
-use crate::logs::analytics::table::{NAMES, Name};
 use crate::logs::record::CacheUse;
 
 /// Most rows that are told: as JSON a row takes some 6 kB of memory.

@@ -10,7 +10,7 @@
 
 use crate::base::Lookup;
 use crate::logs::analytics::codec::{put, put_bytes, take, take_bytes};
-use crate::logs::analytics::table::{Counts, Key, NAMES, Names, OTHER, Row};
+use crate::logs::analytics::row::{Counts, Key, NAMES, Names, OTHER, Row};
 
 /// The first byte; a block with another one is not read.
 const VERSION: u8 = 1;

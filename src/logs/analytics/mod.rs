@@ -24,6 +24,8 @@ mod ask;
 mod block;
 mod codec;
 mod disk;
+mod measure;
+mod row;
 mod shelf;
 mod sketch;
 mod table;

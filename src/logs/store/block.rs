@@ -12,7 +12,6 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::memory::Plane;
 use super::row;
 use crate::base::LogId;
 use crate::logs::record::Record;
@@ -32,6 +31,21 @@ pub(super) struct Block {
     pub(super) at: u64,
     pub(super) heads: u32,
     pub(super) bodies: u32,
+}
+
+/// What may become of a row: a byte for each, in a plane of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Plane {
+    /// 1: deleted.
+    Dead,
+    /// 0: none; else -1, 0, 1 as 1, 2, 3.
+    Feedback,
+    /// 0: none; else the score and one.
+    Score,
+}
+
+impl Plane {
+    pub(super) const ALL: [Self; 3] = [Self::Dead, Self::Feedback, Self::Score];
 }
 
 /// One row's mark: which row of the log, of what kind, and its value.

@@ -10,11 +10,12 @@
 use std::io;
 use std::sync::Arc;
 
-use super::block::{self, Mark};
+use super::block::{self, Mark, Plane};
 use super::columns::{Sealed, View};
-use super::memory::{Entry, Plane};
+use super::memory::Entry;
 use super::read::sources;
-use super::scan::{self, Source, broken};
+use super::scan;
+use super::source::{Source, broken};
 use super::{Inner, Patch, Stored, Writer, filter};
 use crate::base::{AccountId, LogId, Result};
 use crate::logs::query::Query;

@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use super::block::Block;
-use super::memory::{Plane, TEXTS};
+use super::block::{Block, Plane};
+use super::memory::TEXTS;
 use crate::logs::query::Number;
 use crate::store::snapshot;
 

@@ -10,7 +10,7 @@ use memchr::memmem;
 use super::columns::{FIRST_TEXT, Vocabulary};
 use super::digits::Digits;
 use super::memory::{ENTRIES, KEYS, VALUES};
-use super::scan::Source;
+use super::source::Source;
 use crate::logs::query::{Filter, Match, Test};
 
 /// A text test with more codes is a table.

@@ -5,8 +5,9 @@
 use std::collections::HashSet;
 use std::io;
 
+use super::block::Plane;
 use super::columns::{COLUMNS, Dictionary, Footer, Packed, Written, checksum};
-use super::memory::{Memory, Plane, TEXTS};
+use super::memory::{Memory, TEXTS};
 use crate::logs::query::Number;
 
 /// A segment's files in the making.

@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use super::block;
+use super::block::{self, Plane};
 use super::columns::{self, Sealed, View};
-use super::memory::{Memory, Plane};
+use super::memory::Memory;
 use super::read::sources;
-use super::scan::{Chunk, Source, broken};
+use super::source::{Chunk, Source, broken};
 use super::{Inner, Keep, Strategy, Writer, image, log_of, stem_of};
 use crate::base::{AccountId, LogId, Millis, Result};
 use crate::logs::query::{Query, first_id};

@@ -20,21 +20,6 @@ pub(super) const TEXTS: usize = Text::COUNT + 2 * ENTRIES;
 pub(super) const KEYS: usize = Text::COUNT;
 pub(super) const VALUES: usize = KEYS + ENTRIES;
 
-/// What may become of a row: a byte for each, in a plane of its own.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Plane {
-    /// 1: deleted.
-    Dead,
-    /// 0: none; else -1, 0, 1 as 1, 2, 3.
-    Feedback,
-    /// 0: none; else the score and one.
-    Score,
-}
-
-impl Plane {
-    pub(super) const ALL: [Self; 3] = [Self::Dead, Self::Feedback, Self::Score];
-}
-
 /// A row as the index sees it.
 #[derive(Clone)]
 pub(super) struct Entry {

@@ -43,6 +43,7 @@ mod row;
 mod scan;
 mod search;
 mod settings;
+mod source;
 mod sums;
 #[cfg(test)]
 pub(in crate::logs) mod tests;
@@ -62,10 +63,11 @@ use crate::base::{AccountId, Error, LogId, Lookup, Result};
 use crate::logs::query::Query;
 use crate::logs::record::{Body, Record, Text};
 use crate::store::{Segment, sync_names};
+use block::Plane;
 use columns::Sealed;
-use memory::{Memory, Plane};
+use memory::Memory;
 use read::{read, read_one, sources};
-use scan::{Chunk, Source, broken};
+use source::{Chunk, Source, broken};
 
 pub(in crate::logs) use memory::{dlp_action, model_type};
 pub use row::Stored;

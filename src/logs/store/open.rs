@@ -15,10 +15,10 @@ use std::path::Path;
 use parking_lot::{Condvar, Mutex, RwLock};
 use tracing::warn;
 
-use super::block::{self, Seen};
+use super::block::{self, Plane, Seen};
 use super::columns::{self, Sealed, View};
-use super::memory::{Memory, Plane};
-use super::scan::broken;
+use super::memory::Memory;
+use super::source::broken;
 use super::{Inner, Settings, State, Writer, image, log_of, stem_of};
 use crate::base::{AccountId, Error, LogId, Result};
 use crate::store::{Segment, lock};

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use super::block::{self, Block};
 use super::columns::{Sealed, View};
 use super::row::Stored;
-use super::scan::{Chosen, Chunk, Source};
+use super::scan::Chosen;
+use super::source::{Chunk, Source};
 use crate::logs::record::Record;
 
 /// Opens a gateway's rows for reading, oldest first.

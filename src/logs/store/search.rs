@@ -10,12 +10,12 @@ use super::block;
 use super::columns::{BLOCK, FIRST_TEXT, SLOT};
 use super::digits::Digits;
 use super::filter::containing;
-use super::scan::Source;
+use super::source::{SEARCHED, Source};
 use crate::base::{Error, Result};
-use crate::logs::query::{Text, part_of_id};
+use crate::logs::query::part_of_id;
 
 /// Bytes of the beginning of a body that a search looks at.
-const SEARCHED: usize = 8 << 10;
+const LOOKED_AT: usize = 8 << 10;
 
 /// A text that is looked for everywhere.
 pub(super) struct Search {
@@ -26,8 +26,6 @@ pub(super) struct Search {
 }
 
 impl Search {
-    pub(super) const TEXTS: [Text; 3] = [Text::Provider, Text::Model, Text::Event];
-
     pub(super) fn new(text: &str, budget: u64) -> Result<Self> {
         let pattern = RegexBuilder::new(&regex::escape(text)).case_insensitive(true).build();
         let pattern = pattern.map_err(|_| Error::bad_field("search", "'search' is too long: look for a part of it"))?;
@@ -43,7 +41,7 @@ impl Search {
             digits.mark(&ids, &mut hits);
         }
         let mut numbers = Vec::new();
-        for text in Self::TEXTS {
+        for text in SEARCHED {
             let words = source.words(text as usize)?;
             let codes = containing(&words, |text| self.pattern.find(text).map(|found| found.range()));
             if codes.is_empty() {
@@ -87,7 +85,7 @@ impl Search {
             let bodies: Vec<_> = block::each(&bodies).collect();
             for row in rows {
                 let Some(bodies) = bodies.get(slots[*row] as usize) else { continue };
-                hits[*row] = bodies.iter().any(|body| self.pattern.is_match(&body[..body.len().min(SEARCHED)]));
+                hits[*row] = bodies.iter().any(|body| self.pattern.is_match(&body[..body.len().min(LOOKED_AT)]));
             }
         }
         Ok(())

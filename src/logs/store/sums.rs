@@ -6,7 +6,7 @@ use std::io;
 use super::Store;
 use super::filter::select;
 use super::read::sources;
-use super::scan::{Source, broken};
+use super::source::{Source, broken};
 use crate::base::{AccountId, Result};
 use crate::logs::query::{Filter, Number, Query};
 

@@ -1,15 +1,15 @@
 //! Gateways: made, changed and shown in the fields of the wire.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tracing::info;
 use uuid::Uuid;
 
-use super::super::actor::Bench;
-use super::super::book::{Book, GatewayRecord, setting_name};
+use super::super::book::{GatewayRecord, setting_name};
+use super::super::edit::{Bench, defaults, insert};
 use super::super::view::{DEFAULT, View, checked, compile_guard};
 use super::{Answer, Call, Method, datasets, evaluations, keys, missing, moment, not_found, routes, wrong};
 use crate::base::{Error, Millis, Result};
-use crate::config::gateway::{FIELDS, FixedGateway, MASK, each_secret, is_slug};
+use crate::config::gateway::{FixedGateway, MASK, each_secret, is_slug};
 
 /// Of one account; enough for any, and few enough to be held.
 const MOST: usize = 1000;
@@ -52,16 +52,6 @@ pub(super) async fn serve(mut call: Call<'_>, method: Method, path: &[&str]) -> 
         ([_] | [_, "url"] | [_, "url", _], _) => Ok(Answer::NoMethod),
         _ => Ok(Answer::NoPath),
     }
-}
-
-/// Makes the gateway that every account has: callers need a token, calls are logged, nothing is kept or limited.
-pub(in crate::registry) fn ensure_default(book: &mut Book, bench: &Bench) {
-    if book.gateways.contains_key(DEFAULT) {
-        return;
-    }
-    let mut fields = defaults();
-    fields.insert("authentication".into(), true.into());
-    insert(book, bench, DEFAULT, fields);
 }
 
 fn list(call: &Call) -> Result<Answer> {
@@ -195,33 +185,6 @@ fn must_be_ours(call: &Call, id: &str) -> Result<()> {
             fixed.origin
         ))),
     }
-}
-
-fn insert(book: &mut Book, bench: &Bench, id: &str, fields: Map<String, Value>) -> GatewayRecord {
-    let (internal, now) = (Uuid::new_v4(), bench.now);
-    let record = GatewayRecord { internal, fields, generation: book.generation(now), created: now, modified: now };
-    book.gateways.insert(id.to_owned(), record.clone());
-    record
-}
-
-/// What a gateway is that says nothing.
-fn defaults() -> Map<String, Value> {
-    let mut fields: Map<String, Value> = FIELDS.iter().map(|key| ((*key).to_owned(), Value::Null)).collect();
-    for key in ["authentication", "byok_only", "cache_invalidate_on_update", "log_classification", "logpush", "zdr"] {
-        fields.insert(key.into(), false.into());
-    }
-    for key in ["collect_logs", "cache_per_account"] {
-        fields.insert(key.into(), true.into());
-    }
-    for key in ["cache_ttl", "rate_limiting_interval", "rate_limiting_limit"] {
-        fields.insert(key.into(), 0.into());
-    }
-    for key in ["fallback", "rules"] {
-        fields.insert(key.into(), json!([]));
-    }
-    fields.insert("rate_limiting_technique".into(), "fixed".into());
-    fields.insert("workers_ai_billing_mode".into(), "postpaid".into());
-    fields
 }
 
 /// Fields that are known, over those that are there; null takes a field back to its default.

@@ -4,8 +4,8 @@ use serde_json::{Map, Value, json};
 use tracing::info;
 use uuid::Uuid;
 
-use super::super::actor::Bench;
 use super::super::book::{Book, KeyRecord, key_name};
+use super::super::edit::Bench;
 use super::{Answer, Call, Method, flag, id, missing, moment, not_found, text, wrong};
 use crate::base::{Error, Result, Secret};
 use crate::config::gateway::{CUSTOM, PROVIDERS, canonical, is_slug};

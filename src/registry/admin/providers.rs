@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 use tracing::info;
 use uuid::Uuid;
 
-use super::super::actor::Bench;
 use super::super::book::{ProviderRecord, header_name};
+use super::super::edit::Bench;
 use super::super::view::View;
 use super::{Answer, Call, Method, flag, id, missing, moment, not_found, text, wrong};
 use crate::base::{Error, Millis, Result};

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 use tracing::info;
 use uuid::Uuid;
 
-use super::super::actor::Bench;
 use super::super::book::{Book, DeploymentRecord, RouteRecord, VersionRecord};
+use super::super::edit::Bench;
 use super::{Answer, Call, Method, id, missing, moment, not_found, text, wrong};
 use crate::base::{AccountId, Error, Result};
 use crate::route::Graph;

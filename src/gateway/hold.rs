@@ -1,34 +1,12 @@
-//! By what a call of this machine's models is measured: whose plan, which limits, who hears what it used.
-
-use std::sync::{Arc, OnceLock};
+//! What a call of this machine's models holds of limits and of plans while it runs.
 
 use crate::base::{Limit, Millis, Neurons, Result};
-use crate::config::{Budget, CatalogLimits};
-use crate::gateway::bill::Tally;
-use crate::gateway::limits::{self, Ruled};
+use crate::config::CatalogLimits;
+use crate::gateway::limits;
 use crate::gateway::step::LOCAL;
 use crate::gateway::{Call, Gateway};
 use crate::ledger::{Claim, Counts, Denied, Reservation, Spent, Standing};
 use crate::task::Usage;
-
-/// See the top of this file. Nothing of it for calls that nobody waits for.
-#[derive(Debug, Clone, Default)]
-pub struct Terms {
-    /// The operator's own rules that it falls under.
-    pub ruled: Ruled,
-    /// Of the token that was shown.
-    pub budget: Budget,
-    /// Through which gateway it came; that has looked at rules and at budgets of money already.
-    pub gateway: Option<Arc<str>>,
-    /// Where the gateway hears what it used.
-    pub tally: Option<Tally>,
-    /// Where the surface hears how the tightest limit stands.
-    pub standing: Arc<OnceLock<Standing>>,
-    /// Another call of the same request counts as the request; this one counts what it uses.
-    pub is_part: bool,
-    /// A second run of the same call, after a crash, is not billed again.
-    pub is_once: bool,
-}
 
 /// What pays for a call.
 pub(super) enum Held {
