@@ -26,6 +26,7 @@ use crate::config::{self, Config, Live, Overrides};
 use crate::gateway::Gateway;
 use crate::gateway::relay::{self, Parts};
 use crate::http::{self, Batches, Evaluations, Listener, Services};
+use crate::kernel::pages;
 use crate::ledger::{self, Ledger};
 use crate::logs::Logs;
 use crate::metrics::Metrics;
@@ -72,6 +73,7 @@ pub enum Ended {
 /// # Errors
 /// When the configuration is refused, an address is taken, or no configured model can be loaded.
 pub fn run(options: Options) -> Result<Ended> {
+    pages::small_heap();
     let config = config::load(options.config.as_deref(), &options.overrides)?;
     let log = telemetry::init(&config.log)?;
     let ended = rt::System::new().block_on(async move {
@@ -243,6 +245,7 @@ impl App {
         }
         self.phase.send_replace(Phase::Ready);
         self.notifier.ready();
+        pages::enlarge();
         let served = report.iter().filter(|(_, outcome)| !matches!(outcome, Outcome::Failed(_)));
         let models = served.map(|(model, _)| model).collect::<HashSet<_>>().len();
         self.notifier.status(&format!("serving {models} models"));
@@ -290,6 +293,7 @@ impl App {
         self.vault.replace(next.auth.clone());
         self.config.set(next);
         let report = self.devices.reconcile(&self.config.get()).await?;
+        pages::enlarge();
         for (model, outcome) in &report {
             match outcome {
                 Outcome::Failed(error) => error!(%model, %error, "reload: model not loaded, what was there stays"),

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use memmap2::MmapMut;
 
+use crate::kernel::pages::{self, LARGE};
+
 /// From this size on a buffer has pages of its own: untouched ones cost nothing, and freed ones go back at once.
 const PAGES: usize = 256 << 10;
 
@@ -124,7 +126,6 @@ pub struct Slab {
 
 impl Arena {
     const CHUNK: usize = 64 << 20;
-    const PAGE: usize = 2 << 20;
 
     /// An arena that begins with exactly `bytes`, on ordinary pages: for what is small or comes and goes.
     pub fn of(bytes: usize) -> Self {
@@ -137,14 +138,11 @@ impl Arena {
         let chunk = match self.chunk.take() {
             Some(chunk) if fits => chunk,
             _ => {
-                let chunk = Buffer::<u8>::zeroed(len.max(Self::CHUNK) + Self::PAGE);
-                #[cfg(target_os = "linux")]
-                if let Memory::Pages { _map: map } = &chunk.memory {
-                    // A refusal costs speed only.
-                    let _ = map.advise(memmap2::Advice::HugePage);
-                }
-                self.used = chunk.data.as_ptr().align_offset(Self::PAGE).min(Self::PAGE);
-                Arc::new(chunk)
+                let chunk = Arc::new(Buffer::<u8>::zeroed(len.max(Self::CHUNK) + LARGE));
+                let start = chunk.data.as_ptr() as usize;
+                pages::lend(start..start + chunk.len, &chunk);
+                self.used = chunk.data.as_ptr().align_offset(LARGE).min(LARGE);
+                chunk
             }
         };
         let start = self.used;

@@ -5,7 +5,7 @@
 //!     rows     norm, quantise, rope: one row   gemm    rows x panels, with what follows folded in
 //!     int8     quantised panels, in gemm       words   rows x panels in 16 bits, layer norm: encoders
 //!     lowrank  what adapters add to a product
-//!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer the memory
+//!     attention  softmax(q K) V over paged KV  pool    the threads, simd the instruction sets, buffer and pages the memory
 //!     gpu      how kernels/*.cu are launched
 //!     collective what the ranks of a group sum and gather
 
@@ -18,6 +18,7 @@ mod gemm;
 pub mod gpu;
 mod int8;
 mod lowrank;
+pub mod pages;
 mod panel;
 mod pool;
 pub mod quant;
