@@ -29,8 +29,10 @@ const SMALL: usize = 4 << 10;
 const QUICK: Duration = Duration::from_millis(1);
 /// So many pages are tried; the first slow one is enough.
 const TRIED: usize = 4;
-/// At least, between two pages that are moved: as long as a page takes, those who read it wait.
-const PAUSE: Duration = Duration::from_millis(5);
+/// Between two pages that are moved, as long as so many would take, and at least so long: those who serve meanwhile need the core, and
+/// wait for the page.
+const REST: u32 = 8;
+const LEAST_REST: Duration = Duration::from_millis(5);
 
 /// Memory with small pages that is to have large ones.
 struct Small {
@@ -98,7 +100,7 @@ fn enlarge_one(Small { range, owner }: Small) -> usize {
             break;
         }
         moved += 1;
-        std::thread::sleep(begin.elapsed().max(PAUSE));
+        std::thread::sleep((begin.elapsed() * REST).max(LEAST_REST));
     }
     moved
 }
