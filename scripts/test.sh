@@ -59,7 +59,6 @@ stage_release() {
     stage_model
     cargo test --release --locked --test model -- --nocapture
     cargo build --release --locked
-    cargo build --release --locked --example fake_upstream
     # The load that releases are arranged by must run; the two builds around it take too long for here.
     python3 scripts/release_load.py --neurond "$target/release/neurond"
 }
@@ -75,9 +74,10 @@ stage_sdk() {
     trap 'scripts/quickstart.sh --stop' EXIT
     python3 scripts/sdk_test.py "http://127.0.0.1:$port/v1" ||
         { tail -n 30 "$NEUROND_STATE/neurond.log"; return 1; }
-    # OpenAI's, Anthropic's and Google's SDKs and botocore through a gateway, in front of an upstream that answers as those do;
-    # Cloudflare's SDK manages it.
-    python3 scripts/gateway_sdk_test.py --neurond "$target/release/neurond" --fake "$target/release/examples/fake_upstream"
+    # OpenAI's, Anthropic's and Google's SDKs and botocore through a gateway, in front of an upstream that answers as those do, which the
+    # tests have built; Cloudflare's SDK manages it.
+    cargo build --locked --features cuda,emulate --example fake_upstream
+    python3 scripts/gateway_sdk_test.py --neurond "$target/release/neurond" --fake "$target/debug/examples/fake_upstream"
 }
 
 # The SDKs live in a folder of their own, fetched once: no virtual environment, which some systems package separately.
