@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::base::{Error, Kind, Result};
 use crate::kernel::Dtype;
 use crate::kernel::quant::dequantize_row;
-use crate::model::encoder::{self, EncoderSpec};
+use crate::model::encoder::spec::{self as encoder, EncoderSpec};
 use crate::model::files::{ModelFiles, read_json};
 use crate::model::gguf::{broken, map_file};
 use crate::model::spec::DecoderSpec;

@@ -14,14 +14,12 @@
 //! integers (`kernel/words.rs`): two to three times as fast as f32, and the vectors agree with it to the fifth digit.
 
 mod gpu;
-mod spec;
+pub(super) mod spec;
 mod text;
 
 pub use gpu::GpuEncoder;
 pub use spec::{EncoderSpec, Head};
 pub use text::{EncoderText, Tokens};
-
-pub(super) use spec::canonical_name;
 
 use std::sync::Arc;
 
