@@ -60,7 +60,10 @@ fn lend_within<T: Send + Sync + 'static>(patience: Duration, range: Range<usize>
     };
     if places(&range).take(TRIED).any(is_slow) && advise(&range, Advice::Small) {
         let owner: Weak<T> = Arc::downgrade(owner);
-        WAITING.lock().push(Small { range, owner: Some(owner) });
+        let mut waiting = WAITING.lock();
+        // Models that come and go between two calls of `enlarge` leave nothing behind.
+        waiting.retain(|small| small.owner.as_ref().is_none_or(|owner| owner.strong_count() > 0));
+        waiting.push(Small { range, owner: Some(owner) });
     }
 }
 
